@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the tests: lint and types where their tools are installed, then pytest. Arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+if "$PYTHON" -m ruff --version >/dev/null 2>&1; then
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+fi
+if "$PYTHON" -m mypy --version >/dev/null 2>&1; then
+    "$PYTHON" -m mypy
+fi
+# One process per core: the interpreter runs on one, and torch's own threads would fight over the rest.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m pytest -n "${TCONV_TEST_PROCESSES:-$(nproc)}" --dist worksteal "$@"

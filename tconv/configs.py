@@ -1,0 +1,72 @@
+"""Tiles: what a kernel is compiled with, and which of them are legal. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tconv.device import Device
+
+MAX_TILE = 1 << 20  # elements: Triton's own limit for one block
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block extents and launch options.
+
+    Attributes:
+        m, n, k: gather: pixels, written channels, reduced channels. wgrad: K, C, pixels. depthwise: pixels, channels, 1.
+            depthwise_wgrad: taps, channels, pixels. bias: 1, channels, pixels.
+        warps: warps per program.
+        stages: depth of the loop's software pipeline.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}"
+
+
+# Registers and shared memory of the 16-bit ones, compiled for sm_90, are what `scripts/codegen.py` prints.
+GEMM_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4))
+GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 128, 32, 4, 3))
+FMA_32 = (Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 8, 3))  # true fp32: no tensor cores
+GEMM_64 = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
+POINTWISE = (Tile(64, 64, 1, 4, 3), Tile(128, 32, 1, 4, 3), Tile(256, 16, 1, 4, 3))  # depthwise: [pixels, channels]
+POINTWISE_WGRAD = (Tile(3, 64, 32, 4, 2), Tile(3, 32, 64, 4, 2))  # taps, channels, pixels
+BIAS = (Tile(1, 64, 64, 4, 3),)
+
+
+def tiles(kernel: str, itemsize: int, tensor_cores: bool) -> tuple[Tile, ...]:
+    """Every tile that a planner on a GPU may choose for a kernel."""
+    if kernel == "depthwise":
+        return POINTWISE
+    if kernel == "depthwise_wgrad":
+        return POINTWISE_WGRAD
+    if kernel == "bias":
+        return BIAS
+    if itemsize == 8:
+        return GEMM_64
+    if itemsize == 4:
+        return GEMM_32 if tensor_cores else FMA_32
+    return GEMM_16
+
+
+def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str | None:
+    """Why a tile cannot run, or None: the one place that planner, forced plans and tests ask."""
+    if any(v <= 0 or v & (v - 1) for v in (tile.n, tile.k, tile.warps)) or tile.stages < 1:
+        return f"tile {tile}: extents and warps must be powers of two"
+    if kernel != "depthwise_wgrad" and (tile.m <= 0 or tile.m & (tile.m - 1)):
+        return f"tile {tile}: extents and warps must be powers of two"
+    if max(tile.m * tile.n, tile.n * tile.k, tile.m * tile.k) > MAX_TILE:
+        return f"tile {tile}: more than {MAX_TILE} elements in a block"
+    if kernel in ("gather", "wgrad"):
+        if min(tile.m, tile.n, tile.k) < 16:
+            return f"tile {tile}: tl.dot needs at least 16 in each extent"
+        shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize
+        if shared > device.shared_bytes:
+            return f"tile {tile}: {shared} bytes of shared memory, {device.name} has {device.shared_bytes}"
+    return None

@@ -1,0 +1,234 @@
+"""Device helpers that every kernel shares: tile orientation, stride phases, pixel decoding, rounding.
+
+A two-dimensional tile has a pixel axis and a channel axis. Where channels are contiguous in memory the tile is
+[pixels, channels]; where pixels are (the default layout) it is turned round, `FLIP`, so that neighbouring threads
+still read neighbouring addresses. `lead` and `trail` spread a vector over the first and the second axis of the
+unflipped tile, so that no kernel is written twice.
+
+Geometry travels as one scalar per dimension, always three of them; dimensions before `3 - RANK` have extent one and are
+skipped. Scalars, because Triton 3.6 and 3.7 specialise the elements of a tuple argument on being 1 or divisible by 16
+whatever `do_not_specialize` says, which would compile anew for nearly every layer.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lead(v, FLIP: tl.constexpr):
+    """v as the first axis of the unflipped tile."""
+    return v[None, :] if FLIP else v[:, None]
+
+
+@triton.jit
+def trail(v, FLIP: tl.constexpr):
+    """v as the second axis of the unflipped tile."""
+    return v[:, None] if FLIP else v[None, :]
+
+
+@triton.jit
+def inside(i, extent):
+    return (i >= 0) & (i < extent)
+
+
+@triton.jit
+def outside_bits(h, step, extent, BACKWARD: tl.constexpr, FIELD: tl.constexpr):
+    """FIELD bits, bit t set where tap t falls outside: h + t*step (h - t*step if BACKWARD) not in [0, extent).
+
+    The taps inside are an interval [low, high), so two divisions of non-negative numbers do, whatever FIELD is.
+    """
+    if BACKWARD:
+        low = (tl.maximum(h - extent + 1, 0) + step - 1) // step
+        high = tl.where(h < 0, 0, tl.maximum(h, 0) // step + 1)
+    else:
+        low = (tl.maximum(-h, 0) + step - 1) // step
+        high = (tl.maximum(extent - h, 0) + step - 1) // step
+    ALL: tl.constexpr = -1 if FIELD == 32 else (1 << FIELD) - 1
+    below = tl.where(low >= FIELD, ALL, (1 << tl.minimum(low, FIELD - 1)) - 1)
+    under = tl.where(high >= FIELD, ALL, (1 << tl.minimum(high, FIELD - 1)) - 1)
+    return below | (ALL ^ under)
+
+
+@triton.jit
+def multiple(s, VEC: tl.constexpr):
+    """s, known on the host to be a multiple of VEC, in a form from which the compiler sees it too."""
+    return s // VEC * VEC
+
+
+@triton.jit
+def phase(index, taps, stride, dilation, padding, gcd, extent, TRANSPOSED: tl.constexpr):
+    """One dimension's (taps, first tap, first input coordinate, outputs, first output) of phase `index`.
+
+    Forward, one phase: in = j*stride - padding + i*dilation for every tap i and output j. Transposed, `stride` phases:
+    output a + j*stride meets tap t where a + padding - t*dilation is a multiple of the stride. With g = gcd(stride,
+    dilation) a phase meets no tap, or every (stride/g)-th one from t0 < stride/g on; numbering phases by that t0 puts
+    those with most taps first and needs no modular inverse. Numerators are kept from being negative, so truncating
+    division does; that of the input coordinate is exact.
+    """
+    if TRANSPOSED:
+        step = stride // gcd
+        t0 = index % step
+        without = index // step  # 0, or the residue modulo g that no tap reaches
+        a = (t0 * dilation + without + stride - padding % stride) % stride
+        n = tl.where(without == 0, (tl.maximum(taps - t0, 0) + step - 1) // step, 0)
+        first = (a + padding - t0 * dilation) // stride
+        outputs = (extent - a + stride - 1) // stride
+    else:
+        a = index * 0
+        t0 = a
+        n = taps
+        first = -padding
+        outputs = extent
+    return n, t0, first, outputs, a
+
+
+@triton.jit
+def decode(m, extents, RANK: tl.constexpr):
+    """Pixel number -> (image, coordinate per dimension); the last dimension runs fastest."""
+    coords = ()
+    for i in tl.static_range(3):
+        if i < RANK:
+            coords = ((m % extents[2 - i]).to(tl.int32),) + coords
+            m = m // extents[2 - i]
+        else:
+            coords = (0,) + coords
+    return m, coords
+
+
+@triton.jit
+def written_pixels(
+    pid, N, Y, T, S, D, P, gcds, sxn, sx, syn, sy,
+    TRANSPOSED: tl.constexpr, RANK: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The pixels that program `pid` writes: tiles of a phase run fastest, phases with more taps come first.
+
+    Returns whether the tile lies past its phase's end; then per pixel: live, offset read at the phase's first tap, offset
+    written; then per dimension: taps met, the first of them, the coordinate read at it [BLOCK_M].
+    """
+    most = N.to(OFFSET)
+    for d in tl.static_range(3 - RANK, 3):
+        most *= tl.cdiv(Y[d], S[d]) if TRANSPOSED else Y[d]
+    tiles = tl.cdiv(most, BLOCK_M).to(tl.int32)
+    m = (pid % tiles).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rest = pid // tiles
+    n_taps = ()
+    t_first = ()
+    x_first = ()
+    J = ()
+    a_first = ()
+    pixels = N.to(OFFSET)
+    for i in tl.static_range(3):
+        if i < RANK:
+            index = rest % S[2 - i]
+            rest = rest // S[2 - i]
+            n, t0, first, outputs, a = phase(index, T[2 - i], S[2 - i], D[2 - i], P[2 - i], gcds[2 - i], Y[2 - i], TRANSPOSED)
+            pixels *= outputs
+        else:
+            n, t0, first, outputs, a = 1, 0, 0, 1, 0
+        n_taps = (n,) + n_taps
+        t_first = (t0,) + t_first
+        x_first = (first,) + x_first
+        J = (outputs,) + J
+        a_first = (a,) + a_first
+    past = (pid % tiles).to(OFFSET) * BLOCK_M >= pixels
+    live = m < pixels
+    image, j = decode(m, J, RANK)
+    x_offset = image.to(OFFSET) * sxn
+    y_offset = image.to(OFFSET) * syn
+    h = ()
+    for d in tl.static_range(3):
+        if d >= 3 - RANK:
+            if TRANSPOSED:
+                hd = j[d] + x_first[d]
+                y_offset += (j[d] * S[d] + a_first[d]).to(OFFSET) * sy[d]
+            else:
+                hd = j[d] * S[d] + x_first[d]
+                y_offset += j[d].to(OFFSET) * sy[d]
+            x_offset += hd.to(OFFSET) * sx[d]
+            h = h + (hd,)
+        else:
+            h = h + (0,)
+    return past, live, x_offset, y_offset, n_taps, t_first, h
+
+
+@triton.jit
+def split_pixels(
+    split, chunk, N, Y, S, B, first, sxn, sx, syn, sy, RANK: tl.constexpr, OFFSET: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """The pixels of dy that a split owns, and how to go from BLOCK_P of them to the next without dividing.
+
+    BLOCK_P is (Bn, B0, B1, B2) images and coordinates, B[3] = Bn; `first` is the coordinate of x that output 0 reads.
+    Returns (pixels left, offset in x, offset in dy, coordinates in x [BLOCK_P] per dimension), then what `advance` needs.
+    """
+    pixels = N.to(OFFSET)
+    for d in tl.static_range(3 - RANK, 3):
+        pixels *= Y[d]
+    low = split.to(OFFSET) * chunk
+    left = (tl.minimum(low + chunk, pixels) - low).to(tl.int32)
+    image, j = decode(low + tl.arange(0, BLOCK_P), Y, RANK)
+    xo = image.to(OFFSET) * sxn
+    yo = image.to(OFFSET) * syn
+    x_step = B[3].to(OFFSET) * sxn
+    y_step = B[3].to(OFFSET) * syn
+    # What a coordinate that runs over its end adds: back to its start, and one step of the digit before it.
+    hop_x = sxn.to(OFFSET)
+    hop_y = syn.to(OFFSET)
+    h = ()
+    end = ()
+    carry_x = ()
+    carry_y = ()
+    for d in tl.static_range(3):
+        if d >= 3 - RANK:
+            hd = j[d] * S[d] + first[d]
+            xo += hd.to(OFFSET) * sx[d]
+            yo += j[d].to(OFFSET) * sy[d]
+            x_step += (B[d] * S[d]).to(OFFSET) * sx[d]
+            y_step += B[d].to(OFFSET) * sy[d]
+            h = h + (hd,)
+            end = end + (Y[d] * S[d] + first[d],)
+            carry_x = carry_x + (hop_x - (Y[d] * S[d]).to(OFFSET) * sx[d],)
+            carry_y = carry_y + (hop_y - Y[d].to(OFFSET) * sy[d],)
+            hop_x = S[d].to(OFFSET) * sx[d]
+            hop_y = sy[d]
+        else:
+            h = h + (0,)
+            end = end + (0,)
+            carry_x = carry_x + (0,)
+            carry_y = carry_y + (0,)
+    return left, xo, yo, h, x_step, y_step, end, carry_x, carry_y
+
+
+@triton.jit
+def advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK: tl.constexpr):
+    """Offsets and coordinates BLOCK_P pixels on: addition in mixed radix, last dimension first."""
+    xo += x_step
+    yo += y_step
+    h0, h1 = h[0], h[1]
+    h2 = h[2] + B[2] * S[2]
+    over = h2 >= end[2]
+    h2 = tl.where(over, h2 - Y[2] * S[2], h2)
+    xo += tl.where(over, carry_x[2], 0)
+    yo += tl.where(over, carry_y[2], 0)
+    if RANK >= 2:
+        h1 += tl.where(over, (B[1] + 1) * S[1], B[1] * S[1])
+        over = h1 >= end[1]
+        h1 = tl.where(over, h1 - Y[1] * S[1], h1)
+        xo += tl.where(over, carry_x[1], 0)
+        yo += tl.where(over, carry_y[1], 0)
+    if RANK == 3:
+        h0 += tl.where(over, (B[0] + 1) * S[0], B[0] * S[0])
+        over = h0 >= end[0]
+        h0 = tl.where(over, h0 - Y[0] * S[0], h0)
+        xo += tl.where(over, carry_x[0], 0)
+        yo += tl.where(over, carry_y[0], 0)
+    return xo, yo, (h0, h1, h2)
+
+
+@triton.jit
+def rounded(acc, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc in the output's type, to nearest even. The interpreter cuts fp32 to bf16 off, so there the bits are rounded first."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = acc.to(tl.uint32, bitcast=True)
+        kept = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        acc = tl.where(acc == acc, kept, acc)
+    return acc.to(dtype)

@@ -1,0 +1,194 @@
+"""Implicit GEMM by pointer gather: fprop, dgrad and the transposed forward, ranks 1 to 3, any stride of any tensor.
+
+    fprop  y[n, k, j] = sum over c, t of x[n, c, j*S - P + t*D] * w[k, c, t]      GEMM_M = N Z P Q, GEMM_N = K, GEMM_K = C T R S
+    dgrad  x[n, c, j*S - P + t*D] += y[n, k, j] * w[k, c, t]                      GEMM_M = N D H W, GEMM_N = C, GEMM_K = K T R S
+
+Below, x is what is read, y what is written: a dgrad reads the output's gradient (or a transposed layer's input), and
+CI, CO are the channels per group read and written. A strided dgrad is cut into phases, outputs that meet the same taps:
+one launch runs them all, the ones with more taps first, no tap is wasted, and a phase without taps still writes zero or
+the bias.
+
+The main loop is flat, channels outside and taps inside. Its counters are carried by adding scalars worked out before the
+loop: no division, and no drained pipeline between taps. Which taps of a pixel fall outside the input is one bit each in a
+word per pixel (PACKED: 32, 16 or 10 taps per dimension at rank 1, 2 or 3); wider kernels compare coordinates.
+"""
+
+import triton
+import triton.language as tl
+
+from tconv.kernels.common import inside, lead, multiple, outside_bits, rounded, trail, written_pixels
+
+GEOMETRY = (
+    "N", "CI", "CO", "G",
+    "X0", "X1", "X2", "Y0", "Y1", "Y2", "T0", "T1", "T2",
+    "S0", "S1", "S2", "D0", "D1", "D2", "P0", "P1", "P2",
+    "g0", "g1", "g2",
+)  # fmt: skip
+STRIDES = (
+    "sxn", "sxg", "sxc", "sx0", "sx1", "sx2",
+    "swg", "swi", "swo", "sw0", "sw1", "sw2",
+    "syn", "syg", "syc", "sy0", "sy1", "sy2", "sb",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GEOMETRY + STRIDES)
+def gather(
+    x_ptr, w_ptr, b_ptr, y_ptr,
+    N, CI, CO, G,
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,  # extents: read, written, taps
+    S0, S1, S2, D0, D1, D2, P0, P1, P2,  # stride, dilation, leading padding
+    g0, g1, g2,  # gcd(S, D)
+    sxn, sxg, sxc, sx0, sx1, sx2,
+    swg, swi, swo, sw0, sw1, sw2,  # i: the reduced channel, o: the written one
+    syn, syg, syc, sy0, sy1, sy2, sb,
+    TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
+    X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # contiguous channel axis? (w: "i", "o" or "")
+    X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,  # elements by which all other strides divide
+    EVEN: tl.constexpr, PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    FIELD: tl.constexpr = 32 if RANK == 1 else (16 if RANK == 2 else 10)
+    FIRST: tl.constexpr = 3 - RANK
+    X = (X0, X1, X2)
+    Y = (Y0, Y1, Y2)
+    T = (T0, T1, T2)
+    S = (S0, S1, S2)
+    D = (D0, D1, D2)
+    P = (P0, P1, P2)
+    gcds = (g0, g1, g2)
+    sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
+    sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
+    sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
+
+    # Channel tiles of all groups run fastest: neighbours read the same pixels.
+    tiles_n = tl.cdiv(CO, BLOCK_N)
+    pid_n = tl.program_id(0) % tiles_n
+    group = tl.program_id(0) // tiles_n % G
+    past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
+        tl.program_id(0) // (tiles_n * G), N, Y, T, S, D, P, gcds,
+        multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, TRANSPOSED, RANK, OFFSET, BLOCK_M,
+    )  # fmt: skip
+    if past:
+        return
+
+    x_tap = ()  # from one tap met to the next: coordinates read
+    w_offset = group * multiple(swg, W_VEC)
+    bits = tl.where(live, 0, -1)
+    for d in tl.static_range(3):
+        step = -(D[d] // gcds[d]) if TRANSPOSED else D[d]
+        x_tap = x_tap + (step,)
+        if d >= FIRST:
+            w_offset += t_first[d] * sw[d]
+            if PACKED:
+                bits |= outside_bits(h[d], D[d] // gcds[d] if TRANSPOSED else D[d], X[d], TRANSPOSED, FIELD) << (
+                    (2 - d) * FIELD
+                )
+
+    # --- columns (channels) and pointers ---
+    o = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_K)
+    reduced = multiple(multiple(CI, X_VEC), W_VEC if W_UNIT == "i" else 1)
+    written = multiple(multiple(CO, Y_VEC), W_VEC if W_UNIT == "o" else 1)
+    x_step = 1 if X_UNIT else sxc.to(OFFSET)
+    w_step_i = 1 if W_UNIT == "i" else multiple(swi, W_VEC)
+    w_step_o = 1 if W_UNIT == "o" else multiple(swo, W_VEC)
+    # Rows of the weight past the last one are clamped, not masked: what they give is never stored. Never the
+    # contiguous axis, which would lose its wide loads.
+    ow = o if W_UNIT == "o" else tl.minimum(o, CO - 1)
+    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + (lead(x_offset, FLIP) + trail(c * x_step, FLIP))
+    wp = w_ptr + w_offset + (lead(c * w_step_i, FLIP) + trail(ow * w_step_o, FLIP))
+
+    # --- carried counters: what each dimension adds when its tap advances, and when it wraps ---
+    fx = ()
+    fw = ()
+    wrap_x = ()
+    wrap_w = ()
+    hop_x = BLOCK_K * x_step  # the next dimension out of the first one is the channel block
+    hop_w = BLOCK_K * w_step_i
+    for d in tl.static_range(3):
+        if d >= FIRST:
+            ax = x_tap[d] * sx[d]
+            aw = (S[d] // gcds[d] if TRANSPOSED else 1) * sw[d]
+            fx = fx + (ax,)
+            fw = fw + (aw,)
+            wrap_x = wrap_x + (hop_x - n_taps[d] * ax,)
+            wrap_w = wrap_w + (hop_w - n_taps[d] * aw,)
+            hop_x = ax
+            hop_w = aw
+        else:
+            fx = fx + (0,)
+            fw = fw + (0,)
+            wrap_x = wrap_x + (0,)
+            wrap_w = wrap_w + (0,)
+    dx = hop_x * 0
+    dw = hop_w * 0
+    counter = (0, 0, 0)
+    done = 0
+    if FLIP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(CI, BLOCK_K)):
+        if PACKED:
+            select = 1 << counter[2]
+            if RANK >= 2:
+                select |= (1 << FIELD) << counter[1]
+            if RANK == 3:
+                select |= (1 << (2 * FIELD)) << counter[0]
+            ok = (bits & select) == 0
+        else:
+            ok = live
+            for d in tl.static_range(FIRST, 3):
+                ok &= inside(h[d] + counter[d] * x_tap[d], X[d])
+        if EVEN:
+            xv = tl.load(xp + dx, mask=lead(ok, FLIP), other=0.0)
+            if W_UNIT == "o":
+                wv = tl.load(wp + dw, mask=trail(o < written, FLIP), other=0.0)
+            else:
+                wv = tl.load(wp + dw)
+        else:
+            tail = c < reduced - done
+            xv = tl.load(xp + dx, mask=lead(ok, FLIP) & trail(tail, FLIP), other=0.0)
+            if W_UNIT == "o":
+                wv = tl.load(wp + dw, mask=trail(o < written, FLIP) & lead(tail, FLIP), other=0.0)
+            else:
+                wv = tl.load(wp + dw, mask=lead(tail, FLIP), other=0.0)
+        if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
+            xv = xv.to(tl.float32)
+            wv = wv.to(tl.float32)
+        if FLIP:
+            acc = tl.dot(wv, xv, acc, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            acc = tl.dot(xv, wv, acc, input_precision=PRECISION, out_dtype=ACC)
+        dx += fx[2]
+        dw += fw[2]
+        i2 = counter[2] + 1
+        wrap = i2 >= n_taps[2]
+        i2 = tl.where(wrap, 0, i2)
+        dx += tl.where(wrap, wrap_x[2], 0)
+        dw += tl.where(wrap, wrap_w[2], 0)
+        i1 = counter[1]
+        i0 = counter[0]
+        if RANK >= 2:
+            i1 += tl.where(wrap, 1, 0)
+            wrap = i1 >= n_taps[1]
+            i1 = tl.where(wrap, 0, i1)
+            dx += tl.where(wrap, wrap_x[1], 0)
+            dw += tl.where(wrap, wrap_w[1], 0)
+        if RANK == 3:
+            i0 += tl.where(wrap, 1, 0)
+            wrap = i0 >= n_taps[0]
+            i0 = tl.where(wrap, 0, i0)
+            dx += tl.where(wrap, wrap_x[0], 0)
+            dw += tl.where(wrap, wrap_w[0], 0)
+        counter = (i0, i1, i2)
+        done += tl.where(wrap, BLOCK_K, 0)
+
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
+        acc += trail(bias.to(ACC), FLIP)
+    y_step = 1 if Y_UNIT else syc.to(OFFSET)
+    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + (lead(y_offset, FLIP) + trail(o * y_step, FLIP))
+    tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(o < written, FLIP))

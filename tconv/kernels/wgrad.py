@@ -1,0 +1,106 @@
+"""Weight gradient as an implicit GEMM.
+
+    dw[k, c, t] = sum over n, j of dy[n, k, j] * x[n, c, j*S - P + t*D]
+    GEMM_M = K, GEMM_N = C (one tap per program), GEMM_K = N Z P Q, cut into splits
+
+A program owns one tap, one tile of channels and one split of the pixels. Its result goes to its own slice of a workspace
+(or, with one split, to the gradient itself); `reduce.sum_splits` adds the slices in a fixed order, so that the same call
+gives the same bits. Pixels advance by mixed-radix addition: BLOCK_P pixels are (Bn, B0, B1, B2) images and coordinates,
+added with carries, so the loop has no division.
+"""
+
+import triton
+import triton.language as tl
+
+from tconv.kernels.common import advance, decode, inside, lead, multiple, rounded, split_pixels, trail
+
+GEOMETRY = (
+    "N", "C", "K", "G", "X0", "X1", "X2", "Y0", "Y1", "Y2", "T0", "T1", "T2",
+    "S0", "S1", "S2", "D0", "D1", "D2", "P0", "P1", "P2", "Bn", "B0", "B1", "B2", "chunk",
+)  # fmt: skip
+STRIDES = (
+    "sxn", "sxg", "sxc", "sx0", "sx1", "sx2",
+    "syn", "syg", "syc", "sy0", "sy1", "sy2",
+    "sws", "swg", "swk", "swc", "sw0", "sw1", "sw2",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GEOMETRY + STRIDES)
+def wgrad(
+    dy_ptr, x_ptr, dw_ptr,
+    N, C, K, G,  # C, K: channels per group
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
+    S0, S1, S2, D0, D1, D2, P0, P1, P2,
+    Bn, B0, B1, B2, chunk,  # BLOCK_P as digits; pixels per split
+    sxn, sxg, sxc, sx0, sx1, sx2,
+    syn, syg, syc, sy0, sy1, sy2,
+    sws, swg, swk, swc, sw0, sw1, sw2,  # s: from one split to the next
+    RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    FIRST: tl.constexpr = 3 - RANK
+    X = (X0, X1, X2)
+    Y = (Y0, Y1, Y2)
+    T = (T0, T1, T2)
+    S = (S0, S1, S2)
+    D = (D0, D1, D2)
+    P = (P0, P1, P2)
+    B = (B0, B1, B2, Bn)
+    sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
+    sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
+    sw = (sw0, sw1, sw2)
+
+    # --- which tile: taps fastest (neighbours share both operands), then channels, groups, splits ---
+    pid = tl.program_id(0)
+    taps = T0 * T1 * T2
+    rest = pid % taps
+    pid = pid // taps
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    pid_c = pid % tiles_c
+    pid = pid // tiles_c
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    pid_k = pid % tiles_k
+    pid = pid // tiles_k
+    group = pid % G
+    split = pid // G
+    _, tap = decode(rest, T, 3)
+
+    dw_offset = split.to(tl.int64) * sws + group * swg.to(tl.int64)
+    first = ()
+    for d in tl.static_range(3):
+        first = first + (tap[d] * D[d] - P[d],)
+        dw_offset += tap[d] * sw[d].to(tl.int64)
+    left, xo, yo, h, x_step, y_step, end, carry_x, carry_y = split_pixels(
+        split, chunk, N, Y, S, B, first, multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, RANK, OFFSET, BLOCK_P
+    )
+    p = tl.arange(0, BLOCK_P)
+
+    k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_k = k < multiple(K, Y_VEC)
+    mask_c = c < multiple(C, X_VEC)
+    # Tiles are [pixels, channels] where channels are contiguous, else [channels, pixels].
+    y_c = k if Y_UNIT else k * syc.to(OFFSET)
+    x_c = c if X_UNIT else c * sxc.to(OFFSET)
+    yp = dy_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + trail(y_c, not Y_UNIT)
+    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + trail(x_c, not X_UNIT)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
+    for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
+        live = p < left
+        ok = live
+        for d in tl.static_range(FIRST, 3):
+            ok &= inside(h[d], X[d])
+        gv = tl.load(yp + lead(yo, not Y_UNIT), mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
+        xv = tl.load(xp + lead(xo, not X_UNIT), mask=lead(ok, not X_UNIT) & trail(mask_c, not X_UNIT), other=0.0)
+        if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
+            gv = gv.to(tl.float32)
+            xv = xv.to(tl.float32)
+        acc = tl.dot(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        p += BLOCK_P
+        xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
+
+    out = dw_ptr + dw_offset + (k[:, None] * swk.to(tl.int64) + c[None, :] * swc.to(tl.int64))
+    tl.store(out, rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), mask=mask_k[:, None] & mask_c[None, :])

@@ -1,0 +1,78 @@
+"""Strides and memory formats: how a tensor is addressed, and which format torch would give a result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+LIMIT = 2**31 - 1
+
+
+def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether torch gives y, dx and dw of this layer channels_last: if x or w is, but never fp64 on CUDA.
+
+    The rule of ATen/native/ConvUtils.h. At rank 1 torch makes x contiguous and applies it to the unsqueezed pair.
+    """
+    if x.dtype == torch.float64 and x.is_cuda:
+        return False
+    if x.dim() == 3:
+        x, w = (
+            x.contiguous(memory_format=torch.contiguous_format).unsqueeze(2) if x.is_meta else _as_row(x),
+            w.unsqueeze(2),
+        )
+    return FORMATS[x.dim()] in (suggest_memory_format(x), suggest_memory_format(w))
+
+
+def _as_row(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous 1-D batch as 2-D, without copying: only its strides are asked for."""
+    n, c, w = x.shape
+    return torch.empty(0, device="meta").as_strided((n, c, 1, w), (c * w, w, w, 1))
+
+
+def empty(shape: Sequence[int], channels_last: bool, like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor of that shape in the format asked for; rank 1 as the squeezed rank 2."""
+    if not channels_last:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    if len(shape) == 3:
+        row = (shape[0], shape[1], 1, shape[2])
+        return torch.empty(row, dtype=like.dtype, device=like.device, memory_format=torch.channels_last).squeeze(2)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=FORMATS[len(shape)])
+
+
+@dataclass(frozen=True)
+class Addressing:
+    """A rank-lifted tensor's strides: (outer, channel, three spatial ones), zero where the extent is one.
+
+    Torch leaves any stride on an extent of one; zero there says nothing that is not so.
+
+    Attributes:
+        outer, channel, spatial: strides in elements. For a weight, outer is that of its first axis.
+        unit: the channel axis is contiguous and longer than one.
+        reach: largest offset of an element.
+    """
+
+    outer: int
+    channel: int
+    spatial: tuple[int, int, int]
+    unit: bool
+    reach: int
+
+
+def addressing(t: torch.Tensor) -> Addressing:
+    """How a tensor of rank 3 to 5 is addressed."""
+    strides = [s if n > 1 else 0 for n, s in zip(t.shape, t.stride(), strict=True)]
+    reach = sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
+    a, b, c = [0] * (5 - len(strides)) + strides[2:]
+    return Addressing(strides[0], strides[1], (a, b, c), strides[1] == 1, reach)
+
+
+def vector(pointer: int, itemsize: int, *multiples: int) -> int:
+    """Elements of one access, at most 16 bytes: the largest power of two that divides address, strides and extents."""
+    v = 16 // itemsize
+    while v > 1 and (pointer % (v * itemsize) or any(m % v for m in multiples)):
+        v //= 2
+    return v

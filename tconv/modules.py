@@ -1,0 +1,105 @@
+"""The layers: subclasses of torch.nn's that override the least, `_conv_forward` or, for the transposed ones, `forward`.
+
+Nothing is derived from attributes at construction: stride, padding and the rest may be changed afterwards, weights may be
+parametrized or passed in by an overriding `_conv_forward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tconv.functional import convolve
+
+
+class _Forward(torch.nn.modules.conv._ConvNd):
+    """What Conv1d, Conv2d and Conv3d share."""
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rank = len(self.kernel_size)
+        x, padding = input, self.padding
+        if self.padding_mode != "zeros":
+            if not isinstance(input, torch.Tensor):  # an FX proxy, say: torch's own code is traceable
+                return super()._conv_forward(input, weight, bias)  # type: ignore[misc, no-any-return]
+            x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * rank
+        y = convolve(False, rank, x, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
+        return super()._conv_forward(input, weight, bias) if y is None else y  # type: ignore[misc]
+
+
+class _Transposed(torch.nn.modules.conv._ConvTransposeNd):
+    """What ConvTranspose1d, ConvTranspose2d and ConvTranspose3d share."""
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        y = None
+        if isinstance(input, torch.Tensor) and isinstance(self.padding, tuple) and self.padding_mode == "zeros":
+            rank = len(self.kernel_size)
+            output_padding = self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation  # type: ignore[arg-type]
+            )  # fmt: skip
+            y = convolve(
+                True, rank, input, self.weight, self.bias, self.stride, self.padding, tuple(output_padding), self.groups,
+                self.dilation,
+            )  # fmt: skip
+        return super().forward(input, output_size) if y is None else y  # type: ignore[misc]
+
+
+class Conv1d(_Forward, torch.nn.Conv1d):
+    """`torch.nn.Conv1d`, by tconv's kernels: (N, C, W) -> (N, K, Q)."""
+
+
+class Conv2d(_Forward, torch.nn.Conv2d):
+    """`torch.nn.Conv2d`, by tconv's kernels: (N, C, H, W) -> (N, K, P, Q)."""
+
+
+class Conv3d(_Forward, torch.nn.Conv3d):
+    """`torch.nn.Conv3d`, by tconv's kernels: (N, C, D, H, W) -> (N, K, Z, P, Q)."""
+
+
+class ConvTranspose1d(_Transposed, torch.nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d`, by tconv's kernels: (N, C, W) -> (N, K, Q)."""
+
+
+class ConvTranspose2d(_Transposed, torch.nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d`, by tconv's kernels: (N, C, H, W) -> (N, K, P, Q)."""
+
+
+class ConvTranspose3d(_Transposed, torch.nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d`, by tconv's kernels: (N, C, D, H, W) -> (N, K, Z, P, Q)."""
+
+
+class LazyConv1d(_Forward, torch.nn.LazyConv1d):  # type: ignore[misc]
+    """`torch.nn.LazyConv1d`: becomes `Conv1d` on its first call."""
+
+    cls_to_become: Any = Conv1d
+
+
+class LazyConv2d(_Forward, torch.nn.LazyConv2d):  # type: ignore[misc]
+    """`torch.nn.LazyConv2d`: becomes `Conv2d` on its first call."""
+
+    cls_to_become: Any = Conv2d
+
+
+class LazyConv3d(_Forward, torch.nn.LazyConv3d):  # type: ignore[misc]
+    """`torch.nn.LazyConv3d`: becomes `Conv3d` on its first call."""
+
+    cls_to_become: Any = Conv3d
+
+
+class LazyConvTranspose1d(_Transposed, torch.nn.LazyConvTranspose1d):  # type: ignore[misc]
+    """`torch.nn.LazyConvTranspose1d`: becomes `ConvTranspose1d` on its first call."""
+
+    cls_to_become: Any = ConvTranspose1d
+
+
+class LazyConvTranspose2d(_Transposed, torch.nn.LazyConvTranspose2d):  # type: ignore[misc]
+    """`torch.nn.LazyConvTranspose2d`: becomes `ConvTranspose2d` on its first call."""
+
+    cls_to_become: Any = ConvTranspose2d
+
+
+class LazyConvTranspose3d(_Transposed, torch.nn.LazyConvTranspose3d):  # type: ignore[misc]
+    """`torch.nn.LazyConvTranspose3d`: becomes `ConvTranspose3d` on its first call."""
+
+    cls_to_become: Any = ConvTranspose3d

@@ -1,0 +1,210 @@
+"""Chooses how a pass of a problem is run: kernel, tile, splits, and the reason, for people to read."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tconv.configs import Tile, tiles, why_illegal
+from tconv.device import Device
+from tconv.problem import ConvProblem
+
+WORKSPACE = 32 << 20  # bytes that wgrad's splits may take at most
+KERNELS = {
+    "fprop": ("gather", "depthwise"),
+    "dgrad": ("gather", "depthwise"),
+    "wgrad": ("wgrad", "depthwise_wgrad"),
+    "bias": ("bias",),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one pass of a problem is run.
+
+    Attributes:
+        pass_: "fprop", "dgrad", "wgrad" or "bias" (the bias gradient).
+        kernel: "gather", "wgrad", "depthwise", "depthwise_wgrad" or "bias".
+        tile: block extents and launch options.
+        splits: parts into which the reduction is cut, added in a fixed order afterwards.
+        reason: one line for `explain`.
+    """
+
+    pass_: str
+    kernel: str
+    tile: Tile
+    splits: int
+    reason: str
+
+    def __str__(self) -> str:
+        splits = f", {self.splits} splits" if self.splits > 1 else ""
+        return f"{self.pass_}: {self.kernel} {self.tile}{splits} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Forced:
+    kernel: str | None
+    tile: Tile | None
+    splits: int | None
+
+
+FORCED: contextvars.ContextVar[Forced | None] = contextvars.ContextVar("tconv_forced", default=None)
+
+
+@contextlib.contextmanager
+def force(kernel: str | None = None, tile: Tile | None = None, splits: int | None = None) -> Iterator[None]:
+    """Inside the block every plan uses what is given; one that cannot run raises ValueError. For tests and measurements.
+
+    Args:
+        kernel: name of a kernel; passes that do not know it plan freely.
+        tile: block extents for those passes.
+        splits: parts of the reduction, for passes that split.
+
+    Example:
+        >>> with force(splits=3):
+        ...     FORCED.get()
+        Forced(kernel=None, tile=None, splits=3)
+    """
+    token = FORCED.set(Forced(kernel, tile, splits))
+    try:
+        yield
+    finally:
+        FORCED.reset(token)
+
+
+def pow2(n: int, low: int, high: int) -> int:
+    """The power of two at or above n, within [low, high]."""
+    return min(max(1 << max(n - 1, 0).bit_length(), low), high)
+
+
+def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, device: Device) -> Plan:
+    """The plan for one pass.
+
+    Args:
+        problem: what to compute.
+        pass_: "fprop", "dgrad", "wgrad" or "bias".
+        itemsize: bytes of an element.
+        tensor_cores: whether the precision asked for lets tensor cores do the products.
+        device: where.
+    Raises:
+        ValueError: a plan was forced (`force`) that cannot run.
+    """
+    forced = FORCED.get()
+    if forced and not (forced.kernel is None or forced.kernel in KERNELS[pass_]):
+        forced = None
+    kernel, why = _kernel(problem, pass_)
+    if forced and forced.kernel and forced.kernel != kernel:
+        kernel, why = forced.kernel, "forced"
+        if kernel.startswith("depthwise") and not problem.depthwise:
+            raise ValueError(f"forced kernel {kernel!r} needs one input channel per group, got {problem}")
+    if forced and forced.tile:
+        tile, why = forced.tile, "forced tile"
+        illegal = why_illegal(kernel, tile, itemsize, device)
+        if illegal:
+            raise ValueError(f"forced plan cannot run: {illegal}")
+    elif device.interpreted:
+        tile, why = _interpreter_tile(problem, pass_, kernel), f"{why}; one large tile for the interpreter"
+    else:
+        tile, note = _gpu_tile(problem, pass_, kernel, itemsize, tensor_cores, device)
+        why = f"{why}; {note}"
+    most = _most_splits(problem, kernel, tile, itemsize)
+    if forced and forced.splits is not None and pass_ in ("wgrad", "bias"):
+        if not 1 <= forced.splits <= most:
+            raise ValueError(f"forced plan cannot run: {forced.splits} splits, this problem allows 1 to {most}")
+        splits = forced.splits
+    else:
+        splits = _splits(problem, kernel, tile, device, most)
+    return Plan(pass_, kernel, tile, splits, why)
+
+
+def _kernel(problem: ConvProblem, pass_: str) -> tuple[str, str]:
+    if pass_ == "bias":
+        return "bias", "sum of the output gradient's pixels"
+    if problem.depthwise and problem.multiplier <= 8:
+        # A dot would read 16 channels for one that counts; up to a few outputs per channel multiply-adds are less work.
+        return ("depthwise_wgrad" if pass_ == "wgrad" else "depthwise"), "one input channel per group"
+    return ("wgrad" if pass_ == "wgrad" else "gather"), "implicit GEMM"
+
+
+def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
+    """(channels written, channels reduced) of a program's reach: per group, or all where a tile spans groups."""
+    c, k = problem.C // problem.G, problem.K // problem.G
+    if kernel == "depthwise":
+        return (problem.K if pass_ == "fprop" else problem.C), 1
+    if kernel in ("depthwise_wgrad", "bias"):
+        return problem.K, 1
+    return (k, c) if pass_ == "fprop" else (c, k)
+
+
+def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
+    written, reduced = _channels(problem, pass_, kernel)
+    if kernel in ("depthwise_wgrad", "bias"):
+        n = pow2(written, 1, 1024)
+        pixels = pow2(problem.gemm("wgrad")[2], 1, (1 << 18) // n)
+        return Tile(min(problem.taps, 27) if kernel == "depthwise_wgrad" else 1, n, pixels)
+    if kernel == "wgrad":
+        m, n = pow2(problem.K // problem.G, 16, 1024), pow2(problem.C // problem.G, 16, 1024)
+        return Tile(m, n, pow2(problem.gemm("wgrad")[2], 16, (1 << 18) // max(m, n)))
+    low = 16 if kernel == "gather" else 1
+    n, k = pow2(written, low, 1024), pow2(reduced, low, 256)
+    pixels = problem.gemm(pass_)[0] // problem.phases(pass_) + 1
+    return Tile(pow2(pixels, low, (1 << 18) // max(n, k)), n, k)
+
+
+def _gpu_tile(
+    problem: ConvProblem, pass_: str, kernel: str, itemsize: int, tensor_cores: bool, device: Device
+) -> tuple[Tile, str]:
+    """The legal tile with the least padded work per wave of programs."""
+    legal = [t for t in tiles(kernel, itemsize, tensor_cores) if not why_illegal(kernel, t, itemsize, device)]
+    best: tuple[float, Tile, str] | None = None
+    for tile in legal:
+        programs = _programs(problem, pass_, kernel, tile)
+        waves = math.ceil(programs / device.units)
+        # A program's time: its products, and a fixed part that favours large tiles (operands read per product).
+        area = tile.m * tile.n if kernel in ("gather", "wgrad") else tile.n * max(tile.m, tile.k)
+        cost = waves * (area + 16 * (tile.m + tile.n))
+        if best is None or cost < best[0]:
+            best = (cost, tile, f"{programs} programs in {waves} waves on {device.units} units")
+    if best is None:
+        raise ValueError(f"no tile of {kernel} fits {device.name}")
+    return best[1], best[2]
+
+
+def _programs(problem: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
+    written, _ = _channels(problem, pass_, kernel)
+    if kernel == "wgrad":
+        k, c = problem.K // problem.G, problem.C // problem.G
+        return math.ceil(k / tile.m) * math.ceil(c / tile.n) * problem.taps * problem.G
+    if kernel == "depthwise_wgrad":
+        return math.ceil(problem.taps / tile.m) * math.ceil(problem.K / tile.n)
+    if kernel == "bias":
+        return math.ceil(problem.K / tile.n)
+    return pixel_tiles(problem, pass_, tile.m) * math.ceil(written / tile.n) * (problem.G if kernel == "gather" else 1)
+
+
+def pixel_tiles(problem: ConvProblem, pass_: str, block: int) -> int:
+    """Tiles of written pixels over all phases: what the kernels' own numbering (kernels/common.py) expects."""
+    if pass_ == "fprop":
+        return math.ceil(problem.N * math.prod(problem.Y) / block)
+    pixels = problem.N * math.prod(math.ceil(x / s) for x, s in zip(problem.X, problem.S, strict=True))
+    return math.ceil(pixels / block) * problem.phases(pass_)
+
+
+def _most_splits(problem: ConvProblem, kernel: str, tile: Tile, itemsize: int) -> int:
+    if kernel not in ("wgrad", "depthwise_wgrad", "bias"):
+        return 1
+    elements = problem.K if kernel == "bias" else math.prod(problem.shape("w"))
+    pixels = math.ceil(problem.gemm("wgrad")[2] / tile.k)
+    return max(1, min(pixels, WORKSPACE // (elements * max(4, itemsize))))
+
+
+def _splits(problem: ConvProblem, kernel: str, tile: Tile, device: Device, most: int) -> int:
+    """Enough splits for two programs per unit, none so short that its prologue shows (four steps of the loop)."""
+    if most == 1 or device.interpreted:
+        return 1
+    programs = _programs(problem, "wgrad", kernel, tile)
+    steps = math.ceil(problem.gemm("wgrad")[2] / tile.k)
+    return max(1, min(most, math.ceil(2 * device.units / programs), steps // 4))

@@ -1,0 +1,165 @@
+"""What a convolution is, free of rank, layout, dtype and device. Standard library only.
+
+Glossary, used everywhere below the public functions:
+
+    N C K G     batch, input channels, output channels, groups
+    D H W       input extents, here X = (D, H, W); 1-D and 2-D problems have leading extents of one
+    T R S       filter extents, here T; Z P Q output extents, here Y
+    x w y b     input, weight [K, C/G, T, R, S], output, bias; gradients dx dw dy db
+    fprop       y from x and w
+    dgrad       dx from dy and w; also the forward of a transposed convolution
+    wgrad       dw from dy and x
+
+A transposed layer is the problem whose fprop is its input gradient: its input is y, its output x, so C counts its output
+channels and K its input channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Triple = tuple[int, int, int]
+PASSES = ("fprop", "dgrad", "wgrad")
+
+
+def lift(values: Sequence[int], fill: int) -> Triple:
+    """`rank` numbers as three, the missing leading ones being `fill`."""
+    full = (fill,) * (3 - len(values)) + tuple(values)
+    return full[0], full[1], full[2]
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """Extents and parameters of one convolution; every tuple has three entries.
+
+    Attributes:
+        rank: spatial dimensions of the tensors, 1 to 3.
+        N, C, K, G: batch, input channels, output channels, groups.
+        X, Y, T: input, output and filter extents.
+        S, P, D: stride, padding before the first element, dilation. What padding follows the last element shows in Y.
+    """
+
+    rank: int
+    N: int
+    C: int
+    K: int
+    G: int
+    X: Triple
+    Y: Triple
+    T: Triple
+    S: Triple
+    P: Triple
+    D: Triple
+
+    def __post_init__(self) -> None:
+        fields = (self.rank, self.N, self.C, self.K, self.G, self.X, self.Y, self.T, self.S, self.P, self.D)
+        object.__setattr__(self, "_hash", hash(fields))  # hashed on every call, so once
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.T)
+
+    @property
+    def multiplier(self) -> int:
+        """Output channels per group."""
+        return self.K // self.G
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel per group, more than one group."""
+        return self.G > 1 and self.G == self.C
+
+    def shape(self, which: str) -> tuple[int, ...]:
+        """Shape of "x", "y" or "w" as torch sees it."""
+        skip = 3 - self.rank
+        if which == "w":
+            return (self.K, self.C // self.G, *self.T[skip:])
+        return (self.N, self.C, *self.X[skip:]) if which == "x" else (self.N, self.K, *self.Y[skip:])
+
+    def gemm(self, pass_: str) -> Triple:
+        """(GEMM_M, GEMM_N, GEMM_K) of one group, every tap counted."""
+        c, k = self.C // self.G, self.K // self.G
+        if pass_ == "fprop":
+            return self.N * math.prod(self.Y), k, c * self.taps
+        if pass_ == "dgrad":
+            return self.N * math.prod(self.X), c, k * self.taps
+        return k, c * self.taps, self.N * math.prod(self.Y)
+
+    def phases(self, pass_: str) -> int:
+        """Groups of outputs that meet the same taps: one, but for dgrad the product of the strides."""
+        return math.prod(self.S) if pass_ == "dgrad" else 1
+
+    def __str__(self) -> str:
+        skip = 3 - self.rank
+
+        def times(v: Sequence[int]) -> str:
+            return "x".join(map(str, v[skip:]))
+
+        extras = "".join(
+            f" {name} {times(v)}"
+            for name, v, usual in (("stride", self.S, 1), ("padding", self.P, 0), ("dilation", self.D, 1))
+            if any(a != usual for a in v)
+        )
+        groups = f" groups {self.G}" if self.G > 1 else ""
+        return f"N{self.N} C{self.C} {times(self.X)} -> K{self.K} {times(self.Y)}, filter {times(self.T)}{extras}{groups}"
+
+
+def forward_problem(
+    x: Sequence[int],
+    w: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    """The problem of a batched convolution.
+
+    Args:
+        x: input shape, (N, C, *spatial).
+        w: weight shape, (K, C/G, *taps).
+        stride, dilation: one number per spatial dimension.
+        padding: (before, after) per spatial dimension.
+        groups: number of groups.
+    Returns:
+        The problem; Y = (X + before + after - D*(T - 1) - 1) // S + 1, which is not positive where the kernel does not fit.
+    """
+    rank = len(x) - 2
+    y = [(x[2 + i] + sum(padding[i]) - dilation[i] * (w[2 + i] - 1) - 1) // stride[i] + 1 for i in range(rank)]
+    return ConvProblem(
+        rank, x[0], x[1], w[0], groups, lift(x[2:], 1), lift(y, 1), lift(w[2:], 1),
+        lift(stride, 1), lift([p[0] for p in padding], 0), lift(dilation, 1),
+    )  # fmt: skip
+
+
+def transposed_problem(
+    x: Sequence[int],
+    w: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    """The problem whose dgrad is a batched transposed convolution of x.
+
+    Args:
+        x: the transposed layer's input shape, (N, C_in, *spatial).
+        w: its weight shape, (C_in, C_out/G, *taps).
+        stride, padding, output_padding, dilation: one number per spatial dimension.
+        groups: number of groups.
+    Returns:
+        The problem; X = (in - 1)*S - 2*P + D*(T - 1) + output_padding + 1.
+    """
+    rank = len(x) - 2
+    out = [
+        (x[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (w[2 + i] - 1) + output_padding[i] + 1 for i in range(rank)
+    ]
+    return ConvProblem(
+        rank, x[0], w[1] * groups, w[0], groups, lift(out, 1), lift(x[2:], 1), lift(w[2:], 1),
+        lift(stride, 1), lift(padding, 0), lift(dilation, 1),
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""What the last calls used, so that nothing falls back unseen."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tconv.plan import Plan
+from tconv.problem import ConvProblem
+
+
+@dataclass(frozen=True)
+class Call:
+    """One pass that ran, or one call that was left to torch.
+
+    Attributes:
+        operation: "fprop", "dgrad", "wgrad", "bias", or the torch function that took the call.
+        problem: the problem, or None where none was made.
+        plan: how our kernels ran it; None where torch did.
+        reason: why that plan, or why torch.
+    """
+
+    operation: str
+    problem: ConvProblem | None
+    plan: Plan | None
+    reason: str
+
+    @property
+    def ours(self) -> bool:
+        """Whether tconv's kernels did the work."""
+        return self.plan is not None
+
+    def __str__(self) -> str:
+        if self.plan:
+            return f"{self.plan}  [{self.problem}]"
+        return f"{self.operation}: torch ({self.reason})"
+
+
+LAST: collections.deque[Call] = collections.deque(maxlen=64)
+_watchers: list[list[Call]] = []
+_lock = threading.Lock()
+
+
+def note(call: Call) -> None:
+    """Remember a call."""
+    LAST.append(call)
+    for calls in _watchers:
+        calls.append(call)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """A list that fills with every `Call` of the process while the block runs, backward passes included.
+
+    Example:
+        >>> with recording() as calls:
+        ...     pass
+        >>> calls
+        []
+    """
+    calls: list[Call] = []
+    with _lock:
+        _watchers.append(calls)
+    try:
+        yield calls
+    finally:
+        with _lock:
+            _watchers[:] = [w for w in _watchers if w is not calls]
+
+
+def last_calls() -> tuple[Call, ...]:
+    """The last calls of the process, oldest first, at most 64."""
+    return tuple(LAST)

@@ -128,7 +128,7 @@ def written_pixels(
         n_taps = (n,) + n_taps
         t_first = (t0,) + t_first
         x_first = (first,) + x_first
-        J = (outputs,) + J
+        J = (tl.maximum(outputs, 1),) + J  # a phase without outputs is past its end, and must not divide by zero
         a_first = (a,) + a_first
     past = (pid % tiles).to(OFFSET) * BLOCK_M >= pixels
     live = m < pixels

@@ -1,0 +1,159 @@
+"""Output and every gradient of every case against fp64, from buffers full of NaN, in every dtype and layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tconv
+from tconv import functional as TF
+from tconv.configs import Tile
+from tests import cases, oracle
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def ours(case):
+    return getattr(TF, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+
+
+def eager(case):
+    return getattr(F, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+
+
+def check(case, x, w, b, eager_too=False):
+    with tconv.recording() as calls:
+        oracle.check(ours(case), case, x, w, b, eager(case) if eager_too else None)
+    assert [c for c in calls if not c.ours] == []
+    assert {c.operation for c in calls} == {"fprop", "dgrad", "wgrad", "bias"}
+    return calls
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_every_case(case, device, poisoned):
+    check(case, *oracle.tensors(case, torch.float32, device), eager_too=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.FEW, ids=str)
+def test_every_dtype(case, dtype, device, poisoned):
+    check(case, *oracle.tensors(case, dtype, device, channels_last=True), eager_too=True)
+
+
+@pytest.mark.parametrize("case", cases.FEW, ids=str)
+def test_channels_last_with_16_byte_accesses(case, device, poisoned):
+    """Channels in multiples of eight, where 16-bit tensors are read and written 16 bytes at a time."""
+    wide = oracle.dataclasses.replace(case, x=(case.x[0], 8 * case.x[1], *case.x[2:]), k=8 * case.k, groups=max(1, case.groups))
+    if case.groups in (case.x[1], case.k):  # stay depthwise
+        wide = oracle.dataclasses.replace(wide, groups=8 * case.groups)
+    check(wide, *oracle.tensors(wide, torch.float16, device, channels_last=True))
+
+
+@pytest.mark.parametrize("case", [c for c in cases.FEW if c.rank < 3], ids=str)
+def test_tails_in_every_extent(case, device, poisoned):
+    """The least tile a dot allows, so that every extent has several tiles and a partial last one."""
+    x, w, b = oracle.tensors(case, torch.float32, device)
+    with tconv.force(tile=Tile(16, 16, 16)) if "depthwise" not in case.reason else tconv.force(tile=Tile(16, 4, 16)):
+        check(case, x, w, b)
+
+
+SPLIT = [
+    oracle.Case("rows", (3, 5, 40), 7, (3,), padding=1),
+    oracle.Case("transposed", (2, 4, 5, 9), 6, (1, 2), stride=2, groups=2, transposed=True),
+    oracle.Case("depthwise", (2, 6, 7, 9), 6, (3, 3), padding=1, groups=6),
+]
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_split_reductions(case, splits, device, poisoned):
+    """Parts of wgrad's and the bias gradient's reduction, one of them short, add up, and to the same bits every time."""
+    x, w, b = oracle.tensors(case, torch.float32, device)
+    plan = {"tile": Tile(16, 16, 16), "splits": splits}
+    if "depthwise" in case.reason:
+        plan = {"kernel": "depthwise_wgrad", "tile": Tile(4, 16, 16), "splits": splits}
+    runs = []
+    for _ in range(2):
+        with tconv.force(**plan), tconv.recording() as calls:
+            oracle.check(ours(case), case, x, w, b)
+            runs.append(oracle.run(ours(case), case, x, w, b)[2:])
+        assert {c.plan.splits for c in calls if c.operation == "wgrad"} == {splits}
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("case", [c for c in cases.ALL if c.groups > 1 and "depthwise" in c.reason], ids=str)
+def test_depthwise_by_the_gemm_kernels_too(case, device, poisoned):
+    x, w, b = oracle.tensors(case, torch.float32, device)
+    with tconv.force(kernel="gather"):
+        oracle.check(ours(case), case, x, w, b)
+    with tconv.force(kernel="wgrad"):
+        oracle.check(ours(case), case, x, w, b)
+
+
+STRIDED = {
+    "a crop of a larger tensor": lambda t: torch.randn([n + 3 for n in t.shape], dtype=t.dtype, device=t.device)[
+        tuple(slice(1, n + 1) for n in t.shape)
+    ],
+    "every second element": lambda t: torch.randn([2 * n for n in t.shape], dtype=t.dtype, device=t.device)[
+        tuple(slice(None, None, 2) for _ in t.shape)
+    ],
+    "channels and pixels swapped": lambda t: torch.randn(t.shape[::-1], dtype=t.dtype, device=t.device).permute(
+        *range(t.dim())[::-1]
+    ),
+    "one channel expanded to all": lambda t: torch.randn(t[:, :1].shape, dtype=t.dtype, device=t.device).expand(t.shape),
+    "one image expanded to all": lambda t: torch.randn(1, *t.shape[1:], dtype=t.dtype, device=t.device).expand(t.shape),
+    "everything one number": lambda t: torch.randn((), dtype=t.dtype, device=t.device).expand(t.shape),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("view", STRIDED)
+@pytest.mark.parametrize("case", [c for c in cases.FEW if c.rank == 2 and c.padding != "same"][:5], ids=str)
+def test_any_strides(case, view, device, poisoned):
+    x, w, b = oracle.tensors(case, torch.float32, device)
+    check(case, STRIDED[view](x), STRIDED[view](w), STRIDED[view](b) if b.dim() > 2 else b.repeat(3)[::3])
+
+
+@pytest.mark.parametrize("which", ["fprop", "dgrad", "wgrad"])
+def test_offsets_beyond_32_bits(which, device):
+    """Two images 2^31 elements apart, in input and in output: only the touched pages of the views become memory."""
+    from tconv import launch
+    from tconv.problem import forward_problem
+
+    p = forward_problem((2, 4, 5, 5), (6, 4, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1)
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3)
+    y = F.conv2d(x, w, None, 2, 1)
+    dy = torch.randn_like(y)
+    back = torch.ops.aten.convolution_backward(dy, x, w, None, (2, 2), (1, 1), (1, 1), False, (0, 0), 1, (True, True, False))
+    right = {"fprop": y, "dgrad": back[0], "wgrad": back[1]}
+
+    def apart(t):
+        base = torch.empty(2**31 + t.numel(), dtype=t.dtype, device=device)
+        return base.as_strided(t.shape, (2**31, *t.stride()[1:])).copy_(t)
+
+    x, dy, w = apart(x), apart(dy), w.to(device)
+    if which == "wgrad":
+        got = launch.wgrad(p, dy, x, False)
+    else:
+        got = apart(right[which]).fill_(float("nan"))
+        launch._gather(which, p, x if which == "fprop" else dy, w, None, got)
+    prepared = [v for key, v in launch._prepared.items() if key[0] == which and 2**31 in key[2]]
+    assert [v.constants["WIDE"] for v in prepared] == [True]
+    torch.testing.assert_close(got.cpu(), right[which])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_infinity_meets_the_halo(device):
+    """Padding zeros take part in the arithmetic: an infinite weight over them gives NaN, as in torch's own kernels.
+
+    In fp64, because on CPUs torch hands fp32 depthwise layers to a library that skips the halo.
+    """
+    x = torch.ones(1, 2, 4, 4, device=device, dtype=torch.float64)
+    w = torch.ones(2, 2, 3, 3, device=device, dtype=torch.float64)
+    w[0, 0, 0, 0] = float("inf")
+    for groups in (1, 2):
+        weight = w[:, : 2 // groups].contiguous()
+        right = F.conv2d(x, weight, padding=1, groups=groups)
+        assert right.isnan().any()
+        torch.testing.assert_close(TF.conv2d(x, weight, padding=1, groups=groups), right, equal_nan=True)
+    x[0, 1, 2, 2] = float("nan")
+    torch.testing.assert_close(TF.conv2d(x, w, padding=1), F.conv2d(x, w, padding=1), equal_nan=True)

@@ -80,7 +80,7 @@ def pow2(n: int, low: int, high: int) -> int:
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
-def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, device: Device) -> Plan:
+def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, device: Device, narrow: bool = False) -> Plan:
     """The plan for one pass.
 
     Args:
@@ -89,6 +89,7 @@ def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, 
         itemsize: bytes of an element.
         tensor_cores: whether the precision asked for lets tensor cores do the products.
         device: where.
+        narrow: whether an operand's layout or alignment allows only element by element loads.
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
@@ -108,7 +109,7 @@ def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, 
     elif device.interpreted:
         tile, why = _interpreter_tile(problem, pass_, kernel), f"{why}; one large tile for the interpreter"
     else:
-        tile, note = _gpu_tile(problem, pass_, kernel, itemsize, tensor_cores, device)
+        tile, note = _gpu_tile(problem, pass_, kernel, tiles(kernel, itemsize, tensor_cores, narrow), itemsize, device)
         why = f"{why}; {note}"
     most = _most_splits(problem, kernel, tile, itemsize)
     if forced and forced.splits is not None and pass_ in ("wgrad", "bias"):
@@ -155,10 +156,10 @@ def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
 
 
 def _gpu_tile(
-    problem: ConvProblem, pass_: str, kernel: str, itemsize: int, tensor_cores: bool, device: Device
+    problem: ConvProblem, pass_: str, kernel: str, candidates: tuple[Tile, ...], itemsize: int, device: Device
 ) -> tuple[Tile, str]:
     """The legal tile with the least padded work per wave of programs."""
-    legal = [t for t in tiles(kernel, itemsize, tensor_cores) if not why_illegal(kernel, t, itemsize, device)]
+    legal = [t for t in candidates if not why_illegal(kernel, t, itemsize, device)]
     best: tuple[float, Tile, str] | None = None
     for tile in legal:
         programs = _programs(problem, pass_, kernel, tile)
@@ -202,9 +203,12 @@ def _most_splits(problem: ConvProblem, kernel: str, tile: Tile, itemsize: int) -
 
 
 def _splits(problem: ConvProblem, kernel: str, tile: Tile, device: Device, most: int) -> int:
-    """Enough splits for two programs per unit, none so short that its prologue shows (four steps of the loop)."""
+    """Enough splits for two programs per unit, none so short that its prologue shows (four steps of the loop).
+
+    A split's pixels are counted in 32 bits, so that there is one per 2^30 of them at least.
+    """
     if most == 1 or device.interpreted:
         return 1
     programs = _programs(problem, "wgrad", kernel, tile)
     steps = math.ceil(problem.gemm("wgrad")[2] / tile.k)
-    return max(1, min(most, math.ceil(2 * device.units / programs), steps // 4))
+    return max(1, min(most, math.ceil(2 * device.units / programs), steps // 4), math.ceil(steps * tile.k / 2**30))

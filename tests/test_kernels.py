@@ -135,7 +135,7 @@ def test_offsets_beyond_32_bits(which, device):
         got = launch.wgrad(p, dy, x, False)
     else:
         got = apart(right[which]).fill_(float("nan"))
-        launch._gather(which, p, x if which == "fprop" else dy, w, None, got)
+        launch.gather(which, p, x if which == "fprop" else dy, w, None, got)
     prepared = [v for key, v in launch._prepared.items() if key[0] == which and 2**31 in key[2]]
     assert [v.constants["WIDE"] for v in prepared] == [True]
     torch.testing.assert_close(got.cpu(), right[which])

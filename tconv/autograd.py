@@ -12,33 +12,27 @@ which differentiate further on their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from tconv import launch
-from tconv.problem import ConvProblem
+from tconv.layout import LIMIT, addressing
+from tconv.problem import Geometry
 from tconv.record import Call, note
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-Optional = torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A problem and the memory format of everything it computes."""
-
-    problem: ConvProblem
-    channels_last: bool
+MaybeTensor = torch.Tensor | None
 
 
 def unusual(*tensors: torch.Tensor) -> str | None:
     """Why a kernel must not be run on these tensors right now, or None."""
     if torch._C._are_functorch_transforms_active():
         return "inside a functorch transform"
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and _function_modes()):
         return "inside a dispatch or function mode"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
@@ -49,53 +43,58 @@ def unusual(*tensors: torch.Tensor) -> str | None:
             return f"a tensor subclass, {type(t).__name__}"
         if torch._C._functorch.is_legacy_batchedtensor(t):
             return "a batched gradient"
-        if t.layout is not torch.strided or t.is_neg():
+        if t.layout is not torch.strided or t.is_neg() or t._is_zerotensor():
             return "not a plain strided tensor"
     return None
 
 
-def fprop(x: torch.Tensor, w: torch.Tensor, b: Optional, g: Geometry) -> torch.Tensor:
+def _function_modes() -> bool:
+    """Whether a function mode is active other than torch.set_default_device's, which a convolution does not concern."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def fprop(x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
     """y of a problem, differentiable in x, w and b."""
     if _differentiable(x, w, b):
         return _Fprop.apply(x, w, b, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.fprop(g.problem, x, w, b, g.channels_last)
+    return launch.fprop(g, x, w, b)
 
 
-def dgrad(dy: torch.Tensor, w: torch.Tensor, b: Optional, g: Geometry) -> torch.Tensor:
+def dgrad(dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
     """dx of a problem, or a transposed layer's output, differentiable in dy, w and b."""
     if _differentiable(dy, w, b):
         return _Dgrad.apply(dy, w, b, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.dgrad(g.problem, dy, w, b, g.channels_last)
+    return launch.dgrad(g, dy, w, b)
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
     """dw of a problem, differentiable in dy and x."""
     if _differentiable(dy, x):
         return _Wgrad.apply(dy, x, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.wgrad(g.problem, dy, x, g.channels_last)
+    return launch.wgrad(g, dy, x)
 
 
 def bias_grad(g_out: torch.Tensor, g: Geometry) -> torch.Tensor:
     """db, the sum of an output's gradient over batch and pixels, differentiable."""
     if _differentiable(g_out):
         return _BiasGrad.apply(g_out, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.bias_grad(g.problem, g_out)
+    return launch.bias_grad(g, g_out)
 
 
-def _differentiable(*tensors: Optional) -> bool:
+def _differentiable(*tensors: MaybeTensor) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Fprop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: Optional, g: Geometry) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
         ctx.geometry = g
-        return launch.fprop(g.problem, x, w, b, g.channels_last)
+        return launch.fprop(g, x, w, b)
 
     @staticmethod
-    def backward(ctx: Any, dy: Optional) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, w = ctx.saved_tensors
         if dy is None:
             return None, None, None, None
@@ -112,14 +111,14 @@ class _Fprop(torch.autograd.Function):
 
 class _Dgrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dy: torch.Tensor, w: torch.Tensor, b: Optional, g: Geometry) -> torch.Tensor:
+    def forward(ctx: Any, dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, w)
         ctx.geometry = g
-        return launch.dgrad(g.problem, dy, w, b, g.channels_last)
+        return launch.dgrad(g, dy, w, b)
 
     @staticmethod
-    def backward(ctx: Any, gx: Optional) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gx: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         dy, w = ctx.saved_tensors
         if gx is None:
             return None, None, None, None
@@ -140,16 +139,18 @@ class _Wgrad(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, x)
         ctx.geometry = g
-        return launch.wgrad(g.problem, dy, x, g.channels_last)
+        return launch.wgrad(g, dy, x)
 
     @staticmethod
-    def backward(ctx: Any, gw: Optional) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gw: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         dy, x = ctx.saved_tensors
         if gw is None:
             return None, None, None
         need_y, need_x, _ = ctx.needs_input_grad
         op = _Torch if unusual(gw, dy, x) else _Ours
         g = ctx.geometry
+        if addressing(gw).reach > LIMIT:  # as a weight it is addressed in 32 bits
+            gw = gw.contiguous()
         return op.fprop(x, gw, g) if need_y else None, op.dgrad(dy, gw, g) if need_x else None, None
 
 
@@ -158,10 +159,10 @@ class _BiasGrad(torch.autograd.Function):
     def forward(ctx: Any, g_out: torch.Tensor, g: Geometry) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.shape = g_out.shape
-        return launch.bias_grad(g.problem, g_out)
+        return launch.bias_grad(g, g_out)
 
     @staticmethod
-    def backward(ctx: Any, gb: Optional) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gb: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         if gb is None:
             return None, None
         return gb.view(1, -1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None
@@ -179,42 +180,58 @@ class _Ours:
 class _Torch:
     """The same operations in torch's own differentiable operators.
 
-    Torch pads both ends alike and derives y's extents from x's. Where a problem differs ("same" with an even kernel, an
-    output_padding), x is first padded or cropped to what is read of it.
+    Torch pads both ends alike and derives y's extents from x's. A problem may pad its ends differently ("same" with an
+    even kernel) or leave the end of x unread, so x is padded and cropped here to exactly what is read, and aten's own
+    padding is zero.
     """
 
     @staticmethod
-    def _spelled(operator: str, g: Geometry) -> tuple[tuple[Any, ...], list[int]]:
-        """aten's parameters after the tensors, and the padding that x needs, in the form torch.nn.functional.pad takes."""
+    def _spelled(operator: str, g: Geometry) -> tuple[Any, ...]:
+        """aten's parameters after the tensors."""
         note(Call(operator, g.problem, None, "a gradient in an unusual context"))
         p = g.problem
         skip = 3 - p.rank
-        extra = [
-            (y - 1) * s - 2 * q + d * (t - 1) + 1 - x for x, y, s, q, d, t in zip(p.X, p.Y, p.S, p.P, p.D, p.T, strict=True)
-        ]
-        return (p.S[skip:], p.P[skip:], p.D[skip:], False, (0,) * p.rank, p.G), [
-            v for e in reversed(extra[skip:]) for v in (0, e)
-        ]
+        return p.S[skip:], (0,) * p.rank, p.D[skip:], False, (0,) * p.rank, p.G
+
+    @staticmethod
+    def _widths(g: Geometry) -> list[int]:
+        """Extents of what the problem reads, halo included; x's first element is the P-th of it."""
+        p = g.problem
+        return [(y - 1) * s + d * (t - 1) + 1 for y, s, d, t in zip(p.Y, p.S, p.D, p.T, strict=True)][3 - p.rank :]
+
+    @staticmethod
+    def _read(x: torch.Tensor, g: Geometry) -> torch.Tensor:
+        """x as the problem reads it."""
+        padding = g.problem.P[3 - g.problem.rank :]
+        for i, (width, before) in enumerate(zip(_Torch._widths(g), padding, strict=True)):
+            x = _window(x, 2 + i, before, 0, width)
+        return x
+
+    @staticmethod
+    def _written(dx: torch.Tensor, g: Geometry) -> torch.Tensor:
+        """The gradient of x from that of `_read(x)`."""
+        padding = g.problem.P[3 - g.problem.rank :]
+        for i, (extent, before) in enumerate(zip(g.problem.shape("x")[2:], padding, strict=True)):
+            dx = _window(dx, 2 + i, 0, before, extent)
+        return dx
 
     @staticmethod
     def fprop(x: torch.Tensor, w: torch.Tensor, g: Geometry) -> torch.Tensor:
-        parameters, pads = _Torch._spelled("aten::convolution", g)
-        y: torch.Tensor = torch.ops.aten.convolution(_pad(x, pads), w, None, *parameters)
+        y: torch.Tensor = torch.ops.aten.convolution(_Torch._read(x, g), w, None, *_Torch._spelled("aten::convolution", g))
         return y
 
     @staticmethod
     def dgrad(dy: torch.Tensor, w: torch.Tensor, g: Geometry) -> torch.Tensor:
-        parameters, pads = _Torch._spelled("aten::convolution_backward", g)
-        n, c, *extents = g.problem.shape("x")
-        like = w.new_zeros(()).expand(n, c, *(v + e for v, e in zip(extents, reversed(pads[1::2]), strict=True)))
+        like = w.new_zeros(()).expand(*g.problem.shape("x")[:2], *_Torch._widths(g))
+        parameters = _Torch._spelled("aten::convolution_backward", g)
         grads = torch.ops.aten.convolution_backward(dy, like, w, None, *parameters, (True, False, False))
-        return _pad(grads[0], [-e for e in pads])
+        return _Torch._written(grads[0], g)
 
     @staticmethod
     def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
-        parameters, pads = _Torch._spelled("aten::convolution_backward", g)
         like = x.new_zeros(()).expand(g.problem.shape("w"))
-        grads = torch.ops.aten.convolution_backward(dy, _pad(x, pads), like, None, *parameters, (False, True, False))
+        parameters = _Torch._spelled("aten::convolution_backward", g)
+        grads = torch.ops.aten.convolution_backward(dy, _Torch._read(x, g), like, None, *parameters, (False, True, False))
         dw: torch.Tensor = grads[1]
         return dw
 
@@ -224,5 +241,9 @@ class _Torch:
         return g_out.sum([0, *range(2, g_out.dim())])
 
 
-def _pad(x: torch.Tensor, pads: list[int]) -> torch.Tensor:
-    return torch.nn.functional.pad(x, pads) if any(pads) else x
+def _window(t: torch.Tensor, dim: int, before: int, start: int, length: int) -> torch.Tensor:
+    """`length` elements of a dimension from `start` on, after zeros have been put before it, and behind it as needed."""
+    behind = max(0, start + length - before - t.shape[dim])
+    if before or behind:
+        t = torch.nn.functional.pad(t, [0, 0] * (t.dim() - 1 - dim) + [before, behind])
+    return t.narrow(dim, start, length)

@@ -35,7 +35,8 @@ GEMM_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4
 GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 128, 32, 4, 3))
 # Element by element, loads go through registers and keep an address each: the tiles above spill 100 to 470 of them.
 GEMM_NARROW = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
-FMA_32 = (Tile(64, 64, 16, 4, 2), Tile(128, 64, 16, 8, 2))  # true fp32: no tensor cores
+FMA_32 = (Tile(64, 64, 16, 4, 2), Tile(128, 64, 16, 16, 2))  # true fp32: no tensor cores
+FMA_NARROW = (Tile(128, 64, 16, 16, 2),)
 GEMM_64 = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
 POINTWISE = (Tile(64, 64, 1, 4, 3), Tile(128, 32, 1, 4, 3), Tile(256, 16, 1, 4, 3))  # depthwise: [pixels, channels]
 POINTWISE_WGRAD = (Tile(3, 64, 32, 4, 2), Tile(3, 32, 64, 4, 2))  # taps, channels, pixels
@@ -53,7 +54,7 @@ def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool) -> tuple
     if itemsize == 8:
         return GEMM_64
     if itemsize == 4 and not tensor_cores:
-        return FMA_32
+        return FMA_NARROW if narrow else FMA_32
     if narrow:
         return GEMM_NARROW
     return GEMM_32 if itemsize == 4 else GEMM_16

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tconv.functional import dry_run
 from tconv.record import Call, last_calls, recording
 
 
@@ -51,7 +52,7 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
         return Explanation(last_calls())
     leaves = [a.detach().requires_grad_() if _real(a) else a for a in args]
     parameters = list(layer.parameters()) if isinstance(layer, torch.nn.Module) else []
-    with recording() as calls, torch.enable_grad(), _dry_run():
+    with recording() as calls, torch.enable_grad(), dry_run():
         y = layer(*leaves, **kwargs)
         wanted = [t for t in (*leaves, *kwargs.values(), *parameters) if isinstance(t, torch.Tensor) and t.requires_grad]
         if isinstance(y, torch.Tensor) and y.requires_grad and any(call.ours for call in calls):
@@ -61,13 +62,3 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
 
 def _real(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _dry_run() -> Any:
-    import contextlib
-
-    try:
-        from tconv.launch import dry_run
-    except ImportError:  # no Triton: every call goes to torch
-        return contextlib.nullcontext()
-    return dry_run()

@@ -7,23 +7,28 @@ own arguments, so that an error is torch's to the letter; `tconv.last_calls()` s
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tconv.problem import forward_problem, transposed_problem
+from tconv.problem import ConvProblem, Geometry, forward_problem, transposed_problem
 from tconv.record import Call, note
 
 FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REMEMBERED = 4096  # kinds of calls kept; a program whose shapes never repeat starts over
-_known: dict[Any, Any] = {}
+INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
+_known: dict[Any, Geometry | str] = {}
+_dry: contextvars.ContextVar[bool] = contextvars.ContextVar("tconv_dry", default=False)
 
 
 class Declined(Exception):
@@ -31,13 +36,14 @@ class Declined(Exception):
 
 
 @functools.cache
-def _engine() -> Any:
-    """The kernels' side of the house, imported when first needed: Triton is not needed to import tconv."""
+def _engine() -> tuple[Any, bool]:
+    """(The kernels' side of the house, whether it is interpreted), imported late: tconv itself needs no Triton."""
     try:
-        from tconv import autograd, launch
+        from tconv import autograd
+        from tconv.prepare import INTERPRET
     except ImportError as e:
         raise Declined(f"Triton cannot be imported ({e})") from None
-    return autograd, launch
+    return autograd, INTERPRET
 
 
 def convolve(
@@ -63,6 +69,16 @@ def convolve(
         return None
 
 
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Calls made in the block, by this thread, and their backward passes, are planned and recorded but not computed."""
+    token = _dry.set(True)
+    try:
+        yield
+    finally:
+        _dry.reset(token)
+
+
 def _convolve(
     transposed: bool,
     rank: int,
@@ -80,10 +96,10 @@ def _convolve(
         if not isinstance(t, torch.Tensor):
             raise Declined(f"a {type(t).__name__} where a tensor was expected")
     device = x.device
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        raise Declined(f"{device.type} tensors need TRITON_INTERPRET=1" if device.type == "cpu" else f"device {device}")
-    autograd, launch = _engine()
-    if device.type == "cpu" and not launch.INTERPRET:
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED):
+        raise Declined("CPU tensors need TRITON_INTERPRET=1" if device.type == "cpu" else f"device {device}")
+    autograd, interpreted = _engine()
+    if device.type == "cpu" and not interpreted:
         raise Declined("TRITON_INTERPRET was set after Triton's kernels were loaded")
     why = autograd.unusual(*tensors)
     if why:
@@ -91,16 +107,16 @@ def _convolve(
     if torch.is_autocast_enabled(device.type):
         tensors = _autocast(tensors, torch.get_autocast_dtype(device.type))
         x, w, b = tensors if b is not None else (*tensors, None)
+    if type(groups) is not int:  # True and 1.0 equal 1, as keys too
+        raise Declined(f"groups={groups!r}")
+    stride, output_padding, dilation = _parameter(stride), _parameter(output_padding), _parameter(dilation)
+    padding = padding if type(padding) is str else _parameter(padding)
     key = (
         transposed, x.shape, x.stride(), x.dtype, device, w.shape, w.stride(), w.dtype, w.device,
-        None if b is None else (b.shape, b.dtype, b.device),
+        None if b is None else (b.shape, b.stride(), b.dtype, b.device),
         stride, padding, output_padding, groups, dilation, rank,
     )  # fmt: skip
-    try:
-        known = _known.get(key)
-    except TypeError:  # a list among the parameters
-        stride, padding, output_padding, dilation = map(_hashable, (stride, padding, output_padding, dilation))
-        return _convolve(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
+    known = _known.get(key)
     if known is None:
         if len(_known) >= REMEMBERED:
             _known.clear()
@@ -111,20 +127,30 @@ def _convolve(
         _known[key] = known
     if isinstance(known, str):
         raise Declined(known)
+    if _dry.get():
+        known = dataclasses.replace(known, dry=True)
     batched = x.dim() == rank + 2
     operation = autograd.dgrad if transposed else autograd.fprop
     y: torch.Tensor = operation(x if batched else x.unsqueeze(0), w, b, known)
     return y if batched else y.squeeze(0)
 
 
-def _hashable(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
+def _parameter(value: Any) -> int | tuple[int, ...]:
+    """A stride, padding or dilation as a plain int or a tuple of them, or Declined: torch refuses floats, say."""
+    if type(value) is int:
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(v if type(v) is int else _index(v) for v in value)
+    return _index(value)
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, (bool, torch.Tensor, torch.SymInt)):
+        raise Declined(f"a parameter that is a {type(value).__name__}")
     try:
-        hash(value)
+        return operator.index(value)
     except TypeError:
-        raise Declined(f"a parameter of type {type(value).__name__}") from None
-    return value
+        raise Declined(f"a parameter that is a {type(value).__name__}") from None
 
 
 def _autocast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -132,17 +158,14 @@ def _autocast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torc
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _numbers(value: Any, rank: int, name: str) -> tuple[int, ...]:
+def _per_dimension(value: int | tuple[int, ...], rank: int, name: str) -> tuple[int, ...]:
     """A parameter as one int per dimension: an int, or a sequence of one or `rank` of them."""
-    values = tuple(value) if isinstance(value, (tuple, torch.Size)) else (value,) * rank
+    values = value if isinstance(value, tuple) else (value,)
     if len(values) == 1:
         values = values * rank
-    if len(values) != rank or any(isinstance(v, (bool, torch.Tensor)) for v in values):
+    if len(values) != rank:
         raise Declined(f"{name}={value!r}")
-    try:
-        return tuple(operator.index(v) for v in values)
-    except TypeError:
-        raise Declined(f"{name}={value!r}") from None
+    return values
 
 
 def _examine(
@@ -154,13 +177,12 @@ def _examine(
     stride: Any,
     padding: Any,
     output_padding: Any,
-    groups: Any,
+    groups: int,
     dilation: Any,
-) -> Any:
+) -> Geometry:
     """Everything torch checks, and what our kernels need: the geometry of a call that both accept, else Declined."""
-    from tconv.layout import LIMIT, result_is_channels_last
+    from tconv.layout import LIMIT, addressing, result_is_channels_last
 
-    autograd, _ = _engine()
     if x.dtype not in DTYPES:
         raise Declined(f"dtype {x.dtype}")
     for t in (w, b):
@@ -168,39 +190,50 @@ def _examine(
             raise Declined("tensors of several dtypes or devices")
     if w.dim() != rank + 2 or x.dim() not in (rank + 1, rank + 2):
         raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
-    s, d = _numbers(stride, rank, "stride"), _numbers(dilation, rank, "dilation")
-    op = _numbers(output_padding, rank, "output_padding")
-    if type(groups) is not int or groups < 1 or min(s) < 1 or min(d) < 1 or min(op) < 0:
+    s, d = _per_dimension(stride, rank, "stride"), _per_dimension(dilation, rank, "dilation")
+    op = _per_dimension(output_padding, rank, "output_padding")
+    if groups < 1 or min(s) < 1 or min(d) < 1 or min(op) < 0:
         raise Declined("a stride, dilation, output_padding or number of groups out of range")
     if x.numel() == 0 or w.numel() == 0:
         raise Declined("a tensor without elements")
-    if w.numel() > LIMIT or any(v < 0 for t in (x, w) for v in t.stride()):
-        raise Declined("a weight of 2^31 elements or more")
-    shape = tuple(x.shape) if x.dim() == rank + 2 else (1, *x.shape)
-    c, k = (w.shape[1] * groups, w.shape[0]) if not transposed else (w.shape[0], w.shape[1] * groups)
-    if shape[1] != c or w.shape[0] % groups or (b is not None and tuple(b.shape) != (k,)):
+    x = x if x.dim() == rank + 2 else x.unsqueeze(0)
+    c, k = (w.shape[0], w.shape[1] * groups) if transposed else (w.shape[1] * groups, w.shape[0])
+    if x.shape[1] != c or w.shape[0] % groups or (b is not None and tuple(b.shape) != (k,)):
         raise Declined("channels, groups and weight that do not fit together")
-    if isinstance(padding, str) and not transposed:
-        if padding not in ("same", "valid") or (padding == "same" and max(s) > 1):
-            raise Declined(f"padding={padding!r} with stride {s}")
-        totals = [d[i] * (w.shape[2 + i] - 1) if padding == "same" else 0 for i in range(rank)]
-        pads = [(t // 2, t - t // 2) for t in totals]
-    else:
-        pads = [(p, p) for p in _numbers(padding, rank, "padding")]
-    if min(p for p, _ in pads) < 0:
-        raise Declined("negative padding")
+    pads = _padding(padding, rank, transposed, w.shape[2:], s, d)
     if transposed:
         if any(o >= max(si, di) for o, si, di in zip(op, s, d, strict=True)):
             raise Declined("output_padding not smaller than stride or dilation")
-        problem = transposed_problem(shape, w.shape, s, [p for p, _ in pads], op, d, groups)
-        extents = problem.X
+        problem = transposed_problem(x.shape, w.shape, s, [p for p, _ in pads], op, d, groups)
     else:
-        problem = forward_problem(shape, w.shape, s, pads, d, groups)
-        extents = problem.Y
-    if min(extents) < 1 or max(map(abs, (*problem.X, *problem.Y, *problem.P))) * max(*problem.S, *problem.D) > LIMIT:
-        raise Declined("an output without elements, or extents beyond 2^31")
-    batched = x if x.dim() == rank + 2 else x.unsqueeze(0)
-    return autograd.Geometry(problem, result_is_channels_last(batched, w))
+        problem = forward_problem(x.shape, w.shape, s, pads, d, groups)
+    if min(problem.X) < 1 or min(problem.Y) < 1:
+        raise Declined("an output without elements")
+    if addressing(w).reach > LIMIT or (b is not None and k * b.stride(0) > LIMIT) or _overflows(problem, LIMIT):
+        raise Declined("a weight, or coordinates or programs, that 32 bits cannot count")
+    return Geometry(problem, result_is_channels_last(x, w))
+
+
+def _padding(
+    padding: Any, rank: int, transposed: bool, taps: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    """(before, after) per dimension; torch puts the odd one of "same" behind."""
+    if isinstance(padding, str):
+        if transposed or padding not in ("same", "valid") or (padding == "same" and max(stride) > 1):
+            raise Declined(f"padding={padding!r}")
+        totals = [d * (t - 1) if padding == "same" else 0 for d, t in zip(dilation, taps, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    pads = _per_dimension(padding, rank, "padding")
+    if min(pads) < 0:
+        raise Declined("negative padding")
+    return [(p, p) for p in pads]
+
+
+def _overflows(p: ConvProblem, limit: int) -> bool:
+    """Whether a coordinate, or the number of programs of a strided dgrad, may not fit 32 bits."""
+    far = max(*p.X, *p.Y, *p.P, *p.T) * max(*p.S, *p.D)
+    programs = p.phases("dgrad") * p.C * (p.N * max(p.X) // 16 + 1)
+    return max(far, max(p.S) * max(p.D), programs) > limit
 
 
 def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:

@@ -13,9 +13,9 @@ LIMIT = 2**31 - 1
 
 
 def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Whether torch gives y, dx and dw of this layer channels_last: if x or w is, but never fp64 on CUDA.
+    """Whether y, dx and dw of this layer are channels_last: if x or w is, but never fp64 on CUDA.
 
-    The rule of ATen/native/ConvUtils.h. At rank 1 torch makes x contiguous and applies it to the unsqueezed pair.
+    cuDNN's rule in ATen/native/ConvUtils.h. At rank 1 torch makes x contiguous and applies it to the unsqueezed pair.
     """
     if x.dtype == torch.float64 and x.is_cuda:
         return False

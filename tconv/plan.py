@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,17 +45,26 @@ class Plan:
 
 @dataclass(frozen=True)
 class Forced:
+    """What `force` was given."""
+
     kernel: str | None
     tile: Tile | None
     splits: int | None
 
 
-FORCED: contextvars.ContextVar[Forced | None] = contextvars.ContextVar("tconv_forced", default=None)
+_forced: Forced | None = None
+
+
+def forced() -> Forced | None:
+    """What plans are forced to now, if anything."""
+    return _forced
 
 
 @contextlib.contextmanager
 def force(kernel: str | None = None, tile: Tile | None = None, splits: int | None = None) -> Iterator[None]:
     """Inside the block every plan uses what is given; one that cannot run raises ValueError. For tests and measurements.
+
+    It holds for the whole process: backward passes run on threads of autograd's own.
 
     Args:
         kernel: name of a kernel; passes that do not know it plan freely.
@@ -65,14 +73,17 @@ def force(kernel: str | None = None, tile: Tile | None = None, splits: int | Non
 
     Example:
         >>> with force(splits=3):
-        ...     FORCED.get()
+        ...     forced()
         Forced(kernel=None, tile=None, splits=3)
     """
-    token = FORCED.set(Forced(kernel, tile, splits))
+    global _forced
+    if kernel is not None and not any(kernel in known for known in KERNELS.values()):
+        raise ValueError(f"kernel must be one of {sorted(set().union(*KERNELS.values()))}, got {kernel!r}")
+    before, _forced = _forced, Forced(kernel, tile, splits)
     try:
         yield
     finally:
-        FORCED.reset(token)
+        _forced = before
 
 
 def pow2(n: int, low: int, high: int) -> int:
@@ -85,7 +96,7 @@ def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, 
 
     Args:
         problem: what to compute.
-        pass_: "fprop", "dgrad", "wgrad" or "bias".
+        pass_: "fprop", "dgrad" or "wgrad".
         itemsize: bytes of an element.
         tensor_cores: whether the precision asked for lets tensor cores do the products.
         device: where.
@@ -93,37 +104,55 @@ def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, 
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
-    forced = FORCED.get()
-    if forced and not (forced.kernel is None or forced.kernel in KERNELS[pass_]):
-        forced = None
+    wish = _wish(pass_)
     kernel, why = _kernel(problem, pass_)
-    if forced and forced.kernel and forced.kernel != kernel:
-        kernel, why = forced.kernel, "forced"
+    if wish and wish.kernel and wish.kernel != kernel:
+        kernel, why = wish.kernel, "forced"
         if kernel.startswith("depthwise") and not problem.depthwise:
             raise ValueError(f"forced kernel {kernel!r} needs one input channel per group, got {problem}")
-    if forced and forced.tile:
-        tile, why = forced.tile, "forced tile"
-        illegal = why_illegal(kernel, tile, itemsize, device)
-        if illegal:
-            raise ValueError(f"forced plan cannot run: {illegal}")
-    elif device.interpreted:
-        tile, why = _interpreter_tile(problem, pass_, kernel), f"{why}; one large tile for the interpreter"
+    if device.interpreted:
+        tile, note = _interpreter_tile(problem, pass_, kernel), "one large tile for the interpreter"
     else:
         tile, note = _gpu_tile(problem, pass_, kernel, tiles(kernel, itemsize, tensor_cores, narrow), itemsize, device)
-        why = f"{why}; {note}"
-    most = _most_splits(problem, kernel, tile, itemsize)
-    if forced and forced.splits is not None and pass_ in ("wgrad", "bias"):
-        if not 1 <= forced.splits <= most:
-            raise ValueError(f"forced plan cannot run: {forced.splits} splits, this problem allows 1 to {most}")
-        splits = forced.splits
-    else:
-        splits = _splits(problem, kernel, tile, device, most)
-    return Plan(pass_, kernel, tile, splits, why)
+    tile, note = _forced_tile(wish, kernel, itemsize, device) or (tile, note)
+    splits = 1
+    if pass_ == "wgrad":
+        programs = _programs(problem, pass_, kernel, tile)
+        elements = math.prod(problem.shape("w"))
+        splits = _splits(problem.gemm("wgrad")[2], tile.k, programs, elements * max(4, itemsize), device, wish)
+    return Plan(pass_, kernel, tile, splits, f"{why}; {note}")
+
+
+def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
+    """The plan for a bias gradient, the sum of `pixels` numbers for each of `channels`.
+
+    Raises:
+        ValueError: a plan was forced (`force`) that cannot run.
+    """
+    wish = _wish("bias")
+    n = pow2(channels, 1, 1024)
+    tile = Tile(1, n, pow2(pixels, 1, (1 << 18) // n)) if device.interpreted else tiles("bias", itemsize, False, False)[0]
+    tile, _ = _forced_tile(wish, "bias", itemsize, device) or (tile, "")
+    splits = _splits(pixels, tile.k, math.ceil(channels / tile.n), channels * max(4, itemsize), device, wish)
+    return Plan("bias", "bias", tile, splits, "sum of the output gradient's pixels")
+
+
+def _wish(pass_: str) -> Forced | None:
+    """What this pass is forced to; a kernel that it does not know leaves it free."""
+    wish = _forced
+    return None if wish is None or not (wish.kernel is None or wish.kernel in KERNELS[pass_]) else wish
+
+
+def _forced_tile(wish: Forced | None, kernel: str, itemsize: int, device: Device) -> tuple[Tile, str] | None:
+    if wish is None or wish.tile is None:
+        return None
+    illegal = why_illegal(kernel, wish.tile, itemsize, device)
+    if illegal:
+        raise ValueError(f"forced plan cannot run: {illegal}")
+    return wish.tile, "forced tile"
 
 
 def _kernel(problem: ConvProblem, pass_: str) -> tuple[str, str]:
-    if pass_ == "bias":
-        return "bias", "sum of the output gradient's pixels"
     if problem.depthwise and problem.multiplier <= 8:
         # A dot would read 16 channels for one that counts; up to a few outputs per channel multiply-adds are less work.
         return ("depthwise_wgrad" if pass_ == "wgrad" else "depthwise"), "one input channel per group"
@@ -135,17 +164,15 @@ def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
     c, k = problem.C // problem.G, problem.K // problem.G
     if kernel == "depthwise":
         return (problem.K if pass_ == "fprop" else problem.C), 1
-    if kernel in ("depthwise_wgrad", "bias"):
-        return problem.K, 1
     return (k, c) if pass_ == "fprop" else (c, k)
 
 
 def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
+    """The interpreter's time is per operation, not per element: one program, or as few as 2^18 elements a block allow."""
     written, reduced = _channels(problem, pass_, kernel)
-    if kernel in ("depthwise_wgrad", "bias"):
-        n = pow2(written, 1, 1024)
-        pixels = pow2(problem.gemm("wgrad")[2], 1, (1 << 18) // n)
-        return Tile(min(problem.taps, 27) if kernel == "depthwise_wgrad" else 1, n, pixels)
+    if kernel == "depthwise_wgrad":
+        n = pow2(problem.K, 1, 1024)
+        return Tile(min(problem.taps, 27), n, pow2(problem.gemm("wgrad")[2], 1, (1 << 18) // n))
     if kernel == "wgrad":
         m, n = pow2(problem.K // problem.G, 16, 1024), pow2(problem.C // problem.G, 16, 1024)
         return Tile(m, n, pow2(problem.gemm("wgrad")[2], 16, (1 << 18) // max(m, n)))
@@ -181,8 +208,6 @@ def _programs(problem: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
         return math.ceil(k / tile.m) * math.ceil(c / tile.n) * problem.taps * problem.G
     if kernel == "depthwise_wgrad":
         return math.ceil(problem.taps / tile.m) * math.ceil(problem.K / tile.n)
-    if kernel == "bias":
-        return math.ceil(problem.K / tile.n)
     return pixel_tiles(problem, pass_, tile.m) * math.ceil(written / tile.n) * (problem.G if kernel == "gather" else 1)
 
 
@@ -194,21 +219,22 @@ def pixel_tiles(problem: ConvProblem, pass_: str, block: int) -> int:
     return math.ceil(pixels / block) * problem.phases(pass_)
 
 
-def _most_splits(problem: ConvProblem, kernel: str, tile: Tile, itemsize: int) -> int:
-    if kernel not in ("wgrad", "depthwise_wgrad", "bias"):
-        return 1
-    elements = problem.K if kernel == "bias" else math.prod(problem.shape("w"))
-    pixels = math.ceil(problem.gemm("wgrad")[2] / tile.k)
-    return max(1, min(pixels, WORKSPACE // (elements * max(4, itemsize))))
+def chunk(pixels: int, block: int, splits: int) -> int:
+    """Pixels per split: the least multiple of the block with which `splits` splits are enough."""
+    return math.ceil(math.ceil(pixels / block) / splits) * block
 
 
-def _splits(problem: ConvProblem, kernel: str, tile: Tile, device: Device, most: int) -> int:
-    """Enough splits for two programs per unit, none so short that its prologue shows (four steps of the loop).
+def _splits(pixels: int, block: int, programs: int, slice_bytes: int, device: Device, wish: Forced | None) -> int:
+    """Parts of a reduction: enough for two programs per unit, none shorter than four steps of the loop.
 
-    A split's pixels are counted in 32 bits, so that there is one per 2^30 of them at least.
+    The workspace, a slice per split, bounds them. A split's pixels are counted in 32 bits, so one per 2^30 is the least.
     """
-    if most == 1 or device.interpreted:
-        return 1
-    programs = _programs(problem, "wgrad", kernel, tile)
-    steps = math.ceil(problem.gemm("wgrad")[2] / tile.k)
-    return max(1, min(most, math.ceil(2 * device.units / programs), steps // 4), math.ceil(steps * tile.k / 2**30))
+    steps = math.ceil(pixels / block)
+    most = max(1, min(steps, WORKSPACE // slice_bytes))
+    splits = 1 if device.interpreted else min(most, math.ceil(2 * device.units / programs), steps // 4)
+    if wish and wish.splits is not None:
+        if not 1 <= wish.splits <= most:
+            raise ValueError(f"forced plan cannot run: {wish.splits} splits, this problem allows 1 to {most}")
+        splits = wish.splits
+    splits = max(1, splits, math.ceil(pixels / 2**30))
+    return math.ceil(pixels / chunk(pixels, block, splits))  # rounding up may leave the last ones without work

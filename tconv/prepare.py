@@ -7,24 +7,27 @@ Only shapes, strides, dtype and alignment are read, so tensors without storage d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from tconv import plan as planning
 from tconv.configs import Tile
 from tconv.device import Device
-from tconv.kernels import depthwise as depthwise_kernels
-from tconv.kernels import gather as gather_kernel
-from tconv.kernels import reduce as reduce_kernels
-from tconv.kernels import wgrad as wgrad_kernel
+from tconv.kernels.common import integers as integers_of
+from tconv.kernels.depthwise import depthwise, depthwise_wgrad
+from tconv.kernels.gather import gather
+from tconv.kernels.reduce import sum_pixels
+from tconv.kernels.wgrad import wgrad
 from tconv.layout import LIMIT, Addressing, addressing, vector
-from tconv.problem import ConvProblem
+from tconv.problem import ConvProblem, lift
 from tconv.record import Call
 
-INTERPRET = not hasattr(gather_kernel.gather, "cache_key")  # Triton decided so when the kernels were loaded
+INTERPRET = isinstance(gather, InterpretedFunction)  # Triton decided so when the kernels were loaded
 FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank
 
 
@@ -72,61 +75,42 @@ def prepare_gather(
     reduced, written = (aw.outer, aw.channel) if transposed else (aw.channel, aw.outer)
     group = p.K // p.G * aw.outer
     inner = _weight_axis(aw, transposed)
-    x_vec = _vector(x, ax, ci)
-    w_vec = 1
+    x_vec, w_vec = _vector(x, ax, ci), 1
     if inner:
         outer = written if inner == "i" else reduced
         w_vec = vector(w.data_ptr(), size, outer, *aw.spatial, group, ci if inner == "i" else co)
 
     plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow=min(x_vec, w_vec) == 1)
-    tile = plan.tile
-    tiles = planning.pixel_tiles(p, pass_, tile.m)
-    extents = (*((p.Y, p.X) if transposed else (p.X, p.Y)), p.T, p.S, p.D, p.P, _gcds(p))
-    geometry = tuple(v for triple in extents for v in triple)
-    bias_stride = b.stride(0) if b is not None else 0
+    tile, tiles = plan.tile, planning.pixel_tiles(p, pass_, plan.tile.m)
+    integers = {
+        "N": p.N, **_window(p), **_triple("g", [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]),
+        **_triple("X", p.Y if transposed else p.X), **_triple("Y", p.X if transposed else p.Y),
+        **_strides("sx", ax), **_triple("sw", aw.spatial), **_strides("sy", ay), "sb": b.stride(0) if b is not None else 0,
+    }  # fmt: skip
     constants: dict[str, Any] = {
-        "TRANSPOSED": transposed,
-        "RANK": p.rank,
-        "X_UNIT": ax.unit,
-        "Y_UNIT": ay.unit,
-        "HAS_BIAS": b is not None,
+        "TRANSPOSED": transposed, "RANK": p.rank, "X_UNIT": ax.unit, "Y_UNIT": ay.unit, "HAS_BIAS": b is not None,
         # The first tap's offset may lie in the halo, before a later one brings it back.
         "WIDE": max(ax.reach + _halo(p, ax), ay.reach, y.shape[0] * math.prod(y.shape[2:]) + tile.m) > LIMIT,
-        "FLIP": not ax.unit,
-        **_numerics(x.dtype),
-        **_options(tile),
-    }
+        "FLIP": not ax.unit, "BLOCK_M": tile.m, **_numerics(x.dtype), **_options(tile),
+    }  # fmt: skip
     call = Call(pass_, p, plan, plan.reason)
     if plan.kernel == "depthwise":
-        integers: tuple[int, ...] = (p.N, y.shape[1], p.multiplier, *geometry)
-        integers += (ax.outer, ax.channel, *ax.spatial, aw.outer, *aw.spatial)
-        integers += (ay.outer, ay.channel, *ay.spatial, bias_stride)
+        integers |= {"C": y.shape[1], "M": p.multiplier, "swk": aw.outer}
         constants |= {
-            "X_VEC": _vector(x, ax, y.shape[1]) if p.multiplier == 1 else 1,
-            "Y_VEC": _vector(y, ay, y.shape[1]),
-            "MULTIPLIED": p.multiplier > 1,
-            "BLOCK_M": tile.m,
-            "BLOCK_C": tile.n,
-        }
-        grid = (tiles * math.ceil(y.shape[1] / tile.n),)
-        return Prepared(depthwise_kernels.depthwise, grid, integers, constants, call)
-    integers = (p.N, ci, co, p.G, *geometry)
-    integers += (ax.outer, ci * ax.channel, ax.channel, *ax.spatial)
-    integers += (group, reduced, written, *aw.spatial)
-    integers += (ay.outer, co * ay.channel, ay.channel, *ay.spatial, bias_stride)
+            "X_VEC": _vector(x, ax, y.shape[1]) if p.multiplier == 1 else 1, "Y_VEC": _vector(y, ay, y.shape[1]),
+            "MULTIPLIED": p.multiplier > 1, "BLOCK_C": tile.n,
+        }  # fmt: skip
+        return _prepared(depthwise, tiles * math.ceil(y.shape[1] / tile.n), integers, constants, call)
+    integers |= {
+        "CI": ci, "CO": co, "G": p.G, "sxg": ci * ax.channel, "syg": co * ay.channel,
+        "swg": group, "swi": reduced, "swo": written,
+    }  # fmt: skip
     constants |= {
-        "W_UNIT": inner,
-        "X_VEC": x_vec,
-        "W_VEC": w_vec,
-        "Y_VEC": _vector(y, ay, co),
-        "EVEN": ci % tile.k == 0,
-        "PACKED": max(p.T) <= FIELD[p.rank],
-        "PRECISION": _precision(x.dtype),
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "BLOCK_K": tile.k,
-    }
-    return Prepared(gather_kernel.gather, (tiles * math.ceil(co / tile.n) * p.G,), integers, constants, call)
+        "W_UNIT": inner, "X_VEC": x_vec, "W_VEC": w_vec, "Y_VEC": _vector(y, ay, co), "EVEN": ci % tile.k == 0,
+        "FIELD": FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0, "PRECISION": _precision(x.dtype),
+        "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+    }  # fmt: skip
+    return _prepared(gather, tiles * math.ceil(co / tile.n) * p.G, integers, constants, call)
 
 
 def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
@@ -136,69 +120,71 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
     c, k = p.C // p.G, p.K // p.G
     x_vec, y_vec = _vector(x, ax, c), _vector(dy, ay, k)
     plan = planning.choose(p, "wgrad", size, tensor_cores(x.dtype), device, narrow=min(x_vec, y_vec) == 1)
-    tile = plan.tile
-    pixels = p.N * math.prod(p.Y)
-    chunk, splits = _chunks(pixels, tile.k, plan.splits)
-    geometry = (*p.X, *p.Y, *p.T, *p.S, *p.D, *p.P, *_digits(tile.k, p.Y), chunk)
+    tile, splits, pixels = plan.tile, plan.splits, p.N * math.prod(p.Y)
+    chunk = planning.chunk(pixels, tile.k, splits)
+    integers = {
+        "N": p.N, **_window(p), **_triple("X", p.X), **_triple("Y", p.Y), **_digits(tile.k, p.Y), "chunk": chunk,
+        **_strides("sx", ax), **_strides("sy", ay), **_triple("sw", aw.spatial), "sws": dw.numel(), "swk": aw.outer,
+    }  # fmt: skip
     constants: dict[str, Any] = {
-        "RANK": p.rank,
-        "X_UNIT": ax.unit,
-        "Y_UNIT": ay.unit,
+        "RANK": p.rank, "X_UNIT": ax.unit, "Y_UNIT": ay.unit, "BLOCK_P": tile.k,
         "WIDE": max(ax.reach + _halo(p, ax), ay.reach, pixels + tile.k) > LIMIT,
-        **_numerics(x.dtype),
-        **_options(tile),
-    }
+        **_numerics(x.dtype), **_options(tile),
+    }  # fmt: skip
     call = Call("wgrad", p, plan, plan.reason)
     if plan.kernel == "depthwise_wgrad":
-        integers: tuple[int, ...] = (p.N, p.K, p.multiplier, *geometry, ax.outer, ax.channel, *ax.spatial)
-        integers += (ay.outer, ay.channel, *ay.spatial, dw.numel(), aw.outer, *aw.spatial)
+        integers |= {"K": p.K, "M": p.multiplier}
         constants |= {
-            "X_VEC": _vector(x, ax, p.K) if p.multiplier == 1 else 1,
-            "Y_VEC": _vector(dy, ay, p.K),
-            "MULTIPLIED": p.multiplier > 1,
-            "TAPS": tile.m,
-            "BLOCK_C": tile.n,
-            "BLOCK_P": tile.k,
-        }
-        grid = (math.ceil(p.taps / tile.m) * math.ceil(p.K / tile.n) * splits,)
-        return Prepared(depthwise_kernels.depthwise_wgrad, grid, integers, constants, call, splits)
-    integers = (p.N, c, k, p.G, *geometry)
-    integers += (ax.outer, c * ax.channel, ax.channel, *ax.spatial)
-    integers += (ay.outer, k * ay.channel, ay.channel, *ay.spatial)
-    integers += (dw.numel(), k * aw.outer, aw.outer, aw.channel, *aw.spatial)
+            "X_VEC": _vector(x, ax, p.K) if p.multiplier == 1 else 1, "Y_VEC": _vector(dy, ay, p.K),
+            "MULTIPLIED": p.multiplier > 1, "TAPS": tile.m, "BLOCK_C": tile.n,
+        }  # fmt: skip
+        programs = math.ceil(p.taps / tile.m) * math.ceil(p.K / tile.n) * splits
+        return _prepared(depthwise_wgrad, programs, integers, constants, call, splits)
+    integers |= {
+        "C": c, "K": k, "G": p.G, "sxg": c * ax.channel, "syg": k * ay.channel, "swg": k * aw.outer, "swc": aw.channel,
+    }  # fmt: skip
     constants |= {
-        "X_VEC": x_vec,
-        "Y_VEC": y_vec,
-        "PRECISION": _precision(x.dtype),
-        "BLOCK_K": tile.m,
-        "BLOCK_C": tile.n,
-        "BLOCK_P": tile.k,
-    }
-    grid = (math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G * splits,)
-    return Prepared(wgrad_kernel.wgrad, grid, integers, constants, call, splits)
+        "X_VEC": x_vec, "Y_VEC": y_vec, "PRECISION": _precision(x.dtype), "BLOCK_K": tile.m, "BLOCK_C": tile.n,
+    }  # fmt: skip
+    programs = math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G * splits
+    return _prepared(wgrad, programs, integers, constants, call, splits)
 
 
 def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepared:
     """The bias gradient of an output's gradient g [N, channels, *extents]: fprop's or a transposed layer's."""
-    plan = planning.choose(problem, "bias", g.element_size(), False, device)
-    tile, a, channels = plan.tile, addressing(g), g.shape[1]
-    extents = (1,) * (5 - g.dim()) + tuple(g.shape[2:])
+    channels, extents = g.shape[1], lift(g.shape[2:], 1)
     pixels = g.shape[0] * math.prod(extents)
-    chunk, splits = _chunks(pixels, tile.k, plan.splits)
-    integers = (g.shape[0], channels, *extents, chunk, a.outer, a.channel, *a.spatial)
-    constants = {
-        "RANK": problem.rank,
-        "Y_UNIT": a.unit,
-        "Y_VEC": _vector(g, a, channels),
-        "WIDE": max(a.reach, pixels + tile.k) > LIMIT,
-        **_numerics(g.dtype),
-        **_options(tile),
-        "BLOCK_P": tile.k,
-        "BLOCK_K": tile.n,
-    }
-    grid = (math.ceil(channels / tile.n) * splits,)
+    plan, a = planning.choose_bias(channels, pixels, g.element_size(), device), addressing(g)
+    tile = plan.tile
+    integers = {
+        "N": g.shape[0], "C": channels, **_triple("Y", extents), **_strides("sy", a),
+        "chunk": planning.chunk(pixels, tile.k, plan.splits),
+    }  # fmt: skip
+    constants: dict[str, Any] = {
+        "RANK": problem.rank, "Y_UNIT": a.unit, "Y_VEC": _vector(g, a, channels), "WIDE": max(a.reach, pixels + tile.k) > LIMIT,
+        "BLOCK_P": tile.k, "BLOCK_C": tile.n, **_numerics(g.dtype), **_options(tile),
+    }  # fmt: skip
     call = Call("bias", problem, plan, plan.reason)
-    return Prepared(reduce_kernels.sum_pixels, grid, integers, constants, call, splits)
+    return _prepared(sum_pixels, math.ceil(channels / tile.n) * plan.splits, integers, constants, call, plan.splits)
+
+
+def _prepared(
+    kernel: Any, programs: int, named: dict[str, int], constants: dict[str, Any], call: Call, splits: int = 1
+) -> Prepared:
+    """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over."""
+    return Prepared(kernel, (programs,), tuple(named[n] for n in integers_of(kernel)), constants, call, splits)
+
+
+def _triple(prefix: str, values: Sequence[int]) -> dict[str, int]:
+    return {f"{prefix}{i}": v for i, v in enumerate(values)}
+
+
+def _strides(prefix: str, a: Addressing) -> dict[str, int]:
+    return {f"{prefix}n": a.outer, f"{prefix}c": a.channel, **_triple(prefix, a.spatial)}
+
+
+def _window(p: ConvProblem) -> dict[str, int]:
+    return _triple("T", p.T) | _triple("S", p.S) | _triple("D", p.D) | _triple("P", p.P)
 
 
 def _numerics(dtype: torch.dtype) -> dict[str, Any]:
@@ -211,10 +197,6 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _options(tile: Tile) -> dict[str, int]:
     return {"num_warps": tile.warps, "num_stages": tile.stages}
-
-
-def _gcds(p: ConvProblem) -> tuple[int, ...]:
-    return tuple(math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True))
 
 
 def _vector(t: torch.Tensor, a: Addressing, channels: int) -> int:
@@ -237,16 +219,10 @@ def _halo(problem: ConvProblem, a: Addressing) -> int:
     return sum(t * s for t, s in zip(taps, a.spatial, strict=True))
 
 
-def _chunks(pixels: int, block: int, splits: int) -> tuple[int, int]:
-    """(pixels per split, a multiple of block; splits that get any)."""
-    chunk = math.ceil(math.ceil(pixels / block) / splits) * block
-    return chunk, math.ceil(pixels / chunk)
-
-
-def _digits(block: int, extents: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """block as (images, coordinates...) in the mixed radix of an output's extents."""
-    rest, digits = block, []
-    for extent in reversed(extents):
-        digits.append(rest % extent)
-        rest //= extent
-    return rest, digits[2], digits[1], digits[0]
+def _digits(block: int, extents: tuple[int, int, int]) -> dict[str, int]:
+    """block as images (Bn) and coordinates (B0, B1, B2) in the mixed radix of an output's extents."""
+    rest, digits = block, {}
+    for d in (2, 1, 0):
+        digits[f"B{d}"] = rest % extents[d]
+        rest //= extents[d]
+    return {**digits, "Bn": rest}

@@ -109,6 +109,21 @@ class ConvProblem:
         return f"N{self.N} C{self.C} {times(self.X)} -> K{self.K} {times(self.Y)}, filter {times(self.T)}{extras}{groups}"
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """What a call's operations share: a problem, the memory format of all it computes, and whether to compute at all.
+
+    Attributes:
+        problem: the convolution.
+        channels_last: whether y, dx and dw are channels_last.
+        dry: plan and record, but launch nothing (`explain`).
+    """
+
+    problem: ConvProblem
+    channels_last: bool
+    dry: bool = False
+
+
 def forward_problem(
     x: Sequence[int],
     w: Sequence[int],
@@ -132,7 +147,7 @@ def forward_problem(
     y = [(x[2 + i] + sum(padding[i]) - dilation[i] * (w[2 + i] - 1) - 1) // stride[i] + 1 for i in range(rank)]
     return ConvProblem(
         rank, x[0], x[1], w[0], groups, lift(x[2:], 1), lift(y, 1), lift(w[2:], 1),
-        lift(stride, 1), lift([p[0] for p in padding], 0), lift(dilation, 1),
+        _useful(stride, x[2:], y), lift([p[0] for p in padding], 0), lift(dilation, 1),
     )  # fmt: skip
 
 
@@ -161,5 +176,10 @@ def transposed_problem(
     ]
     return ConvProblem(
         rank, x[0], w[1] * groups, w[0], groups, lift(out, 1), lift(x[2:], 1), lift(w[2:], 1),
-        lift(stride, 1), lift(padding, 0), lift(dilation, 1),
+        _useful(stride, out, x[2:]), lift(padding, 0), lift(dilation, 1),
     )  # fmt: skip
+
+
+def _useful(stride: Sequence[int], x: Sequence[int], y: Sequence[int]) -> Triple:
+    """Strides, where there is one output only no larger than the input: any would do, and dgrad has one phase per unit."""
+    return lift([s if n > 1 else max(1, min(s, e)) for s, e, n in zip(stride, x, y, strict=True)], 1)

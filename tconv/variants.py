@@ -79,7 +79,9 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, pointers: dict[
     inner = {True: "c", False: "p"}
     marks = [inner[c[k]] for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
     vectors = [str(c[k]) for k in ("X_VEC", "W_VEC", "Y_VEC") if k in c]
-    flags = [k.lower() for k in ("EVEN", "PACKED", "MULTIPLIED", "WIDE") if c.get(k)]
+    flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "WIDE") if c.get(k)]
+    if c.get("FIELD") == 0:
+        flags.append("unpacked")
     if c.get("PRECISION") == "tf32":
         flags.append("tf32")
     if pointers:

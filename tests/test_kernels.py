@@ -117,9 +117,9 @@ def test_any_strides(case, view, device, poisoned):
 def test_offsets_beyond_32_bits(which, device):
     """Two images 2^31 elements apart, in input and in output: only the touched pages of the views become memory."""
     from tconv import launch
-    from tconv.problem import forward_problem
+    from tconv.problem import Geometry, forward_problem
 
-    p = forward_problem((2, 4, 5, 5), (6, 4, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1)
+    g = Geometry(forward_problem((2, 4, 5, 5), (6, 4, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1), False)
     x, w = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3)
     y = F.conv2d(x, w, None, 2, 1)
     dy = torch.randn_like(y)
@@ -132,10 +132,10 @@ def test_offsets_beyond_32_bits(which, device):
 
     x, dy, w = apart(x), apart(dy), w.to(device)
     if which == "wgrad":
-        got = launch.wgrad(p, dy, x, False)
+        got = launch.wgrad(g, dy, x)
     else:
         got = apart(right[which]).fill_(float("nan"))
-        launch.gather(which, p, x if which == "fprop" else dy, w, None, got)
+        launch.gather(which, g, x if which == "fprop" else dy, w, None, got)
     prepared = [v for key, v in launch._prepared.items() if key[0] == which and 2**31 in key[2]]
     assert [v.constants["WIDE"] for v in prepared] == [True]
     torch.testing.assert_close(got.cpu(), right[which])

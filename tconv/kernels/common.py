@@ -10,8 +10,27 @@ skipped. Scalars, because Triton 3.6 and 3.7 specialise the elements of a tuple 
 whatever `do_not_specialize` says, which would compile anew for nearly every layer.
 """
 
+import functools
+import inspect
+
 import triton
 import triton.language as tl
+
+
+def kernel(fn):
+    """`triton.jit` for a kernel that is launched: none of its integers is specialised."""
+    return triton.jit(fn, do_not_specialize=_integers(fn))
+
+
+@functools.cache
+def integers(jitted):
+    """Names of a kernel's runtime integers, in order: what is neither a pointer nor a compile-time constant."""
+    return _integers(jitted.fn)
+
+
+def _integers(fn):
+    parameters = inspect.signature(fn).parameters.items()
+    return tuple(n for n, p in parameters if p.annotation is not tl.constexpr and not n.endswith("_ptr"))
 
 
 @triton.jit
@@ -164,7 +183,7 @@ def split_pixels(
     for d in tl.static_range(3 - RANK, 3):
         pixels *= Y[d]
     low = split.to(OFFSET) * chunk
-    left = (tl.minimum(low + chunk, pixels) - low).to(tl.int32)
+    left = tl.minimum(chunk, pixels - low).to(tl.int32)  # low + chunk might not fit 32 bits
     image, j = decode(low + tl.arange(0, BLOCK_P), Y, RANK)
     xo = image.to(OFFSET) * sxn
     yo = image.to(OFFSET) * syn

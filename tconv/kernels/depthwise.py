@@ -8,21 +8,12 @@ A tile is pixels by channels, accumulated in fp32 (fp64 for fp64) by multiplicat
 pixel digits are those of gather.py and wgrad.py.
 """
 
-import triton
 import triton.language as tl
 
-from tconv.kernels.common import advance, decode, inside, lead, multiple, rounded, split_pixels, trail, written_pixels
-
-GEOMETRY = (
-    "N", "C", "M", "X0", "X1", "X2", "Y0", "Y1", "Y2", "T0", "T1", "T2",
-    "S0", "S1", "S2", "D0", "D1", "D2", "P0", "P1", "P2", "g0", "g1", "g2",
-)  # fmt: skip
-STRIDES = (
-    "sxn", "sxc", "sx0", "sx1", "sx2", "swk", "sw0", "sw1", "sw2", "syn", "syc", "sy0", "sy1", "sy2", "sb",
-)  # fmt: skip
+from tconv.kernels.common import advance, decode, inside, kernel, lead, multiple, rounded, split_pixels, trail, written_pixels
 
 
-@triton.jit(do_not_specialize=GEOMETRY + STRIDES)
+@kernel
 def depthwise(
     x_ptr, w_ptr, b_ptr, y_ptr,
     N, C, M,  # C: channels written; M: the multiplier
@@ -94,13 +85,7 @@ def depthwise(
     tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(mask_o, FLIP))
 
 
-@triton.jit(
-    do_not_specialize=(
-        "N", "K", "M", "X0", "X1", "X2", "Y0", "Y1", "Y2", "T0", "T1", "T2",
-        "S0", "S1", "S2", "D0", "D1", "D2", "P0", "P1", "P2", "Bn", "B0", "B1", "B2", "chunk",
-        "sxn", "sxc", "sx0", "sx1", "sx2", "syn", "syc", "sy0", "sy1", "sy2", "sws", "swk", "sw0", "sw1", "sw2",
-    )
-)  # fmt: skip
+@kernel
 def depthwise_wgrad(
     dy_ptr, x_ptr, dw_ptr,
     N, K, M,  # K: output channels; M: the multiplier

@@ -10,28 +10,16 @@ the bias.
 
 The main loop is flat, channels outside and taps inside. Its counters are carried by adding scalars worked out before the
 loop: no division, and no drained pipeline between taps. Which taps of a pixel fall outside the input is one bit each in a
-word per pixel (PACKED: 32, 16 or 10 taps per dimension at rank 1, 2 or 3); wider kernels compare coordinates.
+word per pixel (FIELD: 32, 16 or 10 taps per dimension at rank 1, 2 or 3); for wider kernels FIELD is 0 and coordinates
+are compared.
 """
 
-import triton
 import triton.language as tl
 
-from tconv.kernels.common import inside, lead, multiple, outside_bits, rounded, trail, written_pixels
-
-GEOMETRY = (
-    "N", "CI", "CO", "G",
-    "X0", "X1", "X2", "Y0", "Y1", "Y2", "T0", "T1", "T2",
-    "S0", "S1", "S2", "D0", "D1", "D2", "P0", "P1", "P2",
-    "g0", "g1", "g2",
-)  # fmt: skip
-STRIDES = (
-    "sxn", "sxg", "sxc", "sx0", "sx1", "sx2",
-    "swg", "swi", "swo", "sw0", "sw1", "sw2",
-    "syn", "syg", "syc", "sy0", "sy1", "sy2", "sb",
-)  # fmt: skip
+from tconv.kernels.common import inside, kernel, lead, multiple, outside_bits, rounded, trail, written_pixels
 
 
-@triton.jit(do_not_specialize=GEOMETRY + STRIDES)
+@kernel
 def gather(
     x_ptr, w_ptr, b_ptr, y_ptr,
     N, CI, CO, G,
@@ -44,12 +32,11 @@ def gather(
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # contiguous channel axis? (w: "i", "o" or "")
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,  # elements by which all other strides divide
-    EVEN: tl.constexpr, PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    FIELD: tl.constexpr = 32 if RANK == 1 else (16 if RANK == 2 else 10)
     FIRST: tl.constexpr = 3 - RANK
     X = (X0, X1, X2)
     Y = (Y0, Y1, Y2)
@@ -81,7 +68,7 @@ def gather(
         x_tap = x_tap + (step,)
         if d >= FIRST:
             w_offset += t_first[d] * sw[d]
-            if PACKED:
+            if FIELD:
                 bits |= outside_bits(h[d], D[d] // gcds[d] if TRANSPOSED else D[d], X[d], TRANSPOSED, FIELD) << (
                     (2 - d) * FIELD
                 )
@@ -131,7 +118,7 @@ def gather(
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(CI, BLOCK_K)):
-        if PACKED:
+        if FIELD:
             select = 1 << counter[2]
             if RANK >= 2:
                 select |= (1 << FIELD) << counter[1]

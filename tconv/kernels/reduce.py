@@ -1,12 +1,11 @@
 """Sums in a fixed order: a workspace's splits, and an output gradient's pixels (the bias gradient)."""
 
-import triton
 import triton.language as tl
 
-from tconv.kernels.common import decode, lead, multiple, rounded, trail
+from tconv.kernels.common import decode, kernel, lead, multiple, rounded, trail
 
 
-@triton.jit(do_not_specialize=("numel", "splits"))
+@kernel
 def sum_splits(ws_ptr, out_ptr, numel, splits, INTERPRET: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = sum over s of ws[s, i], s ascending, in the workspace's type; rounded once to out's."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -17,39 +16,39 @@ def sum_splits(ws_ptr, out_ptr, numel, splits, INTERPRET: tl.constexpr, BLOCK: t
     tl.store(out_ptr + i, rounded(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
-@triton.jit(do_not_specialize=("N", "K", "Y0", "Y1", "Y2", "chunk", "syn", "syk", "sy0", "sy1", "sy2"))
+@kernel
 def sum_pixels(
-    dy_ptr, out_ptr, N, K, Y0, Y1, Y2, chunk, syn, syk, sy0, sy1, sy2,
+    dy_ptr, out_ptr, N, C, Y0, Y1, Y2, chunk, syn, syc, sy0, sy1, sy2,
     RANK: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[split, k] = sum over the split's pixels of dy[n, k, j]."""
+    """out[split, c] = sum over the split's pixels of dy[n, c, j]."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FLIP: tl.constexpr = not Y_UNIT
     Y = (Y0, Y1, Y2)
     sy = (multiple(sy0, Y_VEC), multiple(sy1, Y_VEC), multiple(sy2, Y_VEC))
-    tiles_k = tl.cdiv(K, BLOCK_K)
-    split = tl.program_id(0) // tiles_k
-    k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = k < multiple(K, Y_VEC)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    split = tl.program_id(0) // tiles_c
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < multiple(C, Y_VEC)
     pixels = N.to(OFFSET)
     for d in tl.static_range(3 - RANK, 3):
         pixels *= Y[d]
     low = split.to(OFFSET) * chunk
-    high = tl.minimum(low + chunk, pixels)
-    channel = k if Y_UNIT else k * syk.to(OFFSET)
+    left = tl.minimum(chunk, pixels - low).to(tl.int32)
+    channel = c if Y_UNIT else c * syc.to(OFFSET)
     if FLIP:
-        acc = tl.zeros((BLOCK_K, BLOCK_P), dtype=ACC)
+        acc = tl.zeros((BLOCK_C, BLOCK_P), dtype=ACC)
     else:
-        acc = tl.zeros((BLOCK_P, BLOCK_K), dtype=ACC)
-    for step in tl.range(0, tl.cdiv((high - low).to(tl.int32), BLOCK_P)):
-        m = low + step * BLOCK_P + tl.arange(0, BLOCK_P)
-        live = m < high
-        image, j = decode(m, Y, RANK)
+        acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
+    for start in tl.range(0, left, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        live = p < left
+        image, j = decode(low + p, Y, RANK)
         offset = image.to(OFFSET) * multiple(syn, Y_VEC)
         for d in tl.static_range(3 - RANK, 3):
             offset += j[d].to(OFFSET) * sy[d]
-        mask = lead(live, FLIP) & trail(mask_k, FLIP)
+        mask = lead(live, FLIP) & trail(mask_c, FLIP)
         acc += tl.load(dy_ptr + (lead(offset, FLIP) + trail(channel, FLIP)), mask=mask, other=0.0).to(ACC)
     total = tl.sum(acc, axis=1 if FLIP else 0)
-    tl.store(out_ptr + split * K + k, rounded(total, out_ptr.dtype.element_ty, INTERPRET), mask=mask_k)
+    tl.store(out_ptr + split * C + c, rounded(total, out_ptr.dtype.element_ty, INTERPRET), mask=mask_c)

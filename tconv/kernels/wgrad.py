@@ -9,23 +9,12 @@ gives the same bits. Pixels advance by mixed-radix addition: BLOCK_P pixels are 
 added with carries, so the loop has no division.
 """
 
-import triton
 import triton.language as tl
 
-from tconv.kernels.common import advance, decode, inside, lead, multiple, rounded, split_pixels, trail
-
-GEOMETRY = (
-    "N", "C", "K", "G", "X0", "X1", "X2", "Y0", "Y1", "Y2", "T0", "T1", "T2",
-    "S0", "S1", "S2", "D0", "D1", "D2", "P0", "P1", "P2", "Bn", "B0", "B1", "B2", "chunk",
-)  # fmt: skip
-STRIDES = (
-    "sxn", "sxg", "sxc", "sx0", "sx1", "sx2",
-    "syn", "syg", "syc", "sy0", "sy1", "sy2",
-    "sws", "swg", "swk", "swc", "sw0", "sw1", "sw2",
-)  # fmt: skip
+from tconv.kernels.common import advance, decode, inside, kernel, lead, multiple, rounded, split_pixels, trail
 
 
-@triton.jit(do_not_specialize=GEOMETRY + STRIDES)
+@kernel
 def wgrad(
     dy_ptr, x_ptr, dw_ptr,
     N, C, K, G,  # C, K: channels per group

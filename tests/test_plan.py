@@ -1,0 +1,186 @@
+"""What is planned, what may be forced, what is compiled, and the arithmetic of problems."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import tconv
+from tconv import functional as TF
+from tconv import plan
+from tconv.configs import GEMM_16, Tile, tiles, why_illegal
+from tconv.device import INTERPRETER, Device
+from tconv.problem import forward_problem, transposed_problem
+
+H200 = Device("H200", 132, 232448)
+SMALL = Device("a GPU with little shared memory", 40, 65536)
+
+
+def conv(x, w, stride=1, padding=0, dilation=1, groups=1):
+    rank = len(x) - 2
+    return forward_problem(x, w, (stride,) * rank, ((padding,) * 2,) * rank, (dilation,) * rank, groups)
+
+
+def test_a_problem_worked_by_hand():
+    p = conv((2, 6, 7, 9), (4, 3, 3, 2), stride=2, padding=1, groups=2)
+    assert (p.X, p.Y, p.T, p.S, p.P, p.D) == ((1, 7, 9), (1, 4, 5), (1, 3, 2), (1, 2, 2), (0, 1, 1), (1, 1, 1))
+    assert p.gemm("fprop") == (2 * 4 * 5, 2, 3 * 6)
+    assert p.gemm("dgrad") == (2 * 7 * 9, 3, 2 * 6)
+    assert p.gemm("wgrad") == (2, 3 * 6, 2 * 4 * 5)
+    assert [p.phases(name) for name in ("fprop", "dgrad", "wgrad")] == [1, 4, 1]
+    assert p.shape("x") == (2, 6, 7, 9)
+    assert p.shape("w") == (4, 3, 3, 2)
+    assert p.shape("y") == (2, 4, 4, 5)
+    assert str(p) == "N2 C6 7x9 -> K4 4x5, filter 3x2 stride 2x2 padding 1x1 groups 2"
+
+
+def test_a_transposed_problem_is_the_one_whose_dgrad_it_is():
+    t = transposed_problem((2, 4, 4, 5), (4, 3, 3, 2), (2, 2), (1, 1), (0, 0), (1, 1), 2)
+    p = conv((2, 6, *t.X[1:]), (4, 3, 3, 2), stride=2, padding=1, groups=2)
+    assert t == p
+    assert hash(t) == hash(p)
+
+
+def test_a_stride_past_the_only_output_makes_no_phases():
+    assert conv((1, 1, 1, 1), (1, 1, 1, 1), stride=1000).phases("dgrad") == 1
+
+
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
+def test_every_plan_on_a_gpu_is_legal_and_says_why(pass_):
+    shapes = [((32, 64, 56, 56), (64, 64, 3, 3)), ((1, 3, 20, 20), (7, 3, 5, 5)), ((8, 512, 7, 7), (2048, 512, 1, 1))]
+    for (x, w), itemsize, tc, narrow, device in itertools.product(
+        shapes, (2, 4, 8), (True, False), (True, False), (H200, SMALL)
+    ):
+        chosen = plan.choose(conv(x, w), pass_, itemsize, tc, device, narrow)
+        assert why_illegal(chosen.kernel, chosen.tile, itemsize, device) is None
+        assert chosen.reason
+        assert chosen.splits * math.prod(w) * 4 <= max(plan.WORKSPACE, math.prod(w) * 8)
+
+
+def test_large_layers_get_large_tiles_and_small_ones_fill_the_device():
+    large = plan.choose(conv((64, 256, 56, 56), (256, 256, 3, 3), padding=1), "fprop", 2, True, H200)
+    assert large.tile == GEMM_16[0]
+    small = plan.choose(conv((1, 64, 14, 14), (64, 64, 3, 3), padding=1), "fprop", 2, True, H200)
+    assert small.tile.m * small.tile.n < GEMM_16[0].m * GEMM_16[0].n
+    wgrad = plan.choose(conv((32, 64, 56, 56), (64, 64, 3, 3), padding=1), "wgrad", 2, True, H200)
+    assert wgrad.splits > 1
+
+
+def test_no_gpu_tile_lacks_a_device_that_can_run_it():
+    for kernel, itemsize, tc, narrow in itertools.product(("gather", "wgrad"), (2, 4, 8), (True, False), (True, False)):
+        assert all(why_illegal(kernel, t, itemsize, H200) is None for t in tiles(kernel, itemsize, tc, narrow))
+
+
+@pytest.mark.parametrize(
+    ("forced", "message"),
+    [
+        ({"kernel": "gathre"}, "kernel must be one of .*'gather'.*, got 'gathre'"),
+        ({"kernel": "depthwise"}, "forced kernel 'depthwise' needs one input channel per group"),
+        ({"tile": Tile(48, 16, 16)}, "extents and warps must be powers of two"),
+        ({"tile": Tile(8, 16, 16)}, "tl.dot needs at least 16"),
+        ({"tile": Tile(2048, 2048, 16)}, "more than 1048576 elements"),
+        ({"kernel": "wgrad", "splits": 99}, "99 splits, this problem allows 1 to"),
+        ({"kernel": "wgrad", "splits": 0}, "0 splits, this problem allows 1 to"),
+    ],
+)
+def test_a_forced_plan_that_cannot_run_raises(forced, message, device):
+    x = torch.randn(1, 4, 6, 6, device=device)
+    w = torch.randn(4, 4, 3, 3, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match=message), tconv.force(**forced):
+        TF.conv2d(x, w).sum().backward()
+
+
+def test_shared_memory_bounds_a_tile():
+    assert why_illegal("gather", GEMM_16[0], 2, H200) is None
+    assert "bytes of shared memory" in why_illegal("gather", GEMM_16[0], 2, SMALL)
+    assert why_illegal("gather", Tile(256, 256, 64, 8, 9), 8, INTERPRETER) is None
+
+
+def test_forcing_reaches_the_backward_pass_on_another_thread(device):
+    import threading
+
+    w = torch.randn(4, 4, 3, device=device, requires_grad=True)
+    y = TF.conv1d(torch.randn(2, 4, 66, device=device), w)
+    with tconv.force(kernel="wgrad", tile=Tile(16, 16, 16), splits=3), tconv.recording() as calls:
+        thread = threading.Thread(target=lambda: y.sum().backward())
+        thread.start()
+        thread.join()
+    assert [c.plan.splits for c in calls if c.operation == "wgrad"] == [3]
+
+
+def test_no_integer_of_a_kernel_is_specialised():
+    """Geometry as runtime data: layers that differ in it alone share one compiled kernel."""
+    from tconv.kernels import common, depthwise, gather, reduce, wgrad
+
+    for kernel in (
+        gather.gather, wgrad.wgrad, depthwise.depthwise, depthwise.depthwise_wgrad, reduce.sum_pixels, reduce.sum_splits
+    ):  # fmt: skip
+        given = getattr(kernel, "kwargs", None) or {"do_not_specialize": kernel.do_not_specialize}
+        assert tuple(given["do_not_specialize"]) == common.integers(kernel)
+        assert not any(name.endswith("_ptr") for name in common.integers(kernel))
+
+
+def test_layers_share_compile_time_constants():
+    """The first call of a new layer does not compile: nothing about its geometry is a constant."""
+    from tconv.prepare import prepare_gather, prepare_wgrad
+
+    def constants(x, w, **parameters):
+        p = conv(x, w, **parameters)
+        x, w, y = (
+            torch.empty(p.shape(n), dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last) for n in "xwy"
+        )
+        forward, back = prepare_gather("fprop", p, x, w, None, y, H200), prepare_gather("dgrad", p, y, w, None, x, H200)
+        return [launch.constants for launch in (forward, back, prepare_wgrad(p, y, x, w, H200))]
+
+    tile = Tile(64, 64, 64, 4, 4)
+    with tconv.force(tile=tile):
+        first = constants((8, 64, 56, 56), (64, 64, 3, 3), padding=1)
+        assert first == constants((1, 128, 7, 9), (192, 128, 1, 1))
+        assert first == constants((3, 256, 31, 17), (128, 128, 5, 2), stride=3, padding=4, dilation=2, groups=2)
+        assert first != constants((8, 60, 56, 56), (64, 60, 3, 3))
+
+
+def test_nothing_is_kept_without_bound(device, monkeypatch):
+    from tconv import functional, launch
+
+    monkeypatch.setattr(functional, "REMEMBERED", 3)
+    monkeypatch.setattr(launch, "REMEMBERED", 3)
+    w = torch.randn(2, 2, 1, device=device)
+    for n in range(1, 9):
+        TF.conv1d(torch.randn(1, 2, n, device=device), w)
+        assert len(functional._known) <= 3
+        assert len(launch._prepared) <= 3
+
+
+def test_equal_keys_of_other_types_are_not_confused(device):
+    """1 == 1.0 == True, but torch takes only the first as a stride."""
+    x, w = torch.randn(1, 2, 5, device=device), torch.randn(2, 2, 3, device=device)
+    for bad in ({"stride": 1.0}, {"groups": True}, {"groups": [1]}):
+        with tconv.recording() as calls, pytest.raises(TypeError):
+            TF.conv1d(x, w, **bad)
+        assert not calls[0].ours
+        with tconv.recording() as calls:
+            TF.conv1d(x, w, stride=1)
+        assert calls[0].ours
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "kwargs"),
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1), {"stride": 65537, "dilation": 65536, "padding": 65537}),
+        ((1, 1, 9, 9), (1, 1, 1, 1), {"padding": 2**20, "stride": 2**19}),
+    ],
+)
+def test_geometry_beyond_32_bits_is_left_to_torch(shape, weight, kwargs, device):
+    with tconv.recording() as calls, torch.device(device):
+        TF.conv2d(torch.randn(shape), torch.randn(weight), **kwargs)
+    assert [c.reason for c in calls] == ["a weight, or coordinates or programs, that 32 bits cannot count"]
+
+
+def test_a_weight_that_reaches_beyond_32_bits_is_left_to_torch(device):
+    base = torch.empty(3 * 2**30 + 8, dtype=torch.float16, device=device)
+    w = base.as_strided((4, 2, 1), (2**30, 1, 1)).fill_(1)
+    with tconv.recording() as calls:
+        TF.conv1d(torch.ones(1, 8, 3, dtype=torch.float16, device=device), w, groups=4)
+    assert not calls[0].ours

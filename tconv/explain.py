@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from tconv.functional import dry_run
 from tconv.record import Call, last_calls, recording
@@ -50,14 +51,26 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
     """
     if layer is None:
         return Explanation(last_calls())
-    leaves = [a.detach().requires_grad_() if _real(a) else a for a in args]
-    parameters = list(layer.parameters()) if isinstance(layer, torch.nn.Module) else []
-    with recording() as calls, torch.enable_grad(), dry_run():
-        y = layer(*leaves, **kwargs)
-        wanted = [t for t in (*leaves, *kwargs.values(), *parameters) if isinstance(t, torch.Tensor) and t.requires_grad]
-        if isinstance(y, torch.Tensor) and y.requires_grad and any(call.ours for call in calls):
+    with recording() as calls, torch.inference_mode(False), torch.enable_grad(), dry_run():
+        leaves = [_leaf(a) for a in args]
+        named = {k: _leaf(v) for k, v in kwargs.items()}
+        parameters = dict(layer.named_parameters()) if isinstance(layer, torch.nn.Module) else {}
+        if any(map(is_lazy, parameters.values())) or not isinstance(layer, torch.nn.Module):
+            y = layer(*leaves, **named)
+        else:  # with stand-ins for its parameters: nobody's hooks run
+            parameters = {k: _leaf(p) if p.requires_grad else p.detach() for k, p in parameters.items()}
+            y = torch.func.functional_call(layer, parameters, tuple(leaves), named)
+        wanted = [t for t in (*leaves, *named.values(), *parameters.values()) if _real(t) and t.requires_grad]
+        if _real(y) and y.requires_grad and any(call.ours for call in calls):
             torch.autograd.grad(y, wanted, torch.empty_like(y), allow_unused=True)
     return Explanation(tuple(calls))
+
+
+def _leaf(value: Any) -> Any:
+    """A stand-in for a floating tensor that asks for a gradient; other values as they are."""
+    if not _real(value):
+        return value
+    return (value.clone() if value.is_inference() else value).detach().requires_grad_()
 
 
 def _real(value: Any) -> bool:

@@ -36,13 +36,13 @@ class Declined(Exception):
 
 
 @functools.cache
-def _engine() -> tuple[Any, bool]:
-    """(The kernels' side of the house, whether it is interpreted), imported late: tconv itself needs no Triton."""
+def _engine() -> tuple[Any, bool] | str:
+    """(The kernels' side of the house, whether it is interpreted), imported late, or why it cannot be: Triton is missing."""
     try:
         from tconv import autograd
         from tconv.prepare import INTERPRET
     except ImportError as e:
-        raise Declined(f"Triton cannot be imported ({e})") from None
+        return f"Triton cannot be imported ({e})"
     return autograd, INTERPRET
 
 
@@ -98,7 +98,10 @@ def _convolve(
     device = x.device
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED):
         raise Declined("CPU tensors need TRITON_INTERPRET=1" if device.type == "cpu" else f"device {device}")
-    autograd, interpreted = _engine()
+    engine = _engine()
+    if isinstance(engine, str):
+        raise Declined(engine)
+    autograd, interpreted = engine
     if device.type == "cpu" and not interpreted:
         raise Declined("TRITON_INTERPRET was set after Triton's kernels were loaded")
     why = autograd.unusual(*tensors)
@@ -192,7 +195,7 @@ def _examine(
         raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
     s, d = _per_dimension(stride, rank, "stride"), _per_dimension(dilation, rank, "dilation")
     op = _per_dimension(output_padding, rank, "output_padding")
-    if groups < 1 or min(s) < 1 or min(d) < 1 or min(op) < 0:
+    if groups < 1 or min(s) < 1 or min(d) < 1 or min(op) < 0 or max(groups, *s, *d, *op) > LIMIT:
         raise Declined("a stride, dilation, output_padding or number of groups out of range")
     if x.numel() == 0 or w.numel() == 0:
         raise Declined("a tensor without elements")

@@ -28,9 +28,10 @@ def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
 
 
 def _as_row(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous 1-D batch as 2-D, without copying: only its strides are asked for."""
+    """`x.contiguous().unsqueeze(2)` of a 1-D batch, without copying: only its strides are asked for."""
     n, c, w = x.shape
-    return torch.empty(0, device="meta").as_strided((n, c, 1, w), (c * w, w, w, 1))
+    strides = x.stride() if x.is_contiguous() else (c * w, w, 1)
+    return torch.empty(0, device="meta").as_strided((n, c, 1, w), (*strides[:2], strides[2] * w, strides[2]))
 
 
 def empty(shape: Sequence[int], channels_last: bool, like: torch.Tensor) -> torch.Tensor:

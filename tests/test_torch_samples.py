@@ -1,0 +1,136 @@
+"""torch's own test inputs for its convolutions: same results, strides, gradients, errors, and the work done by our kernels."""
+
+import pytest
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import tconv
+from tests import parity
+
+# Importing torch's tests forbids, for the whole process, to set any torch.backends flag; other tests set some.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
+OPERATORS = {op.name.removeprefix("nn.functional."): op for op in op_db if op.name.startswith("nn.functional.conv")}
+MODULES = {info.name.removeprefix("nn."): info for info in module_db if info.name.startswith(("nn.Conv", "nn.LazyConv"))}
+EXACT = [torch.float64, torch.float32]
+HALVES = [torch.float16, torch.bfloat16]
+PASSES = {"conv": "fprop", "conv_transpose": "dgrad"}
+BACKWARD = {"conv": ("dgrad", "wgrad"), "conv_transpose": ("fprop", "wgrad")}
+
+
+def samples(name, device, dtype):
+    return list(OPERATORS[name].sample_inputs(device, dtype))
+
+
+def functions(name):
+    return getattr(tconv.functional, name), getattr(torch.nn.functional, name)
+
+
+def run(function, sample, dtype=None):
+    """The output, and the leaves it can be differentiated by; the sample cast to a dtype if one is given."""
+    leaves = [parity.leaf(t if dtype is None or t is None else t.to(dtype)) for t in (sample.input, *sample.args)]
+    return function(*leaves, **sample.kwargs), leaves
+
+
+def test_the_tables_are_torchs():
+    assert set(OPERATORS) == set(parity.OPS)
+    assert set(MODULES) == {*parity.LAYERS, *parity.LAZY}
+
+
+# Interpreted, a backward pass costs up to five times an output, and the kernels' text is one for fp32 and fp64. torch lists
+# each sample batched (even) and unbatched (odd): gradients of all batched ones in fp64, where an error shows best, and of
+# every third unbatched one in fp32.
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("name", parity.OPS)
+def test_samples(name, dtype, device):
+    ours, torchs = functions(name)
+    kind = name[:-2]
+    ran = 0
+    for i, sample in enumerate(samples(name, device, dtype)):
+        what = f"sample {i}: {sample.summary()}"
+        expected, their_leaves = run(torchs, sample)
+        with tconv.recording() as calls:
+            got, leaves = run(ours, sample)
+            parity.assert_same(got, expected, what)
+            backward = i % 2 == 0 if dtype == torch.float64 else i % 6 == 1
+            if backward:
+                theirs = parity.gradients(expected, their_leaves)
+                for k, (g, e) in enumerate(zip(parity.gradients(got, leaves), theirs, strict=True)):
+                    parity.assert_same(g, e, f"gradient {k} of {what}", weight=k == 1)
+        if all(t.numel() for t in leaves if t is not None):
+            bias = ("bias",) if leaves[2] is not None else ()
+            parity.assert_ours(calls, PASSES[kind], *((*BACKWARD[kind], *bias) if backward else ()))
+            ran += 1
+    assert ran >= 8, f"{ran} samples with elements: torch's table has changed"
+
+
+# Only loads and stores differ from fp32's: every third sample.
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", parity.OPS)
+def test_half_samples(name, dtype, device):
+    ours, torchs = functions(name)
+    eps = torch.finfo(dtype).eps
+    ran = 0
+    for i, sample in enumerate(samples(name, device, dtype)[::3]):
+        right = run(torchs, sample, torch.float64)[0]
+        eager = run(torchs, sample)[0]
+        with tconv.recording() as calls:
+            got = run(ours, sample)[0]
+        assert (got.dtype, got.shape, got.stride()) == (eager.dtype, eager.shape, eager.stride())
+        parity.assert_ours(calls, PASSES[name[:-2]])
+        error, eagers = ((t.double() - right).abs().max() for t in (got, eager))
+        largest = right.abs().max()
+        assert error <= 2 * eps * largest, f"sample {i}: error {error / largest:.3g}, eps {eps:.3g}"
+        assert error <= 3 * eagers + eps * largest, f"sample {i}: error {error:.3g}, eager's is {eagers:.3g}"
+        ran += 1
+    assert ran >= 3
+
+
+@pytest.mark.parametrize("name", parity.OPS)
+def test_dtypes_that_are_left_to_torch(name, device):
+    ours, torchs = functions(name)
+    for dtype in (torch.complex64, torch.int64) if device == "cpu" else (torch.complex64,):
+        for sample in samples(name, device, dtype)[:4]:
+            with tconv.recording() as calls:
+                got = ours(sample.input, *sample.args, **sample.kwargs)
+            assert torch.equal(got, torchs(sample.input, *sample.args, **sample.kwargs))
+            assert [str(call) for call in calls] == [f"{name}: torch (dtype {dtype})"]
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d"])
+def test_error_samples(name, device):
+    ours, torchs = functions(name)
+    errors = list(OPERATORS[name].error_inputs_func(OPERATORS[name], device))
+    assert len(errors) >= 5
+    for error in errors:
+        s = error.sample_input
+        expected = parity.outcome(lambda s=s: torchs(s.input, *s.args, **s.kwargs))
+        assert expected[0] is error.error_type
+        assert parity.outcome(lambda s=s: ours(s.input, *s.args, **s.kwargs)) == expected
+
+
+# The layers add no arithmetic to what is tested above: one dtype, gradients of the first sample.
+@pytest.mark.parametrize("name", [*parity.LAYERS, *parity.LAZY])
+def test_module_samples(name, device):
+    info = MODULES[name]
+    kind = "conv_transpose" if "Transpose" in name else "conv"
+    inputs = info.module_inputs_func(info, device, torch.float32, requires_grad=True, training=True)
+    assert len(inputs) >= 2
+    for i, sample in enumerate(inputs):
+        construct, call = sample.constructor_input, sample.forward_input
+        ours, torchs = parity.twins(name, *construct.args, **construct.kwargs, device=device)
+        x, their_x = parity.leaf(call.args[0]), parity.leaf(call.args[0])
+        torch.manual_seed(5)  # a lazy layer draws its parameters in its first call
+        expected = torchs(their_x, **call.kwargs)
+        torch.manual_seed(5)
+        with tconv.recording() as calls:
+            got = ours(x, **call.kwargs)
+            grads = parity.parameter_gradients(got, x, ours) if i == 0 else {}
+        parity.assert_ours(calls, PASSES[kind], *((*BACKWARD[kind], "bias") if i == 0 else ()))
+        parity.assert_same(got, expected)
+        theirs = parity.parameter_gradients(expected, their_x, torchs)
+        for parameter, g in grads.items():
+            parity.assert_same(g, theirs[parameter], f"gradient by {parameter}", weight=parameter == "weight")
+        assert repr(ours) == repr(torchs)
+        torch.testing.assert_close(dict(ours.state_dict()), dict(torchs.state_dict()), rtol=0, atol=0)

@@ -54,7 +54,7 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
     with recording() as calls, torch.inference_mode(False), torch.enable_grad(), dry_run():
         leaves = [_leaf(a) for a in args]
         named = {k: _leaf(v) for k, v in kwargs.items()}
-        parameters = dict(layer.named_parameters()) if isinstance(layer, torch.nn.Module) else {}
+        parameters: dict[str, torch.Tensor] = dict(layer.named_parameters()) if isinstance(layer, torch.nn.Module) else {}
         if any(map(is_lazy, parameters.values())) or not isinstance(layer, torch.nn.Module):
             y = layer(*leaves, **named)
         else:  # with stand-ins for its parameters: nobody's hooks run

@@ -48,7 +48,15 @@ def test_channels_last_with_16_byte_accesses(case, device, poisoned):
     check(wide, *oracle.tensors(wide, torch.float16, device, channels_last=True))
 
 
-@pytest.mark.parametrize("case", [c for c in cases.FEW if c.rank < 3], ids=str)
+# More than one block of channels, so that every tap counter wraps: 20 and 17 are no multiples of the tile's 16, 32 is.
+BLOCKS = [
+    oracle.Case("channel blocks, 1-D", (1, 32, 7), 20, (3,), padding=1),
+    oracle.Case("channel blocks, 2-D", (1, 20, 4, 3), 32, (2, 2), padding=1),
+    oracle.Case("channel blocks, 3-D", (1, 17, 2, 2, 3), 18, (2, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("case", [c for c in cases.FEW if c.rank < 3] + BLOCKS, ids=str)
 def test_tails_in_every_extent(case, device, poisoned):
     """The least tile a dot allows, so that every extent has several tiles and a partial last one."""
     x, w, b = oracle.tensors(case, torch.float32, device)

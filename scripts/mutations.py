@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Breaks the kernels one way at a time, in a copy of the tree, and shows that the tests notice.
+
+python scripts/mutations.py             # every mutation; exit status 1 if one survives
+python scripts/mutations.py --only tap  # those whose name matches
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One edit that makes a kernel wrong, and the tests that should see it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest's -k, on tests/test_kernels.py
+
+
+EVERY = "every_case and not 3-D"
+MUTATIONS = [
+    Mutation("a tap dropped", "kernels/gather.py", "n_taps[2] * tl.cdiv(CI", "tl.maximum(n_taps[2] - 1, 1) * tl.cdiv(CI", EVERY),
+    Mutation("the last channels dropped", "kernels/gather.py", "tl.cdiv(CI, BLOCK_K))", "(CI // BLOCK_K))", EVERY),
+    Mutation("a phase skipped", "kernels/common.py", "past = (pid % tiles).to(OFFSET) * BLOCK_M >= pixels", "past = ((pid % tiles).to(OFFSET) * BLOCK_M >= pixels) | (pid >= tiles)", EVERY),
+    Mutation("a phase without taps not written", "kernels/gather.py", "    if past:", "    if past | (n_taps[2] == 0):", EVERY),
+    Mutation("phases numbered without the padding", "kernels/common.py", "+ stride - padding % stride)", ")", EVERY),
+    Mutation("shared factors of stride and dilation ignored", "kernels/common.py", "step = stride // gcd", "step = stride", EVERY),
+    Mutation("the halo read", "kernels/gather.py", "mask=lead(ok, FLIP), other", "mask=lead(live, FLIP), other", "16_byte"),
+    Mutation("the halo's upper end off by one", "kernels/common.py", "tl.maximum(extent - h, 0)", "tl.maximum(extent - h - 1, 0)", EVERY),
+    Mutation("a counter that does not wrap", "kernels/gather.py", "dx += tl.where(wrap, wrap_x[1], 0)", "dx += 0", "tails and blocks"),
+    Mutation("strides of x swapped", "prepare.py", '**_strides("sx", ax), **_triple("sw", aw.spatial), **_strides("sy", ay), "sb"',
+             '**_strides("sx", ax), **_triple("sx", ax.spatial[::-1]), **_triple("sw", aw.spatial), **_strides("sy", ay), "sb"', EVERY),
+    Mutation("the bias of another group", "kernels/gather.py", "(group * CO + o) * sb", "o * sb", EVERY),
+    Mutation("a split lost", "kernels/reduce.py", "tl.range(1, splits)", "tl.range(1, splits - 1)", "split"),
+    Mutation("a split's last pixels lost", "kernels/wgrad.py", "tl.cdiv(left, BLOCK_P)", "(left // BLOCK_P)", "split"),
+    Mutation("a digit without its carry", "kernels/common.py", "(B[1] + 1) * S[1]", "B[1] * S[1]", "tails or split"),
+    Mutation("wgrad of the wrong tap", "kernels/wgrad.py", "tap[d] * D[d] - P[d]", "(T[d] - 1 - tap[d]) * D[d] - P[d]", EVERY),
+    Mutation("the multiplier ignored", "kernels/depthwise.py", "o * M if TRANSPOSED else o // M", "o * M if TRANSPOSED else o", EVERY),
+    Mutation("a depthwise tap dropped", "kernels/depthwise.py", "n_taps[2] * repeats", "tl.maximum(n_taps[2] - 1, 1) * repeats", EVERY),
+    Mutation("tap block's tail kept", "kernels/depthwise.py", "mask=mask_k & (past == 0)", "mask=mask_k & (past >= 0)", "split"),
+    Mutation("bf16 cut off instead of rounded", "kernels/common.py", "(bits + 0x7FFF", "(bits", "every_dtype"),
+    Mutation("32-bit offsets everywhere", "prepare.py", "y.shape[0] * math.prod(y.shape[2:]) + tile.m) > LIMIT", "0) < 0", "beyond"),
+]  # fmt: skip
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the tests still pass with the mutation, in a copy of the tree."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = pathlib.Path(directory)
+        for part in ("tconv", "tests", "pyproject.toml"):
+            source = ROOT / part
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
+        target = copy / "tconv" / mutation.file
+        text = target.read_text()
+        if text.count(mutation.old) < 1:
+            raise SystemExit(f"{mutation.name}: {mutation.file} no longer contains {mutation.old!r}")
+        target.write_text(text.replace(mutation.old, mutation.new, 1))
+        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/test_kernels.py",
+            "-k",
+            mutation.tests,
+        ]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"{mutation.name}: pytest did not run\n{done.stdout[-2000:]}")
+        failed = re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+        print(
+            f"{'SURVIVED' if not failed else 'caught':9} {mutation.name:46} {failed[0].split('::')[1] if failed else ''}",
+            flush=True,
+        )
+        return not failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a regular expression that names must match")
+    args = parser.parse_args()
+    alive = [m.name for m in MUTATIONS if re.search(args.only, m.name) and survives(m)]
+    print(f"{len(alive)} survived" if alive else "every mutation was caught")
+    return int(bool(alive))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

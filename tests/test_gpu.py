@@ -1,0 +1,135 @@
+"""What only a GPU can show: the same cases at real sizes, 2^31 elements for real, CUDA graphs, streams, devices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tconv
+from tconv import functional as TF
+from tconv.configs import Tile
+from tests import cases, oracle
+from tests.test_kernels import DTYPES, check
+
+pytestmark = pytest.mark.gpu
+
+REAL = [
+    oracle.Case("ResNet 3x3", (8, 64, 56, 56), 64, (3, 3), padding=1),
+    oracle.Case("ResNet stem, three channels", (8, 3, 224, 224), 64, (7, 7), stride=2, padding=3),
+    oracle.Case("late layer, 7x7 pixels", (8, 512, 7, 7), 512, (3, 3), padding=1),
+    oracle.Case("channels no multiple of eight", (4, 100, 29, 31), 75, (3, 3), padding=1),
+    oracle.Case("patch embedding", (8, 3, 224, 224), 768, (16, 16), stride=16),
+    oracle.Case("ResNeXt groups", (8, 128, 56, 56), 128, (3, 3), padding=1, groups=32),
+    oracle.Case("ConvNeXt depthwise 7x7", (8, 128, 56, 56), 128, (7, 7), padding=3, groups=128),
+    oracle.Case("MobileNet strided depthwise", (8, 72, 56, 56), 72, (5, 5), stride=2, padding=2, groups=72),
+    oracle.Case("ASPP dilation", (2, 256, 65, 65), 256, (3, 3), padding=12, dilation=12),
+    oracle.Case("DCGAN generator", (8, 512, 8, 8), 256, (4, 4), stride=2, padding=1, transposed=True),
+    oracle.Case("HiFi-GAN upsampling", (2, 256, 800), 128, (16,), stride=8, padding=4, transposed=True),
+    oracle.Case("3-D U-Net", (1, 32, 48, 48, 48), 32, (3, 3, 3), padding=1),
+    oracle.Case("3-D upsampling", (1, 64, 24, 24, 24), 32, (2, 2, 2), stride=2, transposed=True),
+    oracle.Case("1-D depthwise", (4, 256, 2048), 256, (4,), padding=3, groups=256),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_real_sizes(case, dtype, channels_last, device, poisoned):
+    check(case, *oracle.tensors(case, dtype, device, channels_last))
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_every_case_in_bf16(case, channels_last, device, poisoned):
+    check(case, *oracle.tensors(case, torch.bfloat16, device, channels_last))
+
+
+def test_true_fp32_is_as_accurate_as_eager(device, poisoned):
+    case = REAL[0]
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        check(case, *oracle.tensors(case, torch.float32, device), eager_too=True)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_more_than_2_to_the_31_elements(channels_last, device):
+    """Images beyond the 32-bit mark agree with the same images alone."""
+    n = 2**31 // (64 * 256 * 256) + 2
+    x = torch.randn(n, 64, 256, 256, device=device, dtype=torch.bfloat16)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    w = torch.randn(64, 64, 3, 3, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x.requires_grad_()
+    y = TF.conv2d(x, w, padding=1)
+    y[-1].sum().backward()
+    last = x[-1:].detach().contiguous().requires_grad_()
+    alone = TF.conv2d(last, w.detach().requires_grad_(), padding=1)
+    alone.sum().backward()
+    assert torch.equal(y[-1:], alone)
+    assert torch.equal(x.grad[-1:], last.grad)
+    assert not x.grad[:-1].any()
+
+
+def test_cuda_graph(device):
+    layer = tconv.Conv2d(64, 64, 3, padding=1).to(device, torch.bfloat16)
+    x = torch.randn(8, 64, 28, 28, device=device, dtype=torch.bfloat16, requires_grad=True)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compile before capture
+        layer(x).sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.sum().backward()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    grads = x.grad.clone(), layer.weight.grad.clone()
+    x.grad, layer.weight.grad = None, None
+    again = layer(x)
+    again.sum().backward()
+    assert torch.equal(y, again)
+    assert torch.equal(grads[0], x.grad)
+    assert torch.equal(grads[1], layer.weight.grad)
+
+
+def test_two_streams(device):
+    x = torch.randn(8, 64, 56, 56, device=device, dtype=torch.bfloat16)
+    w = torch.randn(64, 64, 3, 3, device=device, dtype=torch.bfloat16)
+    right = TF.conv2d(x, w, padding=1)
+    torch.cuda.synchronize()
+    results = []
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            results += [TF.conv2d(x, w, padding=1) for _ in range(20)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(r, right) for r in results)
+
+
+def test_one_compilation_serves_layers_of_any_geometry(device):
+    from tconv.kernels.gather import gather
+
+    def conv(n, c, k, extent, taps, **parameters):
+        x = torch.randn(n, c, extent, extent, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        w = torch.randn(k, c, taps, taps, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        with tconv.force(tile=Tile(64, 64, 64, 4, 4)):
+            TF.conv2d(x, w, **parameters)
+
+    conv(1, 64, 64, 8, 3)
+    before = sum(len(cache[0]) for cache in gather.device_caches.values())
+    conv(2, 128, 192, 17, 1, stride=2)
+    conv(3, 256, 64, 33, 5, padding=3, dilation=2)
+    assert sum(len(cache[0]) for cache in gather.device_caches.values()) == before
+
+
+def test_mixed_devices_raise_as_torch(device):
+    x, w = torch.randn(1, 2, 5, 5, device=device), torch.randn(2, 2, 3, 3)
+    with pytest.raises(RuntimeError) as right:
+        F.conv2d(x, w)
+    with pytest.raises(RuntimeError) as ours:
+        TF.conv2d(x, w)
+    assert str(ours.value) == str(right.value)

@@ -5,9 +5,10 @@
     dgrad(dy, w)     fprop(g, w)             wgrad(dy, g)
     wgrad(dy, x)     fprop(x, g)             dgrad(dy, g)
 
-so gradients of any order are these three again. Only what is asked for is computed. In a context that a kernel cannot take
-part in (a functorch transform, a batched gradient, a mode, a subclass) the same operation is spelled in torch's operators,
-which differentiate further on their own.
+so gradients of any order are these three again, and only what is asked for is computed. fprop and dgrad are one function
+here, `convolve`, since each is the other read backwards. In a context that a kernel cannot take part in (a functorch
+transform, a batched gradient, a mode, a subclass) an operation is spelled in torch's operators, which differentiate further
+on their own.
 """
 
 from __future__ import annotations
@@ -53,18 +54,11 @@ def _function_modes() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
-def fprop(x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
-    """y of a problem, differentiable in x, w and b."""
+def convolve(transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
+    """fprop of a problem, x -> y, or, transposed, its dgrad, x being dy; differentiable in x, w and b."""
     if _differentiable(x, w, b):
-        return _Fprop.apply(x, w, b, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.fprop(g, x, w, b)
-
-
-def dgrad(dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
-    """dx of a problem, or a transposed layer's output, differentiable in dy, w and b."""
-    if _differentiable(dy, w, b):
-        return _Dgrad.apply(dy, w, b, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.dgrad(g, dy, w, b)
+        return _Convolve.apply(transposed, x, w, b, g)  # type: ignore[no-any-return, no-untyped-call]
+    return (launch.dgrad if transposed else launch.fprop)(g, x, w, b)
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
@@ -74,63 +68,37 @@ def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
     return launch.wgrad(g, dy, x)
 
 
-def bias_grad(g_out: torch.Tensor, g: Geometry) -> torch.Tensor:
+def bias_grad(dy: torch.Tensor, g: Geometry) -> torch.Tensor:
     """db, the sum of an output's gradient over batch and pixels, differentiable."""
-    if _differentiable(g_out):
-        return _BiasGrad.apply(g_out, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.bias_grad(g, g_out)
+    if _differentiable(dy):
+        return _BiasGrad.apply(dy, g)  # type: ignore[no-any-return, no-untyped-call]
+    return launch.bias_grad(g, dy)
 
 
 def _differentiable(*tensors: MaybeTensor) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class _Fprop(torch.autograd.Function):
+class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
+    def forward(ctx: Any, transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
-        ctx.geometry = g
-        return launch.fprop(g, x, w, b)
+        ctx.transposed, ctx.geometry = transposed, g
+        return (launch.dgrad if transposed else launch.fprop)(g, x, w, b)
 
     @staticmethod
     def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, w = ctx.saved_tensors
+        x, w = ctx.saved_tensors  # also where they are not needed: edited in place, they must raise
         if dy is None:
-            return None, None, None, None
-        need_x, need_w, need_b, _ = ctx.needs_input_grad
-        op = _Torch if unusual(dy, x, w) else _Ours
-        g = ctx.geometry
-        return (
-            op.dgrad(dy, w, g) if need_x else None,
-            op.wgrad(dy, x, g) if need_w else None,
-            op.bias_grad(dy, g) if need_b else None,
-            None,
-        )
-
-
-class _Dgrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dy, w)
-        ctx.geometry = g
-        return launch.dgrad(g, dy, w, b)
-
-    @staticmethod
-    def backward(ctx: Any, gx: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
-        dy, w = ctx.saved_tensors
-        if gx is None:
-            return None, None, None, None
-        need_y, need_w, need_b, _ = ctx.needs_input_grad
-        op = _Torch if unusual(gx, dy, w) else _Ours
-        g = ctx.geometry
-        return (
-            op.fprop(gx, w, g) if need_y else None,
-            op.wgrad(dy, gx, g) if need_w else None,
-            op.bias_grad(gx, g) if need_b else None,
-            None,
-        )
+            return None, None, None, None, None
+        _, need_x, need_w, need_b, _ = ctx.needs_input_grad
+        op, g, transposed = _operations(dy, x, w), ctx.geometry, ctx.transposed
+        dx = op.convolve(not transposed, dy, w, None, g) if need_x else None
+        dw = None
+        if need_w:
+            dw = op.wgrad(x, dy, g) if transposed else op.wgrad(dy, x, g)
+        return None, dx, dw, op.bias_grad(dy, g) if need_b else None, None
 
 
 class _Wgrad(torch.autograd.Function):
@@ -147,19 +115,22 @@ class _Wgrad(torch.autograd.Function):
         if gw is None:
             return None, None, None
         need_y, need_x, _ = ctx.needs_input_grad
-        op = _Torch if unusual(gw, dy, x) else _Ours
-        g = ctx.geometry
+        op, g = _operations(gw, dy, x), ctx.geometry
         if addressing(gw).reach > LIMIT:  # as a weight it is addressed in 32 bits
             gw = gw.contiguous()
-        return op.fprop(x, gw, g) if need_y else None, op.dgrad(dy, gw, g) if need_x else None, None
+        return (
+            op.convolve(False, x, gw, None, g) if need_y else None,
+            op.convolve(True, dy, gw, None, g) if need_x else None,
+            None,
+        )
 
 
 class _BiasGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g_out: torch.Tensor, g: Geometry) -> torch.Tensor:
+    def forward(ctx: Any, dy: torch.Tensor, g: Geometry) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        ctx.shape = g_out.shape
-        return launch.bias_grad(g, g_out)
+        ctx.shape = dy.shape
+        return launch.bias_grad(g, dy)
 
     @staticmethod
     def backward(ctx: Any, gb: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -168,11 +139,14 @@ class _BiasGrad(torch.autograd.Function):
         return gb.view(1, -1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None
 
 
+def _operations(*tensors: torch.Tensor) -> type[_Ours] | type[_Torch]:
+    return _Torch if unusual(*tensors) else _Ours
+
+
 class _Ours:
     """The operations by tconv's kernels."""
 
-    dgrad = staticmethod(lambda dy, w, g: dgrad(dy, w, None, g))
-    fprop = staticmethod(lambda x, w, g: fprop(x, w, None, g))
+    convolve = staticmethod(convolve)
     wgrad = staticmethod(wgrad)
     bias_grad = staticmethod(bias_grad)
 
@@ -216,15 +190,13 @@ class _Torch:
         return dx
 
     @staticmethod
-    def fprop(x: torch.Tensor, w: torch.Tensor, g: Geometry) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.aten.convolution(_Torch._read(x, g), w, None, *_Torch._spelled("aten::convolution", g))
-        return y
-
-    @staticmethod
-    def dgrad(dy: torch.Tensor, w: torch.Tensor, g: Geometry) -> torch.Tensor:
+    def convolve(transposed: bool, x: torch.Tensor, w: torch.Tensor, _: None, g: Geometry) -> torch.Tensor:
+        if not transposed:
+            y: torch.Tensor = torch.ops.aten.convolution(_Torch._read(x, g), w, None, *_Torch._spelled("aten::convolution", g))
+            return y
         like = w.new_zeros(()).expand(*g.problem.shape("x")[:2], *_Torch._widths(g))
         parameters = _Torch._spelled("aten::convolution_backward", g)
-        grads = torch.ops.aten.convolution_backward(dy, like, w, None, *parameters, (True, False, False))
+        grads = torch.ops.aten.convolution_backward(x, like, w, None, *parameters, (True, False, False))
         return _Torch._written(grads[0], g)
 
     @staticmethod
@@ -236,9 +208,9 @@ class _Torch:
         return dw
 
     @staticmethod
-    def bias_grad(g_out: torch.Tensor, g: Geometry) -> torch.Tensor:
+    def bias_grad(dy: torch.Tensor, g: Geometry) -> torch.Tensor:
         note(Call("aten::sum", g.problem, None, "a gradient in an unusual context"))
-        return g_out.sum([0, *range(2, g_out.dim())])
+        return dy.sum([0, *range(2, dy.dim())])
 
 
 def _window(t: torch.Tensor, dim: int, before: int, start: int, length: int) -> torch.Tensor:

@@ -30,34 +30,39 @@ class Tile:
         return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}"
 
 
-# `scripts/codegen.py` prints registers, spills and shared memory of each; none may spill.
+# Chosen by compiling for sm_90 (`scripts/codegen.py` prints registers, spills and shared memory): none may spill.
 GEMM_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4))
 GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 128, 32, 4, 3))
-# Element by element, loads go through registers and keep an address each: the tiles above spill 100 to 470 of them.
-GEMM_NARROW = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
-FMA_32 = (Tile(64, 64, 16, 4, 2), Tile(128, 64, 16, 16, 2))  # true fp32: no tensor cores
-FMA_NARROW = (Tile(128, 64, 16, 16, 2),)
-GEMM_64 = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
-POINTWISE = (Tile(64, 64, 1, 4, 3), Tile(128, 32, 1, 4, 3), Tile(256, 16, 1, 4, 3))  # depthwise: [pixels, channels]
-POINTWISE_WGRAD = (Tile(3, 64, 32, 4, 2), Tile(3, 32, 64, 4, 2))  # taps, channels, pixels
+GEMM_64 = (Tile(64, 32, 16, 8, 2), Tile(32, 32, 16, 4, 2))
+FMA_32 = (Tile(128, 32, 16, 4, 2), Tile(64, 32, 16, 4, 2))  # true fp32: no tensor cores
+# Element by element, accesses go through registers and keep an address each: the tiles above spill 100 to 470 of them.
+GEMM_16_NARROW = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
+GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
+FMA_32_NARROW = (Tile(64, 32, 16, 4, 2),)
+# Direct kernels, [pixels, channels]: 32 fp32 accumulators per thread, half as many where addresses are not shared.
+DIRECT = (Tile(64, 64, 1, 4, 3), Tile(128, 32, 1, 4, 3), Tile(256, 16, 1, 4, 3))
+DIRECT_NARROW = (Tile(64, 32, 1, 4, 3), Tile(128, 16, 1, 4, 3))
+DIRECT_64 = (Tile(32, 32, 1, 4, 3), Tile(64, 16, 1, 4, 3))
+DIRECT_WGRAD = (Tile(3, 64, 32, 4, 2), Tile(3, 32, 64, 4, 2))  # taps, channels, pixels
+DIRECT_WGRAD_64 = (Tile(1, 32, 32, 4, 2),)
 BIAS = (Tile(1, 64, 64, 4, 3),)
 
 
 def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool) -> tuple[Tile, ...]:
-    """Every tile that a planner on a GPU may choose for a kernel; narrow: an operand is loaded element by element."""
-    if kernel == "depthwise":
-        return POINTWISE
-    if kernel == "depthwise_wgrad":
-        return POINTWISE_WGRAD
+    """Every tile that a planner on a GPU may choose for a kernel; narrow: some operand is accessed element by element."""
     if kernel == "bias":
         return BIAS
+    if kernel == "depthwise":
+        return DIRECT_64 if itemsize == 8 else DIRECT_NARROW if narrow else DIRECT
+    if kernel == "depthwise_wgrad":
+        return DIRECT_WGRAD_64 if itemsize == 8 else DIRECT_WGRAD
     if itemsize == 8:
         return GEMM_64
     if itemsize == 4 and not tensor_cores:
-        return FMA_NARROW if narrow else FMA_32
-    if narrow:
-        return GEMM_NARROW
-    return GEMM_32 if itemsize == 4 else GEMM_16
+        return FMA_32_NARROW if narrow else FMA_32
+    if itemsize == 4:
+        return GEMM_32_NARROW if narrow else GEMM_32
+    return GEMM_16_NARROW if narrow else GEMM_16
 
 
 def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str | None:

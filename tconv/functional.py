@@ -46,26 +46,19 @@ def _engine() -> tuple[Any, bool] | str:
     return autograd, INTERPRET
 
 
-def convolve(
-    transposed: bool,
-    rank: int,
-    input: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    groups: Any,
-    dilation: Any,
-) -> torch.Tensor | None:
-    """Any of the six convolutions by our kernels, or None where torch is to take the call (recorded, with the reason)."""
+def convolve(transposed: bool, rank: int, *arguments: Any) -> torch.Tensor | None:
+    """Any of the six convolutions by our kernels, or None where torch is to take the call (recorded, with the reason).
+
+    Args:
+        transposed, rank: which of the six.
+        arguments: input, weight, bias, stride, padding, output_padding, groups, dilation, as torch takes them.
+    """
     if torch.compiler.is_compiling():
         return None
     try:
-        return _convolve(transposed, rank, input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _convolve(transposed, rank, *arguments)
     except Declined as e:
-        name = f"conv{'_transpose' if transposed else ''}{rank}d"
-        note(Call(name, None, None, str(e)))
+        note(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
 
 
@@ -133,8 +126,7 @@ def _convolve(
     if _dry.get():
         known = dataclasses.replace(known, dry=True)
     batched = x.dim() == rank + 2
-    operation = autograd.dgrad if transposed else autograd.fprop
-    y: torch.Tensor = operation(x if batched else x.unsqueeze(0), w, b, known)
+    y: torch.Tensor = autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)
     return y if batched else y.squeeze(0)
 
 

@@ -75,12 +75,16 @@ def prepare_gather(
     reduced, written = (aw.outer, aw.channel) if transposed else (aw.channel, aw.outer)
     group = p.K // p.G * aw.outer
     inner = _weight_axis(aw, transposed)
-    x_vec, w_vec = _vector(x, ax, ci), 1
+    x_vec, y_vec, w_vec = _vector(x, ax, ci), _vector(y, ay, co), 1
     if inner:
         outer = written if inner == "i" else reduced
         w_vec = vector(w.data_ptr(), size, outer, *aw.spatial, group, ci if inner == "i" else co)
 
-    plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow=min(x_vec, w_vec) == 1)
+    if p.depthwise:  # tiles span groups
+        direct_x = _vector(x, ax, y.shape[1]) if p.multiplier == 1 else 1
+        direct_y = _vector(y, ay, y.shape[1])
+    narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec)) == 1
+    plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow)
     tile, tiles = plan.tile, planning.pixel_tiles(p, pass_, plan.tile.m)
     integers = {
         "N": p.N, **_window(p), **_triple("g", [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]),
@@ -97,8 +101,7 @@ def prepare_gather(
     if plan.kernel == "depthwise":
         integers |= {"C": y.shape[1], "M": p.multiplier, "swk": aw.outer}
         constants |= {
-            "X_VEC": _vector(x, ax, y.shape[1]) if p.multiplier == 1 else 1, "Y_VEC": _vector(y, ay, y.shape[1]),
-            "MULTIPLIED": p.multiplier > 1, "BLOCK_C": tile.n,
+            "X_VEC": direct_x, "Y_VEC": direct_y, "MULTIPLIED": p.multiplier > 1, "BLOCK_C": tile.n,
         }  # fmt: skip
         return _prepared(depthwise, tiles * math.ceil(y.shape[1] / tile.n), integers, constants, call)
     integers |= {
@@ -106,7 +109,7 @@ def prepare_gather(
         "swg": group, "swi": reduced, "swo": written,
     }  # fmt: skip
     constants |= {
-        "W_UNIT": inner, "X_VEC": x_vec, "W_VEC": w_vec, "Y_VEC": _vector(y, ay, co), "EVEN": ci % tile.k == 0,
+        "W_UNIT": inner, "X_VEC": x_vec, "W_VEC": w_vec, "Y_VEC": y_vec, "EVEN": ci % tile.k == 0,
         "FIELD": FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0, "PRECISION": _precision(x.dtype),
         "BLOCK_N": tile.n, "BLOCK_K": tile.k,
     }  # fmt: skip

@@ -69,12 +69,7 @@ def main():
     ax.axis("off")
     figure.subplots_adjust(0, 0, 1, 1)
     matplotlib.rcParams["svg.hashsalt"] = "tconv"
-    for suffix in ("svg", "png"):
-        figure.savefig(
-            pathlib.Path(__file__).with_name(f"data-flow.{suffix}"),
-            dpi=130,
-            metadata={"Date": None} if suffix == "svg" else None,
-        )
+    figure.savefig(pathlib.Path(__file__).with_name("data-flow.svg"), metadata={"Date": None})
 
 
 if __name__ == "__main__":

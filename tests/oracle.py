@@ -1,9 +1,9 @@
 """The fp64 oracle, and the error that a correct kernel may make.
 
 An output is a sum of products. In fp64 the same convolution of squares gives, per element, the sum of the squared
-products; its root is the size of a random sum's rounding error in units of eps, which one bound fits every layer, pass and
-dtype: half an eps of the output times the result (it is rounded once, to nearest), plus a few eps of the accumulator times the square root of the number of terms
-times that root mean square. A lost tap is orders of magnitude above it.
+products; its root is the size of a random sum's rounding error in units of eps, so one bound fits every layer, pass and
+dtype: half an eps of the output times the result (it is rounded once, to nearest), plus a few eps of the accumulator times
+the square root of the number of terms times that root mean square. A lost tap is orders of magnitude above it.
 """
 
 from __future__ import annotations

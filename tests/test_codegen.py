@@ -68,7 +68,8 @@ def test_a_regression_is_named():
     import codegen
 
     row = {
-        "name": "a", "arch": "sm_90", "spills": 0, "narrow_loads": 0, "registers": 100, "shared_bytes": 10, "stack_bytes": 0,
+        "name": "a", "arch": "sm_90", "spills": 0, "loop_spills": 0,
+        "narrow_loads": 0, "registers": 100, "shared_bytes": 10, "stack_bytes": 0,
         "loop_instructions": 100, "mma_kind": "HGMMA", "register_detour": False, "async_copy_bytes": 16,
     }  # fmt: skip
     budget = {"sm_90": {"a": row}}

@@ -6,11 +6,7 @@ import io
 import pathlib
 import re
 
-import tconv
-import tconv.explain
-import tconv.plan
-import tconv.record
-import tconv.swap
+import tconv  # noqa: F401 - loads the modules whose docstrings are run
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 

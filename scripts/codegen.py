@@ -24,7 +24,6 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.pop("TRITON_INTERPRET", None)  # this is about compiled code
 
 BUDGET = ROOT / "bench" / "codegen_budget.json"
 ARCHS = {  # name: (backend, architecture, warp size, bytes of shared memory a program may use, multiprocessors)
@@ -294,6 +293,7 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="rewrite the budget")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: this is about compiled code
     archs = args.arch or ["sm_90"]
     archs = list(ARCHS) if "all" in archs else archs
     import triton

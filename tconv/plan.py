@@ -237,4 +237,7 @@ def _splits(pixels: int, block: int, programs: int, slice_bytes: int, device: De
             raise ValueError(f"forced plan cannot run: {wish.splits} splits, this problem allows 1 to {most}")
         splits = wish.splits
     splits = max(1, splits, math.ceil(pixels / 2**30))
-    return math.ceil(pixels / chunk(pixels, block, splits))  # rounding up may leave the last ones without work
+    used = math.ceil(pixels / chunk(pixels, block, splits))  # rounding up may leave the last ones without work
+    if wish and wish.splits not in (None, used):
+        raise ValueError(f"forced plan cannot run: {wish.splits} splits of {steps} steps, nearest is {used}")
+    return used

@@ -82,10 +82,11 @@ def test_no_gpu_tile_lacks_a_device_that_can_run_it():
         ({"tile": Tile(2048, 2048, 16)}, "more than 1048576 elements"),
         ({"kernel": "wgrad", "splits": 99}, "99 splits, this problem allows 1 to"),
         ({"kernel": "wgrad", "splits": 0}, "0 splits, this problem allows 1 to"),
+        ({"kernel": "wgrad", "tile": Tile(16, 16, 16), "splits": 5}, "5 splits of 8 steps, nearest is 4"),
     ],
 )
 def test_a_forced_plan_that_cannot_run_raises(forced, message, device):
-    x = torch.randn(1, 4, 6, 6, device=device)
+    x = torch.randn(8, 4, 6, 6, device=device)
     w = torch.randn(4, 4, 3, 3, device=device, requires_grad=True)
     with pytest.raises(ValueError, match=message), tconv.force(**forced):
         TF.conv2d(x, w).sum().backward()

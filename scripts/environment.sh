@@ -7,14 +7,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 has() { "$1" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[2:]))" x "${@:2}"; }
 
-NEEDED="numpy pytest xdist pytest_timeout hypothesis expecttest sklearn PIL matplotlib tqdm"
-if [ -n "${VIRTUAL_ENV:-}" ] && has "$VIRTUAL_ENV/bin/python" torch triton; then
-    PYTHON="$VIRTUAL_ENV/bin/python"
-    # shellcheck disable=SC2086
-    if ! has "$PYTHON" $NEEDED; then
-        echo "Adding what is missing to the active environment, $VIRTUAL_ENV"
+# The interpreter of an active environment: a virtual one (also one that is only first on PATH) or Conda's.
+active() {
+    local python
+    python="$(command -v python3 || command -v python)" || return 1
+    [ -n "${CONDA_PREFIX:-}" ] || "$python" -c "import sys; sys.exit(sys.prefix == sys.base_prefix)" || return 1
+    echo "$python"
+}
+
+if PYTHON="$(active)" && has "$PYTHON" torch triton; then
+    if ! has "$PYTHON" numpy pytest xdist pytest_timeout hypothesis expecttest sklearn PIL matplotlib tqdm; then
+        echo "Adding what is missing to the active environment, $PYTHON"
         "$PYTHON" -m pip install --disable-pip-version-check -q \
-            "numpy" pytest pytest-xdist pytest-timeout hypothesis expecttest scikit-learn pillow matplotlib tqdm
+            numpy pytest pytest-xdist pytest-timeout hypothesis expecttest scikit-learn pillow matplotlib tqdm ||
+            echo "Not everything could be added; going on without"
     fi
 else
     PYTHON="$PWD/.venv/bin/python"

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import tconv
 from tests import parity
+
+pytest.importorskip("expecttest", reason="torch's test tables import it")
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
 
 # Importing torch's tests forbids, for the whole process, to set any torch.backends flag; other tests set some.
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True

@@ -178,8 +178,7 @@ def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
         return Tile(m, n, pow2(problem.gemm("wgrad")[2], 16, (1 << 18) // max(m, n)))
     low = 16 if kernel == "gather" else 1
     n, k = pow2(written, low, 1024), pow2(reduced, low, 256)
-    pixels = problem.gemm(pass_)[0] // problem.phases(pass_) + 1
-    return Tile(pow2(pixels, low, (1 << 18) // max(n, k)), n, k)
+    return Tile(pow2(_phase_pixels(problem, pass_), low, (1 << 18) // max(n, k)), n, k)
 
 
 def _gpu_tile(
@@ -213,10 +212,14 @@ def _programs(problem: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
 
 def pixel_tiles(problem: ConvProblem, pass_: str, block: int) -> int:
     """Tiles of written pixels over all phases: what the kernels' own numbering (kernels/common.py) expects."""
+    return math.ceil(_phase_pixels(problem, pass_) / block) * problem.phases(pass_)
+
+
+def _phase_pixels(problem: ConvProblem, pass_: str) -> int:
+    """Pixels that the largest phase of a pass writes."""
     if pass_ == "fprop":
-        return math.ceil(problem.N * math.prod(problem.Y) / block)
-    pixels = problem.N * math.prod(math.ceil(x / s) for x, s in zip(problem.X, problem.S, strict=True))
-    return math.ceil(pixels / block) * problem.phases(pass_)
+        return problem.N * math.prod(problem.Y)
+    return problem.N * math.prod(math.ceil(x / s) for x, s in zip(problem.X, problem.S, strict=True))
 
 
 def chunk(pixels: int, block: int, splits: int) -> int:

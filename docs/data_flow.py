@@ -28,10 +28,8 @@ def box(ax, x, y, width, height, colour, title, text, size=9.5):
     ax.add_patch(
         FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", fc=colour, ec="#777777", lw=0.8)
     )
-    lines = text.count("\n") + 1
     ax.text(x + width / 2, y + height - 0.2, title, ha="center", va="center", family="monospace", size=size, weight="bold")
     ax.text(x + width / 2, y + (height - 0.36) / 2, text, ha="center", va="center", size=8.5, linespacing=1.15, color="#333333")
-    return lines
 
 
 def arrow(ax, x, top, bottom):

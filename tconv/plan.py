@@ -154,7 +154,8 @@ def _forced_tile(wish: Forced | None, kernel: str, itemsize: int, device: Device
 
 def _kernel(problem: ConvProblem, pass_: str) -> tuple[str, str]:
     if problem.depthwise and problem.multiplier <= 8:
-        # A dot would read 16 channels for one that counts; up to a few outputs per channel multiply-adds are less work.
+        # A dot would read 16 channels for one that counts; up to half as many outputs per channel, multiply-adds are less
+        # work. By counting: not yet measured on a GPU.
         return ("depthwise_wgrad" if pass_ == "wgrad" else "depthwise"), "one input channel per group"
     return ("wgrad" if pass_ == "wgrad" else "gather"), "implicit GEMM"
 
@@ -190,7 +191,8 @@ def _gpu_tile(
     for tile in legal:
         programs = _programs(problem, pass_, kernel, tile)
         waves = math.ceil(programs / device.units)
-        # A program's time: its products, and a fixed part that favours large tiles (operands read per product).
+        # A program's time: its products, and a part that favours large tiles (operands read per product). The 16 is an
+        # estimate, not yet measured on a GPU.
         area = tile.m * tile.n if kernel in ("gather", "wgrad") else tile.n * max(tile.m, tile.k)
         cost = waves * (area + 16 * (tile.m + tile.n))
         if best is None or cost < best[0]:
@@ -230,7 +232,8 @@ def chunk(pixels: int, block: int, splits: int) -> int:
 def _splits(pixels: int, block: int, programs: int, slice_bytes: int, device: Device, wish: Forced | None) -> int:
     """Parts of a reduction: enough for two programs per unit, none shorter than four steps of the loop.
 
-    The workspace, a slice per split, bounds them. A split's pixels are counted in 32 bits, so one per 2^30 is the least.
+    Both are estimates, not yet measured on a GPU. The workspace, a slice per split, bounds them. A split's pixels are
+    counted in 32 bits, so one per 2^30 is the least.
     """
     steps = math.ceil(pixels / block)
     most = max(1, min(steps, WORKSPACE // slice_bytes))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tconv.configs import Tile, tiles, why_illegal
+from tconv.cost import Cost, phase_pixels, predict, predict_bias, tiles_of
 from tconv.device import Device
 from tconv.problem import ConvProblem
 
+INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # bytes that wgrad's splits may take at most
 KERNELS = {
     "fprop": ("gather", "depthwise"),
@@ -30,6 +32,8 @@ class Plan:
         tile: block extents and launch options.
         splits: parts into which the reduction is cut, added in a fixed order afterwards.
         reason: one line for `explain`.
+        cost: what the cost model says of it; None in the interpreter.
+        others: the next best that were considered, at most three.
     """
 
     pass_: str
@@ -37,6 +41,8 @@ class Plan:
     tile: Tile
     splits: int
     reason: str
+    cost: Cost | None = None
+    others: tuple[Plan, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         splits = f", {self.splits} splits" if self.splits > 1 else ""
@@ -92,7 +98,7 @@ def pow2(n: int, low: int, high: int) -> int:
 
 
 def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, device: Device, narrow: bool = False) -> Plan:
-    """The plan for one pass.
+    """The plan for one pass: of all candidates the one with the least predicted time (cost.py).
 
     Args:
         problem: what to compute.
@@ -105,22 +111,21 @@ def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, 
         ValueError: a plan was forced (`force`) that cannot run.
     """
     wish = _wish(pass_)
-    kernel, why = _kernel(problem, pass_)
-    if wish and wish.kernel and wish.kernel != kernel:
-        kernel, why = wish.kernel, "forced"
-        if kernel.startswith("depthwise") and not problem.depthwise:
-            raise ValueError(f"forced kernel {kernel!r} needs one input channel per group, got {problem}")
+    if wish and wish.kernel and wish.kernel.startswith("depthwise") and not problem.depthwise:
+        raise ValueError(f"forced kernel {wish.kernel!r} needs one input channel per group, got {problem}")
     if device.interpreted:
-        tile, note = _interpreter_tile(problem, pass_, kernel), "one large tile for the interpreter"
-    else:
-        tile, note = _gpu_tile(problem, pass_, kernel, tiles(kernel, itemsize, tensor_cores, narrow), itemsize, device)
-    tile, note = _forced_tile(wish, kernel, itemsize, device) or (tile, note)
-    splits = 1
-    if pass_ == "wgrad":
-        programs = _programs(problem, pass_, kernel, tile)
-        elements = math.prod(problem.shape("w"))
-        splits = _splits(problem.gemm("wgrad")[2], tile.k, programs, elements * max(4, itemsize), device, wish)
-    return Plan(pass_, kernel, tile, splits, f"{why}; {note}")
+        return _interpreter_plan(problem, pass_, itemsize, device, wish)
+    plans = []
+    for kernel in [wish.kernel] if wish and wish.kernel else _kernels(problem, pass_):
+        # Of a group's one channel, a dot's operands can only be gathered one by one.
+        thin = narrow or (problem.depthwise and not kernel.startswith("depthwise"))
+        for tile in _legal_tiles(wish, kernel, tiles(kernel, itemsize, tensor_cores, thin), itemsize, device):
+            for splits in _all_splits(problem, pass_, kernel, tile, itemsize, device, wish):
+                cost = predict(problem, pass_, kernel, tile, splits, itemsize, tensor_cores, thin, device)
+                plans.append(Plan(pass_, kernel, tile, splits, "", cost))
+    if not plans:
+        raise ValueError(f"no tile fits {device.name}: {problem}")
+    return _fastest(plans, wish)
 
 
 def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
@@ -129,12 +134,22 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
-    wish = _wish("bias")
+    wish, limit = _wish("bias"), WORKSPACE // (channels * max(4, itemsize))
     n = pow2(channels, 1, 1024)
-    tile = Tile(1, n, pow2(pixels, 1, (1 << 18) // n)) if device.interpreted else tiles("bias", itemsize, False, False)[0]
-    tile, _ = _forced_tile(wish, "bias", itemsize, device) or (tile, "")
-    splits = _splits(pixels, tile.k, math.ceil(channels / tile.n), channels * max(4, itemsize), device, wish)
-    return Plan("bias", "bias", tile, splits, "sum of the output gradient's pixels")
+    one = (Tile(1, n, pow2(pixels, 1, (1 << 18) // n)),) if device.interpreted else tiles("bias", itemsize, False, False)
+    plans = []
+    for tile in _legal_tiles(wish, "bias", one, itemsize, device):
+        for splits in _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, wish):
+            cost = None if device.interpreted else predict_bias(channels, pixels, tile, splits, itemsize, device)
+            plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost))
+    return plans[0] if device.interpreted else _fastest(plans, wish)
+
+
+def _fastest(plans: list[Plan], wish: Forced | None) -> Plan:
+    """The plan of least predicted time, the earlier of equals, knowing the others."""
+    first, *rest = sorted(plans, key=lambda plan: plan.cost.seconds if plan.cost else 0.0)
+    why = "forced" if wish else f"best of {len(plans)}"
+    return replace(first, reason=f"{why}; {first.cost}", others=tuple(rest[:3]))
 
 
 def _wish(pass_: str) -> Forced | None:
@@ -143,21 +158,22 @@ def _wish(pass_: str) -> Forced | None:
     return None if wish is None or not (wish.kernel is None or wish.kernel in KERNELS[pass_]) else wish
 
 
-def _forced_tile(wish: Forced | None, kernel: str, itemsize: int, device: Device) -> tuple[Tile, str] | None:
+def _legal_tiles(
+    wish: Forced | None, kernel: str, candidates: tuple[Tile, ...], itemsize: int, device: Device
+) -> tuple[Tile, ...]:
+    """The candidates that can run, or the forced one."""
     if wish is None or wish.tile is None:
-        return None
+        return tuple(t for t in candidates if not why_illegal(kernel, t, itemsize, device))
     illegal = why_illegal(kernel, wish.tile, itemsize, device)
     if illegal:
         raise ValueError(f"forced plan cannot run: {illegal}")
-    return wish.tile, "forced tile"
+    return (wish.tile,)
 
 
-def _kernel(problem: ConvProblem, pass_: str) -> tuple[str, str]:
-    if problem.depthwise and problem.multiplier <= 8:
-        # A dot would read 16 channels for one that counts; up to half as many outputs per channel, multiply-adds are less
-        # work. By counting: not yet measured on a GPU.
-        return ("depthwise_wgrad" if pass_ == "wgrad" else "depthwise"), "one input channel per group"
-    return ("wgrad" if pass_ == "wgrad" else "gather"), "implicit GEMM"
+def _kernels(problem: ConvProblem, pass_: str) -> tuple[str, ...]:
+    """The kernels that could take a pass."""
+    dot, direct = KERNELS[pass_]
+    return (direct, dot) if problem.depthwise else (dot,)
 
 
 def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
@@ -166,6 +182,15 @@ def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
     if kernel == "depthwise":
         return (problem.K if pass_ == "fprop" else problem.C), 1
     return (k, c) if pass_ == "fprop" else (c, k)
+
+
+def _interpreter_plan(problem: ConvProblem, pass_: str, itemsize: int, device: Device, wish: Forced | None) -> Plan:
+    """The interpreter's time is per operation: few programs, and direct kernels while groups have few outputs."""
+    dot, direct = KERNELS[pass_]
+    kernel = wish.kernel if wish and wish.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
+    (tile,) = _legal_tiles(wish, kernel, (_interpreter_tile(problem, pass_, kernel),), itemsize, device)
+    splits = _all_splits(problem, pass_, kernel, tile, itemsize, device, wish)[0]
+    return Plan(pass_, kernel, tile, splits, "forced" if wish else INTERPRETED)
 
 
 def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
@@ -179,49 +204,7 @@ def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
         return Tile(m, n, pow2(problem.gemm("wgrad")[2], 16, (1 << 18) // max(m, n)))
     low = 16 if kernel == "gather" else 1
     n, k = pow2(written, low, 1024), pow2(reduced, low, 256)
-    return Tile(pow2(_phase_pixels(problem, pass_), low, (1 << 18) // max(n, k)), n, k)
-
-
-def _gpu_tile(
-    problem: ConvProblem, pass_: str, kernel: str, candidates: tuple[Tile, ...], itemsize: int, device: Device
-) -> tuple[Tile, str]:
-    """The legal tile with the least padded work per wave of programs."""
-    legal = [t for t in candidates if not why_illegal(kernel, t, itemsize, device)]
-    best: tuple[float, Tile, str] | None = None
-    for tile in legal:
-        programs = _programs(problem, pass_, kernel, tile)
-        waves = math.ceil(programs / device.units)
-        # A program's time: its products, and a part that favours large tiles (operands read per product). The 16 is an
-        # estimate, not yet measured on a GPU.
-        area = tile.m * tile.n if kernel in ("gather", "wgrad") else tile.n * max(tile.m, tile.k)
-        cost = waves * (area + 16 * (tile.m + tile.n))
-        if best is None or cost < best[0]:
-            best = (cost, tile, f"{programs} programs in {waves} waves on {device.units} units")
-    if best is None:
-        raise ValueError(f"no tile of {kernel} fits {device.name}")
-    return best[1], best[2]
-
-
-def _programs(problem: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
-    written, _ = _channels(problem, pass_, kernel)
-    if kernel == "wgrad":
-        k, c = problem.K // problem.G, problem.C // problem.G
-        return math.ceil(k / tile.m) * math.ceil(c / tile.n) * problem.taps * problem.G
-    if kernel == "depthwise_wgrad":
-        return math.ceil(problem.taps / tile.m) * math.ceil(problem.K / tile.n)
-    return pixel_tiles(problem, pass_, tile.m) * math.ceil(written / tile.n) * (problem.G if kernel == "gather" else 1)
-
-
-def pixel_tiles(problem: ConvProblem, pass_: str, block: int) -> int:
-    """Tiles of written pixels over all phases: what the kernels' own numbering (kernels/common.py) expects."""
-    return math.ceil(_phase_pixels(problem, pass_) / block) * problem.phases(pass_)
-
-
-def _phase_pixels(problem: ConvProblem, pass_: str) -> int:
-    """Pixels that the largest phase of a pass writes."""
-    if pass_ == "fprop":
-        return problem.N * math.prod(problem.Y)
-    return problem.N * math.prod(math.ceil(x / s) for x, s in zip(problem.X, problem.S, strict=True))
+    return Tile(pow2(phase_pixels(problem, pass_), low, (1 << 18) // max(n, k)), n, k)
 
 
 def chunk(pixels: int, block: int, splits: int) -> int:
@@ -229,21 +212,36 @@ def chunk(pixels: int, block: int, splits: int) -> int:
     return math.ceil(math.ceil(pixels / block) / splits) * block
 
 
-def _splits(pixels: int, block: int, programs: int, slice_bytes: int, device: Device, wish: Forced | None) -> int:
-    """Parts of a reduction: enough for two programs per unit, none shorter than four steps of the loop.
+def _all_splits(
+    problem: ConvProblem, pass_: str, kernel: str, tile: Tile, itemsize: int, device: Device, wish: Forced | None
+) -> list[int]:
+    """Numbers of splits worth considering for a pass; one, but for wgrad."""
+    if pass_ != "wgrad":
+        return [1]
+    limit = WORKSPACE // (math.prod(problem.shape("w")) * max(4, itemsize))
+    programs = tiles_of(problem, pass_, kernel, tile)
+    return _split_counts(problem.gemm("wgrad")[2], tile.k, programs, limit, device, wish)
 
-    Both are estimates, not yet measured on a GPU. The workspace, a slice per split, bounds them. A split's pixels are
-    counted in 32 bits, so one per 2^30 is the least.
+
+def _split_counts(pixels: int, block: int, programs: int, limit: int, device: Device, wish: Forced | None) -> list[int]:
+    """Numbers of parts of a reduction: one, or as many as fill one to four waves of the device, at most `limit`.
+
+    Each is a number that is used up: rounding a part up to whole blocks may leave the last ones without work. A part's
+    pixels are counted in 32 bits, so one per 2^30 is the least.
     """
     steps = math.ceil(pixels / block)
-    most = max(1, min(steps, WORKSPACE // slice_bytes))
-    splits = 1 if device.interpreted else min(most, math.ceil(2 * device.units / programs), steps // 4)
+    most, least = max(1, min(steps, limit)), math.ceil(pixels / 2**30)
+
+    def used(splits: int) -> int:
+        return math.ceil(pixels / chunk(pixels, block, max(least, splits)))
+
     if wish and wish.splits is not None:
         if not 1 <= wish.splits <= most:
             raise ValueError(f"forced plan cannot run: {wish.splits} splits, this problem allows 1 to {most}")
-        splits = wish.splits
-    splits = max(1, splits, math.ceil(pixels / 2**30))
-    used = math.ceil(pixels / chunk(pixels, block, splits))  # rounding up may leave the last ones without work
-    if wish and wish.splits not in (None, used):
-        raise ValueError(f"forced plan cannot run: {wish.splits} splits of {steps} steps, nearest is {used}")
-    return used
+        if used(wish.splits) != wish.splits:
+            raise ValueError(f"forced plan cannot run: {wish.splits} splits of {steps} steps, nearest is {used(wish.splits)}")
+        return [wish.splits]
+    if device.interpreted:
+        return [used(1)]
+    fill = [min(most, device.units * waves // programs) for waves in (1, 2, 3, 4)]
+    return sorted({used(max(1, splits)) for splits in (1, *fill)})

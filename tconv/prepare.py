@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from tconv import cost
 from tconv import plan as planning
 from tconv.configs import Tile
 from tconv.device import Device
@@ -85,7 +86,7 @@ def prepare_gather(
         direct_y = _vector(y, ay, y.shape[1])
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec)) == 1
     plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow)
-    tile, tiles = plan.tile, planning.pixel_tiles(p, pass_, plan.tile.m)
+    tile, tiles = plan.tile, cost.pixel_tiles(p, pass_, plan.tile.m)
     integers = {
         "N": p.N, **_window(p), **_triple("g", [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]),
         **_triple("X", p.Y if transposed else p.X), **_triple("Y", p.X if transposed else p.Y),
@@ -122,7 +123,10 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
     ax, ay, aw = addressing(x), addressing(dy), addressing(dw)
     c, k = p.C // p.G, p.K // p.G
     x_vec, y_vec = _vector(x, ax, c), _vector(dy, ay, k)
-    plan = planning.choose(p, "wgrad", size, tensor_cores(x.dtype), device, narrow=min(x_vec, y_vec) == 1)
+    if p.depthwise:  # tiles span groups
+        direct_x, direct_y = _vector(x, ax, p.K) if p.multiplier == 1 else 1, _vector(dy, ay, p.K)
+    narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, y_vec)) == 1
+    plan = planning.choose(p, "wgrad", size, tensor_cores(x.dtype), device, narrow)
     tile, splits, pixels = plan.tile, plan.splits, p.N * math.prod(p.Y)
     chunk = planning.chunk(pixels, tile.k, splits)
     integers = {
@@ -138,8 +142,7 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
     if plan.kernel == "depthwise_wgrad":
         integers |= {"K": p.K, "M": p.multiplier}
         constants |= {
-            "X_VEC": _vector(x, ax, p.K) if p.multiplier == 1 else 1, "Y_VEC": _vector(dy, ay, p.K),
-            "MULTIPLIED": p.multiplier > 1, "TAPS": tile.m, "BLOCK_C": tile.n,
+            "X_VEC": direct_x, "Y_VEC": direct_y, "MULTIPLIED": p.multiplier > 1, "TAPS": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip
         programs = math.ceil(p.taps / tile.m) * math.ceil(p.K / tile.n) * splits
         return _prepared(depthwise_wgrad, programs, integers, constants, call, splits)

@@ -1,0 +1,217 @@
+"""Counts what a pass must do and what a plan of it does, and predicts its time on a device. Standard library only.
+
+Operations and bytes are exact counts. The time is a model: the slowest of four rates, plus a launch.
+
+    products  of padded tiles, at the tensor cores' (or the multiply-adders') rate
+    issue     instructions of the main loop, four warps a cycle on each unit
+    cache     operands that programs fetch: from L2, or, by direct kernels, whose taps share them, mostly from L1
+    memory    the least bytes, and what is read again because no cache holds it, at the memory's bandwidth
+
+Programs fill a device in waves: the first three are of the fullest unit. Loop lengths are fitted to the compiled code that
+scripts/codegen.py reads (tests/test_cost.py holds them to it); what a step's latency hides behind and the fixed times are
+estimates until a GPU has had its say.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tconv.configs import Tile
+from tconv.device import Device
+from tconv.problem import ConvProblem
+
+LAUNCH = 2e-6  # seconds from one kernel's start to that of an empty next one: an estimate
+LATENCY = 1000  # cycles from asking the memory to having it, where a loop's loads are not pipelined: an estimate
+ISSUE = 4  # instructions a unit starts per cycle, one for each of its schedulers
+L1 = 128  # bytes a unit takes from its own cache per cycle
+ALONE = 1.5  # a program with a unit to itself is slowed so by its own barriers: an estimate
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass costs under a plan.
+
+    Attributes:
+        flops: operations of the pass, two per multiply-add, every tap counted, the halo's too.
+        bytes: least bytes: each operand read once, the result written once.
+        executed: operations of the padded tiles.
+        programs: programs launched, all splits together.
+        waves: programs of the fullest unit.
+        units: units of the device.
+        workspace: bytes allocated beside the result.
+        parts: seconds by each of "products", "issue", "cache" and "memory".
+        seconds: the prediction.
+    """
+
+    flops: int
+    bytes: int
+    executed: int
+    programs: int
+    waves: int
+    units: int
+    workspace: int
+    parts: tuple[tuple[str, float], ...]
+    seconds: float
+
+    @property
+    def bound(self) -> str:
+        """The part that takes longest."""
+        return max(self.parts, key=lambda part: part[1])[0]
+
+    @property
+    def tile_waste(self) -> float:
+        """Share of the executed operations that tiles' tails make for nothing; none where a dgrad leaves out the halo."""
+        return max(0.0, 1 - self.flops / self.executed)
+
+    @property
+    def wave_waste(self) -> float:
+        """Share of the units' time that the last wave leaves idle."""
+        return 1 - self.programs / (self.waves * self.units)
+
+    def __str__(self) -> str:
+        return (
+            f"predicted {self.seconds * 1e6:.1f} us, bound by {self.bound}; "
+            f"{self.programs} programs in {self.waves} waves, waste: tiles {self.tile_waste:.0%}, waves {self.wave_waste:.0%}"
+        )
+
+
+def flops(p: ConvProblem) -> int:
+    """Operations of fprop, dgrad or wgrad: the three meet the same pairs of elements."""
+    return 2 * p.N * math.prod(p.Y) * p.K * (p.C // p.G) * p.taps
+
+
+def least_bytes(p: ConvProblem, itemsize: int) -> int:
+    """Bytes of x, w and y: any pass reads two of them and writes the third."""
+    return itemsize * sum(math.prod(p.shape(which)) for which in "xwy")
+
+
+def phase_pixels(p: ConvProblem, pass_: str) -> int:
+    """Pixels that the largest phase of fprop or dgrad writes."""
+    if pass_ == "fprop":
+        return p.N * math.prod(p.Y)
+    return p.N * math.prod(math.ceil(x / s) for x, s in zip(p.X, p.S, strict=True))
+
+
+def pixel_tiles(p: ConvProblem, pass_: str, block: int) -> int:
+    """Tiles of written pixels over all phases: what the kernels' own numbering (kernels/common.py) expects."""
+    return math.ceil(phase_pixels(p, pass_) / block) * p.phases(pass_)
+
+
+def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
+    """Programs of a plan without splits."""
+    c, k = p.C // p.G, p.K // p.G
+    if kernel == "wgrad":
+        return math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G
+    if kernel == "depthwise_wgrad":
+        return math.ceil(p.taps / tile.m) * math.ceil(p.K / tile.n)
+    tiles = pixel_tiles(p, pass_, tile.m)
+    if kernel == "depthwise":
+        return tiles * math.ceil((p.K if pass_ == "fprop" else p.C) / tile.n)
+    return tiles * math.ceil((k if pass_ == "fprop" else c) / tile.n) * p.G
+
+
+def loop_length(kernel: str, tile: Tile, itemsize: int, tensor_cores: bool, narrow: bool) -> float:
+    """Instructions of a warp per iteration of a kernel's main loop, fitted to what compilers for sm_90 make of it."""
+    threads = 32 * tile.warps
+    if kernel in ("depthwise", "depthwise_wgrad"):
+        taps, pixels = (1, tile.m) if kernel == "depthwise" else (tile.m, tile.k)
+        products = taps * pixels * tile.n / threads
+        return 60 + products * (10 if narrow else 6)
+    loaded = (tile.m + tile.n) * tile.k / threads
+    copies = loaded * 4 if narrow else 8 * loaded * itemsize / 16
+    products = 0.0 if tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
+    return (50 if kernel == "gather" else 100) + copies + products
+
+
+def predict(
+    p: ConvProblem,
+    pass_: str,
+    kernel: str,
+    tile: Tile,
+    splits: int,
+    itemsize: int,
+    tensor_cores: bool,
+    narrow: bool,
+    device: Device,
+) -> Cost:
+    """What a plan costs on a device whose limits are known.
+
+    Args:
+        p, pass_: what to compute, "fprop", "dgrad" or "wgrad".
+        kernel, tile, splits: how.
+        itemsize: bytes of an element.
+        tensor_cores: whether they may do the products.
+        narrow: whether operands are loaded element by element, which is not pipelined either.
+        device: where.
+    """
+    limits = device.limits
+    tiles = tiles_of(p, pass_, kernel, tile)
+    direct = kernel.startswith("depthwise")
+    # Iterations of all programs' loops together. A tap belongs to one phase of a dgrad, so over the phases each counts once.
+    if pass_ == "wgrad":
+        pixels = p.N * math.prod(p.Y)
+        per_split = math.ceil(math.ceil(pixels / tile.k) / splits)
+        loops = tiles * splits * per_split
+    else:
+        reduced = (p.C if pass_ == "fprop" else p.K) // p.G
+        blocks = (p.multiplier if pass_ == "dgrad" else 1) if direct else math.ceil(reduced / tile.k)
+        loops = tiles // p.phases(pass_) * p.taps * blocks
+    programs = tiles * splits
+    waves = math.ceil(programs / device.units)
+    steps = loops / programs * waves  # of the fullest unit
+    step_flops = 2 * tile.m * tile.n * tile.k
+    executed = loops * step_flops
+
+    rate = limits.fma_32 if direct or not tensor_cores else limits.matrix_tf32 if itemsize == 4 else limits.matrix_16
+    if itemsize == 8:
+        rate = limits.fma_32 / 2 if direct else limits.matrix_64
+    products = steps * step_flops / (rate / device.units)
+    cycles = tile.warps * loop_length(kernel, tile, itemsize, tensor_cores and not direct, narrow) / ISSUE
+    resident = max(1, min(waves, device.shared_bytes // _shared(kernel, tile, itemsize), 16 // tile.warps))
+    if narrow or direct:
+        cycles = max(cycles, LATENCY / resident)
+    elif resident == 1:
+        products *= ALONE
+    fetched = itemsize * (
+        tile.k * (tile.m + tile.n) if not direct else tile.n * (tile.m if kernel == "depthwise" else (tile.m + 1) * tile.k)
+    )
+    workspace = splits * math.prod(p.shape("w")) * max(4, itemsize) if splits > 1 else 0
+    least = least_bytes(p, itemsize)
+    # Phases of a strided dgrad run one after the other over all of dy; what the L2 cache has lost by then is read again.
+    again = 0
+    read = itemsize * math.prod(p.shape("y"))
+    if pass_ == "dgrad" and read > limits.l2_bytes:
+        again = read * (min(p.phases("dgrad"), p.taps) - 1)
+    parts = {
+        "products": products,
+        "issue": steps * cycles / limits.clock,
+        "cache": steps * fetched / (L1 * limits.clock if direct else limits.l2_bandwidth / device.units),
+        "memory": (least + again + 2 * workspace) / limits.bandwidth,
+    }
+    seconds = LAUNCH * (2 if splits > 1 else 1) + max(parts.values())
+    return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
+
+
+def predict_bias(channels: int, pixels: int, tile: Tile, splits: int, itemsize: int, device: Device) -> Cost:
+    """What a bias gradient costs: an addition per element of the output's gradient."""
+    limits = device.limits
+    tiles = math.ceil(channels / tile.n)
+    steps = math.ceil(math.ceil(pixels / tile.k) / splits)
+    programs, work = tiles * splits, channels * pixels
+    waves = math.ceil(programs / device.units)
+    workspace = splits * channels * max(4, itemsize) if splits > 1 else 0
+    least = itemsize * (work + channels)
+    resident = max(1, min(waves, 16 // tile.warps))
+    parts = {
+        "issue": waves * steps * LATENCY / resident / limits.clock,
+        "memory": (least + 2 * workspace) / limits.bandwidth,
+    }
+    seconds = LAUNCH * (2 if splits > 1 else 1) + max(parts.values())
+    executed = tiles * tile.n * splits * steps * tile.k
+    return Cost(work, least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
+
+
+def _shared(kernel: str, tile: Tile, itemsize: int) -> int:
+    """Bytes of shared memory that a program's pipeline takes; direct kernels take little."""
+    return 4096 if kernel.startswith("depthwise") else tile.stages * (tile.m + tile.n) * tile.k * itemsize

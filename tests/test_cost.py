@@ -1,0 +1,178 @@
+"""The cost model's counts: against torch's own counter, against the launches that are made, and worked by hand."""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tconv import cost, plan
+from tconv.configs import Tile, tiles
+from tconv.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
+from tconv.layout import empty
+from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.problem import PASSES, forward_problem, transposed_problem
+from tests import cases, oracle
+
+LAYERS = json.loads((pathlib.Path(__file__).parent.parent / "bench" / "layers.json").read_text())
+# A device for sums in the head: two units, one operation, byte or cycle a second each.
+HAND = Device("by hand", 2, 1 << 20, limits=Limits(2.0, 2.0, 2.0, 2.0, 1.0, 2.0, 1e9, 1.0))
+
+
+def problem(case):
+    """A case of tests/cases.py, or a row of bench/layers.json as one, as a problem."""
+    stride, dilation, padding = (
+        v if isinstance(v, (tuple, list)) else (v,) * case.rank for v in (case.stride, case.dilation, case.padding)
+    )
+    if case.transposed:
+        extra = case.output_padding if isinstance(case.output_padding, (tuple, list)) else (case.output_padding,) * case.rank
+        return transposed_problem(case.x, case.weight, stride, padding, extra, dilation, case.groups)
+    return forward_problem(case.x, case.weight, stride, [(p, p) for p in padding], dilation, case.groups)
+
+
+def layer(row):
+    return oracle.Case(
+        row["name"], (row["N"], row["C"], *row["spatial"]), row["K"], tuple(row["kernel"]), tuple(row["stride"]),
+        tuple(row["padding"]), tuple(row["dilation"]), row["groups"], "transpose" in row["op"],
+        tuple(row["output_padding"] or ()),
+    )  # fmt: skip
+
+
+CASES = [c for c in cases.ALL if not isinstance(c.padding, str)] + [layer(row) for row in LAYERS]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operations_and_bytes_are_those_that_torch_counts(case):
+    x, w, b = (torch.empty(s, device="meta", requires_grad=True) for s in (case.x, case.weight, (case.k,)))
+    function = (oracle.TRANSPOSED if case.transposed else oracle.FORWARD)[case.rank]
+    p = problem(case)
+    with FlopCounterMode(display=False) as counter:
+        y = function(x, w, b, **case.arguments)
+        assert counter.get_total_flops() == cost.flops(p)
+        torch.autograd.grad(y, x, torch.empty_like(y), retain_graph=True)
+        assert counter.get_total_flops() == 2 * cost.flops(p)
+        torch.autograd.grad(y, w, torch.empty_like(y))
+        # Torch's formula for wgrad leaves the groups out: it counts every pair of channels.
+        assert counter.get_total_flops() == (2 + case.groups) * cost.flops(p)
+    assert cost.least_bytes(p, x.element_size()) == sum(t.nbytes for t in (x, w, y))
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", [layer(row) for row in LAYERS[::3]], ids=str)
+def test_programs_and_workspace_are_those_launched(case, channels_last):
+    p, like = problem(case), torch.empty(0, dtype=torch.bfloat16, device="meta")
+    x, w, y = (empty(p.shape(which), channels_last, like) for which in "xwy")
+    device = DEVICES["H200"]
+    launches = [
+        prepare_gather("fprop", p, x, w, None, y, device),
+        prepare_gather("dgrad", p, y, w, None, x, device),
+        prepare_wgrad(p, y, x, w, device),
+        prepare_bias(p, y, device),
+    ]
+    for launch in launches:
+        predicted = launch.call.plan.cost
+        assert predicted.programs == launch.grid[0], launch.call
+        slices = w.numel() if launch is not launches[3] else p.K
+        assert predicted.workspace == (4 * launch.splits * slices if launch.splits > 1 else 0)
+        assert predicted.workspace <= plan.WORKSPACE
+        assert predicted.waves == math.ceil(launch.grid[0] / device.units)
+
+
+def test_a_gather_worked_by_hand():
+    """2 x 5x5 outputs of 3x3 over 20 channels, 40 written: 50 pixels in 4 tiles of 16, 3 of channels, 9 taps, 2 blocks."""
+    p = forward_problem((2, 20, 7, 7), (40, 20, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 1)
+    tile = Tile(16, 16, 16, 4, 2)
+    c = cost.predict(p, "fprop", "gather", tile, 1, 4, True, False, HAND)
+    assert c.flops == 2 * 50 * 40 * 20 * 9
+    assert c.bytes == 4 * (2 * 20 * 49 + 40 * 20 * 9 + 2 * 40 * 25)
+    assert c.programs == 4 * 3
+    assert c.waves == 6
+    assert c.executed == 12 * 18 * 2 * 16**3
+    assert c.tile_waste == 1 - c.flops / c.executed
+    assert c.wave_waste == 0
+    parts = dict(c.parts)
+    assert parts["products"] == 6 * 18 * 2 * 16**3
+    assert parts["cache"] == 6 * 18 * 4 * 16 * 32
+    assert parts["issue"] == 6 * 18 * 4 * (50 + 8 * 4 * 4 / 16) / 4  # four elements a thread, in one 16-byte copy
+    assert parts["memory"] == c.bytes
+    assert c.seconds == cost.LAUNCH + max(parts.values())
+    assert c.bound == "products"
+
+
+def test_phases_of_a_strided_dgrad_are_counted_one_by_one():
+    """Against the kernel's own numbering: for every phase, the taps that meet its pixels."""
+    for extent, taps, stride, dilation in itertools.product((5, 8, 9), (1, 2, 3, 5), (1, 2, 3, 4), (1, 2, 6)):
+        if extent < dilation * (taps - 1) + 1:
+            continue
+        p = forward_problem((1, 16, extent), (16, 16, taps), (stride,), [(0, 0)], (dilation,), 1)
+        stride = p.S[2]  # a stride past the only output is clamped
+        tile = Tile(16, 16, 16, 4, 2)
+        met = sum((a - t * dilation) % stride == 0 for a in range(stride) for t in range(taps))
+        blocks = math.ceil(math.ceil(extent / stride) / 16)
+        c = cost.predict(p, "dgrad", "gather", tile, 1, 2, True, False, HAND)
+        assert c.executed == met * blocks * 2 * 16**3
+        assert c.programs == stride * blocks
+
+
+def test_a_split_wgrad_worked_by_hand():
+    p = forward_problem((4, 16, 10), (16, 16, 1), (1,), [(0, 0)], (1,), 1)
+    c = cost.predict(p, "wgrad", "wgrad", Tile(16, 16, 16, 4, 2), 2, 2, True, False, HAND)
+    assert (c.programs, c.waves, c.workspace) == (2, 1, 2 * 256 * 4)
+    assert c.executed == 2 * 2 * 2 * 16**3  # 40 pixels: three blocks, two in each split
+    assert dict(c.parts)["memory"] == c.bytes + 2 * c.workspace
+    assert c.seconds >= 2 * cost.LAUNCH
+
+
+def test_depthwise_is_counted_by_its_taps():
+    p = forward_problem((1, 32, 9, 9), (32, 1, 3, 3), (1, 1), [(1, 1)] * 2, (1, 1), 32)
+    c = cost.predict(p, "fprop", "depthwise", Tile(64, 32, 1, 4, 2), 1, 2, True, False, HAND)
+    assert c.flops == 2 * 81 * 32 * 9
+    assert c.executed == 2 * 9 * 2 * 64 * 32
+    assert c.programs == 2
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_the_planner_takes_what_is_predicted_fastest(pass_):
+    for row, device in itertools.product(LAYERS[::5], DEVICES.values()):
+        p = problem(layer(row))
+        best = plan.choose(p, pass_, 2, True, device)
+        assert all(best.cost.seconds <= other.cost.seconds for other in best.others)
+        for tile in tiles(best.kernel, 2, True, False):
+            try:
+                with plan.force(kernel=best.kernel, tile=tile):
+                    forced = plan.choose(p, pass_, 2, True, device)
+            except ValueError:
+                continue  # does not fit the device
+            assert forced.tile == tile
+            assert forced.cost.seconds >= best.cost.seconds
+            assert forced.reason.startswith("forced")
+
+
+def test_a_better_device_is_never_predicted_slower():
+    better = {f.name: 2 * getattr(A100, f.name) for f in dataclasses.fields(Limits)}
+    slow, fast = (dataclasses.replace(DEVICES["A100"], limits=limits) for limits in (A100, Limits(**better)))
+    for row, pass_ in itertools.product(LAYERS[::7], PASSES):
+        p = problem(layer(row))
+        assert plan.choose(p, pass_, 2, True, fast).cost.seconds <= plan.choose(p, pass_, 2, True, slow).cost.seconds
+
+
+def test_nothing_is_predicted_faster_than_the_device():
+    for row, pass_, (name, device) in itertools.product(LAYERS, PASSES, DEVICES.items()):
+        c = plan.choose(problem(layer(row)), pass_, 2, True, device).cost
+        assert c.bytes / c.seconds <= device.limits.bandwidth, name
+        assert c.executed / c.seconds <= device.limits.matrix_16, name
+        assert 0 <= c.tile_waste < 1
+        assert 0 <= c.wave_waste < 1
+
+
+def test_limits_of_devices_by_name():
+    assert limits_of("NVIDIA H200", 132, 9) == H200
+    assert limits_of("NVIDIA A100-SXM4-80GB", 108, 8) == A100
+    half = limits_of("a Hopper nobody listed", 66, 9)
+    assert half.matrix_16 == H100.matrix_16 / 2
+    assert half.clock == H100.clock
+    assert limits_of("gfx942", 304, 0) == DEVICES["MI300X"].limits

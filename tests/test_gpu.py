@@ -1,4 +1,9 @@
-"""What only a GPU can show: the same cases at real sizes, 2^31 elements for real, CUDA graphs, streams, devices."""
+"""What only a GPU can show: the same cases at real sizes, 2^31 elements for real, CUDA graphs, streams, devices.
+
+A dry run (`--tiny`, scripts/gpu.sh --dry-run) takes the real layers through the same code, shrunk for the interpreter.
+"""
+
+import dataclasses
 
 import pytest
 import torch
@@ -30,10 +35,23 @@ REAL = [
 ]
 
 
+def tiny(case):
+    """A case with at most 8 channels a group, 4 groups, 5 taps a dimension and few pixels."""
+    n, c, *extents = case.x
+    groups = min(case.groups, 4)
+    c, k = (groups * min(v // case.groups, 8) for v in (c, case.k))
+    kernel = tuple(min(t, 5) for t in case.kernel)
+    extents = [min(e, 4 * case.dilation + 3) for e in extents]
+    padding = min(case.padding, 2 * case.dilation)
+    return dataclasses.replace(case, x=(min(n, 2), c, *extents), k=k, kernel=kernel, padding=padding, groups=groups)
+
+
+@pytest.mark.gpu(shrinks=True)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", REAL, ids=str)
-def test_real_sizes(case, dtype, channels_last, device, poisoned):
+def test_real_sizes(case, dtype, channels_last, device, poisoned, pytestconfig):
+    case = tiny(case) if pytestconfig.getoption("--tiny", False) else case
     check(case, *oracle.tensors(case, dtype, device, channels_last))
 
 

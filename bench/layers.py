@@ -1,0 +1,103 @@
+"""The suite's layers: 60 convolutions of real models, in layers.json with their sources."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+from tconv.problem import ConvProblem, forward_problem, transposed_problem
+
+FILE = pathlib.Path(__file__).with_name("layers.json")
+QUICK = 6  # every so-many-th layer makes the quick subset
+FAMILIES = ("dense 2-D", "few channels", "patch", "depthwise", "grouped", "transposed", "1-D", "3-D")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution of a model.
+
+    Attributes:
+        name, model, source: what it is, and where it was read.
+        x: input shape, (N, C, *spatial).
+        k: output channels.
+        kernel, stride, padding, dilation, output_padding: per dimension.
+        groups: number of groups.
+        transposed: a transposed convolution.
+        bias: whether the model's layer has one.
+    """
+
+    name: str
+    model: str
+    source: str
+    x: tuple[int, ...]
+    k: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    transposed: bool
+    bias: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.x) - 2
+
+    @property
+    def w(self) -> tuple[int, ...]:
+        """Weight shape."""
+        c, g = self.x[1], self.groups
+        return (c, self.k // g, *self.kernel) if self.transposed else (self.k, c // g, *self.kernel)
+
+    @property
+    def problem(self) -> ConvProblem:
+        if self.transposed:
+            return transposed_problem(
+                self.x, self.w, self.stride, self.padding, self.output_padding, self.dilation, self.groups
+            )
+        return forward_problem(self.x, self.w, self.stride, [(p, p) for p in self.padding], self.dilation, self.groups)
+
+    @property
+    def family(self) -> str:
+        """One of FAMILIES: the first that fits, the more particular ones before rank."""
+        if 1 < self.groups == self.x[1]:
+            return "depthwise"
+        if self.groups > 1:
+            return "grouped"
+        if self.transposed:
+            return "transposed"
+        if self.kernel == self.stride and max(self.kernel) > 1 and not any(self.padding):
+            return "patch"
+        if min(self.x[1], self.k) <= 4:
+            return "few channels"
+        return {1: "1-D", 2: "dense 2-D", 3: "3-D"}[self.rank]
+
+    def tiny(self) -> Layer:
+        """The same layer with few channels and pixels, for Triton's interpreter."""
+        n, c, *spatial = self.x
+        groups = math.gcd(self.groups, 4) if self.groups % 4 == 0 else min(self.groups, 5)
+        kernel = tuple(min(t, 5) for t in self.kernel)
+        spans = [d * (t - 1) + 1 for d, t in zip(self.dilation, kernel, strict=True)]
+        spatial = [min(e, max(6, s + 2)) for e, s in zip(spatial, spans, strict=True)]
+        c, k = (groups * min(v // self.groups, 8) for v in (c, self.k))
+        padding = tuple(min(p, t // 2) for p, t in zip(self.padding, kernel, strict=True))
+        return dataclasses.replace(self, x=(min(n, 2), c, *spatial), k=k, kernel=kernel, padding=padding, groups=groups)
+
+
+def layers(quick: bool = False) -> list[Layer]:
+    """All layers, or the quick subset."""
+    return [_layer(row) for row in json.loads(FILE.read_text())][:: QUICK if quick else 1]
+
+
+def _layer(row: dict[str, Any]) -> Layer:
+    rank = len(row["spatial"])
+    return Layer(
+        row["name"], row["model"], row["source"], (row["N"], row["C"], *row["spatial"]), row["K"], tuple(row["kernel"]),
+        tuple(row["stride"]), tuple(row["padding"]), tuple(row["dilation"]), tuple(row["output_padding"] or (0,) * rank),
+        row["groups"], "transpose" in row["op"], bool(row.get("bias")),
+    )  # fmt: skip

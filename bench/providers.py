@@ -1,0 +1,215 @@
+"""Who computes a layer: torch.nn in both layouts, tconv in both, and peers where they are installed.
+
+A provider turns operands into a call per pass, or raises Missing with the reason why it has none. Calls are below
+autograd, aten's operators and tconv's launches, but for "step": forward and backward as a training step makes them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import tconv
+from bench.layers import Layer
+from tconv import launch
+from tconv.layout import FORMATS, result_is_channels_last
+from tconv.problem import Geometry
+
+PASSES = ("fprop", "dgrad", "wgrad", "step")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+LAYOUTS = ("contiguous", "channels_last")
+aten = torch.ops.aten
+
+
+class Missing(Exception):
+    """A provider is not installed, or has no kernel for a layer or pass; the text says which."""
+
+
+@dataclass
+class Operands:
+    """A layer's tensors: x, w, b (where the layer has a bias), dy, in one precision and layout, of random numbers."""
+
+    layer: Layer
+    layout: str
+    x: torch.Tensor
+    w: torch.Tensor
+    b: torch.Tensor | None
+    dy: torch.Tensor
+
+    def in_layout(self, layout: str) -> Operands:
+        """The same numbers in another layout."""
+        put = _channels_last if layout == "channels_last" else torch.Tensor.contiguous
+        return Operands(self.layer, layout, put(self.x), put(self.w), self.b, put(self.dy))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of torch.nn.functional's function."""
+        a = self.layer
+        found = {"stride": a.stride, "padding": a.padding, "dilation": a.dilation, "groups": a.groups}
+        return found | {"output_padding": a.output_padding} if a.transposed else found
+
+    @property
+    def aten(self) -> tuple[Any, ...]:
+        """The arguments of aten::convolution behind the tensors."""
+        a = self.layer
+        return a.stride, a.padding, a.dilation, a.transposed, a.output_padding, a.groups
+
+
+def operands(layer: Layer, precision: str, device: str) -> Operands:
+    """Random operands in torch's default layout; weights are scaled so that outputs are of the size of the inputs."""
+    dtype = PRECISIONS[precision]
+    p = layer.problem
+    y = p.shape("x" if layer.transposed else "y")
+    scale = (layer.x[1] // layer.groups * p.taps) ** -0.5
+    x, w, dy = (torch.randn(shape, device=device, dtype=dtype) for shape in (layer.x, layer.w, y))
+    w *= scale
+    b = torch.randn(layer.k, device=device, dtype=dtype) if layer.bias else None
+    return Operands(layer, "contiguous", x, w, b, dy)
+
+
+def _channels_last(t: torch.Tensor) -> torch.Tensor:
+    if t.dim() == 3:
+        return t.unsqueeze(2).to(memory_format=torch.channels_last).squeeze(2)
+    return t.to(memory_format=FORMATS[t.dim()])
+
+
+def set_precision(precision: str) -> None:
+    """Torch's flags for fp32 convolutions, which tconv obeys too: TF32 or not."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+def torch_nn(o: Operands, pass_: str) -> Callable[[], Any]:
+    """cuDNN, through aten."""
+    if pass_ == "fprop":
+        return lambda: aten.convolution.default(o.x, o.w, o.b, *o.aten)
+    if pass_ == "step":
+        return _step(getattr(F, _function(o.layer)), o)
+    mask = [pass_ == "dgrad", pass_ == "wgrad", False]
+    index = mask.index(True)
+    return lambda: aten.convolution_backward.default(o.dy, o.x, o.w, None, *o.aten, mask)[index]
+
+
+def tconv_(o: Operands, pass_: str) -> Callable[[], Any]:
+    """Our kernels."""
+    if o.x.is_cuda or launch.INTERPRET:
+        function = getattr(tconv.functional, _function(o.layer))
+        if pass_ == "step":
+            return _step(function, o)
+        if pass_ == "fprop":
+            return lambda: function(o.x, o.w, o.b, **o.settings)
+        g = Geometry(o.layer.problem, result_is_channels_last(o.x, o.w))
+        # A transposed layer's input gradient is a fprop, its weight gradient a wgrad with x and dy exchanged.
+        if pass_ == "dgrad":
+            backward = launch.fprop if o.layer.transposed else launch.dgrad
+            return lambda: backward(g, o.dy, o.w, None)
+        pair = (o.x, o.dy) if o.layer.transposed else (o.dy, o.x)
+        return lambda: launch.wgrad(g, *pair)
+    raise Missing("tconv's kernels need a GPU or TRITON_INTERPRET=1")
+
+
+def inductor(o: Operands, pass_: str) -> Callable[[], Any]:
+    """Inductor's Triton templates."""
+    if not o.x.is_cuda:
+        raise Missing("Inductor's Triton templates need a GPU")
+    options = {"max_autotune": True, "max_autotune_conv_backends": "TRITON"}
+    function = torch.compile(getattr(F, _function(o.layer)), options=options)
+    return lambda: function(o.x, o.w, o.b, **o.settings)
+
+
+def flag_gems(o: Operands, pass_: str) -> Callable[[], Any]:
+    """FlagGems' Triton kernels."""
+    import flag_gems as gems
+
+    function = getattr(gems, _function(o.layer))
+    if pass_ == "fprop":
+        return lambda: function(o.x, o.w, bias=o.b, **o.settings)
+    if pass_ == "step":
+        return _step(function, o)
+    x, w = o.x.detach().requires_grad_(pass_ == "dgrad"), o.w.detach().requires_grad_(pass_ == "wgrad")
+    y = function(x, w, bias=None, **o.settings)
+    return lambda: torch.autograd.grad(y, x if pass_ == "dgrad" else w, o.dy, retain_graph=True)[0]
+
+
+def fla(o: Operands, pass_: str) -> Callable[[], Any]:
+    """fla's causal depthwise conv1d, on [batch, time, channels]; a layer that pads both ends gets its last outputs too."""
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    taps = o.layer.kernel[0]
+    x, w = F.pad(o.x.transpose(1, 2), (0, 0, 0, taps - 1)), o.w.squeeze(1)
+    return lambda: causal_conv1d(x, w, o.b)[0].transpose(1, 2)
+
+
+def _causal(layer: Layer) -> bool:
+    once = layer.rank == 1 and not layer.transposed and (*layer.stride, *layer.dilation) == (1, 1)
+    return once and layer.family == "depthwise" and layer.k == layer.x[1] and layer.padding[0] == layer.kernel[0] - 1
+
+
+@dataclass(frozen=True)
+class Provider:
+    """How a provider makes a call of operands and a pass, what it takes, and the package it needs."""
+
+    call: Callable[[Operands, str], Callable[[], Any]]
+    takes: Callable[[Layer, str, str], bool] = lambda layer, pass_, layout: True
+    package: str | None = None
+    version: str = ""
+
+
+PROVIDERS = {
+    "torch.nn": Provider(torch_nn),
+    "tconv": Provider(tconv_),
+    # Forward only, 2-D and 3-D, dilation 1.
+    "inductor": Provider(
+        inductor,
+        lambda layer, pass_, _: pass_ == "fprop" and layer.rank > 1 and not layer.transposed and max(layer.dilation) == 1,
+    ),
+    # Its weight gradient is wrong for channels_last weights, and its conv3d has none.
+    "flag_gems": Provider(
+        flag_gems,
+        lambda layer, pass_, layout: (
+            not layer.transposed and layout == "contiguous" and (pass_ == "fprop" or layer.rank < 3)
+        ),
+        "flag_gems", "5.0.2",
+    ),
+    "fla": Provider(
+        fla, lambda layer, pass_, layout: pass_ == "fprop" and layout == "channels_last" and _causal(layer), "fla", "0.6.0"
+    ),
+}  # fmt: skip
+
+
+def absent() -> dict[str, str]:
+    """Peers that are not installed, with a line for each."""
+    return {
+        name: f"{name} is not installed ({p.package} {p.version}): left out"
+        for name, p in PROVIDERS.items()
+        if p.package and importlib.util.find_spec(p.package) is None
+    }
+
+
+def _function(layer: Layer) -> str:
+    return f"conv{'_transpose' if layer.transposed else ''}{layer.rank}d"
+
+
+def _step(function: Callable[..., torch.Tensor], o: Operands) -> Callable[[], Any]:
+    """Forward and backward by autograd, all gradients."""
+    leaves = [t.detach().requires_grad_() for t in (o.x, o.w, o.b) if t is not None]
+    x, w, b = leaves if len(leaves) == 3 else (*leaves, None)
+    return lambda: torch.autograd.grad(function(x, w, b, **o.settings), leaves, o.dy)
+
+
+def reference(o: Operands, pass_: str) -> tuple[torch.Tensor, ...]:
+    """What a pass should give, in fp32 without TF32 (fp64 for fp32 operands on a CPU), by torch."""
+    wide = torch.float32 if o.x.is_cuda else torch.float64
+    before = torch.backends.cudnn.conv.fp32_precision
+    set_precision("fp32")
+    try:
+        up = Operands(o.layer, o.layout, *(None if t is None else t.to(wide) for t in (o.x, o.w, o.b, o.dy)))  # type: ignore[arg-type]
+        if pass_ == "step":
+            return tuple(torch_nn(up, pass_)())
+        return (torch_nn(up, pass_)(),)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before

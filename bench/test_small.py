@@ -1,0 +1,50 @@
+"""Small cases of every kernel, checked against fp64 on the CPU: what compute-sanitizer watches (bench/sanitize.py).
+
+The device runs tconv's kernels and copies, nothing else, since a sanitizer slows everything a hundredfold.
+"""
+
+import pytest
+import torch
+
+import tconv
+from bench.providers import set_precision
+from tconv.configs import Tile
+from tests import cases, oracle
+
+SPLIT = [
+    (oracle.Case("split", (2, 8, 9, 9), 12, (3, 3), padding=1), Tile(16, 16, 16)),
+    (oracle.Case("split depthwise", (2, 8, 9, 9), 8, (3, 3), padding=1, groups=8), Tile(4, 8, 16)),
+]
+
+
+def on_device(case, device):
+    """The case's function with operands carried to the device and results carried back."""
+    name = f"conv{'_transpose' if case.transposed else ''}{case.rank}d"
+
+    def function(x, w, b, **settings):
+        return getattr(tconv.functional, name)(x.to(device), w.to(device), b.to(device), **settings).cpu()
+
+    return function
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", cases.FEW, ids=str)
+def test_small_case(case, dtype, channels_last, device):
+    check(case, dtype, channels_last, device)
+
+
+@pytest.mark.parametrize(("case", "tile"), SPLIT, ids=str)
+def test_small_split(case, tile, device):
+    with tconv.force(kernel="wgrad" if case.groups == 1 else "depthwise_wgrad", tile=tile, splits=2):
+        check(case, torch.float16, False, device)
+
+
+def check(case, dtype, channels_last, device):
+    set_precision("fp32")
+    torch.manual_seed(0)
+    x, w, b = oracle.tensors(case, dtype, "cpu", channels_last)
+    with tconv.recording() as calls:
+        oracle.check(on_device(case, device), case, x, w, b)
+    assert len(calls) == 4
+    assert all(call.ours for call in calls)

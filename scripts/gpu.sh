@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, from a plain checkout: torch, Triton, numpy, pytest (with pytest-benchmark, hypothesis and
+# matplotlib) are enough.
+#
+#   scripts/gpu.sh [parity|sanitize|bench|models|all] [--quick] [--dry-run] [--out DIR] [--commit ID] [--seconds N]
+#
+#   parity     every kernel at real sizes, all dtypes and layouts, above 2^31 elements, CUDA graphs, two streams
+#   sanitize   small cases of every kernel under compute-sanitizer's memcheck and racecheck
+#   bench      the 60 layers, every pass, by every provider that is installed; Python's share of a call
+#   models     training and inference steps of whole models
+#
+# A stage starts nothing after --seconds (480) and is stopped after a minute more; the same command goes on where it was cut.
+# Records are lines of JSON in DIR (bench/results/GPU-COMMIT), written as they come. --quick takes a part of bench and models,
+# --dry-run shrinks everything for Triton's interpreter, --commit names the commit where there is no git.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stages=() seconds=480 out="" quick=() tiny=() commit=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        parity | sanitize | bench | models) stages+=("$1") ;;
+        all) stages+=(parity sanitize bench models) ;;
+        --quick) quick=(--quick) ;;
+        --dry-run) tiny=(--tiny) ;;
+        --out | --commit | --seconds)
+            [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+            case "$1" in --out) out="$2" ;; --commit) commit=(--commit "$2") ;; --seconds) seconds="$2" ;; esac
+            shift
+            ;;
+        -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "unknown argument $1; see scripts/gpu.sh --help" >&2; exit 2 ;;
+    esac
+    shift
+done
+[ ${#stages[@]} -gt 0 ] || stages=(parity sanitize bench models)
+
+PYTHON="$(command -v python3 || command -v python)"
+"$PYTHON" -c "import torch, triton" 2>/dev/null || PYTHON="$PWD/.venv/bin/python"
+"$PYTHON" - <<'CHECK' || exit 1
+import importlib.util
+import sys
+
+missing = [m for m in ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "hypothesis") if not importlib.util.find_spec(m)]
+if missing:
+    sys.exit(f"{sys.executable} lacks {', '.join(missing)}: install them, or make .venv by ./scripts/test.sh")
+import triton
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    sys.exit(f"tconv needs Triton 3.6 or newer, {sys.executable} has {triton.__version__}")
+CHECK
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+if [ ${#tiny[@]} -eq 0 ] && ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    echo "No GPU here: only Python's share of a call can be measured (--dry-run tries the rest out on tiny shapes)"
+    exec "$PYTHON" bench/dispatch.py
+fi
+[ ${#tiny[@]} -eq 0 ] || export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+[ -n "$out" ] || out="bench/results/$("$PYTHON" -m bench.record "${commit[@]}")${tiny:+-dry}"
+mkdir -p "$out"
+echo "Recording in $out"
+
+failed=()
+stage() { # name of the record, then pytest's arguments
+    local name="$1" status=0
+    shift
+    timeout --kill-after=10 $((${seconds%.*} + 60)) "$PYTHON" -m pytest -p bench.stage -p no:xdist -q --tb=short \
+        --record "$out/$name.jsonl" --seconds "$seconds" "${tiny[@]}" "${commit[@]}" "$@" || status=$?
+    case $status in
+        0) ;;
+        2 | 124 | 137) echo "$name was cut; the same command goes on" ;;
+        *) failed+=("$name") ;;
+    esac
+}
+
+for name in "${stages[@]}"; do
+    echo "== $name"
+    case "$name" in
+        parity)
+            tests=(tests/test_gpu.py tests/test_kernels.py tests/test_autograd.py tests/test_torch_samples.py tests/test_random.py)
+            [ ${#tiny[@]} -eq 0 ] || tests=(tests/test_gpu.py)
+            stage parity "${tests[@]}"
+            ;;
+        sanitize)
+            timeout $((${seconds%.*} + 60)) "$PYTHON" -m bench.sanitize --out "$out" --seconds "$seconds" "${tiny[@]}" \
+                "${commit[@]}" || { [ $? -eq 2 ] && echo "sanitize was cut; the same command goes on" || failed+=(sanitize); }
+            ;;
+        bench)
+            "$PYTHON" bench/dispatch.py --json "$out/dispatch.json" || failed+=(dispatch)
+            stage layers --benchmark-quiet "${quick[@]}" bench/test_layers.py
+            ;;
+        models) stage models --benchmark-quiet "${quick[@]}" bench/test_models.py ;;
+    esac
+done
+echo "== summary"
+"$PYTHON" scripts/report.py --summary "$out"
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "FAILED: ${failed[*]}"
+    exit 1
+fi

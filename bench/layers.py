@@ -81,12 +81,14 @@ class Layer:
         """The same layer with few channels and pixels, for Triton's interpreter."""
         n, c, *spatial = self.x
         groups = math.gcd(self.groups, 4) if self.groups % 4 == 0 else min(self.groups, 5)
-        kernel = tuple(min(t, 5) for t in self.kernel)
+        kernel = tuple(min(t, 6) for t in self.kernel)
         spans = [d * (t - 1) + 1 for d, t in zip(self.dilation, kernel, strict=True)]
         spatial = [min(e, max(6, s + 2)) for e, s in zip(spatial, spans, strict=True)]
         c, k = (groups * min(v // self.groups, 8) for v in (c, self.k))
+        stride = kernel if self.kernel == self.stride else self.stride  # a patch embedding stays one
         padding = tuple(min(p, t // 2) for p, t in zip(self.padding, kernel, strict=True))
-        return dataclasses.replace(self, x=(min(n, 2), c, *spatial), k=k, kernel=kernel, padding=padding, groups=groups)
+        x = (min(n, 2), c, *spatial)
+        return dataclasses.replace(self, x=x, k=k, kernel=kernel, stride=stride, padding=padding, groups=groups)
 
 
 def layers(quick: bool = False) -> list[Layer]:

@@ -68,7 +68,8 @@ class Stage:
         self.running.unlink(missing_ok=True)
         worst = next((r for r in self.reports if r.failed), None) or next((r for r in self.reports if r.skipped), None)
         report = worst or self.reports[-1]
-        detail = str(report.longrepr).strip().splitlines()[-1][:300] if report.failed else ""
+        crash = getattr(report.longrepr, "reprcrash", None)
+        detail = str(crash.message if crash else report.longrepr).strip()[:300] if report.failed else ""
         fatal = any(text in str(r.longrepr) for r in self.reports if r.failed for text in FATAL)
         outcome, seconds = "died" if fatal else report.outcome, sum(r.duration for r in self.reports)
         line = {"test": item.nodeid, "outcome": outcome, "seconds": seconds} | dict(item.user_properties)

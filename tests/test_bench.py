@@ -1,0 +1,444 @@
+"""The benchmark suite without a GPU: records, stages that are cut and resumed, faulty providers, the report, the command."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import record
+from bench.layers import FAMILIES, layers
+from bench.sanitize import findings
+from bench.timing import Clock, median
+
+ROOT = pathlib.Path(__file__).parent.parent
+MACHINE = {"gpu": "NVIDIA H200", "commit": "abc", "torch": "2", "triton": "3", "tiny": False}
+
+
+def run(*command, **environment):
+    """(exit status, all output) of a command in the repository's root."""
+    settings = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout + done.stderr
+
+
+def stage(path, *arguments, **environment):
+    """(exit status, output, lines behind the first) of a recorded pytest run."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "bench.stage",
+        "--record",
+        path,
+    ]
+    status, text = run(*command, *arguments, **environment)
+    return status, text, record.read(path).lines
+
+
+# --- the layers ---
+
+
+def test_the_suite_has_sixty_layers_with_their_sources():
+    found = layers()
+    assert len(found) == 60
+    assert len({layer.name for layer in found}) == 60
+    assert {layer.family for layer in found} == set(FAMILIES)
+    assert all(layer.source for layer in found)
+    for row, layer in zip(json.loads((ROOT / "bench" / "layers.json").read_text()), found, strict=True):
+        p = layer.problem
+        assert list(p.shape("x" if layer.transposed else "y")) == row["out_shape"]
+
+
+def test_shrunk_layers_keep_what_is_particular_about_them():
+    for layer in layers():
+        small = layer.tiny()
+        assert (small.family, small.dilation, small.bias) == (layer.family, layer.dilation, layer.bias), layer.name
+        assert small.stride in (layer.stride, small.kernel)
+        assert min(small.problem.X) > 0
+        assert min(small.problem.Y) > 0
+        assert math.prod(small.x) <= math.prod(layer.x)
+
+
+# --- records ---
+
+
+def test_a_record_is_read_back_and_gone_on_with(tmp_path):
+    path = tmp_path / "a.jsonl"
+    record.Writer(path, MACHINE).write({"test": "one"})
+    record.Writer(path, MACHINE | {"date": "later"}).write({"test": "two"})
+    read = record.read(path)
+    assert read.machine == {"kind": record.KIND, **MACHINE}
+    assert read.lines == [{"test": "one"}, {"test": "two"}]
+    assert read.complaint is None
+
+
+def test_a_cut_record_keeps_its_whole_lines_and_is_mended(tmp_path):
+    path = tmp_path / "a.jsonl"
+    writer = record.Writer(path, MACHINE)
+    writer.write({"test": "one"})
+    writer.write({"test": "two"})
+    path.write_text(path.read_text()[:-8])
+    read = record.read(path)
+    assert read.lines == [{"test": "one"}]
+    assert read.complaint == "line 3 of 3 is cut or foreign; what follows it is left out"
+    record.Writer(path, MACHINE).write({"test": "three"})
+    assert record.read(path).lines == [{"test": "one"}, {"test": "three"}]
+    assert record.read(path).complaint is None
+
+
+@pytest.mark.parametrize(
+    "text", [b"{}\n", b"layer,ms\na,1\n", b"[1]\n", b'{"kind": "another"}\n', b"\x00", b"\xff\xfe\x00"], ids=repr
+)
+def test_a_foreign_file_is_named_and_neither_read_nor_touched(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text)
+    records, complaints = record.read_all(tmp_path)
+    assert records == {}
+    assert [str(path) in line for line in complaints] == [True]
+    with pytest.raises(ValueError, match="move it away first"):
+        record.Writer(path, MACHINE)
+    assert path.read_bytes() == text
+
+
+def test_a_record_made_elsewhere_is_not_gone_on_with(tmp_path):
+    record.Writer(tmp_path / "a.jsonl", MACHINE)
+    with pytest.raises(ValueError, match="made with another gpu, triton"):
+        record.Writer(tmp_path / "a.jsonl", MACHINE | {"gpu": "A100", "triton": "4"})
+
+
+def test_facts_of_this_machine():
+    facts = record.machine()
+    assert facts["torch"] == torch.__version__
+    assert facts["triton"]
+    assert record.machine("abc")["commit"] == "abc"
+    assert record.folder_name({"gpu": "NVIDIA H200", "commit": "0123456789abcdef"}) == "nvidia-h200-012345678"
+
+
+# --- stages ---
+
+
+TESTS = """
+import os, pathlib, pytest
+@pytest.mark.parametrize("i", range(3))
+def test_fine(i, record_property):
+    record_property("cell", {"i": i, "value": 1 / 3})
+def test_fails_at_first():
+    assert pathlib.Path(__file__).with_name("mended").exists(), "not yet"
+def test_kills_its_process():
+    os._exit(7)
+def test_breaks_the_device():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_last():
+    pytest.skip("never")
+"""
+
+
+def test_a_stage_that_is_cut_or_dies_goes_on_where_it_was(tmp_path):
+    tests, path = tmp_path / "test_it.py", tmp_path / "record" / "it.jsonl"
+    tests.write_text(TESTS)
+    status, text, lines = stage(path, "--seconds", "0", tests)
+    assert status == 2
+    assert "1 passed, 6 still to run" in text
+    assert [line["cell"] for line in lines] == [{"i": 0, "value": 0.33333}]
+    status, _, lines = stage(path, tests)
+    assert status == 7
+    assert [line["outcome"] for line in lines] == ["passed"] * 3 + ["failed"]
+    assert "not yet" in lines[-1]["detail"]
+    (tmp_path / "mended").touch()
+    status, text, lines = stage(path, tests)
+    assert status == 2
+    assert "the device failed" in text
+    assert [line["outcome"] for line in lines[4:]] == ["died", "passed", "died"]
+    status, text, lines = stage(path, tests)
+    assert status == 0
+    assert [line["outcome"] for line in lines[7:]] == ["skipped"]
+    assert "2 died, 4 passed, 1 skipped, 0 still to run" in text
+    status, _, again = stage(path, tests)
+    assert again == lines
+
+
+def test_a_foreign_record_stops_a_stage_with_one_line(tmp_path):
+    (tmp_path / "it.jsonl").write_text("mine\n")
+    (tmp_path / "test_it.py").write_text(TESTS)
+    status, text, _ = stage(tmp_path / "it.jsonl", tmp_path / "test_it.py")
+    assert status == 4
+    assert "not a record of tconv's; move it away first" in text
+    assert "Traceback" not in text
+
+
+# --- timing ---
+
+
+class Event:
+    """Stands in for torch.cuda.Event: the stream's own clock, in milliseconds, which only work moves."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_calls_on_a_gpu_are_timed_by_events_behind_a_flush(monkeypatch):
+    clock = Clock("cpu")
+    clock.cuda = True
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    order = []
+
+    def call():
+        order.append("call")
+        Event.now += 3.0
+
+    def flush():
+        order.append("flush")
+        Event.now += 100.0
+
+    clock.flush = flush
+    assert clock.once(call) == pytest.approx(0.003)
+    assert order == ["flush", "call"]
+    assert clock.rounds(call) == 20
+    assert median(clock, call) == pytest.approx(0.003)
+
+
+# --- the layers' benchmark ---
+
+WITHIN = ["--tiny", "--quick", "--benchmark-quiet", "bench/test_layers.py", "-k", "resnet50_l2_down_1x1s2 and contiguous"]
+FAULT = {
+    "fails": "lambda o, p: (lambda: 1 / 0)",
+    "is wrong": "lambda o, p: (lambda: tuple(t * 1.1 for t in right(o, p)))",
+    "gives NaN": "lambda o, p: (lambda: tuple(t * float('nan') for t in right(o, p)))",
+    "is missing": "missing",
+}
+
+
+def faulty(folder, provider, what):
+    """A pytest plugin that spoils a provider."""
+    (folder / "faulty.py").write_text(
+        "from bench import providers as p\n"
+        "def missing(o, pass_): raise p.Missing('not for this layer')\n"
+        "def right(o, pass_):\n"
+        "    y = p.torch_nn(o, pass_)()\n"
+        "    return y if isinstance(y, tuple) else (y,)\n"
+        f"p.PROVIDERS[{provider!r}] = p.Provider({FAULT[what]})\n"
+    )
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+def test_layers_are_checked_then_timed(tmp_path):
+    status, text, lines = stage(tmp_path / "layers.jsonl", *WITHIN)
+    assert status == 0, text
+    assert lines[0]["limits"]["matrix_16"] > 0
+    cells = [line["cell"] for line in lines[1:] if "ms" in line["cell"]]
+    assert {(c["provider"], c["pass"]) for c in cells} == {(p, s) for p in ("torch.nn", "tconv") for s in ("fprop", "step")}
+    for c in cells:
+        assert 0 < c["error_norm"] < 1e-2
+        assert c["ms"] > 0
+        assert c["tflops"] > 0
+        assert c["of_copy_peak"] > 0
+    assert all(len(c["plans"]) == (1 if c["pass"] == "fprop" else 3) for c in cells if c["provider"] == "tconv")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("fails", "ZeroDivisionError"), ("is wrong", "wrong result"), ("gives NaN", "wrong")]
+)
+def test_a_faulty_provider_has_a_cell_that_says_so(tmp_path, what, said):
+    arguments = ["-p", "faulty", *WITHIN[:-1], WITHIN[-1] + " and fprop"]
+    status, text, lines = stage(tmp_path / "layers.jsonl", *arguments, **faulty(tmp_path, "torch.nn", what))
+    assert status == 0, text  # a rival's fault is no failure of ours, and the run goes on
+    cells = {c["provider"]: c for c in (line["cell"] for line in lines[1:])}
+    assert said in cells["torch.nn"]["error"]
+    assert "ms" not in cells["torch.nn"]
+    assert cells["tconv"]["ms"] > 0
+    status, _, lines = stage(tmp_path / "ours.jsonl", *arguments, **faulty(tmp_path, "tconv", what))
+    assert status == 1
+    assert said in next(line["cell"]["error"] for line in lines[1:] if line["cell"]["provider"] == "tconv")
+
+
+def test_a_provider_that_does_not_take_a_layer_says_why(tmp_path):
+    arguments = ["-p", "faulty", *WITHIN[:-1], WITHIN[-1] + " and fprop and torch.nn"]
+    _, _, lines = stage(tmp_path / "layers.jsonl", *arguments, **faulty(tmp_path, "torch.nn", "is missing"))
+    assert [line["cell"]["missing"] for line in lines[1:]] == ["not for this layer"]
+
+
+def test_without_a_gpu_the_suite_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, text = run(sys.executable, "-m", "pytest", "-p", "bench.stage", "bench/test_layers.py")
+    assert status == 4
+    assert "no GPU here: only `python bench/dispatch.py` measures anything" in text
+
+
+# --- compute-sanitizer ---
+
+
+@pytest.mark.parametrize(
+    ("log", "found"),
+    [
+        ("========= ERROR SUMMARY: 0 errors\n", 0),
+        ("========= Invalid __global__ read\n========= ERROR SUMMARY: 3 errors\n", 3),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n", 2),
+        ("========= COMPUTE-SANITIZER\n", None),
+    ],
+)
+def test_what_a_sanitizer_found_is_read_from_its_log(log, found):
+    assert findings(log) == found
+
+
+@pytest.mark.parametrize(("errors", "status"), [(0, 0), (2, 1)])
+def test_sanitizer_runs_are_recorded(tmp_path, errors, status):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "========= ERROR SUMMARY: {errors} errors" > "$4"\n')
+    tool.chmod(0o755)
+    command = [sys.executable, "-m", "bench.sanitize", "--out", tmp_path / "out"]
+    got, text = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert got == status, text
+    lines = record.read(tmp_path / "out" / "sanitize.jsonl").lines
+    assert [(line["tool"], line["found"]) for line in lines] == [("memcheck", errors), ("racecheck", errors)]
+    _, text = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "memcheck: already recorded" in text
+
+
+def test_without_a_sanitizer_one_line_says_so(tmp_path):
+    status, text = run(sys.executable, "-m", "bench.sanitize", "--out", tmp_path, PATH="/nowhere")
+    assert (status, text.strip()) == (0, "compute-sanitizer is not here: nothing was checked by it")
+
+
+# --- the report ---
+
+
+def written(folder, factor, date, gpu="NVIDIA H200"):
+    """A record of two layers: torch.nn takes 2 and 8 ms contiguous, 4 and 4 channels_last; ours half of it, times a factor."""
+    writer = record.Writer(folder / "layers.jsonl", MACHINE | {"date": date, "commit": date, "gpu": gpu})
+    rates = {"matrix_16": 8e14, "matrix_tf32": 4e14, "fma_32": 5e13, "matrix_64": 5e13, "bandwidth": 4e12}
+    writer.write({"limits": rates | {"l2_bandwidth": 8e12, "l2_bytes": 5e7, "clock": 1.7e9}})
+    for (layer, family), layout, ms in [
+        (("one", "dense 2-D"), "contiguous", 2.0), (("one", "dense 2-D"), "channels_last", 4.0),
+        (("two", "depthwise"), "contiguous", 8.0), (("two", "depthwise"), "channels_last", 4.0),
+    ]:  # fmt: skip
+        for provider, time in (("torch.nn", ms), ("tconv", factor * ms / 2)):
+            cell = {"layer": layer, "family": family, "precision": "bf16", "pass": "fprop", "provider": provider,
+                    "layout": layout, "ms": time, "tflops": 1 / time, "gbs": 10 / time}  # fmt: skip
+            writer.write({"test": f"{layer} {layout} {provider}", "outcome": "passed", "cell": cell})
+    bad = {"layer": "one", "family": "dense 2-D", "precision": "bf16", "pass": "dgrad", "provider": "flag_gems",
+           "layout": "contiguous", "error": "wrong result: relative error 41"}  # fmt: skip
+    writer.write({"test": "bad", "outcome": "passed", "cell": bad})
+
+
+def report(*arguments):
+    return run(sys.executable, "scripts/report.py", *arguments)
+
+
+def test_the_report_of_records_worked_by_hand(tmp_path):
+    written(tmp_path / "a", 2.0, "2026-01-01")
+    written(tmp_path / "b", 1.0, "2026-01-02")
+    (tmp_path / "b" / "models.jsonl").write_text("torn")
+    status, text = report("--out", tmp_path / "out", tmp_path / "b", tmp_path / "a")
+    assert status == 0, text
+    assert f"skipped: {tmp_path / 'b' / 'models.jsonl'}: not a record of tconv's" in text
+    assert "Measured on NVIDIA H200, driver None, torch 2, Triton 3, commit 2026-01-0; bf16." in text
+    assert "| dense 2-D | 2.00 | 2.00 | 2.00 one fprop |" in text  # in the same layout
+    assert "| dense 2-D | 2.00 | 1.00 | 1.00 one fprop |" in text  # against the better layout, 2 ms
+    assert "| depthwise | 1.00 | 2.00 | 1.00 two fprop |" in text
+    assert "- flag_gems one bf16 dgrad contiguous: wrong result: relative error 41" in text
+    assert "geometric mean 2.000" in text
+    pictures = {p.name for p in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"speedup.png", "roofline.png", "change.png"}
+    assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+    status, text = report("--summary", tmp_path / "b")
+    assert "9 passed" in text
+    assert "| depthwise | 1.00 | 2.00 |" in text
+
+
+def test_a_record_of_another_gpu_is_no_change(tmp_path):
+    written(tmp_path / "a", 2.0, "2026-01-01", gpu="NVIDIA A100")
+    written(tmp_path / "b", 1.0, "2026-01-02")
+    report("--out", tmp_path / "out", tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "out" / "change.png").exists()
+
+
+def test_without_records_predictions_are_labelled(tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, text = report("--out", tmp_path / "out", tmp_path / "empty")
+    assert status == 0, text
+    assert "PREDICTED by the cost model for an H200, bf16; nothing here was measured" in text
+    for layer in layers():
+        assert f"| {layer.name} | wgrad | channels_last |" in text
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"roofline-predicted.png", "shares-predicted.png"}
+
+
+def test_the_readme_is_written_between_its_marks(tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import report as script
+
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{script.MARKS[0]}\nold\n{script.MARKS[1]}\nafter\n")
+    script.write_readme(path, "new")
+    assert path.read_text() == f"before\n{script.MARKS[0]}\nnew\n{script.MARKS[1]}\nafter\n"
+    path.write_text("nothing")
+    with pytest.raises(SystemExit):
+        script.write_readme(path, "new")
+    assert all(mark in (ROOT / "README.md").read_text() for mark in script.MARKS)
+
+
+# --- the command ---
+
+
+def gpu(*arguments, **environment):
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    return run("scripts/gpu.sh", *arguments, **({"PATH": path} | environment))
+
+
+def test_the_whole_command_in_a_dry_run(tmp_path):
+    status, text = gpu("all", "--dry-run", "--quick", "--seconds", "1", "--out", tmp_path, "--commit", "abc")
+    assert status == 0, text
+    for name in ("parity", "sanitize", "layers", "models"):
+        read = record.read(tmp_path / f"{name}.jsonl")
+        assert read.machine["commit"] == "abc", name
+        assert read.machine["tiny"] is True
+        assert read.lines, name
+        assert not any(line.get("outcome") == "failed" for line in read.lines), name
+    assert "layers was cut; the same command goes on" in text
+    assert text.rstrip().splitlines()[-1]
+    assert text.index("== parity") < text.index("== sanitize") < text.index("== bench") < text.index("== models")
+    assert "commit abc" in text[text.index("== summary") :]
+
+
+def test_what_the_command_lacks_it_says_in_a_line(tmp_path):
+    old = tmp_path / "triton"
+    old.mkdir()
+    (old / "__init__.py").write_text("__version__ = '3.4.0'")
+    status, text = gpu("parity", PYTHONPATH=str(tmp_path))
+    assert status == 1
+    assert text.strip().startswith("tconv needs Triton 3.6 or newer")
+    assert len(text.strip().splitlines()) == 1
+    assert gpu("party")[0] == 2
+    assert "unknown argument party" in gpu("party")[1]
+    assert gpu("--out")[1].strip() == "--out needs a value"
+    assert "sanitize" in gpu("--help")[1]
+
+
+def test_the_command_without_a_gpu_measures_dispatch_only():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, text = gpu("bench")
+    assert status == 0
+    assert text.startswith("No GPU here: only Python's share of a call can be measured")
+    assert "forward and backward" in text

@@ -40,7 +40,7 @@ def _torchvision(name: str) -> Callable[[bool], Built]:
     def build(tiny: bool) -> Built:
         import torchvision
 
-        images = torch.randn(2, 3, 32, 32) if tiny else torch.randn(32, 3, 224, 224)
+        images = torch.randn(2, 3, 64, 64) if tiny else torch.randn(32, 3, 224, 224)
         return getattr(torchvision.models, name)(weights=None), (images,)
 
     return build
@@ -49,7 +49,7 @@ def _torchvision(name: str) -> Callable[[bool], Built]:
 def _video(tiny: bool) -> Built:
     import torchvision
 
-    clip = torch.randn(1, 3, 4, 16, 16) if tiny else torch.randn(8, 3, 16, 112, 112)
+    clip = torch.randn(2, 3, 8, 32, 32) if tiny else torch.randn(8, 3, 16, 112, 112)
     return torchvision.models.video.r3d_18(weights=None), (clip,)
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 import tconv
 from bench.layers import Layer
-from tconv import launch
+from tconv import autograd
 from tconv.layout import FORMATS, result_is_channels_last
+from tconv.prepare import INTERPRET
 from tconv.problem import Geometry
 
 PASSES = ("fprop", "dgrad", "wgrad", "step")
@@ -96,19 +97,17 @@ def torch_nn(o: Operands, pass_: str) -> Callable[[], Any]:
 
 def tconv_(o: Operands, pass_: str) -> Callable[[], Any]:
     """Our kernels."""
-    if o.x.is_cuda or launch.INTERPRET:
+    if o.x.is_cuda or INTERPRET:
         function = getattr(tconv.functional, _function(o.layer))
         if pass_ == "step":
             return _step(function, o)
         if pass_ == "fprop":
             return lambda: function(o.x, o.w, o.b, **o.settings)
         g = Geometry(o.layer.problem, result_is_channels_last(o.x, o.w))
-        # A transposed layer's input gradient is a fprop, its weight gradient a wgrad with x and dy exchanged.
         if pass_ == "dgrad":
-            backward = launch.fprop if o.layer.transposed else launch.dgrad
-            return lambda: backward(g, o.dy, o.w, None)
-        pair = (o.x, o.dy) if o.layer.transposed else (o.dy, o.x)
-        return lambda: launch.wgrad(g, *pair)
+            return lambda: autograd.convolve(not o.layer.transposed, o.dy, o.w, None, g)
+        pair = (o.x, o.dy) if o.layer.transposed else (o.dy, o.x)  # exchanged, like all else of a transposed layer
+        return lambda: autograd.wgrad(*pair, g)
     raise Missing("tconv's kernels need a GPU or TRITON_INTERPRET=1")
 
 

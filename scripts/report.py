@@ -245,7 +245,7 @@ def write_readme(path: pathlib.Path, text: str) -> None:
     if not all(mark in old for mark in MARKS):
         sys.exit(f"{path.name} has no {MARKS[0]} ... {MARKS[1]}")
     start, end = old.index(MARKS[0]) + len(MARKS[0]), old.index(MARKS[1])
-    path.write_text(f"{old[:start]}\n{text}\n{old[end:]}")
+    path.write_text(f"{old[:start]}\n{text}\n\n{old[end:]}")
     print(f"table written into {path.name}")
 
 

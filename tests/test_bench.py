@@ -391,7 +391,7 @@ def test_the_readme_is_written_between_its_marks(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{script.MARKS[0]}\nold\n{script.MARKS[1]}\nafter\n")
     script.write_readme(path, "new")
-    assert path.read_text() == f"before\n{script.MARKS[0]}\nnew\n{script.MARKS[1]}\nafter\n"
+    assert path.read_text() == f"before\n{script.MARKS[0]}\nnew\n\n{script.MARKS[1]}\nafter\n"
     path.write_text("nothing")
     with pytest.raises(SystemExit):
         script.write_readme(path, "new")

@@ -2,14 +2,13 @@
 
 import dataclasses
 import itertools
-import json
 import math
-import pathlib
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.layers import layers
 from tconv import cost, plan
 from tconv.configs import Tile, tiles
 from tconv.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
@@ -18,31 +17,30 @@ from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import PASSES, forward_problem, transposed_problem
 from tests import cases, oracle
 
-LAYERS = json.loads((pathlib.Path(__file__).parent.parent / "bench" / "layers.json").read_text())
+LAYERS = layers()
 # A device for sums in the head: two units, one operation, byte or cycle a second each.
 HAND = Device("by hand", 2, 1 << 20, limits=Limits(2.0, 2.0, 2.0, 2.0, 1.0, 2.0, 1e9, 1.0))
 
 
 def problem(case):
-    """A case of tests/cases.py, or a row of bench/layers.json as one, as a problem."""
-    stride, dilation, padding = (
-        v if isinstance(v, (tuple, list)) else (v,) * case.rank for v in (case.stride, case.dilation, case.padding)
+    """A case of tests/cases.py as a problem."""
+    stride, dilation, padding, extra = (
+        v if isinstance(v, tuple) else (v,) * case.rank for v in (case.stride, case.dilation, case.padding, case.output_padding)
     )
     if case.transposed:
-        extra = case.output_padding if isinstance(case.output_padding, (tuple, list)) else (case.output_padding,) * case.rank
         return transposed_problem(case.x, case.weight, stride, padding, extra, dilation, case.groups)
     return forward_problem(case.x, case.weight, stride, [(p, p) for p in padding], dilation, case.groups)
 
 
-def layer(row):
+def as_case(layer):
+    """A layer of the suite as a case."""
     return oracle.Case(
-        row["name"], (row["N"], row["C"], *row["spatial"]), row["K"], tuple(row["kernel"]), tuple(row["stride"]),
-        tuple(row["padding"]), tuple(row["dilation"]), row["groups"], "transpose" in row["op"],
-        tuple(row["output_padding"] or ()),
+        layer.name, layer.x, layer.k, layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups,
+        layer.transposed, layer.output_padding,
     )  # fmt: skip
 
 
-CASES = [c for c in cases.ALL if not isinstance(c.padding, str)] + [layer(row) for row in LAYERS]
+CASES = [c for c in cases.ALL if not isinstance(c.padding, str)] + [as_case(layer) for layer in LAYERS]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -62,7 +60,7 @@ def test_operations_and_bytes_are_those_that_torch_counts(case):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", [layer(row) for row in LAYERS[::3]], ids=str)
+@pytest.mark.parametrize("case", [as_case(layer) for layer in LAYERS[::3]], ids=str)
 def test_programs_and_workspace_are_those_launched(case, channels_last):
     p, like = problem(case), torch.empty(0, dtype=torch.bfloat16, device="meta")
     x, w, y = (empty(p.shape(which), channels_last, like) for which in "xwy")
@@ -137,8 +135,8 @@ def test_depthwise_is_counted_by_its_taps():
 
 @pytest.mark.parametrize("pass_", PASSES)
 def test_the_planner_takes_what_is_predicted_fastest(pass_):
-    for row, device in itertools.product(LAYERS[::5], DEVICES.values()):
-        p = problem(layer(row))
+    for layer, device in itertools.product(LAYERS[::5], DEVICES.values()):
+        p = layer.problem
         best = plan.choose(p, pass_, 2, True, device)
         assert all(best.cost.seconds <= other.cost.seconds for other in best.others)
         for tile in tiles(best.kernel, 2, True, False):
@@ -150,19 +148,20 @@ def test_the_planner_takes_what_is_predicted_fastest(pass_):
             assert forced.tile == tile
             assert forced.cost.seconds >= best.cost.seconds
             assert forced.reason.startswith("forced")
+            assert f"predicted {forced.cost.seconds * 1e6:.1f} us, bound by {forced.cost.bound}" in str(forced)
 
 
 def test_a_better_device_is_never_predicted_slower():
     better = {f.name: 2 * getattr(A100, f.name) for f in dataclasses.fields(Limits)}
     slow, fast = (dataclasses.replace(DEVICES["A100"], limits=limits) for limits in (A100, Limits(**better)))
-    for row, pass_ in itertools.product(LAYERS[::7], PASSES):
-        p = problem(layer(row))
+    for layer, pass_ in itertools.product(LAYERS[::7], PASSES):
+        p = layer.problem
         assert plan.choose(p, pass_, 2, True, fast).cost.seconds <= plan.choose(p, pass_, 2, True, slow).cost.seconds
 
 
 def test_nothing_is_predicted_faster_than_the_device():
-    for row, pass_, (name, device) in itertools.product(LAYERS, PASSES, DEVICES.items()):
-        c = plan.choose(problem(layer(row)), pass_, 2, True, device).cost
+    for layer, pass_, (name, device) in itertools.product(LAYERS, PASSES, DEVICES.items()):
+        c = plan.choose(layer.problem, pass_, 2, True, device).cost
         assert c.bytes / c.seconds <= device.limits.bandwidth, name
         assert c.executed / c.seconds <= device.limits.matrix_16, name
         assert 0 <= c.tile_waste < 1

@@ -53,7 +53,7 @@ MUTATIONS = [
     Mutation("a depthwise tap dropped", "kernels/depthwise.py", "n_taps[2] * repeats", "tl.maximum(n_taps[2] - 1, 1) * repeats", EVERY),
     Mutation("tap block's tail kept", "kernels/depthwise.py", "mask=mask_k & (past == 0)", "mask=mask_k & (past >= 0)", "split"),
     Mutation("bf16 cut off instead of rounded", "kernels/common.py", "(bits + 0x7FFF", "(bits", "every_dtype"),
-    Mutation("32-bit offsets everywhere", "prepare.py", "y.shape[0] * math.prod(y.shape[2:]) + tile.m) > LIMIT", "0) < 0", "beyond"),
+    Mutation("32-bit offsets everywhere", "prepare.py", "p.N * math.prod(p.X if transposed else p.Y) + tile.m) > LIMIT", "0) < 0", "beyond"),
 ]  # fmt: skip
 
 

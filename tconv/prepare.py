@@ -6,6 +6,7 @@ Only shapes, strides, dtype and alignment are read, so tensors without storage d
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from tconv.kernels.gather import gather
 from tconv.kernels.reduce import sum_pixels
 from tconv.kernels.wgrad import wgrad
 from tconv.layout import LIMIT, Addressing, addressing, vector
+from tconv.plan import Plan
 from tconv.problem import ConvProblem, lift
 from tconv.record import Call
+from tconv.simplify import Form, Strides, simplify
 
 INTERPRET = isinstance(gather, InterpretedFunction)  # Triton decided so when the kernels were loaded
 FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank
@@ -70,9 +73,12 @@ def prepare_gather(
     device: Device,
 ) -> Prepared:
     """fprop (x -> y) or dgrad (x is dy, y is dx), by whichever kernel is planned."""
-    p, size, transposed = problem, x.element_size(), pass_ == "dgrad"
-    ax, aw, ay = addressing(x), addressing(w), addressing(y)
-    ci, co = x.shape[1] // p.G, y.shape[1] // p.G
+    size, transposed = x.element_size(), pass_ == "dgrad"
+    big, small = (y, x) if transposed else (x, y)
+    p, a_big, aw, a_small, rules = _simplified(pass_, problem, big, w, small)
+    ax, ay = (a_small, a_big) if transposed else (a_big, a_small)
+    read, wrote = (p.K, p.C) if transposed else (p.C, p.K)
+    ci, co = read // p.G, wrote // p.G
     reduced, written = (aw.outer, aw.channel) if transposed else (aw.channel, aw.outer)
     group = p.K // p.G * aw.outer
     inner = _weight_axis(aw, transposed)
@@ -82,8 +88,8 @@ def prepare_gather(
         w_vec = vector(w.data_ptr(), size, outer, *aw.spatial, group, ci if inner == "i" else co)
 
     if p.depthwise:  # tiles span groups
-        direct_x = _vector(x, ax, y.shape[1]) if p.multiplier == 1 else 1
-        direct_y = _vector(y, ay, y.shape[1])
+        direct_x = _vector(x, ax, wrote) if p.multiplier == 1 else 1
+        direct_y = _vector(y, ay, wrote)
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec)) == 1
     plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow)
     tile, tiles = plan.tile, cost.pixel_tiles(p, pass_, plan.tile.m)
@@ -95,16 +101,16 @@ def prepare_gather(
     constants: dict[str, Any] = {
         "TRANSPOSED": transposed, "RANK": p.rank, "X_UNIT": ax.unit, "Y_UNIT": ay.unit, "HAS_BIAS": b is not None,
         # The first tap's offset may lie in the halo, before a later one brings it back.
-        "WIDE": max(ax.reach + _halo(p, ax), ay.reach, y.shape[0] * math.prod(y.shape[2:]) + tile.m) > LIMIT,
+        "WIDE": max(ax.reach + _halo(p, ax), ay.reach, p.N * math.prod(p.X if transposed else p.Y) + tile.m) > LIMIT,
         "FLIP": not ax.unit, "BLOCK_M": tile.m, **_numerics(x.dtype), **_options(tile),
     }  # fmt: skip
-    call = Call(pass_, p, plan, plan.reason)
+    call = _call(pass_, problem, plan, p, rules)
     if plan.kernel == "depthwise":
-        integers |= {"C": y.shape[1], "M": p.multiplier, "swk": aw.outer}
+        integers |= {"C": wrote, "M": p.multiplier, "swk": aw.outer}
         constants |= {
             "X_VEC": direct_x, "Y_VEC": direct_y, "MULTIPLIED": p.multiplier > 1, "BLOCK_C": tile.n,
         }  # fmt: skip
-        return _prepared(depthwise, tiles * math.ceil(y.shape[1] / tile.n), integers, constants, call)
+        return _prepared(depthwise, tiles * math.ceil(wrote / tile.n), integers, constants, call)
     integers |= {
         "CI": ci, "CO": co, "G": p.G, "sxg": ci * ax.channel, "syg": co * ay.channel,
         "swg": group, "swi": reduced, "swo": written,
@@ -119,8 +125,8 @@ def prepare_gather(
 
 def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
     """wgrad of dy and x into dw, or into a workspace of dw's strides, one per split."""
-    p, size = problem, x.element_size()
-    ax, ay, aw = addressing(x), addressing(dy), addressing(dw)
+    size = x.element_size()
+    p, ax, aw, ay, rules = _simplified("wgrad", problem, x, dw, dy)
     c, k = p.C // p.G, p.K // p.G
     x_vec, y_vec = _vector(x, ax, c), _vector(dy, ay, k)
     if p.depthwise:  # tiles span groups
@@ -138,7 +144,7 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
         "WIDE": max(ax.reach + _halo(p, ax), ay.reach, pixels + tile.k) > LIMIT,
         **_numerics(x.dtype), **_options(tile),
     }  # fmt: skip
-    call = Call("wgrad", p, plan, plan.reason)
+    call = _call("wgrad", problem, plan, p, rules)
     if plan.kernel == "depthwise_wgrad":
         integers |= {"K": p.K, "M": p.multiplier}
         constants |= {
@@ -179,6 +185,27 @@ def _prepared(
 ) -> Prepared:
     """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over."""
     return Prepared(kernel, (programs,), tuple(named[n] for n in integers_of(kernel)), constants, call, splits)
+
+
+def _simplified(
+    pass_: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor
+) -> tuple[ConvProblem, Addressing, Addressing, Addressing, tuple[str, ...]]:
+    """The problem as it is computed (simplify.py), how its tensors are addressed, and the rules that made it so."""
+    before = [addressing(t) for t in (x, w, y)]
+    sx, sw, sy = (Strides(a.outer, a.channel, a.spatial) for a in before)
+    form = simplify(Form(problem, sx, sw, sy), pass_)
+    after = [
+        dataclasses.replace(a, outer=s.outer, channel=s.channel, spatial=s.spatial, unit=s.channel == 1)
+        for a, s in zip(before, (form.x, form.w, form.y), strict=True)
+    ]
+    return form.p, after[0], after[1], after[2], form.rules
+
+
+def _call(pass_: str, problem: ConvProblem, plan: Plan, computed: ConvProblem, rules: tuple[str, ...]) -> Call:
+    if rules:
+        done = " + ".join(dict.fromkeys(rules))
+        plan = dataclasses.replace(plan, reason=f"{done} to {computed}; {plan.reason}")
+    return Call(pass_, problem, plan, plan.reason)
 
 
 def _triple(prefix: str, values: Sequence[int]) -> dict[str, int]:

@@ -16,7 +16,7 @@ ROWS = [
     ("launch",),
     ("prepare",),
     ("record",),
-    ("plan", "layout"),
+    ("plan", "layout", "simplify"),
     ("cost",),
     ("configs", "kernels"),
     ("device", "problem"),
@@ -55,5 +55,5 @@ def test_kernels_import_triton_and_each_others_helpers_only():
 
 
 def test_the_ground_needs_nothing_but_the_standard_library():
-    for stem in ("problem", "configs", "cost", "plan", "record"):
+    for stem in ("problem", "configs", "cost", "plan", "record", "simplify"):
         assert not any(name.split(".")[0] in ("torch", "triton") for name in imports(ROOT / f"{stem}.py"))

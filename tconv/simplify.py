@@ -1,0 +1,170 @@
+"""Exact rewrites of a problem into one with fewer dimensions or longer channels, as other strides over the same memory.
+
+    fold    taps that tile a dimension (kernel == stride, or a kernel that covers it) become channels: (t, c) -> t*C + c
+    spread  where the taps, not the channels, are contiguous, they become the channels, and the channels a dimension of taps
+    merge   two dimensions, the inner one pointwise, become one: T' = T, D' = D*X, P' = P*X of the outer one
+    batch   a pointwise outermost dimension becomes part of the batch
+
+Nothing is copied: a problem and the strides of x, w and y go in, others come out, and every product x[i]*w[j] added into y[k]
+stays itself (tests/test_simplify.py enumerates them). So fprop and wgrad follow at once, dgrad where the rewritten x is the
+whole of x. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tconv.problem import ConvProblem, Triple
+
+FAR = 2**30  # coordinates beyond this are left as they are: kernels count them in 32 bits
+
+
+@dataclass(frozen=True)
+class Strides:
+    """A rank-lifted tensor's strides in elements; those of extents of one say nothing and are zero.
+
+    Attributes:
+        outer: the batch's, or of a weight the output channels'.
+        channel: the channels', of a weight those of the input channels.
+        spatial: three.
+    """
+
+    outer: int
+    channel: int
+    spatial: Triple
+
+
+@dataclass(frozen=True)
+class Form:
+    """A problem and how its tensors lie."""
+
+    p: ConvProblem
+    x: Strides
+    w: Strides
+    y: Strides
+    rules: tuple[str, ...] = ()
+
+
+def simplify(form: Form, pass_: str) -> Form:
+    """The form with every rule applied as often as it applies, and what was done."""
+    rules: list[tuple[str, Callable[[Form, int, str], Form | None]]] = [
+        ("fold", _fold), ("merge", _merge), ("batch", _batch), ("spread", _spread),
+    ]  # fmt: skip
+    while True:
+        found = ((name, rule(form, d, pass_)) for name, rule in rules for d in (2, 1, 0))
+        step = next(((name, after) for name, after in found if after), None)
+        if step is None:
+            break
+        form = dataclasses.replace(step[1], rules=(*form.rules, step[0]))
+    return _shifted(form) if form.rules else form
+
+
+def _tiled(p: ConvProblem, d: int, pass_: str) -> bool:
+    """Whether windows cut dimension d into pieces of T, each met once: for dgrad, which writes them all, without a rest."""
+    apart = p.T[d] > 1 and p.P[d] == 0 and p.D[d] == 1 and (p.S[d] == p.T[d] or p.Y[d] == 1)
+    return apart and p.G == 1 and (pass_ != "dgrad" or p.X[d] == p.Y[d] * p.T[d])
+
+
+def _pointwise(p: ConvProblem, d: int) -> bool:
+    return p.T[d] == 1 and p.S[d] == 1 and p.P[d] == 0 and p.X[d] == p.Y[d]
+
+
+def _trivial(p: ConvProblem, d: int) -> bool:
+    return p.X[d] == 1 and p.Y[d] == 1 and p.T[d] == 1 and p.P[d] == 0
+
+
+def _fold(f: Form, d: int, pass_: str) -> Form | None:
+    p, taps = f.p, f.p.T[d]
+    if not _tiled(p, d, pass_):
+        return None
+    sx, sw = f.x.spatial[d], f.w.spatial[d]
+    if p.C == 1 or (sx == p.C * f.x.channel and sw == p.C * f.w.channel):
+        cx, cw = (sx, sw) if p.C == 1 else (f.x.channel, f.w.channel)
+    elif f.x.channel == taps * sx and f.w.channel == taps * sw:
+        cx, cw = sx, sw
+    else:
+        return None
+    return Form(
+        _tapless(p, d, C=p.C * taps),
+        Strides(f.x.outer, cx, _put(f.x.spatial, d, taps * sx if p.Y[d] > 1 else 0)),
+        Strides(f.w.outer, cw, _put(f.w.spatial, d, 0)),
+        f.y,
+    )
+
+
+def _spread(f: Form, d: int, pass_: str) -> Form | None:
+    p, taps = f.p, f.p.T[d]
+    free = next((e for e in (2, 1, 0) if _trivial(p, e)), None)
+    if not _tiled(p, d, pass_) or free is None or not 1 < p.C < taps or f.x.spatial[d] != 1:
+        return None
+    # One output along the channels: of all strides the longest leaves dgrad one tap per phase.
+    q = _tapless(p, d, C=taps)
+    q = dataclasses.replace(q, X=_put(q.X, free, p.C), T=_put(q.T, free, p.C), S=_put(q.S, free, p.C))
+    window = taps * f.x.spatial[d] if p.Y[d] > 1 else 0
+    return Form(
+        q,
+        Strides(f.x.outer, f.x.spatial[d], _put(_put(f.x.spatial, d, window), free, f.x.channel)),
+        Strides(f.w.outer, f.w.spatial[d], _put(_put(f.w.spatial, d, 0), free, f.w.channel)),
+        f.y,
+    )
+
+
+def _merge(f: Form, d: int, pass_: str) -> Form | None:
+    """Dimension d into the one outside it."""
+    p, a = f.p, d - 1
+    if d == 0 or _trivial(p, a) or _trivial(p, d) or not _pointwise(p, d) or p.S[a] != 1:
+        return None
+    n = p.X[d]
+    chained = all(
+        t.spatial[a] == n * t.spatial[d] or extent == 1 for t, extent in ((f.x, p.X[a]), (f.y, p.Y[a]))
+    )  # fmt: skip
+    if not chained or n * (max(p.X[a], p.Y[a]) + 2 * p.P[a] + p.D[a] * p.T[a]) > FAR:
+        return None
+    q = dataclasses.replace(
+        p, X=_put(_put(p.X, a, p.X[a] * n), d, 1), Y=_put(_put(p.Y, a, p.Y[a] * n), d, 1),
+        P=_put(p.P, a, p.P[a] * n), D=_put(p.D, a, p.D[a] * n if p.T[a] > 1 else 1),
+    )  # fmt: skip
+    x, y = (
+        dataclasses.replace(t, spatial=_put(_put(t.spatial, a, t.spatial[d]), d, 0)) for t in (f.x, f.y)
+    )  # fmt: skip
+    return Form(q, x, f.w, y)
+
+
+def _batch(f: Form, d: int, pass_: str) -> Form | None:
+    p, n = f.p, f.p.X[d]
+    if _trivial(p, d) or not _pointwise(p, d) or not all(_trivial(p, e) for e in range(d)) or p.N * n > FAR:
+        return None
+    if p.N > 1 and not all(t.outer == n * t.spatial[d] for t in (f.x, f.y)):
+        return None
+    q = dataclasses.replace(p, N=p.N * n, X=_put(p.X, d, 1), Y=_put(p.Y, d, 1))
+    x, y = (Strides(t.spatial[d], t.channel, _put(t.spatial, d, 0)) for t in (f.x, f.y))
+    return Form(q, x, f.w, y)
+
+
+def _tapless(p: ConvProblem, d: int, C: int) -> ConvProblem:
+    """The problem with so many channels and dimension d cut into windows that are one element each."""
+    return dataclasses.replace(p, C=C, X=_put(p.X, d, p.Y[d]), T=_put(p.T, d, 1), S=_put(p.S, d, 1))
+
+
+def _shifted(f: Form) -> Form:
+    """Dimensions of one element moved outside, and the rank that is left, at least one."""
+    kept = [d for d in range(3) if not _trivial(f.p, d)]
+    order = [d for d in range(3) if d not in kept] + kept
+
+    def moved(v: Triple) -> Triple:
+        return v[order[0]], v[order[1]], v[order[2]]
+
+    p = f.p
+    q = dataclasses.replace(
+        p, rank=max(1, len(kept)), X=moved(p.X), Y=moved(p.Y), T=moved(p.T), S=moved(p.S), P=moved(p.P), D=moved(p.D)
+    )
+    x, w, y = (dataclasses.replace(t, spatial=moved(t.spatial)) for t in (f.x, f.w, f.y))
+    return Form(q, x, w, y, f.rules)
+
+
+def _put(v: Triple, d: int, value: int) -> Triple:
+    out = list(v)
+    out[d] = value
+    return out[0], out[1], out[2]

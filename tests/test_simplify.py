@@ -1,0 +1,143 @@
+"""Rewrites move no product: every x[i]*w[j] added into y[k] is enumerated by its offsets in memory, before and after."""
+
+import collections
+import itertools
+import math
+
+import pytest
+import torch
+
+from tconv.device import DEVICES
+from tconv.layout import addressing, empty
+from tconv.prepare import prepare_gather
+from tconv.problem import PASSES, forward_problem
+from tconv.simplify import Form, Strides, simplify
+from tests import cases
+from tests.test_cost import CASES, problem
+
+
+def form(p, layout="contiguous"):
+    like = torch.empty(0, device="meta")
+    found = [addressing(empty(p.shape(which), layout == "channels_last", like)) for which in "xwy"]
+    return Form(p, *(Strides(a.outer, a.channel, a.spatial) for a in found))
+
+
+def products(f):
+    """Offsets (x, w, y) of every product of a problem, counted."""
+    p, found = f.p, collections.Counter()
+    c, k = p.C // p.G, p.K // p.G
+    for n, g, ki, ci in itertools.product(range(p.N), range(p.G), range(k), range(c)):
+        for j in itertools.product(*map(range, p.Y)):
+            for t in itertools.product(*map(range, p.T)):
+                i = [j[d] * p.S[d] - p.P[d] + t[d] * p.D[d] for d in range(3)]
+                if all(0 <= i[d] < p.X[d] for d in range(3)):
+                    x = n * f.x.outer + (g * c + ci) * f.x.channel + sum(map(math.prod, zip(i, f.x.spatial, strict=True)))
+                    w = (g * k + ki) * f.w.outer + ci * f.w.channel + sum(map(math.prod, zip(t, f.w.spatial, strict=True)))
+                    y = n * f.y.outer + (g * k + ki) * f.y.channel + sum(map(math.prod, zip(j, f.y.spatial, strict=True)))
+                    found[x, w, y] += 1
+    return found
+
+
+def written(f, pass_):
+    """Offsets that a pass writes, counted."""
+    p = f.p
+    which = {"fprop": (f.y, p.N, p.K, p.Y), "dgrad": (f.x, p.N, p.C, p.X), "wgrad": (f.w, p.K, p.C // p.G, p.T)}[pass_]
+    strides, outer, channels, extents = which
+    return collections.Counter(
+        o * strides.outer + c * strides.channel + sum(map(math.prod, zip(i, strides.spatial, strict=True)))
+        for o in range(outer)
+        for c in range(channels)
+        for i in itertools.product(*map(range, extents))
+    )
+
+
+def conv(x, k, kernel, stride=1, padding=0, dilation=1, groups=1):
+    rank = len(x) - 2
+    s, p, d = (v if isinstance(v, tuple) else (v,) * rank for v in (stride, padding, dilation))
+    return forward_problem(x, (k, x[1] // groups, *kernel), s, [(v, v) for v in p], d, groups)
+
+
+# Problem, layout, pass, what must come out: rules, rank, (N, C, X).
+TEMPORAL = conv((2, 3, 4, 5, 6), 4, (3, 1, 1), padding=(1, 0, 0))
+FRAMES = conv((2, 3, 4, 5, 6), 4, (1, 3, 3), padding=(0, 1, 1))
+KNOWN = [
+    ("1x1 is one product", conv((2, 3, 4, 5), 6, (1, 1)), "channels_last", "fprop", {"merge", "batch"}, (40, 3, 1)),
+    ("1x1 in the default layout keeps its batch", conv((2, 3, 4, 5), 6, (1, 1)), "contiguous", "fprop", {"merge"}, (2, 3, 20)),
+    ("a patch embedding's taps of a row", conv((2, 3, 8, 8), 4, (4, 4), 4), "channels_last", "fprop", {"fold"}, (2, 12, 16)),
+    ("a row of patches", conv((2, 3, 8, 4), 4, (4, 4), 4), "channels_last", "fprop", {"fold", "batch"}, (4, 48, 1)),
+    ("a kernel that covers the input", conv((5, 3, 4, 4), 4, (4, 4)), "contiguous", "fprop", {"fold"}, (5, 48, 1)),
+    ("a 3-D patch that covers it", conv((5, 3, 2, 4, 4), 4, (2, 4, 4), (2, 4, 4)), "contiguous", "wgrad", {"fold"}, (5, 96, 1)),
+    ("patches in the default layout", conv((2, 3, 8, 8), 4, (4, 4), 4), "contiguous", "fprop", {"spread"}, (2, 4, 48)),
+    ("frames are images", FRAMES, "channels_last", "dgrad", {"batch"}, (8, 3, 30)),
+    ("a temporal kernel is 1-D", TEMPORAL, "contiguous", "dgrad", {"merge"}, (2, 3, 120)),
+    ("leftover pixels stay unread", conv((1, 3, 9, 9), 4, (4, 4), 4), "channels_last", "fprop", {"fold"}, (1, 12, 18)),
+    ("leftover pixels are written by dgrad", conv((1, 3, 9, 9), 4, (4, 4), 4), "channels_last", "dgrad", set(), (1, 3, 81)),
+    ("a dense kernel stays", conv((2, 3, 6, 6), 4, (3, 3), padding=1), "channels_last", "fprop", set(), (2, 3, 36)),
+    ("groups stay apart", conv((2, 4, 8, 8), 4, (4, 4), 4, groups=2), "channels_last", "fprop", set(), (2, 4, 64)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "p", "layout", "pass_", "rules", "extents"), KNOWN, ids=[row[0] for row in KNOWN])
+def test_known_rewrites(reason, p, layout, pass_, rules, extents):
+    f = simplify(form(p, layout), pass_)
+    assert set(f.rules) == rules
+    assert (f.p.N, f.p.C, math.prod(f.p.X)) == extents
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_no_product_moves(layout, pass_):
+    seen = collections.Counter()
+    small = [problem(c) for c in cases.ALL if not isinstance(c.padding, str) and math.prod(c.x) < 600]
+    for p in [row[1] for row in KNOWN] + small:
+        before = form(p, layout)
+        after = simplify(before, pass_)
+        seen.update(set(after.rules))
+        if after.rules:
+            assert written(after, pass_) == written(before, pass_), p
+            assert products(after) == products(before), p
+            assert after.p.rank == max(1, sum(x > 1 or t > 1 for x, t in zip(after.p.X, after.p.T, strict=True)))
+        else:
+            assert after == before
+    assert {"merge", "fold"} <= set(seen)
+    assert layout == "contiguous" or "batch" in seen
+    assert layout == "channels_last" or "spread" in seen
+
+
+def test_random_pointwise_and_tiled_dimensions():
+    """Every mixture of dense, pointwise, tiled, covering and cropped dimensions, with every pass and layout."""
+    kinds = [(1, 1, 1, 0), (3, 1, 1, 0), (4, 2, 2, 0), (5, 2, 2, 0), (3, 3, 1, 0), (3, 3, 1, 1), (4, 1, 2, 0)]
+    for dims in itertools.product(kinds, repeat=3):
+        extents, taps, strides, pads = zip(*dims, strict=True)
+        p = conv((2, 2, *extents), 2, taps, strides, pads)
+        if min(p.Y) < 1 or math.prod(p.Y) * p.taps > 200:
+            continue
+        for layout in ("contiguous", "channels_last"):
+            before = form(p, layout)
+            right = None
+            for pass_ in PASSES:
+                after = simplify(before, pass_)
+                if after.rules:
+                    right = right or products(before)
+                    assert products(after) == right, (p, layout, pass_)
+                    assert written(after, pass_) == written(before, pass_), (p, layout, pass_)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_plan_says_what_is_computed_instead(layout):
+    p = conv((32, 3, 224, 224), 768, (16, 16), 16)
+    x, w, y = (empty(p.shape(which), layout == "channels_last", torch.empty(0, device="meta")) for which in "xwy")
+    call = prepare_gather("fprop", p, x, w, None, y, DEVICES["H200"]).call
+    said = {"contiguous": "spread to N32 C16 3x224x14 -> K768 1x14x14", "channels_last": "fold to N32 C48 224x14 -> K768 14x14"}
+    assert said[layout] in str(call)
+    assert str(p) in str(call)
+
+
+def test_every_layer_is_left_with_its_operations():
+    from tconv.cost import flops
+
+    for case, pass_, layout in itertools.product(CASES, PASSES, ("contiguous", "channels_last")):
+        p = problem(case)
+        f = simplify(form(p, layout), pass_)
+        assert flops(f.p) == flops(p), case
+        assert f.p.rank <= p.rank or "spread" in f.rules

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tconv.guard import unusual
 from tconv.problem import ConvProblem, Geometry, forward_problem, transposed_problem
 from tconv.record import Call, note
 
@@ -97,7 +98,7 @@ def _convolve(
     autograd, interpreted = engine
     if device.type == "cpu" and not interpreted:
         raise Declined("TRITON_INTERPRET was set after Triton's kernels were loaded")
-    why = autograd.unusual(*tensors)
+    why = unusual(*tensors)
     if why:
         raise Declined(why)
     if torch.is_autocast_enabled(device.type):

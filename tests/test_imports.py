@@ -16,7 +16,7 @@ ROWS = [
     ("launch",),
     ("prepare",),
     ("record",),
-    ("plan", "layout"),
+    ("plan", "layout", "guard"),
     ("configs", "kernels"),
     ("device", "problem"),
 ]

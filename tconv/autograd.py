@@ -21,18 +21,25 @@ import torch
 from tconv import launch
 from tconv.guard import unusual
 from tconv.layout import LIMIT, addressing
+from tconv.prepare import Prepared
 from tconv.problem import Geometry
 from tconv.record import Call, note
 
 MaybeTensor = torch.Tensor | None
+Planned = tuple[bool, Geometry, Prepared]
 
 
 def convolve(transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
     """fprop of a problem, x -> y, or, transposed, its dgrad, x being dy; differentiable in x, w and b."""
-    how = transposed, g, launch.convolution(transposed, g, x, w, b)
+    how = planned(transposed, g, x, w, b)
     if _differentiable(x, w, b):
-        return _apply_convolve(x, w, b, how)
+        return apply_convolve(x, w, b, how)
     return launch.convolve(how[2], x, w, b, g.dry)
+
+
+def planned(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor = None) -> Planned:
+    """What `convolve` needs besides its tensors."""
+    return transposed, g, launch.convolution(transposed, g, x, w, b)
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
@@ -57,7 +64,7 @@ def _apply(function: type[torch.autograd.Function]) -> Callable[..., torch.Tenso
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, how: tuple[bool, Geometry, Any]) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, how: Planned) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
         ctx.how = how
@@ -116,7 +123,7 @@ class _BiasGrad(torch.autograd.Function):
         return gb.view(1, -1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None
 
 
-_apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
+apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
 
 
 def _operations(*tensors: torch.Tensor) -> type[_Ours] | type[_Torch]:

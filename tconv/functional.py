@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tconv.guard import unusual
+from tconv.guard import PLAIN, unusual
 from tconv.problem import ConvProblem, Geometry, forward_problem, transposed_problem
 from tconv.record import Call, note
 
@@ -29,6 +29,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REMEMBERED = 4096  # kinds of calls kept; a program whose shapes never repeat starts over
 INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
 _known: dict[Any, Geometry | str] = {}
+_seen: dict[Any, Any] = {}  # (weight, bias, shape of the input) -> repeat.Repeat; ids of the dead are harmless, it checks all
 _dry: contextvars.ContextVar[bool] = contextvars.ContextVar("tconv_dry", default=False)
 
 
@@ -37,27 +38,60 @@ class Declined(Exception):
 
 
 @functools.cache
-def _engine() -> tuple[Any, bool] | str:
-    """(The kernels' side of the house, whether it is interpreted), imported late, or why it cannot be: Triton is missing."""
+def _engine(device: str) -> Any:
+    """The kernels' side of the house, imported late, for tensors on that type of device; else Declined."""
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED):
+        raise Declined("CPU tensors need TRITON_INTERPRET=1" if device == "cpu" else f"device {device}")
+    engine = _imported()
+    if isinstance(engine, str):
+        raise Declined(engine)
+    repeat, interpreted = engine
+    if device == "cpu" and not interpreted:
+        raise Declined("TRITON_INTERPRET was set after Triton's kernels were loaded")
+    return repeat
+
+
+@functools.cache
+def _imported() -> tuple[Any, bool] | str:
+    """(repeat.py, whether kernels are interpreted), or why they cannot be imported: Triton is missing."""
     try:
-        from tconv import autograd
+        from tconv import repeat
         from tconv.prepare import INTERPRET
     except ImportError as e:
         return f"Triton cannot be imported ({e})"
-    return autograd, INTERPRET
+    return repeat, INTERPRET
 
 
-def convolve(transposed: bool, rank: int, *arguments: Any) -> torch.Tensor | None:
+def convolve(
+    transposed: bool,
+    rank: int,
+    x: Any,
+    w: Any,
+    b: Any,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: Any,
+    dilation: Any,
+) -> torch.Tensor | None:
     """Any of the six convolutions by our kernels, or None where torch is to take the call (recorded, with the reason).
 
     Args:
         transposed, rank: which of the six.
-        arguments: input, weight, bias, stride, padding, output_padding, groups, dilation, as torch takes them.
+        others: as torch takes them.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    if type(w) is torch.nn.Parameter and type(x) in PLAIN and not _dry.get():
+        seen = _seen.get((id(w), id(b), x.shape))
+        if seen is not None:
+            y: torch.Tensor | None = seen.again(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
+            if y is not None:
+                return y
     if torch.compiler.is_compiling():
         return None
     try:
-        return _convolve(transposed, rank, *arguments)
+        return _convolve(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
     except Declined as e:
         note(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
@@ -90,18 +124,13 @@ def _convolve(
         if not isinstance(t, torch.Tensor):
             raise Declined(f"a {type(t).__name__} where a tensor was expected")
     device = x.device
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED):
-        raise Declined("CPU tensors need TRITON_INTERPRET=1" if device.type == "cpu" else f"device {device}")
-    engine = _engine()
-    if isinstance(engine, str):
-        raise Declined(engine)
-    autograd, interpreted = engine
-    if device.type == "cpu" and not interpreted:
-        raise Declined("TRITON_INTERPRET was set after Triton's kernels were loaded")
+    repeat = _engine(device.type)
     why = unusual(*tensors)
     if why:
         raise Declined(why)
-    if torch.is_autocast_enabled(device.type):
+    call = transposed, rank, stride, padding, output_padding, groups, dilation
+    autocast = torch.is_autocast_enabled(device.type)
+    if autocast:
         tensors = _autocast(tensors, torch.get_autocast_dtype(device.type))
         x, w, b = tensors if b is not None else (*tensors, None)
     if type(groups) is not int:  # True and 1.0 equal 1, as keys too
@@ -115,20 +144,31 @@ def _convolve(
     )  # fmt: skip
     known = _known.get(key)
     if known is None:
-        if len(_known) >= REMEMBERED:
-            _known.clear()
         try:
             known = _examine(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
         except Declined as e:
             known = str(e)
-        _known[key] = known
+        _remember(_known, key, known)
     if isinstance(known, str):
         raise Declined(known)
-    if _dry.get():
+    batched, dry = x.dim() == rank + 2, _dry.get()
+    if dry:
         known = dataclasses.replace(known, dry=True)
-    batched = x.dim() == rank + 2
-    y: torch.Tensor = autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)
+    elif batched and not autocast and _lasting(w, b) and repeat.Repeat.possible(call, x, w):
+        _remember(_seen, (id(w), id(b), x.shape), repeat.Repeat(call, known, *tensors))
+    y: torch.Tensor = repeat.autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)
     return y if batched else y.squeeze(0)
+
+
+def _lasting(w: torch.Tensor, b: torch.Tensor | None) -> bool:
+    """Whether a layer's tensors will come again: its Parameters will, what a parametrization computes will not."""
+    return type(w) is torch.nn.Parameter and (b is None or type(b) is torch.nn.Parameter)
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(memory) >= REMEMBERED:
+        memory.clear()
+    memory[key] = value
 
 
 def _parameter(value: Any) -> int | tuple[int, ...]:

@@ -16,7 +16,7 @@ def unusual(*tensors: Any) -> str | None:
     """Why a kernel must not be run, or None."""
     if torch._C._are_functorch_transforms_active():
         return "inside a functorch transform"
-    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and _function_modes()):
+    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and function_modes()):
         return "inside a dispatch or function mode"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
@@ -34,6 +34,6 @@ def unusual(*tensors: Any) -> str | None:
     return None
 
 
-def _function_modes() -> bool:
+def function_modes() -> bool:
     """Whether a function mode is active other than torch.set_default_device's, which a convolution does not concern."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ ROWS = [
     ("explain", "swap", "variants"),
     ("modules",),
     ("functional",),
+    ("repeat",),
     ("autograd",),
     ("launch",),
     ("prepare",),

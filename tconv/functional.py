@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from tconv.guard import PLAIN, unusual
 from tconv.problem import ConvProblem, Geometry, forward_problem, transposed_problem
@@ -80,15 +81,15 @@ def convolve(
         transposed, rank: which of the six.
         others: as torch takes them.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return None
-    if type(w) is torch.nn.Parameter and type(x) in PLAIN and not _dry.get():
+    if type(x) in PLAIN and not _dry.get():
         seen = _seen.get((id(w), id(b), x.shape))
         if seen is not None:
             y: torch.Tensor | None = seen.again(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
             if y is not None:
                 return y
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     try:
         return _convolve(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)

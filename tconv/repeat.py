@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._C import _get_fp32_precision_getter as fp32_precision
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C import _len_torch_function_stack as any_function_modes
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 
@@ -34,7 +37,7 @@ class Repeat:
     def __init__(self, call: tuple[Any, ...], g: Geometry, *tensors: torch.Tensor) -> None:
         self.call = call
         self.how = autograd.planned(call[0], g, *tensors)
-        self.precision = torch._C._get_fp32_precision_getter("cuda", "conv")
+        self.precision = fp32_precision("cuda", "conv")
         self.differentiable = any(t.requires_grad for t in tensors)
         # Type, dtype, device, shape, strides, requires_grad and dispatch keys, those of the thread's state included:
         # autocast, functorch, tracing, inference mode; sparse, batched, negated and zero tensors.
@@ -75,10 +78,10 @@ class Repeat:
             or rank is not rank_
             or not (self.same(x, w) if b is None else self.same(x, w, b))
             or (x.data_ptr() | w.data_ptr()) & 15
-            or torch._C._len_torch_dispatch_stack()
-            or (torch._C._len_torch_function_stack() and function_modes())
+            or dispatch_modes()
+            or (any_function_modes() and function_modes())
             or forward_ad._current_level >= 0
-            or torch._C._get_fp32_precision_getter("cuda", "conv") != self.precision
+            or fp32_precision("cuda", "conv") != self.precision
             or forced() is not None
         ):
             return None

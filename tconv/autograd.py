@@ -26,20 +26,15 @@ from tconv.problem import Geometry
 from tconv.record import Call, note
 
 MaybeTensor = torch.Tensor | None
-Planned = tuple[bool, Geometry, Prepared]
+How = tuple[bool, Geometry, Prepared]  # whether transposed, and the launch of the forward pass
 
 
 def convolve(transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
     """fprop of a problem, x -> y, or, transposed, its dgrad, x being dy; differentiable in x, w and b."""
-    how = planned(transposed, g, x, w, b)
+    prepared = launch.convolution(transposed, g, x, w, b)
     if _differentiable(x, w, b):
-        return apply_convolve(x, w, b, how)
-    return launch.convolve(how[2], x, w, b, g.dry)
-
-
-def planned(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor = None) -> Planned:
-    """What `convolve` needs besides its tensors."""
-    return transposed, g, launch.convolution(transposed, g, x, w, b)
+        return apply_convolve(x, w, b, (transposed, g, prepared))
+    return launch.convolve(prepared, x, w, b, g.dry)
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
@@ -64,11 +59,12 @@ def _apply(function: type[torch.autograd.Function]) -> Callable[..., torch.Tenso
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, how: Planned) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, how: How) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
         ctx.how = how
-        return launch.convolve(how[2], x, w, b, how[1].dry)
+        _, g, prepared = how
+        return launch.convolve(prepared, x, w, b, g.dry)
 
     @staticmethod
     def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]

@@ -1,7 +1,8 @@
 """torch.nn.functional's convolutions, with its signatures, results, gradients and errors.
 
 A call is first asked whether tconv takes it: cheap questions about context and tensors, then one dictionary lookup; the
-full examination of shapes and parameters happens once per kind of call. What is not taken goes to torch with the caller's
+full examination of shapes and parameters happens once per kind of call. A layer's call that repeats an earlier one has a
+shorter way still (repeat.py). What is not taken goes to torch with the caller's
 own arguments, so that an error is torch's to the letter; `tconv.last_calls()` says so.
 """
 
@@ -30,7 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REMEMBERED = 4096  # kinds of calls kept; a program whose shapes never repeat starts over
 INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
 _known: dict[Any, Geometry | str] = {}
-_seen: dict[Any, Any] = {}  # (weight, bias, shape of the input) -> repeat.Repeat; ids of the dead are harmless, it checks all
+_seen: dict[Any, Any] = {}  # (id of weight, of bias, shape of input) -> repeat.Repeat, which checks all: ids may be used again
 _dry: contextvars.ContextVar[bool] = contextvars.ContextVar("tconv_dry", default=False)
 
 
@@ -155,15 +156,10 @@ def _convolve(
     batched, dry = x.dim() == rank + 2, _dry.get()
     if dry:
         known = dataclasses.replace(known, dry=True)
-    elif batched and not autocast and _lasting(w, b) and repeat.Repeat.possible(call, x, w):
-        _remember(_seen, (id(w), id(b), x.shape), repeat.Repeat(call, known, *tensors))
+    elif batched and not autocast and repeat.possible(call, *tensors):
+        _remember(_seen, (id(w), id(b), x.shape), repeat.Repeat(call, known, x, w, b))
     y: torch.Tensor = repeat.autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)
     return y if batched else y.squeeze(0)
-
-
-def _lasting(w: torch.Tensor, b: torch.Tensor | None) -> bool:
-    """Whether a layer's tensors will come again: its Parameters will, what a parametrization computes will not."""
-    return type(w) is torch.nn.Parameter and (b is None or type(b) is torch.nn.Parameter)
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:

@@ -171,15 +171,8 @@ def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepa
         "BLOCK_P": tile.k, "BLOCK_C": tile.n, **_numerics(g.dtype), **_options(tile),
     }  # fmt: skip
     call = Call("bias", problem, plan, plan.reason)
-    return _prepared(
-        sum_pixels,
-        math.ceil(channels / tile.n) * plan.splits,
-        integers,
-        constants,
-        call,
-        shaped((channels,), False, g.dtype),
-        plan.splits,
-    )
+    db, programs = shaped((channels,), False, g.dtype), math.ceil(channels / tile.n) * plan.splits
+    return _prepared(sum_pixels, programs, integers, constants, call, db, plan.splits)
 
 
 def _prepared(

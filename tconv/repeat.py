@@ -23,35 +23,42 @@ from tconv.problem import Geometry
 IMMUTABLE = (int, str, tuple, bool)
 
 
+def possible(call: tuple[Any, ...], x: torch.Tensor, *parameters: torch.Tensor) -> bool:
+    """Whether a call like this is likely to come again (a layer's Parameters will, computed weights will not) and `again`
+    could tell: it compares arguments by identity and expects aligned addresses.
+    """
+    return (
+        all(type(v) in IMMUTABLE for v in call)
+        and all(type(p) is torch.nn.Parameter for p in parameters)
+        and not (x.data_ptr() | parameters[0].data_ptr()) & 15
+        and forced() is None
+    )
+
+
 class Repeat:
     """A call that was accepted.
 
     Args:
         call: transposed, rank, stride, padding, output_padding, groups, dilation, as they were given.
         g: the call's geometry.
-        tensors: input, weight and, if there is one, bias.
+        x, w, b: input, weight and bias.
     """
 
     __slots__ = ("call", "differentiable", "how", "precision", "same")
 
-    def __init__(self, call: tuple[Any, ...], g: Geometry, *tensors: torch.Tensor) -> None:
+    def __init__(self, call: tuple[Any, ...], g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> None:
+        tensors = (x, w) if b is None else (x, w, b)
         self.call = call
-        self.how = autograd.planned(call[0], g, *tensors)
+        self.how: autograd.How = call[0], g, launch.convolution(call[0], g, x, w, b)
         self.precision = fp32_precision("cuda", "conv")
         self.differentiable = any(t.requires_grad for t in tensors)
         # Type, dtype, device, shape, strides, requires_grad and dispatch keys, those of the thread's state included:
         # autocast, functorch, tracing, inference mode; sparse, batched, negated and zero tensors.
-        guards: Any = TensorGuards
-        self.same = guards(
+        self.same = TensorGuards(  # type: ignore[call-arg]  # torch's stub leaves the tensors out
             *tensors,
-            dynamic_dims_sizes=[[*t.shape] for t in tensors],
-            dynamic_dims_strides=[[*t.stride()] for t in tensors],
+            dynamic_dims_sizes=[[*t.shape] for t in tensors],  # type: ignore[misc]
+            dynamic_dims_strides=[[*t.stride()] for t in tensors],  # type: ignore[misc]
         ).check
-
-    @staticmethod
-    def possible(call: tuple[Any, ...], x: torch.Tensor, w: torch.Tensor) -> bool:
-        """Whether `again` can tell: parameters are compared by identity, and addresses are expected to be aligned."""
-        return all(type(v) in IMMUTABLE for v in call) and not (x.data_ptr() | w.data_ptr()) & 15 and forced() is None
 
     def again(
         self,
@@ -87,4 +94,5 @@ class Repeat:
             return None
         if self.differentiable and torch.is_grad_enabled():
             return autograd.apply_convolve(x, w, b, self.how)
-        return launch.convolve(self.how[2], x, w, b, False)
+        _, _, prepared = self.how
+        return launch.convolve(prepared, x, w, b, dry=False)

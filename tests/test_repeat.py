@@ -1,5 +1,6 @@
 """A layer's repeated call takes a short way; whatever changes in between must look as if it had been the first call."""
 
+import contextlib
 import copy
 
 import pytest
@@ -10,11 +11,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tconv
 from tconv import functional, variants
+from tconv.configs import Tile
 from tests import parity
+
+TILE = Tile(16, 16, 16)
 
 
 class Wrapped(torch.Tensor):
     """A subclass that behaves like its parent."""
+
+
+class Forgetful(dict):
+    """Keeps nothing, so that every call goes the long way."""
+
+    def __setitem__(self, key, value):
+        pass
+
+
+class Passing(TorchFunctionMode):
+    """A mode that changes nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def within(context):
@@ -44,6 +62,24 @@ def with_weight(make):
         return layer(x)
 
     return change
+
+
+def after(context, other):
+    """The second of two calls, in one context and in another."""
+
+    def change(layer, x):
+        with context(x):
+            layer(x)
+        with other(x):
+            return layer(x)
+
+    return change
+
+
+def other_autocast(layer, x):
+    layer, x = layer.bfloat16(), x.bfloat16()
+    of = {dtype: lambda x, dtype=dtype: torch.autocast(x.device.type, dtype) for dtype in (torch.bfloat16, torch.half)}
+    return after(*of.values())(layer, x)
 
 
 def dual(layer, x):
@@ -89,13 +125,15 @@ CHANGES = {
     "jit tracing": lambda layer, x: torch.jit.trace(layer, (x,), check_trace=False)(x),
     "fx tracing": lambda layer, x: torch.fx.symbolic_trace(layer)(x),
     "a dispatch mode": within(lambda x: FlopCounterMode(display=False)),
-    "a function mode": within(lambda x: TorchFunctionMode()),
+    "a function mode": within(lambda x: Passing()),
     "a default device": within(lambda x: torch.device(x.device)),
     "autocast": within(lambda x: torch.autocast(x.device.type, torch.bfloat16)),
     "autocast elsewhere": within(lambda x: torch.autocast("cuda" if x.device.type == "cpu" else "cpu", torch.bfloat16)),
+    "autocast to another dtype": other_autocast,
     "inference mode": within(lambda x: torch.inference_mode()),
     "no_grad": within(lambda x: torch.no_grad()),
-    "a forced plan": within(lambda x: tconv.force(kernel="gather")),
+    "a forced plan": within(lambda x: tconv.force(tile=TILE)),
+    "no forced plan": after(lambda x: tconv.force(tile=TILE), lambda x: contextlib.nullcontext()),
     "explain": lambda layer, x: str(tconv.explain(layer, x)),
     "a batched gradient": batched_gradient,
     "a negated view": given(torch._neg_view),
@@ -110,12 +148,10 @@ CHANGES = {
     "one image": given(lambda x: x[0]),
     "other strides": given(lambda x: x.transpose(2, 3)),
     "channels_last": given(lambda x: x.to(memory_format=torch.channels_last)),
-    "an address off by one": given(misaligned),
     "an input that asks for a gradient": lambda layer, x: torch.autograd.grad(layer(x.requires_grad_()).sum(), x),
     "a frozen layer": lambda layer, x: layer.requires_grad_(False)(x),
     "other weights": with_weight(lambda w: w.flip(0).contiguous()),
     "weights of other strides": with_weight(lambda w: w.to(memory_format=torch.channels_last)),
-    "weights off by one": with_weight(misaligned),
     "smaller weights": with_weight(lambda w: w[:, :, :2, :2].contiguous()),
     "weights edited before backward": edited_weight,
     "a transposed layer of the same weight": weight_of_a_transposed_layer,
@@ -127,7 +163,9 @@ CHANGES = {
     "a stride's list edited": edited_list,
     "padding in words": assigned(padding="same"),
     "padding a bool": assigned(padding=(True, 0)),
+    "padding floats": assigned(padding=(0.0, 0.0)),
     "dilation": assigned(dilation=(1, 2)),
+    "dilation bools": assigned(dilation=(True, True)),
     "groups": assigned(groups=3),
     "groups a bool": assigned(groups=True),
     "groups a float": assigned(groups=1.0),
@@ -144,11 +182,12 @@ def observed(change, layer, x):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:.*autocast:UserWarning")
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_is_noticed(name, device):
+def test_a_change_is_noticed(name, device, monkeypatch):
     warm = tconv.Conv2d(3, 3, 3, device=device)
     cold, x = copy.deepcopy(warm), torch.randn(2, 3, 6, 6, device=device)
-    functional._seen.clear()
-    expected, record = observed(CHANGES[name], cold, x)
+    with monkeypatch.context() as m:
+        m.setattr(functional, "_seen", Forgetful())
+        expected, record = observed(CHANGES[name], cold, x)
     warm(x)
     got, again = observed(CHANGES[name], warm, x)
     assert again == record
@@ -169,6 +208,26 @@ def test_the_flag_for_tf32_is_noticed(device):
             layer(x)
             (seen,) = functional._seen.values()
             assert seen.precision == ("tf32" if tf32 else "ieee")
+
+
+def test_explaining_a_repeated_call_launches_nothing(device, monkeypatch):
+    layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
+    layer(x)
+    parity.forbid_launches(monkeypatch, AssertionError("launched"))
+    assert tconv.explain(lambda v: layer(v), x).ours  # a function, so with the layer's own Parameters
+
+
+@pytest.mark.parametrize("off", ["input", "weight"])
+def test_an_address_that_is_no_longer_aligned_is_noticed(off, device, monkeypatch):
+    layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device)
+    layer(x)
+    if off == "input":
+        x = misaligned(x)
+    else:
+        layer.weight.data = misaligned(layer.weight.data)
+    monkeypatch.delattr(functional, "_convolve")
+    with pytest.raises(NameError):
+        layer(x)
 
 
 @pytest.mark.parametrize("name", parity.LAYERS)

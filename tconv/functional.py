@@ -125,22 +125,22 @@ def _convolve(
     for t in tensors:
         if not isinstance(t, torch.Tensor):
             raise Declined(f"a {type(t).__name__} where a tensor was expected")
-    device = x.device
-    repeat = _engine(device.type)
+    device = x.device.type
+    repeat = _engine(device)
     why = unusual(*tensors)
     if why:
         raise Declined(why)
     call = transposed, rank, stride, padding, output_padding, groups, dilation
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = torch.is_autocast_enabled(device)
     if autocast:
-        tensors = _autocast(tensors, torch.get_autocast_dtype(device.type))
+        tensors = _autocast(tensors, torch.get_autocast_dtype(device))
         x, w, b = tensors if b is not None else (*tensors, None)
     if type(groups) is not int:  # True and 1.0 equal 1, as keys too
         raise Declined(f"groups={groups!r}")
     stride, output_padding, dilation = _parameter(stride), _parameter(output_padding), _parameter(dilation)
     padding = padding if type(padding) is str else _parameter(padding)
     key = (
-        transposed, x.shape, x.stride(), x.dtype, device, w.shape, w.stride(), w.dtype, w.device,
+        transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
         None if b is None else (b.shape, b.stride(), b.dtype, b.device),
         stride, padding, output_padding, groups, dilation, rank,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def _parameter(value: Any) -> int | tuple[int, ...]:
     if type(value) is int:
         return value
     if isinstance(value, (tuple, list)):
-        return tuple(v if type(v) is int else _index(v) for v in value)
+        return tuple([v if type(v) is int else _index(v) for v in value])  # faster than of a generator
     return _index(value)
 
 

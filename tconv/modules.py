@@ -1,4 +1,4 @@
-"""The layers: subclasses of torch.nn's that override the least, `_conv_forward` or, for the transposed ones, `forward`.
+"""The layers: subclasses of torch.nn's that override `forward` and, where torch.nn has it, `_conv_forward`.
 
 Nothing is derived from attributes at construction: stride, padding and the rest may be changed afterwards, weights may be
 parametrized or passed in by an overriding `_conv_forward`.
@@ -19,10 +19,6 @@ ZERO = (0,)  # per dimension
 
 class _Forward(torch.nn.modules.conv._ConvNd):
     """What Conv1d, Conv2d and Conv3d share."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = _parameters(self, input)
-        return self._conv_forward(input, weight, bias)
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rank, x, padding = len(self.kernel_size), input, self.padding
@@ -63,16 +59,33 @@ def _parameters(layer: Any, input: Any) -> tuple[torch.Tensor, torch.Tensor | No
     return layer.weight, layer.bias
 
 
+def _forward(name: str) -> Any:
+    """The `forward` of a layer that is not transposed; Python's errors mention the layer's name."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = _parameters(self, input)
+        return self._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
+
+    forward.__qualname__ = f"{name}.forward"
+    return forward
+
+
 class Conv1d(_Forward, torch.nn.Conv1d):
     """`torch.nn.Conv1d`, by tconv's kernels: (N, C, W) -> (N, K, Q)."""
+
+    forward = _forward("Conv1d")
 
 
 class Conv2d(_Forward, torch.nn.Conv2d):
     """`torch.nn.Conv2d`, by tconv's kernels: (N, C, H, W) -> (N, K, P, Q)."""
 
+    forward = _forward("Conv2d")
+
 
 class Conv3d(_Forward, torch.nn.Conv3d):
     """`torch.nn.Conv3d`, by tconv's kernels: (N, C, D, H, W) -> (N, K, Z, P, Q)."""
+
+    forward = _forward("Conv3d")
 
 
 class ConvTranspose1d(_Transposed, torch.nn.ConvTranspose1d):

@@ -5,7 +5,8 @@
 
 tconv's launches are stubbed, so its rows are dispatch alone: guard, lookups, autograd, allocation of the result. torch.nn's
 rows include its real CPU kernel on a one-pixel problem, about the least that it can be. A row is the least of 25 batches'
-mean thread time; both libraries run in turn in one process.
+mean thread time; both libraries run in turn in one process. The breakdown times tconv's pieces alone, each called as the
+layer calls it; what a piece adds to the ones within it is a difference, so its small numbers are rough.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch
 
 import tconv
-from tconv import launch
+from tconv import autograd, functional, launch
+from tconv.guard import unusual
+from tconv.record import note
 
 BATCHES, CALLS = 25, 200
 
@@ -67,6 +70,56 @@ def measure() -> dict[str, dict[str, float]]:
     return {row: microseconds({name: make(layer) for name, layer in layers.items()}) for row, make in rows.items()}
 
 
+def breakdown() -> dict[str, tuple[float, float]]:
+    """{piece: (us of a forward, us of a forward and backward)}, with gradients by input, weight and bias.
+
+    Autograd's share of the second is what its engine and `torch.autograd.grad` leave to no other piece.
+    """
+    layer, up = tconv.Conv2d(1, 1, 1), torch.ones(1, 1, 4, 4)
+    x, w, b = leaves = torch.randn(1, 1, 4, 4, requires_grad=True), layer.weight, layer.bias
+    call = (False, 2, x, w, b, layer.stride, layer.padding, 0, layer.groups, layer.dilation)
+    functional._seen.clear()
+    torch.autograd.grad(layer(x), leaves, up)
+    (seen,) = functional._seen.values()
+    _, geometry, prepared = seen.how
+
+    forward = microseconds(
+        {
+            "layer": lambda: layer(x),
+            "convolve": lambda: functional.convolve(*call),
+            "again": lambda: seen.again(*call),
+            "function": lambda: autograd.apply_convolve(x, w, b, seen.how),
+            "run": lambda: launch.convolve(prepared, x, w, b, False),
+            "allocate": lambda: x.new_empty_strided(prepared.shape, prepared.strides),
+            "note": lambda: note(prepared.call),
+            "both": lambda: torch.autograd.grad(layer(x), leaves, up),
+        }
+    )
+    with torch.no_grad():  # as autograd runs a backward
+        backward = microseconds(
+            {
+                "guard": lambda: unusual(up, x, w),
+                "dgrad": lambda: autograd.convolve(True, up, w, None, geometry),
+                "wgrad": lambda: autograd.wgrad(up, x, geometry),
+                "bias": lambda: autograd.bias_grad(up, geometry),
+                **{f"allocate {i}": lambda t=t: up.new_empty_strided(t.shape, t.stride()) for i, t in enumerate(leaves)},
+            }
+        )
+    passes = sum(backward[name] for name in ("dgrad", "wgrad", "bias"))
+    allocations = sum(us for name, us in backward.items() if name.startswith("allocate"))
+    stub = forward["run"] - forward["allocate"] - forward["note"]
+    pieces = {
+        "module call": (forward["layer"] - forward["convolve"], 0.0),
+        "key and lookup": (forward["convolve"] - forward["again"], passes - allocations - 3 * (forward["note"] + stub)),
+        "guard": (forward["again"] - forward["function"], backward["guard"]),
+        "autograd": (forward["function"] - forward["run"], forward["both"] - forward["layer"] - passes - backward["guard"]),
+        "allocation": (forward["allocate"], allocations),
+        "note": (forward["note"], 3 * forward["note"]),
+        "launch (stub)": (stub, 3 * stub),
+    }
+    return {piece: (there, there + back) for piece, (there, back) in pieces.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path, help="write the numbers there")
@@ -78,11 +131,15 @@ def main() -> None:
     print(f"{'':36}{'torch.nn':>10}{'tconv':>10}{'ratio':>8}")
     for row, us in rows.items():
         print(f"{row:36}{us['torch.nn']:10.1f}{us['tconv']:10.1f}{us['tconv'] / us['torch.nn']:8.2f}")
+    pieces = breakdown()
+    print(f"\n{'tconv, by pieces timed alone':36}{'forward':>10}{'+ backward':>12}")
+    for piece, (forward, both) in pieces.items():
+        print(f"{piece:36}{forward:10.1f}{both:12.1f}")
+    print(f"{'sum':36}{sum(f for f, _ in pieces.values()):10.1f}{sum(b for _, b in pieces.values()):12.1f}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"torch": torch.__version__, "python": platform.python_version(), "us": rows}, indent=1)
-        )
+        found = {"torch": torch.__version__, "python": platform.python_version(), "us": rows, "pieces": pieces}
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from bench.layers import Layer
 from bench.providers import LAYOUTS, PRECISIONS
 from tconv.device import Device
-from tconv.layout import empty
+from tconv.layout import shaped
 from tconv.plan import Plan
 from tconv.prepare import prepare_gather, prepare_wgrad
 from tconv.variants import float32_precision
@@ -19,8 +17,7 @@ from tconv.variants import float32_precision
 def plans(layer: Layer, precision: str, layout: str, device: Device) -> dict[str, Plan]:
     """The plan of each pass, by the layer's own names: the forward of a transposed layer is its fprop here."""
     p = layer.problem
-    like = torch.empty(0, dtype=PRECISIONS[precision], device="meta")
-    x, w, y = (empty(p.shape(which), layout == "channels_last", like) for which in "xwy")
+    x, w, y = (shaped(p.shape(which), layout == "channels_last", PRECISIONS[precision]) for which in "xwy")
     with float32_precision(precision == "tf32"):
         launches = {
             "fprop": prepare_gather("fprop", p, x, w, None, y, device),

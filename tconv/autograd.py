@@ -13,92 +13,72 @@ on their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from tconv import launch
+from tconv.guard import unusual
 from tconv.layout import LIMIT, addressing
+from tconv.prepare import Prepared
 from tconv.problem import Geometry
 from tconv.record import Call, note
 
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 MaybeTensor = torch.Tensor | None
-
-
-def unusual(*tensors: torch.Tensor) -> str | None:
-    """Why a kernel must not be run on these tensors right now, or None."""
-    if torch._C._are_functorch_transforms_active():
-        return "inside a functorch transform"
-    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and _function_modes()):
-        return "inside a dispatch or function mode"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    if torch._C._get_tracing_state() is not None:
-        return "being traced"
-    for t in tensors:
-        if type(t) not in PLAIN:
-            return f"a tensor subclass, {type(t).__name__}"
-        if torch._C._functorch.is_legacy_batchedtensor(t):
-            return "a batched gradient"
-        if t.layout is not torch.strided or t.is_neg() or t._is_zerotensor():
-            return "not a plain strided tensor"
-    return None
-
-
-def _function_modes() -> bool:
-    """Whether a function mode is active other than torch.set_default_device's, which a convolution does not concern."""
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+How = tuple[bool, Geometry, Prepared]  # whether transposed, and the launch of the forward pass
 
 
 def convolve(transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
     """fprop of a problem, x -> y, or, transposed, its dgrad, x being dy; differentiable in x, w and b."""
+    prepared = launch.convolution(transposed, g, x, w, b)
     if _differentiable(x, w, b):
-        return _Convolve.apply(transposed, x, w, b, g)  # type: ignore[no-any-return, no-untyped-call]
-    return (launch.dgrad if transposed else launch.fprop)(g, x, w, b)
+        return apply_convolve(x, w, b, (transposed, g, prepared))
+    return launch.convolve(prepared, x, w, b, g.dry)
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
     """dw of a problem, differentiable in dy and x."""
-    if _differentiable(dy, x):
-        return _Wgrad.apply(dy, x, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.wgrad(g, dy, x)
+    return _apply_wgrad(dy, x, g) if _differentiable(dy, x) else launch.wgrad(g, dy, x)
 
 
 def bias_grad(dy: torch.Tensor, g: Geometry) -> torch.Tensor:
     """db, the sum of an output's gradient over batch and pixels, differentiable."""
-    if _differentiable(dy):
-        return _BiasGrad.apply(dy, g)  # type: ignore[no-any-return, no-untyped-call]
-    return launch.bias_grad(g, dy)
+    return _apply_bias_grad(dy, g) if _differentiable(dy) else launch.bias_grad(g, dy)
 
 
 def _differentiable(*tensors: MaybeTensor) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _apply(function: type[torch.autograd.Function]) -> Callable[..., torch.Tensor]:
+    """`Function.apply` less its handling of functorch, in whose transforms no kernel runs; half its cost."""
+    apply: Callable[..., torch.Tensor] = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
+    return apply
+
+
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, how: How) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
-        ctx.transposed, ctx.geometry = transposed, g
-        return (launch.dgrad if transposed else launch.fprop)(g, x, w, b)
+        ctx.how = how
+        _, g, prepared = how
+        return launch.convolve(prepared, x, w, b, g.dry)
 
     @staticmethod
     def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, w = ctx.saved_tensors  # also where they are not needed: edited in place, they must raise
         if dy is None:
-            return None, None, None, None, None
-        _, need_x, need_w, need_b, _ = ctx.needs_input_grad
-        op, g, transposed = _operations(dy, x, w), ctx.geometry, ctx.transposed
+            return None, None, None, None
+        need_x, need_w, need_b, _ = ctx.needs_input_grad
+        transposed, g, _ = ctx.how
+        op = _operations(dy, x, w)
         dx = op.convolve(not transposed, dy, w, None, g) if need_x else None
         dw = None
         if need_w:
             dw = op.wgrad(x, dy, g) if transposed else op.wgrad(dy, x, g)
-        return None, dx, dw, op.bias_grad(dy, g) if need_b else None, None
+        return dx, dw, op.bias_grad(dy, g) if need_b else None, None
 
 
 class _Wgrad(torch.autograd.Function):
@@ -137,6 +117,9 @@ class _BiasGrad(torch.autograd.Function):
         if gb is None:
             return None, None
         return gb.view(1, -1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None
+
+
+apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
 
 
 def _operations(*tensors: torch.Tensor) -> type[_Ours] | type[_Torch]:

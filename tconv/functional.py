@@ -1,7 +1,8 @@
 """torch.nn.functional's convolutions, with its signatures, results, gradients and errors.
 
 A call is first asked whether tconv takes it: cheap questions about context and tensors, then one dictionary lookup; the
-full examination of shapes and parameters happens once per kind of call. What is not taken goes to torch with the caller's
+full examination of shapes and parameters happens once per kind of call. A layer's call that repeats an earlier one has a
+shorter way still (repeat.py). What is not taken goes to torch with the caller's
 own arguments, so that an error is torch's to the letter; `tconv.last_calls()` says so.
 """
 
@@ -18,7 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling, is_dynamo_compiling
 
+from tconv.guard import PLAIN, unusual
 from tconv.problem import ConvProblem, Geometry, forward_problem, transposed_problem
 from tconv.record import Call, note
 
@@ -28,6 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REMEMBERED = 4096  # kinds of calls kept; a program whose shapes never repeat starts over
 INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
 _known: dict[Any, Geometry | str] = {}
+_seen: dict[Any, Any] = {}  # (id of weight, of bias, shape of input) -> repeat.Repeat, which checks all: ids may be used again
 _dry: contextvars.ContextVar[bool] = contextvars.ContextVar("tconv_dry", default=False)
 
 
@@ -36,27 +40,60 @@ class Declined(Exception):
 
 
 @functools.cache
-def _engine() -> tuple[Any, bool] | str:
-    """(The kernels' side of the house, whether it is interpreted), imported late, or why it cannot be: Triton is missing."""
+def _engine(device: str) -> Any:
+    """The kernels' side of the house, imported late, for tensors on that type of device; else Declined."""
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED):
+        raise Declined("CPU tensors need TRITON_INTERPRET=1" if device == "cpu" else f"device {device}")
+    engine = _imported()
+    if isinstance(engine, str):
+        raise Declined(engine)
+    repeat, interpreted = engine
+    if device == "cpu" and not interpreted:
+        raise Declined("TRITON_INTERPRET was set after Triton's kernels were loaded")
+    return repeat
+
+
+@functools.cache
+def _imported() -> tuple[Any, bool] | str:
+    """(repeat.py, whether kernels are interpreted), or why they cannot be imported: Triton is missing."""
     try:
-        from tconv import autograd
+        from tconv import repeat
         from tconv.prepare import INTERPRET
     except ImportError as e:
         return f"Triton cannot be imported ({e})"
-    return autograd, INTERPRET
+    return repeat, INTERPRET
 
 
-def convolve(transposed: bool, rank: int, *arguments: Any) -> torch.Tensor | None:
+def convolve(
+    transposed: bool,
+    rank: int,
+    x: Any,
+    w: Any,
+    b: Any,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: Any,
+    dilation: Any,
+) -> torch.Tensor | None:
     """Any of the six convolutions by our kernels, or None where torch is to take the call (recorded, with the reason).
 
     Args:
         transposed, rank: which of the six.
-        arguments: input, weight, bias, stride, padding, output_padding, groups, dilation, as torch takes them.
+        others: as torch takes them.
     """
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
+        return None
+    if type(x) in PLAIN and not _dry.get():
+        seen = _seen.get((id(w), id(b), x.shape))
+        if seen is not None:
+            y: torch.Tensor | None = seen.again(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
+            if y is not None:
+                return y
+    if is_compiling():
         return None
     try:
-        return _convolve(transposed, rank, *arguments)
+        return _convolve(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
     except Declined as e:
         note(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
@@ -88,46 +125,47 @@ def _convolve(
     for t in tensors:
         if not isinstance(t, torch.Tensor):
             raise Declined(f"a {type(t).__name__} where a tensor was expected")
-    device = x.device
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED):
-        raise Declined("CPU tensors need TRITON_INTERPRET=1" if device.type == "cpu" else f"device {device}")
-    engine = _engine()
-    if isinstance(engine, str):
-        raise Declined(engine)
-    autograd, interpreted = engine
-    if device.type == "cpu" and not interpreted:
-        raise Declined("TRITON_INTERPRET was set after Triton's kernels were loaded")
-    why = autograd.unusual(*tensors)
+    device = x.device.type
+    repeat = _engine(device)
+    why = unusual(*tensors)
     if why:
         raise Declined(why)
-    if torch.is_autocast_enabled(device.type):
-        tensors = _autocast(tensors, torch.get_autocast_dtype(device.type))
+    call = transposed, rank, stride, padding, output_padding, groups, dilation
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        tensors = _autocast(tensors, torch.get_autocast_dtype(device))
         x, w, b = tensors if b is not None else (*tensors, None)
     if type(groups) is not int:  # True and 1.0 equal 1, as keys too
         raise Declined(f"groups={groups!r}")
     stride, output_padding, dilation = _parameter(stride), _parameter(output_padding), _parameter(dilation)
     padding = padding if type(padding) is str else _parameter(padding)
     key = (
-        transposed, x.shape, x.stride(), x.dtype, device, w.shape, w.stride(), w.dtype, w.device,
+        transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
         None if b is None else (b.shape, b.stride(), b.dtype, b.device),
         stride, padding, output_padding, groups, dilation, rank,
     )  # fmt: skip
     known = _known.get(key)
     if known is None:
-        if len(_known) >= REMEMBERED:
-            _known.clear()
         try:
             known = _examine(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
         except Declined as e:
             known = str(e)
-        _known[key] = known
+        _remember(_known, key, known)
     if isinstance(known, str):
         raise Declined(known)
-    if _dry.get():
+    batched, dry = x.dim() == rank + 2, _dry.get()
+    if dry:
         known = dataclasses.replace(known, dry=True)
-    batched = x.dim() == rank + 2
-    y: torch.Tensor = autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)
+    elif batched and not autocast and repeat.possible(call, *tensors):
+        _remember(_seen, (id(w), id(b), x.shape), repeat.Repeat(call, known, x, w, b))
+    y: torch.Tensor = repeat.autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)
     return y if batched else y.squeeze(0)
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(memory) >= REMEMBERED:
+        memory.clear()
+    memory[key] = value
 
 
 def _parameter(value: Any) -> int | tuple[int, ...]:
@@ -135,7 +173,7 @@ def _parameter(value: Any) -> int | tuple[int, ...]:
     if type(value) is int:
         return value
     if isinstance(value, (tuple, list)):
-        return tuple(v if type(v) is int else _index(v) for v in value)
+        return tuple([v if type(v) is int else _index(v) for v in value])  # faster than of a generator
     return _index(value)
 
 

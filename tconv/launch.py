@@ -16,7 +16,7 @@ import torch
 from tconv import plan as planning
 from tconv.device import INTERPRETER, Device, cuda_device
 from tconv.kernels.reduce import sum_splits
-from tconv.layout import empty
+from tconv.layout import shaped
 from tconv.prepare import INTERPRET, Prepared, prepare_bias, prepare_gather, prepare_wgrad, tensor_cores
 from tconv.problem import Geometry
 from tconv.record import note
@@ -27,42 +27,46 @@ _prepared: dict[Any, Prepared] = {}
 _lock: contextlib.AbstractContextManager[Any] = threading.RLock() if INTERPRET else contextlib.nullcontext()
 
 
-def fprop(g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    """y [N, K, *Y] from x [N, C, *X], w [K, C/G, *T], b [K]; any strides, one dtype."""
-    y = empty(g.problem.shape("y"), g.channels_last, x)
-    gather("fprop", g, x, w, b, y)
+def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
+    """The launch of `convolve` on such tensors."""
+    key = (
+        "dgrad" if transposed else "fprop", g, x.stride(), w.stride(), b is not None and b.stride(),
+        x.data_ptr() % 16, w.data_ptr() % 16, tensor_cores(x.dtype),
+    )  # fmt: skip
+    return _lookup(key, lambda: _prepare_convolution(key[0], g, x, w, b))
+
+
+def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
+    y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
+    return prepare_gather(pass_, g.problem, x, w, b, y, device_of(x))
+
+
+def convolve(launch: Prepared, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, dry: bool) -> torch.Tensor:
+    """y [N, K, *Y] from x [N, C, *X], w [K, C/G, *T], b [K], or, transposed, dx from dy and w, b [C] being the layer's.
+
+    Any strides, one dtype.
+    """
+    y = x.new_empty_strided(launch.shape, launch.strides)
+    note(launch.call)
+    if not dry:  # without a bias its pointer is not read
+        _call(launch.kernel, launch.grid, (x, w, x if b is None else b, y), launch.integers, launch.constants)
     return y
-
-
-def dgrad(g: Geometry, dy: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    """dx [N, C, *X] from dy [N, K, *Y] and w; with b [C] the forward of a transposed layer."""
-    dx = empty(g.problem.shape("x"), g.channels_last, dy)
-    gather("dgrad", g, dy, w, b, dx)
-    return dx
-
-
-def gather(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, y: torch.Tensor) -> None:
-    """Runs "fprop" (x -> y) or "dgrad" (x is dy, y is dx) into a tensor given, of any strides."""
-    bias = None if b is None else b.stride()
-    key = (pass_, g.problem, x.stride(), w.stride(), y.stride(), bias, w.data_ptr() % 16, *_facts(x, y))
-    launch = _lookup(key, lambda: prepare_gather(pass_, g.problem, x, w, b, y, device_of(x)))
-    _run(launch, g.dry, x, w, x if b is None else b, y)  # without a bias its pointer is not read
 
 
 def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dw [K, C/G, *T] from dy [N, K, *Y] and x [N, C, *X]; the same bits on every run."""
-    dw = empty(g.problem.shape("w"), g.channels_last, x)
-    key = ("wgrad", g.problem, dy.stride(), x.stride(), g.channels_last, *_facts(dy, x))
-    _run_split(_lookup(key, lambda: prepare_wgrad(g.problem, dy, x, dw, device_of(x))), g.dry, dw, dy, x)
-    return dw
+    key = ("wgrad", g, dy.stride(), x.stride(), dy.data_ptr() % 16, x.data_ptr() % 16, tensor_cores(x.dtype))
+    return _reduce(_lookup(key, lambda: _prepare_wgrad(g, dy, x)), g.dry, dy, x)
+
+
+def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
+    return prepare_wgrad(g.problem, dy, x, shaped(g.problem.shape("w"), g.channels_last, x.dtype), device_of(x))
 
 
 def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:
     """db [channels] from the gradient of an output, fprop's or a transposed layer's: its sum over batch and pixels."""
-    db = torch.empty(dy.shape[1], dtype=dy.dtype, device=dy.device)
-    key = ("bias", g.problem, dy.shape, dy.stride(), *_facts(dy, dy))
-    _run_split(_lookup(key, lambda: prepare_bias(g.problem, dy, device_of(dy))), g.dry, db, dy)
-    return db
+    key = ("bias", g, dy.shape, dy.stride(), dy.data_ptr() % 16)
+    return _reduce(_lookup(key, lambda: prepare_bias(g.problem, dy, device_of(dy))), g.dry, dy)
 
 
 def device_of(t: torch.Tensor) -> Device:
@@ -70,12 +74,9 @@ def device_of(t: torch.Tensor) -> Device:
     return INTERPRETER if INTERPRET else cuda_device(t.device.index)
 
 
-def _facts(a: torch.Tensor, b: torch.Tensor) -> tuple[Any, ...]:
-    return a.dtype, a.device, a.data_ptr() % 16, b.data_ptr() % 16, tensor_cores(a.dtype)
-
-
 def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
-    if planning.forced() is not None:
+    """The launch of a kind of call, key[1] being its geometry."""
+    if planning.forced() is not None or key[1].dry:
         return make()
     found = _prepared.get(key)
     if found is None:
@@ -85,26 +86,28 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
     return found
 
 
-def _run(launch: Prepared, dry: bool, *pointers: torch.Tensor) -> None:
+def _run(launch: Prepared, dry: bool, pointers: tuple[torch.Tensor, ...]) -> None:
     note(launch.call)
     if not dry:
         _call(launch.kernel, launch.grid, pointers, launch.integers, launch.constants)
 
 
-def _run_split(launch: Prepared, dry: bool, out: torch.Tensor, *inputs: torch.Tensor) -> None:
-    """A reduction that may be cut into splits: straight into out, or through a workspace that is then summed in order."""
+def _reduce(launch: Prepared, dry: bool, *inputs: torch.Tensor) -> torch.Tensor:
+    """A reduction that may be cut into splits: straight into its result, or through a workspace summed in order."""
+    out = inputs[0].new_empty_strided(launch.shape, launch.strides)
     if launch.splits == 1 or dry:
-        _run(launch, dry, *inputs, out)
-        return
+        _run(launch, dry, (*inputs, out))
+        return out
     accumulator = torch.float64 if out.dtype == torch.float64 else torch.float32
     workspace = torch.empty(launch.splits * out.numel(), dtype=accumulator, device=out.device)
-    _run(launch, dry, *inputs, workspace)
+    _run(launch, dry, (*inputs, workspace))
     constants = {"INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4}
     _call(sum_splits, (math.ceil(out.numel() / 1024),), (workspace, out), (out.numel(), launch.splits), constants)
+    return out
 
 
 def _call(kernel: Any, grid: tuple[int], pointers: tuple[torch.Tensor, ...], integers: Any, constants: Any) -> None:
-    device = pointers[0].device
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    device = pointers[0].get_device()  # -1 is the CPU's
+    elsewhere = device >= 0 and device != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext(), _lock:
         kernel[grid](*pointers, *integers, **constants)

@@ -34,14 +34,16 @@ def _as_row(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, device="meta").as_strided((n, c, 1, w), (*strides[:2], strides[2] * w, strides[2]))
 
 
-def empty(shape: Sequence[int], channels_last: bool, like: torch.Tensor) -> torch.Tensor:
-    """An uninitialised tensor of that shape in the format asked for; rank 1 as the squeezed rank 2."""
+def shaped(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of that shape in the format asked for, without memory; rank 1 as the squeezed rank 2.
+
+    Its address, zero, is as aligned as that of any tensor that torch allocates.
+    """
     if not channels_last:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype, device="meta")
     if len(shape) == 3:
-        row = (shape[0], shape[1], 1, shape[2])
-        return torch.empty(row, dtype=like.dtype, device=like.device, memory_format=torch.channels_last).squeeze(2)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=FORMATS[len(shape)])
+        return shaped((shape[0], shape[1], 1, shape[2]), True, dtype).squeeze(2)
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[len(shape)])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The layers: subclasses of torch.nn's that override the least, `_conv_forward` or, for the transposed ones, `forward`.
+"""The layers: subclasses of torch.nn's that override `forward` and, where torch.nn has it, `_conv_forward`.
 
 Nothing is derived from attributes at construction: stride, padding and the rest may be changed afterwards, weights may be
 parametrized or passed in by an overriding `_conv_forward`.
@@ -12,18 +12,20 @@ import torch
 import torch.nn.functional as F
 
 from tconv.functional import convolve
+from tconv.guard import PLAIN
+
+ZERO = (0,)  # per dimension
 
 
 class _Forward(torch.nn.modules.conv._ConvNd):
     """What Conv1d, Conv2d and Conv3d share."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rank = len(self.kernel_size)
-        x, padding = input, self.padding
+        rank, x, padding = len(self.kernel_size), input, self.padding
         if self.padding_mode != "zeros":
             if not isinstance(input, torch.Tensor):  # an FX proxy, say: torch's own code is traceable
                 return super()._conv_forward(input, weight, bias)  # type: ignore[misc, no-any-return]
-            x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * rank
+            x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO
         y = convolve(False, rank, x, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
         return super()._conv_forward(input, weight, bias) if y is None else y  # type: ignore[misc]
 
@@ -35,26 +37,55 @@ class _Transposed(torch.nn.modules.conv._ConvTransposeNd):
         y = None
         if isinstance(input, torch.Tensor) and isinstance(self.padding, tuple) and self.padding_mode == "zeros":
             rank = len(self.kernel_size)
+            weight, bias = _parameters(self, input)
             output_padding = self._output_padding(
                 input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation  # type: ignore[arg-type]
             )  # fmt: skip
             y = convolve(
-                True, rank, input, self.weight, self.bias, self.stride, self.padding, tuple(output_padding), self.groups,
-                self.dilation,
-            )  # fmt: skip
+                True, rank, input, weight, bias, self.stride, self.padding, tuple(output_padding), self.groups, self.dilation
+            )
         return super().forward(input, output_size) if y is None else y  # type: ignore[misc]
+
+
+def _parameters(layer: Any, input: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's weight and bias, past `Module.__getattr__`, which takes longer than all of ours, where it adds nothing.
+
+    It does for subclasses and parametrized layers, which may compute them, and where torch.fx traces.
+    """
+    if type(layer) in PLAIN_LAYERS and type(input) in PLAIN:
+        own = layer._parameters
+        if "weight" in own and "bias" in own:
+            return own["weight"], own["bias"]
+    return layer.weight, layer.bias
+
+
+def _forward(name: str) -> Any:
+    """The `forward` of a layer that is not transposed; Python's errors mention the layer's name."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = _parameters(self, input)
+        return self._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
+
+    forward.__qualname__ = f"{name}.forward"
+    return forward
 
 
 class Conv1d(_Forward, torch.nn.Conv1d):
     """`torch.nn.Conv1d`, by tconv's kernels: (N, C, W) -> (N, K, Q)."""
 
+    forward = _forward("Conv1d")
+
 
 class Conv2d(_Forward, torch.nn.Conv2d):
     """`torch.nn.Conv2d`, by tconv's kernels: (N, C, H, W) -> (N, K, P, Q)."""
 
+    forward = _forward("Conv2d")
+
 
 class Conv3d(_Forward, torch.nn.Conv3d):
     """`torch.nn.Conv3d`, by tconv's kernels: (N, C, D, H, W) -> (N, K, Z, P, Q)."""
+
+    forward = _forward("Conv3d")
 
 
 class ConvTranspose1d(_Transposed, torch.nn.ConvTranspose1d):
@@ -103,3 +134,6 @@ class LazyConvTranspose3d(_Transposed, torch.nn.LazyConvTranspose3d):  # type: i
     """`torch.nn.LazyConvTranspose3d`: becomes `ConvTranspose3d` on its first call."""
 
     cls_to_become: Any = ConvTranspose3d
+
+
+PLAIN_LAYERS = frozenset((Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d))

@@ -25,7 +25,7 @@ from tconv.kernels.depthwise import depthwise, depthwise_wgrad
 from tconv.kernels.gather import gather
 from tconv.kernels.reduce import sum_pixels
 from tconv.kernels.wgrad import wgrad
-from tconv.layout import LIMIT, Addressing, addressing, vector
+from tconv.layout import LIMIT, Addressing, addressing, shaped, vector
 from tconv.plan import Plan
 from tconv.problem import ConvProblem, lift
 from tconv.record import Call
@@ -45,6 +45,7 @@ class Prepared:
         integers: the kernel's runtime integers, after its pointers.
         constants: its compile-time constants and launch options.
         call: what `last_calls` will say.
+        shape, strides: of the result.
         splits: slices of a workspace that the kernel fills; 1 if it writes the result itself.
     """
 
@@ -53,6 +54,8 @@ class Prepared:
     integers: tuple[int, ...]
     constants: dict[str, Any]
     call: Call
+    shape: torch.Size
+    strides: tuple[int, ...]
     splits: int = 1
 
 
@@ -110,7 +113,7 @@ def prepare_gather(
         constants |= {
             "X_VEC": direct_x, "Y_VEC": direct_y, "MULTIPLIED": p.multiplier > 1, "BLOCK_C": tile.n,
         }  # fmt: skip
-        return _prepared(depthwise, tiles * math.ceil(wrote / tile.n), integers, constants, call)
+        return _prepared(depthwise, tiles * math.ceil(wrote / tile.n), integers, constants, call, y)
     integers |= {
         "CI": ci, "CO": co, "G": p.G, "sxg": ci * ax.channel, "syg": co * ay.channel,
         "swg": group, "swi": reduced, "swo": written,
@@ -120,7 +123,7 @@ def prepare_gather(
         "FIELD": FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0, "PRECISION": _precision(x.dtype),
         "BLOCK_N": tile.n, "BLOCK_K": tile.k,
     }  # fmt: skip
-    return _prepared(gather, tiles * math.ceil(co / tile.n) * p.G, integers, constants, call)
+    return _prepared(gather, tiles * math.ceil(co / tile.n) * p.G, integers, constants, call, y)
 
 
 def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
@@ -151,7 +154,7 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
             "X_VEC": direct_x, "Y_VEC": direct_y, "MULTIPLIED": p.multiplier > 1, "TAPS": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip
         programs = math.ceil(p.taps / tile.m) * math.ceil(p.K / tile.n) * splits
-        return _prepared(depthwise_wgrad, programs, integers, constants, call, splits)
+        return _prepared(depthwise_wgrad, programs, integers, constants, call, dw, splits)
     integers |= {
         "C": c, "K": k, "G": p.G, "sxg": c * ax.channel, "syg": k * ay.channel, "swg": k * aw.outer, "swc": aw.channel,
     }  # fmt: skip
@@ -159,7 +162,7 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
         "X_VEC": x_vec, "Y_VEC": y_vec, "PRECISION": _precision(x.dtype), "BLOCK_K": tile.m, "BLOCK_C": tile.n,
     }  # fmt: skip
     programs = math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G * splits
-    return _prepared(wgrad, programs, integers, constants, call, splits)
+    return _prepared(wgrad, programs, integers, constants, call, dw, splits)
 
 
 def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepared:
@@ -177,14 +180,22 @@ def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepa
         "BLOCK_P": tile.k, "BLOCK_C": tile.n, **_numerics(g.dtype), **_options(tile),
     }  # fmt: skip
     call = Call("bias", problem, plan, plan.reason)
-    return _prepared(sum_pixels, math.ceil(channels / tile.n) * plan.splits, integers, constants, call, plan.splits)
+    db, programs = shaped((channels,), False, g.dtype), math.ceil(channels / tile.n) * plan.splits
+    return _prepared(sum_pixels, programs, integers, constants, call, db, plan.splits)
 
 
 def _prepared(
-    kernel: Any, programs: int, named: dict[str, int], constants: dict[str, Any], call: Call, splits: int = 1
+    kernel: Any,
+    programs: int,
+    named: dict[str, int],
+    constants: dict[str, Any],
+    call: Call,
+    result: torch.Tensor,
+    splits: int = 1,
 ) -> Prepared:
     """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over."""
-    return Prepared(kernel, (programs,), tuple(named[n] for n in integers_of(kernel)), constants, call, splits)
+    integers = tuple(named[n] for n in integers_of(kernel))
+    return Prepared(kernel, (programs,), integers, constants, call, result.shape, result.stride(), splits)
 
 
 def _simplified(

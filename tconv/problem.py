@@ -109,9 +109,11 @@ class ConvProblem:
         return f"N{self.N} C{self.C} {times(self.X)} -> K{self.K} {times(self.Y)}, filter {times(self.T)}{extras}{groups}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
     """What a call's operations share: a problem, the memory format of all it computes, and whether to compute at all.
+
+    Launches are remembered by the object itself, so one belongs to one dtype on one device.
 
     Attributes:
         problem: the convolution.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tconv.device import Device
-from tconv.layout import empty
+from tconv.layout import shaped
 from tconv.prepare import Prepared, prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import ConvProblem
 
@@ -41,8 +41,7 @@ class Variant:
 
 def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device) -> Iterator[Variant]:
     """The variants that the passes of a layer use on a device, without bias and with aligned tensors."""
-    like = torch.empty(0, dtype=dtype, device="meta")
-    x, w, y = (empty(problem.shape(which), channels_last, like) for which in "xwy")
+    x, w, y = (shaped(problem.shape(which), channels_last, dtype) for which in "xwy")
     wide = "fp64" if dtype == torch.float64 else "fp32"
     yield _variant("fprop", prepare_gather("fprop", problem, x, w, None, y, device), dtype, {})
     yield _variant("dgrad", prepare_gather("dgrad", problem, y, w, None, x, device), dtype, {})

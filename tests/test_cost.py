@@ -12,7 +12,7 @@ from bench.layers import layers
 from tconv import cost, plan
 from tconv.configs import Tile, tiles
 from tconv.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
-from tconv.layout import empty
+from tconv.layout import shaped
 from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import PASSES, forward_problem, transposed_problem
 from tests import cases, oracle
@@ -62,8 +62,8 @@ def test_operations_and_bytes_are_those_that_torch_counts(case):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", [as_case(layer) for layer in LAYERS[::3]], ids=str)
 def test_programs_and_workspace_are_those_launched(case, channels_last):
-    p, like = problem(case), torch.empty(0, dtype=torch.bfloat16, device="meta")
-    x, w, y = (empty(p.shape(which), channels_last, like) for which in "xwy")
+    p = problem(case)
+    x, w, y = (shaped(p.shape(which), channels_last, torch.bfloat16) for which in "xwy")
     device = DEVICES["H200"]
     launches = [
         prepare_gather("fprop", p, x, w, None, y, device),

@@ -125,6 +125,7 @@ def test_any_strides(case, view, device, poisoned):
 def test_offsets_beyond_32_bits(which, device):
     """Two images 2^31 elements apart, in input and in output: only the touched pages of the views become memory."""
     from tconv import launch
+    from tconv.prepare import prepare_gather
     from tconv.problem import Geometry, forward_problem
 
     g = Geometry(forward_problem((2, 4, 5, 5), (6, 4, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1), False)
@@ -141,11 +142,12 @@ def test_offsets_beyond_32_bits(which, device):
     x, dy, w = apart(x), apart(dy), w.to(device)
     if which == "wgrad":
         got = launch.wgrad(g, dy, x)
+        (prepared,) = (v for key, v in launch._prepared.items() if key[1] is g)
     else:
-        got = apart(right[which]).fill_(float("nan"))
-        launch.gather(which, g, x if which == "fprop" else dy, w, None, got)
-    prepared = [v for key, v in launch._prepared.items() if key[0] == which and 2**31 in key[2]]
-    assert [v.constants["WIDE"] for v in prepared] == [True]
+        got, read = apart(right[which]).fill_(float("nan")), x if which == "fprop" else dy
+        prepared = prepare_gather(which, g.problem, read, w, None, got, launch.device_of(x))
+        launch._call(prepared.kernel, prepared.grid, (read, w, read, got), prepared.integers, prepared.constants)
+    assert prepared.constants["WIDE"]
     torch.testing.assert_close(got.cpu(), right[which])
 
 

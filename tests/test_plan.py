@@ -147,10 +147,11 @@ def test_nothing_is_kept_without_bound(device, monkeypatch):
 
     monkeypatch.setattr(functional, "REMEMBERED", 3)
     monkeypatch.setattr(launch, "REMEMBERED", 3)
-    w = torch.randn(2, 2, 1, device=device)
+    w = torch.nn.Parameter(torch.randn(2, 2, 1, device=device))
     for n in range(1, 9):
         TF.conv1d(torch.randn(1, 2, n, device=device), w)
         assert len(functional._known) <= 3
+        assert 1 <= len(functional._seen) <= 3
         assert len(launch._prepared) <= 3
 
 

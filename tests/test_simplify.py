@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tconv.device import DEVICES
-from tconv.layout import addressing, empty
+from tconv.layout import addressing, shaped
 from tconv.prepare import prepare_gather
 from tconv.problem import PASSES, forward_problem
 from tconv.simplify import Form, Strides, simplify
@@ -17,8 +17,7 @@ from tests.test_cost import CASES, problem
 
 
 def form(p, layout="contiguous"):
-    like = torch.empty(0, device="meta")
-    found = [addressing(empty(p.shape(which), layout == "channels_last", like)) for which in "xwy"]
+    found = [addressing(shaped(p.shape(which), layout == "channels_last", torch.float32)) for which in "xwy"]
     return Form(p, *(Strides(a.outer, a.channel, a.spatial) for a in found))
 
 
@@ -126,7 +125,7 @@ def test_random_pointwise_and_tiled_dimensions():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_plan_says_what_is_computed_instead(layout):
     p = conv((32, 3, 224, 224), 768, (16, 16), 16)
-    x, w, y = (empty(p.shape(which), layout == "channels_last", torch.empty(0, device="meta")) for which in "xwy")
+    x, w, y = (shaped(p.shape(which), layout == "channels_last", torch.float32) for which in "xwy")
     call = prepare_gather("fprop", p, x, w, None, y, DEVICES["H200"]).call
     said = {"contiguous": "spread to N32 C16 3x224x14 -> K768 1x14x14", "channels_last": "fold to N32 C48 224x14 -> K768 14x14"}
     assert said[layout] in str(call)

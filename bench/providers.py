@@ -6,8 +6,9 @@ autograd, aten's operators and tconv's launches, but for "step": forward and bac
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,9 @@ def _channels_last(t: torch.Tensor) -> torch.Tensor:
 
 def set_precision(precision: str) -> None:
     """Torch's flags for fp32 convolutions, which tconv obeys too: TF32 or not."""
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    cudnn, on = torch.backends.cudnn, precision == "tf32"
+    cudnn.allow_tf32 = on  # the older flag too: what reads it must not find the two at odds
+    cudnn.fp32_precision = "tf32" if on else "ieee"
 
 
 def torch_nn(o: Operands, pass_: str) -> Callable[[], Any]:
@@ -115,8 +118,11 @@ def inductor(o: Operands, pass_: str) -> Callable[[], Any]:
     """Inductor's Triton templates."""
     if not o.x.is_cuda:
         raise Missing("Inductor's Triton templates need a GPU")
-    options = {"max_autotune": True, "max_autotune_conv_backends": "TRITON"}
-    function = torch.compile(getattr(F, _function(o.layer)), options=options)
+    # All layers' graphs have one code object: without a reset the eighth is the last that is compiled, the rest run eagerly.
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    options = {"max_autotune": True, "max_autotune_conv_backends": "TRITON", "max_autotune_gemm_backends": "TRITON"}
+    function = torch.compile(getattr(F, _function(o.layer)), options=options, dynamic=False)
     return lambda: function(o.x, o.w, o.b, **o.settings)
 
 
@@ -203,12 +209,22 @@ def _step(function: Callable[..., torch.Tensor], o: Operands) -> Callable[[], An
 def reference(o: Operands, pass_: str) -> tuple[torch.Tensor, ...]:
     """What a pass should give, in fp32 without TF32 (fp64 for fp32 operands on a CPU), by torch."""
     wide = torch.float32 if o.x.is_cuda else torch.float64
-    before = torch.backends.cudnn.conv.fp32_precision
-    set_precision("fp32")
-    try:
+    with exact():
         up = Operands(o.layer, o.layout, *(None if t is None else t.to(wide) for t in (o.x, o.w, o.b, o.dy)))  # type: ignore[arg-type]
         if pass_ == "step":
             return tuple(torch_nn(up, pass_)())
         return (torch_nn(up, pass_)(),)
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """No TF32, and no search for the fastest algorithm, while the block runs."""
+    cudnn = torch.backends.cudnn
+    before = "tf32" if cudnn.conv.fp32_precision == "tf32" else "fp32"
+    search, cudnn.benchmark = cudnn.benchmark, False
+    set_precision("fp32")
+    try:
+        yield
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        set_precision(before)
+        cudnn.benchmark = search

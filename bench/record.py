@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import json
 import pathlib
 import platform
@@ -66,7 +67,7 @@ def read_all(folder: pathlib.Path) -> tuple[dict[str, Record], list[str]]:
 
 
 class Writer:
-    """Appends lines to a record; a file that is cut is mended by dropping its broken end, a foreign one is refused.
+    """Appends lines to a record; one that is cut is mended by dropping its broken end, a foreign one is refused.
 
     Args:
         path: the file; its folder is made.
@@ -84,11 +85,11 @@ class Writer:
             old = read(path)
             if not old.machine:
                 raise ValueError(f"{path}: {old.complaint}; move it away first")
-            differs = [k for k in ("gpu", "commit", "torch", "triton", "tiny") if old.machine.get(k) != first.get(k)]
+            differs = [k for k in ("gpu", "commit", "code", "torch", "triton", "tiny") if old.machine.get(k) != first.get(k)]
             if differs:
                 raise ValueError(f"{path}: made with another {', '.join(differs)}; give another folder")
             self.lines = old.lines
-            if old.complaint:
+            if old.complaint or not path.read_text().endswith("\n"):
                 path.write_text("".join(json.dumps(line) + "\n" for line in (old.machine, *old.lines)))
         else:
             path.write_text(json.dumps(first) + "\n")
@@ -109,8 +110,8 @@ def machine(commit: str | None = None) -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {
-        "commit": commit or _commit(), "torch": torch.__version__, "triton": _version("triton"), "numpy": _version("numpy"),
-        "python": platform.python_version(), "gpu": None, "host": platform.machine(),
+        "commit": commit or _commit(), "code": _code(), "torch": torch.__version__, "triton": _version("triton"),
+        "numpy": _version("numpy"), "python": platform.python_version(), "gpu": None, "host": platform.machine(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
     if torch.cuda.is_available():
@@ -139,6 +140,14 @@ def _commit() -> str:
         return git("rev-parse", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _code() -> str:
+    """A digest of what is measured and of what measures, which a commit that is unknown or changed does not tell."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "tconv").rglob("*.py"), *(ROOT / "bench").glob("*.py"), *(ROOT / "tests").glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _driver() -> str | None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 
 from bench.record import ROOT, Writer, machine
+from bench.stage import CUT
 
 TOOLS = ("memcheck", "racecheck")
 
@@ -43,21 +44,27 @@ def main() -> int:
     if tool is None:
         print("compute-sanitizer is not here: nothing was checked by it")
         return 0
+    probe = [tool, sys.executable, "-c", "import torch; torch.zeros(1).cuda()"]
+    if subprocess.run(probe, cwd=ROOT, capture_output=True).returncode:
+        print("compute-sanitizer does not work on this device: nothing was checked by it")
+        return 0
     writer = Writer(out / "sanitize.jsonl", machine(args.commit) | {"tiny": False})
-    worst = 0
     for name in TOOLS:
-        if any(line.get("tool") == name and line.get("complete") for line in writer.lines):
+        before = [line for line in writer.lines if line.get("tool") == name]
+        if any(line["complete"] for line in before):
             print(f"{name}: already recorded")
             continue
-        log, record = out / f"sanitize-{name}.log", out / f"sanitize_{name}.jsonl"
+        log, record = out / f"sanitize-{name}-{len(before) + 1}.log", out / f"sanitize_{name}.jsonl"
         command = [tool, "--tool", name, "--log-file", log, *pytest, "--record", record]
-        done = subprocess.run([*command, "--seconds", str(args.seconds / len(TOOLS))], cwd=ROOT)
+        status = subprocess.run([*command, "--seconds", str(args.seconds / len(TOOLS))], cwd=ROOT).returncode
         found = findings(log.read_text() if log.exists() else "")
-        said = "no summary, it was cut" if found is None else f"{found} found"
-        print(f"{name}: {said}; the log is {log}")
-        writer.write({"tool": name, "found": found, "complete": found is not None and done.returncode == 0})
-        worst = max(worst, int(found != 0 or done.returncode not in (0, 2)))
-    return worst
+        said = "no summary" if found is None else f"{found} found"
+        print(f"{name}: {said}{', cut' if status == CUT else ''}; the log is {log}")
+        writer.write({"tool": name, "found": found, "status": status, "complete": found is not None and status != CUT})
+    if any(line.get("found") or line.get("status", 0) not in (0, CUT) for line in writer.lines):
+        return 1
+    done = {line["tool"] for line in writer.lines if line.get("complete")}
+    return 0 if done == set(TOOLS) else CUT
 
 
 if __name__ == "__main__":

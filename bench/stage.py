@@ -2,12 +2,15 @@
 
     python -m pytest -p bench.stage --record bench/results/DIR/parity.jsonl --seconds 500 tests/test_gpu.py
 
-Tests that the record has as passed or skipped, and those in which a process died, are not run again; failed ones are. A test
-adds its own numbers to its line through pytest's `record_property`.
+Tests that the record has as passed or skipped are not run again; failed ones are, and those in which the process died, once
+more and last. The exit status is 0 if all that the record has is well, 1 if something failed or died, 75 if the stage was cut.
+A test adds its own numbers to its line through pytest's `record_property`.
 """
 
 from __future__ import annotations
 
+import collections
+import math
 import pathlib
 import time
 from typing import Any
@@ -16,8 +19,13 @@ import pytest
 
 from bench.record import Writer, machine
 
-FATAL = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
-DONE = ("passed", "skipped", "died")
+FATAL = (
+    "illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address", "illegal instruction",
+    "invalid program counter", "invalid address space", "hardware stack error", "uncorrectable ECC", "launch timed out",
+)  # fmt: skip
+DONE = ("passed", "skipped")
+DEATHS = 2  # a process may have died of something else, of a time limit say
+CUT = 75  # exit status of a stage that is to be gone on with: the system's "try again"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,13 +56,15 @@ class Stage:
         if self.running.exists():  # the process that ran it did not live to report
             self.writer.write({"test": self.running.read_text(), "outcome": "died"})
             self.running.unlink()
+        self.cut = False
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        done = {line["test"] for line in self.writer.lines if line.get("outcome") in DONE}
-        skip = [item for item in items if item.nodeid in done]
-        config.hook.pytest_deselected(items=skip)
-        items[:] = [item for item in items if item.nodeid not in done]
+        lines = self.writer.lines
+        died = collections.Counter(line["test"] for line in lines if line.get("outcome") == "died")
+        done = {line["test"] for line in lines if line.get("outcome") in DONE} | {t for t, n in died.items() if n >= DEATHS}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = sorted((item for item in items if item.nodeid not in done), key=lambda item: item.nodeid in died)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
@@ -64,8 +74,10 @@ class Stage:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
         self.running.write_text(item.nodeid)
         self.reports: list[pytest.TestReport] = []
-        result = yield
-        self.running.unlink(missing_ok=True)
+        try:
+            result = yield
+        finally:  # also where the user breaks off
+            self.running.unlink(missing_ok=True)
         worst = next((r for r in self.reports if r.failed), None) or next((r for r in self.reports if r.skipped), None)
         report = worst or self.reports[-1]
         crash = getattr(report.longrepr, "reprcrash", None)
@@ -76,18 +88,36 @@ class Stage:
         self.writer.write(_rounded(line | ({"detail": detail} if detail else {})))
         self.left -= 1
         if time.monotonic() > self.deadline and self.left:
+            self.cut = True
             item.session.shouldstop = "the stage's time is up; the same command goes on from here"
         if fatal:  # nothing on this device works any more in this process
+            self.cut = True
             item.session.shouldstop = "the device failed; the same command goes on behind this test"
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.reports.append(report)
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome != "passed":  # a whole file that is left out, or broken
+            self.writer.write({"test": report.nodeid, "outcome": report.outcome, "detail": str(report.longrepr)[:300]})
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        bad = any(outcome in ("failed", "died") for outcome in self.last().values())
+        if bad:
+            session.exitstatus = 1
+        elif self.cut:
+            session.exitstatus = CUT
+        elif exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.writer.lines:
+            session.exitstatus = 0
+
+    def last(self) -> dict[str, str]:
+        """The last outcome of every test in the record."""
+        return {line["test"]: line["outcome"] for line in self.writer.lines if "test" in line}
+
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        tally: dict[str, int] = {}
-        for line in {line["test"]: line for line in self.writer.lines if "test" in line}.values():
-            tally[line["outcome"]] = tally.get(line["outcome"], 0) + 1
+        tally = collections.Counter(self.last().values())
         left = getattr(self, "left", 0)
         counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(tally.items())) or "nothing run"
         terminalreporter.write_line(f"{self.writer.path.stem}: {counts}, {left} still to run; recorded in {self.writer.path}")
@@ -99,7 +129,9 @@ def first_line(error: BaseException) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to five digits: what lies behind them was never measured."""
+    """Numbers to five digits, what lies behind them was never measured; none where JSON has no number."""
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value

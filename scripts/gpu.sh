@@ -9,13 +9,14 @@
 #   bench      the 60 layers, every pass, by every provider that is installed; Python's share of a call
 #   models     training and inference steps of whole models
 #
-# A stage starts nothing after --seconds (480) and is stopped after a minute more; the same command goes on where it was cut.
+# A stage starts nothing after --seconds (420) and is stopped after a minute more; the same command goes on where it was cut.
 # Records are lines of JSON in DIR (bench/results/GPU-COMMIT), written as they come. --quick takes a part of bench and models,
 # --dry-run shrinks everything for Triton's interpreter, --commit names the commit where there is no git.
 set -euo pipefail
+caller="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stages=() seconds=480 out="" quick=() tiny=() commit=()
+stages=() seconds=420 out="" quick=() tiny=() commit=()
 while [ $# -gt 0 ]; do
     case "$1" in
         parity | sanitize | bench | models) stages+=("$1") ;;
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
         --dry-run) tiny=(--tiny) ;;
         --out | --commit | --seconds)
             [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
-            case "$1" in --out) out="$2" ;; --commit) commit=(--commit "$2") ;; --seconds) seconds="$2" ;; esac
+            case "$1" in --out) case "$2" in /*) out="$2" ;; *) out="$caller/$2" ;; esac ;; --commit) commit=(--commit "$2") ;; --seconds) seconds="$2" ;; esac
             shift
             ;;
         -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
@@ -34,13 +35,15 @@ while [ $# -gt 0 ]; do
 done
 [ ${#stages[@]} -gt 0 ] || stages=(parity sanitize bench models)
 
-PYTHON="$(command -v python3 || command -v python)"
-"$PYTHON" -c "import torch, triton" 2>/dev/null || PYTHON="$PWD/.venv/bin/python"
+PYTHON="$(command -v python3 || command -v python || true)"
+{ [ -n "$PYTHON" ] && "$PYTHON" -c "import torch, triton" 2>/dev/null; } || PYTHON="$PWD/.venv/bin/python"
+[ -x "$PYTHON" ] || { echo "no python3 that has torch and Triton, and no .venv: ./scripts/test.sh makes one" >&2; exit 1; }
 "$PYTHON" - <<'CHECK' || exit 1
 import importlib.util
 import sys
 
-missing = [m for m in ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "hypothesis") if not importlib.util.find_spec(m)]
+needed = ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "hypothesis", "matplotlib")
+missing = [m for m in needed if not importlib.util.find_spec(m)]
 if missing:
     sys.exit(f"{sys.executable} lacks {', '.join(missing)}: install them, or make .venv by ./scripts/test.sh")
 import triton
@@ -60,16 +63,19 @@ mkdir -p "$out"
 echo "Recording in $out"
 
 failed=()
+ended() { # a stage's name and exit status; 75 is what bench/stage.py says of one that is to be gone on with
+    case $2 in
+        0) ;;
+        75 | 124 | 137) echo "$1 was cut; the same command goes on" ;;
+        *) failed+=("$1") ;;
+    esac
+}
 stage() { # name of the record, then pytest's arguments
     local name="$1" status=0
     shift
-    timeout --kill-after=10 $((${seconds%.*} + 60)) "$PYTHON" -m pytest -p bench.stage -p no:xdist -q --tb=short \
+    timeout --foreground --kill-after=10 $((${seconds%.*} + 60)) "$PYTHON" -m pytest -p bench.stage -p no:xdist -q --tb=short \
         --record "$out/$name.jsonl" --seconds "$seconds" "${tiny[@]}" "${commit[@]}" "$@" || status=$?
-    case $status in
-        0) ;;
-        2 | 124 | 137) echo "$name was cut; the same command goes on" ;;
-        *) failed+=("$name") ;;
-    esac
+    ended "$name" $status
 }
 
 for name in "${stages[@]}"; do
@@ -81,8 +87,10 @@ for name in "${stages[@]}"; do
             stage parity "${tests[@]}"
             ;;
         sanitize)
-            timeout $((${seconds%.*} + 60)) "$PYTHON" -m bench.sanitize --out "$out" --seconds "$seconds" "${tiny[@]}" \
-                "${commit[@]}" || { [ $? -eq 2 ] && echo "sanitize was cut; the same command goes on" || failed+=(sanitize); }
+            status=0
+            timeout --foreground --kill-after=10 $((${seconds%.*} + 60)) "$PYTHON" -m bench.sanitize --out "$out" \
+                --seconds "$seconds" "${tiny[@]}" "${commit[@]}" || status=$?
+            ended sanitize $status
             ;;
         bench)
             "$PYTHON" bench/dispatch.py --json "$out/dispatch.json" || failed+=(dispatch)

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from bench.layers import FAMILIES, layers
-from bench.providers import LAYOUTS
+from bench.providers import LAYOUTS, PRECISIONS
 from bench.record import RESULTS, ROOT, Record, read_all
 
 Cell = dict[str, Any]
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "out" / "report")
     parser.add_argument("--summary", type=pathlib.Path, help="print a short table of one folder and stop")
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "tf32", "fp32"))
+    parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
     args = parser.parse_args()
     if args.summary:
         records, complaints = read_all(args.summary)
@@ -121,6 +121,10 @@ def measured(runs: list[dict[str, Record]], args: argparse.Namespace) -> tuple[s
     newest = runs[-1]
     record = newest["layers"]
     cells = cells_of(record)
+    there = [p for p in PRECISIONS if any(c["precision"] == p and "ms" in c for c in cells)]
+    if there and args.precision not in there:
+        print(f"no {args.precision} in the record: reporting {there[0]}")
+        args.precision = there[0]
     rows = speedups(cells, args.precision)
     limits = next((line["limits"] for line in record.lines if "limits" in line), None)
     head = f"Measured on {machine_line(record.machine)}; {args.precision}."
@@ -129,6 +133,8 @@ def measured(runs: list[dict[str, Record]], args: argparse.Namespace) -> tuple[s
         family_table(rows, "best", "torch.nn's better layout over tconv"),
     ])  # fmt: skip
     parts = ["# Measured", short, errors_table(cells), layer_table(rows), models_table(newest.get("models"))]
+    if limits:
+        parts.append(calibration(cells, args.precision, limits, record.machine))
     from bench import pictures
 
     if rows:
@@ -147,6 +153,23 @@ def measured(runs: list[dict[str, Record]], args: argparse.Namespace) -> tuple[s
         parts.append(f"Since {old}: geometric mean {geomean([c['ratio'] for c in changed]):.3f}; slowest against it: "
                      + ", ".join(f"{c['layer']} {c['pass']} {c['ratio']:.2f}" for c in worst))  # fmt: skip
     return "\n\n".join(p for p in parts if p), short
+
+
+def calibration(cells: list[Cell], precision: str, limits: dict[str, float], machine: Cell) -> str:
+    """The cost model's times, by the limits measured in the run, over the times measured, by family."""
+    from bench.predict import cells as predictions
+    from tconv.device import DEVICES, Device, Limits
+
+    times = {(c["layer"], c["pass"], c["layout"]): c["ms"] for c in cells if c["provider"] == "tconv" and "ms" in c
+             and c["precision"] == precision}  # fmt: skip
+    like = next((d for name, d in DEVICES.items() if name in str(machine.get("gpu"))), DEVICES["H100"])
+    device = Device(str(machine.get("gpu")), machine.get("units") or like.units, like.shared_bytes, limits=Limits(**limits))
+    rows = []
+    for c in predictions(layers(), [precision], device):
+        seen = times.get((c["layer"], c["pass"], c["layout"]))
+        if seen:
+            rows.append(c | {"ratio": c["ms"] / seen})
+    return family_table(rows, "ratio", "predicted by the measured limits / measured") if rows else ""
 
 
 def changes(before: list[Cell], now: list[Cell]) -> list[Cell]:
@@ -229,8 +252,10 @@ def summary(records: dict[str, Record]) -> list[str]:
         tally = collections.Counter(last.values())
         lines.append(f"{name:18} " + (", ".join(f"{n} {what}" for what, n in sorted(tally.items())) or "nothing yet"))
         lines += [f"    {what}: {test}" for test, what in last.items() if what in ("failed", "died")][:20]
-        lines += [f"    {line['tool']}: {line['found']} found" for line in record.lines if "tool" in line]
-    for precision in ("bf16", "fp16", "tf32", "fp32"):
+        for line in record.lines:
+            if "tool" in line:
+                lines.append(f"    {line['tool']}: {line['found']} found{'' if line['complete'] else ', incomplete'}")
+    for precision in PRECISIONS:
         rows = speedups(cells_of(records["layers"]), precision) if "layers" in records else []
         if rows:
             lines += ["", f"torch.nn's better layout over tconv, {precision}:", family_table(rows, "best", "family")]

@@ -60,6 +60,11 @@ class Cost:
         return max(self.parts, key=lambda part: part[1])[0]
 
     @property
+    def rank(self) -> tuple[float, float]:
+        """What plans are sorted by: the prediction, then all that would take time if it did not overlap."""
+        return self.seconds, sum(seconds for _, seconds in self.parts)
+
+    @property
     def tile_waste(self) -> float:
         """Share of the executed operations that tiles' tails make for nothing; none where a dgrad leaves out the halo."""
         return max(0.0, 1 - self.flops / self.executed)
@@ -81,9 +86,12 @@ def flops(p: ConvProblem) -> int:
     return 2 * p.N * math.prod(p.Y) * p.K * (p.C // p.G) * p.taps
 
 
-def least_bytes(p: ConvProblem, itemsize: int) -> int:
-    """Bytes of x, w and y: any pass reads two of them and writes the third."""
-    return itemsize * sum(math.prod(p.shape(which)) for which in "xwy")
+def least_bytes(p: ConvProblem, pass_: str, itemsize: int) -> int:
+    """Bytes of x, w and y, of which a pass reads two and writes the third; of x, dgrad writes all, the others read what
+    the taps meet.
+    """
+    met = [x if pass_ == "dgrad" else min(x, y * t) for x, y, t in zip(p.X, p.Y, p.T, strict=True)]
+    return itemsize * (p.N * p.C * math.prod(met) + math.prod(p.shape("w")) + math.prod(p.shape("y")))
 
 
 def phase_pixels(p: ConvProblem, pass_: str) -> int:
@@ -177,7 +185,7 @@ def predict(
         tile.k * (tile.m + tile.n) if not direct else tile.n * (tile.m if kernel == "depthwise" else (tile.m + 1) * tile.k)
     )
     workspace = splits * math.prod(p.shape("w")) * max(4, itemsize) if splits > 1 else 0
-    least = least_bytes(p, itemsize)
+    least = least_bytes(p, pass_, itemsize)
     # Phases of a strided dgrad run one after the other over all of dy; what the L2 cache has lost by then is read again.
     again = 0
     read = itemsize * math.prod(p.shape("y"))

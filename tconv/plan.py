@@ -146,8 +146,8 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
 
 
 def _fastest(plans: list[Plan], wish: Forced | None) -> Plan:
-    """The plan of least predicted time, the earlier of equals, knowing the others."""
-    first, *rest = sorted(plans, key=lambda plan: plan.cost.seconds if plan.cost else 0.0)
+    """The plan of least predicted time, of equals the one with more to spare, knowing the others."""
+    first, *rest = sorted(plans, key=lambda plan: plan.cost.rank if plan.cost else (0.0, 0.0))
     why = "forced" if wish else f"best of {len(plans)}"
     return replace(first, reason=f"{why}; {first.cost}", others=tuple(rest[:3]))
 
@@ -224,7 +224,7 @@ def _all_splits(
 
 
 def _split_counts(pixels: int, block: int, programs: int, limit: int, device: Device, wish: Forced | None) -> list[int]:
-    """Numbers of parts of a reduction: one, or as many as fill one to four waves of the device, at most `limit`.
+    """Numbers of parts of a reduction: up to 16, and what fills one to four waves of the device; at most `limit`.
 
     Each is a number that is used up: rounding a part up to whole blocks may leave the last ones without work. A part's
     pixels are counted in 32 bits, so one per 2^30 is the least.
@@ -243,5 +243,5 @@ def _split_counts(pixels: int, block: int, programs: int, limit: int, device: De
         return [wish.splits]
     if device.interpreted:
         return [used(1)]
-    fill = [min(most, device.units * waves // programs) for waves in (1, 2, 3, 4)]
-    return sorted({used(max(1, splits)) for splits in (1, *fill)})
+    fill = [device.units * waves // programs for waves in (1, 2, 3, 4)]
+    return sorted({used(min(most, max(1, splits))) for splits in (*range(1, 17), *fill)})

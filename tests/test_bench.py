@@ -13,6 +13,7 @@ import torch
 from bench import record
 from bench.layers import FAMILIES, layers
 from bench.sanitize import findings
+from bench.stage import CUT
 from bench.timing import Clock, median
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -147,7 +148,7 @@ def test_a_stage_that_is_cut_or_dies_goes_on_where_it_was(tmp_path):
     tests, path = tmp_path / "test_it.py", tmp_path / "record" / "it.jsonl"
     tests.write_text(TESTS)
     status, text, lines = stage(path, "--seconds", "0", tests)
-    assert status == 2
+    assert status == CUT
     assert "1 passed, 6 still to run" in text
     assert [line["cell"] for line in lines] == [{"i": 0, "value": 0.33333}]
     status, _, lines = stage(path, tests)
@@ -156,15 +157,39 @@ def test_a_stage_that_is_cut_or_dies_goes_on_where_it_was(tmp_path):
     assert "not yet" in lines[-1]["detail"]
     (tmp_path / "mended").touch()
     status, text, lines = stage(path, tests)
-    assert status == 2
+    assert status == 1  # something died: not well, however much is left
     assert "the device failed" in text
     assert [line["outcome"] for line in lines[4:]] == ["died", "passed", "died"]
-    status, text, lines = stage(path, tests)
-    assert status == 0
+    status, text, lines = stage(path, tests)  # what died comes last
+    assert status == 7
     assert [line["outcome"] for line in lines[7:]] == ["skipped"]
+    status, text, lines = stage(path, tests)  # and is given up at the second time
+    assert status == 1
+    assert [line["outcome"] for line in lines[8:]] == ["died", "died"]
     assert "2 died, 4 passed, 1 skipped, 0 still to run" in text
     status, _, again = stage(path, tests)
-    assert again == lines
+    assert (status, again) == (1, lines)
+
+
+def test_a_finished_stage_is_well_when_run_again(tmp_path):
+    tests, path = tmp_path / "test_it.py", tmp_path / "it.jsonl"
+    tests.write_text("def test_fine(): pass")
+    for _ in range(2):
+        status, text, lines = stage(path, tests)
+        assert status == 0, text
+        assert [line["outcome"] for line in lines] == ["passed"]
+
+
+def test_files_that_cannot_be_collected_are_recorded(tmp_path):
+    left, broken = tmp_path / "test_left.py", tmp_path / "test_broken.py"
+    left.write_text("import pytest\npytest.importorskip('not_installed')")
+    broken.write_text("import not_installed")
+    status, _, lines = stage(tmp_path / "it.jsonl", left)
+    assert status == 0
+    assert [(line["outcome"], "not_installed" in line["detail"]) for line in lines] == [("skipped", True)]
+    status, _, lines = stage(tmp_path / "it.jsonl", left, broken)
+    assert status == 1
+    assert lines[-1]["outcome"] == "failed"
 
 
 def test_a_foreign_record_stops_a_stage_with_one_line(tmp_path):
@@ -207,14 +232,19 @@ def test_calls_on_a_gpu_are_timed_by_events_behind_a_flush(monkeypatch):
         order.append("call")
         Event.now += 3.0
 
-    def flush():
-        order.append("flush")
-        Event.now += 100.0
+    class Waste:
+        def zero_(self):
+            order.append("flush")
+            Event.now += 100.0
 
-    clock.flush = flush
+    clock.waste = Waste()
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
     assert clock.once(call) == pytest.approx(0.003)
-    assert order == ["flush", "call"]
+    assert order == ["flush", "sleep", "call"]
     assert clock.rounds(call) == 20
+    with pytest.raises(ZeroDivisionError):
+        clock.once(lambda: 1 / 0)
+    assert clock.once(call) == pytest.approx(0.003)  # what raised has left nothing
     assert median(clock, call) == pytest.approx(0.003)
 
 
@@ -302,18 +332,32 @@ def test_what_a_sanitizer_found_is_read_from_its_log(log, found):
     assert findings(log) == found
 
 
-@pytest.mark.parametrize(("errors", "status"), [(0, 0), (2, 1)])
-def test_sanitizer_runs_are_recorded(tmp_path, errors, status):
+@pytest.mark.parametrize(
+    ("errors", "exits", "status"), [(0, 0, 0), (2, 0, 1), (0, 1, 1), (0, CUT, CUT)], ids=["fine", "errors", "failed", "cut"]
+)
+def test_sanitizer_runs_are_recorded(tmp_path, errors, exits, status):
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f'#!/bin/sh\necho "========= ERROR SUMMARY: {errors} errors" > "$4"\n')
+    summary = f'[ "$1" = --tool ] || exit 0\necho "========= ERROR SUMMARY: {errors} errors" > "$4"\nexit {exits}\n'
+    tool.write_text(f"#!/bin/sh\n{summary}")
     tool.chmod(0o755)
     command = [sys.executable, "-m", "bench.sanitize", "--out", tmp_path / "out"]
     got, text = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert got == status, text
     lines = record.read(tmp_path / "out" / "sanitize.jsonl").lines
     assert [(line["tool"], line["found"]) for line in lines] == [("memcheck", errors), ("racecheck", errors)]
-    _, text = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert "memcheck: already recorded" in text
+    got, text = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert got == status
+    assert ("memcheck: already recorded" in text) == (exits != CUT)
+    assert ("memcheck: 0 found, incomplete" in report("--summary", tmp_path / "out")[1]) == (exits == CUT)
+
+
+def test_a_sanitizer_that_does_not_work_here_is_said_so(tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\nexit 255\n")
+    tool.chmod(0o755)
+    command = [sys.executable, "-m", "bench.sanitize", "--out", tmp_path / "out"]
+    status, text = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (status, text.strip()) == (0, "compute-sanitizer does not work on this device: nothing was checked by it")
 
 
 def test_without_a_sanitizer_one_line_says_so(tmp_path):
@@ -361,6 +405,8 @@ def test_the_report_of_records_worked_by_hand(tmp_path):
     assert "geometric mean 2.000" in text
     pictures = {p.name for p in (tmp_path / "out").glob("*.png")}
     assert pictures == {"speedup.png", "roofline.png", "change.png"}
+    status, text = report("--out", tmp_path / "out", "--precision", "fp16", tmp_path / "b")
+    assert "no fp16 in the record: reporting bf16" in text
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
     status, text = report("--summary", tmp_path / "b")
     assert "9 passed" in text

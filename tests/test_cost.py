@@ -56,7 +56,8 @@ def test_operations_and_bytes_are_those_that_torch_counts(case):
         torch.autograd.grad(y, w, torch.empty_like(y))
         # Torch's formula for wgrad leaves the groups out: it counts every pair of channels.
         assert counter.get_total_flops() == (2 + case.groups) * cost.flops(p)
-    assert cost.least_bytes(p, x.element_size()) == sum(t.nbytes for t in (x, w, y))
+    assert cost.least_bytes(p, "dgrad", x.element_size()) == sum(t.nbytes for t in (x, w, y))
+    assert cost.least_bytes(p, "fprop", x.element_size()) <= cost.least_bytes(p, "dgrad", x.element_size())
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -78,6 +79,13 @@ def test_programs_and_workspace_are_those_launched(case, channels_last):
         assert predicted.workspace == (4 * launch.splits * slices if launch.splits > 1 else 0)
         assert predicted.workspace <= plan.WORKSPACE
         assert predicted.waves == math.ceil(launch.grid[0] / device.units)
+
+
+def test_pixels_that_no_tap_meets_are_not_read():
+    p = forward_problem((1, 8, 9, 8), (4, 8, 1, 2), (2, 3), [(0, 0)] * 2, (1, 1), 1)  # 5 rows and 3 pairs of columns of 9x8
+    assert cost.least_bytes(p, "fprop", 2) == 2 * (8 * 5 * 6 + 4 * 8 * 2 + 4 * 5 * 3)
+    assert cost.least_bytes(p, "wgrad", 2) == cost.least_bytes(p, "fprop", 2)
+    assert cost.least_bytes(p, "dgrad", 2) == 2 * (8 * 9 * 8 + 4 * 8 * 2 + 4 * 5 * 3)
 
 
 def test_a_gather_worked_by_hand():

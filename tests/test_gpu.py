@@ -35,6 +35,73 @@ REAL = [
 ]
 
 
+@pytest.mark.parametrize("groups", [1, 64], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_more_than_2_to_the_31_elements(channels_last, groups, device):
+    """Images beyond the 32-bit mark agree with the same images alone, gradients included: only they have one."""
+    n = 2**31 // (64 * 256 * 256) + 2
+    x = torch.randn(n, 64, 256, 256, device=device, dtype=torch.bfloat16)
+    w = torch.randn(64, 64 // groups, 3, 3, device=device, dtype=torch.bfloat16)
+    b = torch.randn(64, device=device, dtype=torch.bfloat16)
+    if channels_last:
+        x, w = x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last)
+    results = []
+    for images in (x, x[-1:].clone(memory_format=torch.preserve_format)):
+        leaves = [t.detach().requires_grad_() for t in (images, w, b)]
+        y = TF.conv2d(*leaves, padding=1, groups=groups)
+        y[-1].sum().backward()
+        results.append([y.detach()[-1:], *(t.grad for t in leaves)])
+    (y, dx, dw, db), (y1, dx1, dw1, db1) = results
+    assert torch.equal(y, y1)
+    assert torch.equal(dx[-1:], dx1)
+    assert not dx[:-1].any()
+    for all_images, alone in ((dw, dw1), (db, db1)):  # added in another order
+        torch.testing.assert_close(all_images, alone, rtol=2e-2, atol=2e-2 * alone.abs().max().item())
+
+
+def test_cuda_graph(device):
+    layer = tconv.Conv2d(64, 64, 3, padding=1).to(device, torch.bfloat16)
+    x = torch.randn(8, 64, 28, 28, device=device, dtype=torch.bfloat16, requires_grad=True)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compile before capture
+        layer(x).sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.sum().backward()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    grads = x.grad.clone(), layer.weight.grad.clone()
+    x.grad, layer.weight.grad = None, None
+    again = layer(x)
+    again.sum().backward()
+    assert torch.equal(y, again)
+    assert torch.equal(grads[0], x.grad)
+    assert torch.equal(grads[1], layer.weight.grad)
+
+
+def test_two_streams(device):
+    x = torch.randn(8, 64, 56, 56, device=device, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(64, 64, 3, 3, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        y = TF.conv2d(x, w, padding=1)
+        return y.detach(), *torch.autograd.grad(y, (x, w), y)
+
+    right = step()
+    torch.cuda.synchronize()
+    results = []
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            results += [step() for _ in range(20)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(got, t) for result in results for got, t in zip(result, right, strict=True))
+
+
 def tiny(case):
     """A case with at most 8 channels a group, 4 groups, 5 taps a dimension and few pixels."""
     n, c, *extents = case.x
@@ -69,63 +136,6 @@ def test_true_fp32_is_as_accurate_as_eager(device, poisoned):
         check(case, *oracle.tensors(case, torch.float32, device), eager_too=True)
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_more_than_2_to_the_31_elements(channels_last, device):
-    """Images beyond the 32-bit mark agree with the same images alone."""
-    n = 2**31 // (64 * 256 * 256) + 2
-    x = torch.randn(n, 64, 256, 256, device=device, dtype=torch.bfloat16)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    w = torch.randn(64, 64, 3, 3, device=device, dtype=torch.bfloat16, requires_grad=True)
-    x.requires_grad_()
-    y = TF.conv2d(x, w, padding=1)
-    y[-1].sum().backward()
-    last = x[-1:].detach().contiguous().requires_grad_()
-    alone = TF.conv2d(last, w.detach().requires_grad_(), padding=1)
-    alone.sum().backward()
-    assert torch.equal(y[-1:], alone)
-    assert torch.equal(x.grad[-1:], last.grad)
-    assert not x.grad[:-1].any()
-
-
-def test_cuda_graph(device):
-    layer = tconv.Conv2d(64, 64, 3, padding=1).to(device, torch.bfloat16)
-    x = torch.randn(8, 64, 28, 28, device=device, dtype=torch.bfloat16, requires_grad=True)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # compile before capture
-        layer(x).sum().backward()
-    torch.cuda.current_stream().wait_stream(side)
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layer(x)
-        y.sum().backward()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    grads = x.grad.clone(), layer.weight.grad.clone()
-    x.grad, layer.weight.grad = None, None
-    again = layer(x)
-    again.sum().backward()
-    assert torch.equal(y, again)
-    assert torch.equal(grads[0], x.grad)
-    assert torch.equal(grads[1], layer.weight.grad)
-
-
-def test_two_streams(device):
-    x = torch.randn(8, 64, 56, 56, device=device, dtype=torch.bfloat16)
-    w = torch.randn(64, 64, 3, 3, device=device, dtype=torch.bfloat16)
-    right = TF.conv2d(x, w, padding=1)
-    torch.cuda.synchronize()
-    results = []
-    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
-        with torch.cuda.stream(stream):
-            results += [TF.conv2d(x, w, padding=1) for _ in range(20)]
-    torch.cuda.synchronize()
-    assert all(torch.equal(r, right) for r in results)
 
 
 def test_one_compilation_serves_layers_of_any_geometry(device):

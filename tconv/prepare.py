@@ -78,7 +78,7 @@ def prepare_gather(
     """fprop (x -> y) or dgrad (x is dy, y is dx), by whichever kernel is planned."""
     size, transposed = x.element_size(), pass_ == "dgrad"
     big, small = (y, x) if transposed else (x, y)
-    p, a_big, aw, a_small, rules = _simplified(pass_, problem, big, w, small)
+    p, a_big, aw, a_small, rules = _simplified(pass_, problem, big, w, small, transposed and b is not None)
     ax, ay = (a_small, a_big) if transposed else (a_big, a_small)
     read, wrote = (p.K, p.C) if transposed else (p.C, p.K)
     ci, co = read // p.G, wrote // p.G
@@ -199,12 +199,12 @@ def _prepared(
 
 
 def _simplified(
-    pass_: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor
+    pass_: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, channels_stay: bool = False
 ) -> tuple[ConvProblem, Addressing, Addressing, Addressing, tuple[str, ...]]:
     """The problem as it is computed (simplify.py), how its tensors are addressed, and the rules that made it so."""
     before = [addressing(t) for t in (x, w, y)]
     sx, sw, sy = (Strides(a.outer, a.channel, a.spatial) for a in before)
-    form = simplify(Form(problem, sx, sw, sy), pass_)
+    form = simplify(Form(problem, sx, sw, sy), pass_, channels_stay)
     after = [
         dataclasses.replace(a, outer=s.outer, channel=s.channel, spatial=s.spatial, unit=s.channel == 1)
         for a, s in zip(before, (form.x, form.w, form.y), strict=True)

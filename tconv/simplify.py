@@ -47,11 +47,19 @@ class Form:
     rules: tuple[str, ...] = ()
 
 
-def simplify(form: Form, pass_: str) -> Form:
-    """The form with every rule applied as often as it applies, and what was done."""
+def simplify(form: Form, pass_: str, channels_stay: bool = False) -> Form:
+    """The form with every rule applied as often as it applies, and what was done.
+
+    Args:
+        form: what to rewrite.
+        pass_: "fprop", "dgrad" or "wgrad".
+        channels_stay: whether x's channels must stay as they are: a bias is added to them in a transposed forward.
+    """
     rules: list[tuple[str, Callable[[Form, int, str], Form | None]]] = [
         ("fold", _fold), ("merge", _merge), ("batch", _batch), ("spread", _spread),
     ]  # fmt: skip
+    if channels_stay:
+        rules = [(name, rule) for name, rule in rules if name in ("merge", "batch")]
     while True:
         found = ((name, rule(form, d, pass_)) for name, rule in rules for d in (2, 1, 0))
         step = next(((name, after) for name, after in found if after), None)

@@ -48,6 +48,26 @@ def test_channels_last_with_16_byte_accesses(case, device, poisoned):
     check(wide, *oracle.tensors(wide, torch.float16, device, channels_last=True))
 
 
+# What simplify.py rewrites, in the layout in which it rewrites most of it.
+REWRITTEN = [
+    c for c in cases.ALL
+    if c.reason in (
+        "pointwise", "kernel equals stride", "kernel covers the input", "one output pixel", "transposed, kernel equals stride"
+    ) or "from one pixel" in c.reason
+] + [
+    oracle.Case("patches of frames", (2, 3, 4, 4, 4), 5, (1, 2, 4), stride=(1, 2, 4)),
+    oracle.Case("temporal kernel", (1, 3, 5, 3, 4), 4, (3, 1, 1), padding=(1, 0, 0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REWRITTEN, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_rewritten_problems(case, channels_last, device, poisoned):
+    with tconv.recording() as calls:
+        check(case, *oracle.tensors(case, torch.float32, device, channels_last))
+    assert any(" to N" in call.reason for call in calls)
+
+
 # More than one block of channels, so that every tap counter wraps: 20 and 17 are no multiples of the tile's 16, 32 is.
 BLOCKS = [
     oracle.Case("channel blocks, 1-D", (1, 32, 7), 20, (3,), padding=1),

@@ -132,6 +132,13 @@ def test_a_plan_says_what_is_computed_instead(layout):
     assert str(p) in str(call)
 
 
+def test_channels_that_a_bias_is_added_to_stay():
+    p = conv((2, 3, 4, 4), 4, (4, 4))
+    for layout in ("contiguous", "channels_last"):
+        assert simplify(form(p, layout), "dgrad").p.C == 48
+        assert simplify(form(p, layout), "dgrad", channels_stay=True).p.C == 3
+
+
 def test_every_layer_is_left_with_its_operations():
     from tconv.cost import flops
 

@@ -179,8 +179,18 @@ def compare_recorded(old: str, new: str, archs: list[str] | None) -> int:
     known = budget.recorded()
     shared = [a for a in known.get(old, []) if a in known.get(new, [])]
     for arch in archs or shared or ["sm_90"]:
-        print("\n".join(budget.compare(arch, (old, new), budget.load(old, arch), budget.load(new, arch))))
+        sides = {version: budget.load(version, arch) for version in (old, new)}
+        print_differences(arch, sides, [budget.scope(version, arch) for version in sides], sys.stdout)
     return 0
+
+
+def print_differences(arch: str, sides: dict[str, budget.Budget], scopes: list[str], file: Any) -> None:
+    """What two compilers do differently, of the variants that both were asked for."""
+    for scope in filter(None, dict.fromkeys(scopes)):
+        print(f"only variants that match {scope!r}", file=file)
+    both = [{n: row for n, row in side.items() if all(re.search(s, n) for s in scopes)} for side in sides.values()]
+    names = list(sides)
+    print("\n".join(budget.compare(arch, (names[0], names[-1]), both[0], both[-1])), file=file)
 
 
 def compile_and_judge(args: argparse.Namespace, archs: list[str]) -> int:
@@ -222,7 +232,8 @@ def compile_and_judge(args: argparse.Namespace, archs: list[str]) -> int:
             budget.save(version, arch, kept | mine, scope)
         if others:
             theirs = {k: v for k, v in others[arch].items() if not part or k in mine}
-            print("\n".join(budget.compare(arch, (args.compare[0], version), theirs, mine)), file=text)
+            names = (args.compare[0], f"{version} now")
+            print_differences(arch, dict(zip(names, (theirs, mine), strict=True)), [budget.scope(names[0], arch)], text)
     if not args.check:
         return int(any("error" in row for row in rows))
     lines = budget.regressions(rows, budgets)

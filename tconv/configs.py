@@ -36,7 +36,7 @@ class Tile:
 
 # Chosen by compiling for sm_90 (`scripts/codegen.py` prints registers, spills and shared memory): none may spill.
 GEMM_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4))
-GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 128, 32, 4, 3))
+GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3, 168), Tile(64, 128, 32, 4, 3))
 # CUDA cores (true fp32) and fp64. Where 128 registers are enough they leave room for two programs per multiprocessor.
 GEMM_64 = (Tile(64, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 128))
 FMA_32 = (Tile(128, 64, 16, 8, 2, 255), Tile(64, 32, 16, 8, 2, 128))
@@ -51,8 +51,15 @@ DIRECT_64 = (Tile(32, 32, 1, 4, 3), Tile(64, 16, 1, 4, 3))
 DIRECT_WGRAD = (Tile(3, 64, 32, 4, 2), Tile(3, 32, 64, 4, 2))  # taps, channels, pixels
 DIRECT_WGRAD_64 = (Tile(1, 32, 32, 4, 2),)
 BIAS = (Tile(1, 64, 64, 4, 3),)
-# By generation: operands of tensor cores that only read registers (before Hopper) take the place of accumulators.
-SPILLING = {8: (("wgrad", Tile(128, 64, 64, 4, 4)),)}
+# (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where they take the
+# place of accumulators.
+SPILLING = {
+    8: {
+        *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (GEMM_16[1], GEMM_16[3])),
+        *(("wgrad", tile) for tile in (GEMM_32[0], GEMM_32[1], GEMM_32[3])),
+    },
+    10: {("wgrad", GEMM_16[1]), ("wgrad", GEMM_16[3])},
+}
 
 
 def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool) -> tuple[Tile, ...]:

@@ -127,7 +127,7 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
     }
     assert {key for key in found if key[1] != "sum_splits"} == legal
     spills = {arch for arch, kernel, name, tile in found if (kernel, name, tile) == ("wgrad", "bf16", "128x64x64 w4 s4")}
-    assert spills == {"sm_90", "sm_100"}  # on sm_80; gfx942 has too little shared memory
+    assert spills == {"sm_90"}  # on sm_80 and sm_100; gfx942 has too little shared memory
 
 
 @pytest.mark.parametrize("arch", codegen.ARCHS)
@@ -219,7 +219,7 @@ def test_the_command_compares_recorded_budgets_and_names_what_is_not_there():
     versions = [v for v, archs in budget.recorded().items() if "sm_90" in archs]
     done = gate("--compare", versions[0], versions[-1], "--arch", "sm_90")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"sm_90, Triton {versions[0]} -> {versions[-1]}: ")
+    assert f"sm_90, Triton {versions[0]} -> {versions[-1]}: " in done.stdout
     for arguments in (["--compare", "1.0", versions[0]], ["--compare", "1.0"]):
         done = gate(*arguments)
         assert done.returncode == 2

@@ -150,7 +150,7 @@ def compare(arch: str, names: tuple[str, str], old: Budget, new: Budget, most: i
             lines.append(f"  {field}: worse in {downs}, better in {ups}")
     if len(lines) == 1:
         lines.append("  no differences beyond the slack")
-    order = [*("mma_kind", "register_detour", "loop_spills", "spills", "async_copy_bytes"), *FIELDS]
+    order = ["mma_kind", "register_detour", "loop_spills", "spills", "async_copy_bytes", "narrow_loads", "load_bytes", *FIELDS]
     gravest = sorted(down, key=lambda name: (min(map(order.index, down[name])), -new[name]["registers"], name))
     lines += [f"  {name}: {changes(old[name], new[name], down[name])}" for name in gravest[:most]]
     return lines + ([f"  ... and {len(gravest) - most} more that got worse"] if len(gravest) > most else [])

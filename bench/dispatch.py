@@ -26,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import torch
 
 import tconv
+from bench.record import machine
 from tconv import autograd, functional, launch
 from tconv.guard import unusual
 from tconv.record import note
@@ -123,6 +124,7 @@ def breakdown() -> dict[str, tuple[float, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path, help="write the numbers there")
+    parser.add_argument("--commit", help="where the checkout has no git beside it")
     args = parser.parse_args()
     torch.set_num_threads(1)
     launch._call = lambda *_: None
@@ -138,8 +140,7 @@ def main() -> None:
     print(f"{'sum':36}{sum(f for f, _ in pieces.values()):10.1f}{sum(b for _, b in pieces.values()):12.1f}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"torch": torch.__version__, "python": platform.python_version(), "us": rows, "pieces": pieces}
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps({**machine(args.commit), "us": rows, "pieces": pieces}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,33 @@
 #!/usr/bin/env python3
-"""Compiles every kernel variant that the planner picks for the layers of bench/layers.json, without a GPU, and reads the
-machine code: registers, spills, shared memory, tensor-core instructions, widths of memory accesses, loop length.
+"""Compiles every kernel variant that the planner can choose for the layers of bench/layers.json, without a GPU, and reads
+the machine code: registers, spills, shared memory, tensor-core instructions, widths of memory accesses, loop length.
 
     python scripts/codegen.py                          # table for sm_90
     python scripts/codegen.py --arch sm_80 --arch gfx942 --json out/codegen.json
-    python scripts/codegen.py --check                  # against bench/codegen_budget.json; exit status 1 on a regression
-    python scripts/codegen.py --update                 # rewrite the budget of this Triton version and these architectures
+    python scripts/codegen.py --check                  # against bench/codegen/; exit status 1 on a regression
+    python scripts/codegen.py --update                 # rewrite the budgets of this Triton version and these architectures
+    python scripts/codegen.py --compare 3.6            # what this Triton compiles differently from what 3.6 did
+    python scripts/codegen.py --compare 3.6 3.9        # the same of two recorded ones, without compiling
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import concurrent.futures
 import json
+import multiprocessing
 import os
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-BUDGET = ROOT / "bench" / "codegen_budget.json"
+import codegen_budget as budget  # noqa: E402
+import machine_code  # noqa: E402
+
 ARCHS = {  # name: (backend, architecture, warp size, bytes of shared memory a program may use, multiprocessors)
     "sm_80": ("cuda", 80, 32, 166912, 108),
     "sm_90": ("cuda", 90, 32, 232448, 132),
@@ -35,58 +37,58 @@ ARCHS = {  # name: (backend, architecture, warp size, bytes of shared memory a p
 COLUMNS = (
     ("registers", "regs"), ("spills", "spill"), ("loop_spills", "loopsp"), ("shared_bytes", "smem"), ("mma", "mma"),
     ("mma_kind", "kind"), ("register_detour", "detour"), ("async_copies", "async"), ("async_copy_bytes", "bytes"),
-    ("narrow_loads", "narrow"), ("tma_loads", "tma"), ("loop_instructions", "loop"),
+    ("load_bytes", "ldbyte"), ("narrow_loads", "narrow"), ("store_bytes", "stbyte"), ("tma_loads", "tma"),
+    ("loop_instructions", "loop"),
 )  # fmt: skip
 
 
-def layers(quick: bool) -> list[tuple[Any, str]]:
-    """(problem, name) of the suite's layers; a few of each kind if quick."""
-    from tconv.problem import forward_problem, transposed_problem
+def layers(quick: bool = False) -> list[Any]:
+    """The suite's layers as problems; every sixth if quick."""
+    from bench import layers
 
-    found = []
-    for row in json.loads((ROOT / "bench" / "layers.json").read_text()):
-        x = (row["N"], row["C"], *row["spatial"])
-        if "transpose" in row["op"]:
-            w = (row["C"], row["K"] // row["groups"], *row["kernel"])
-            problem = transposed_problem(
-                x, w, row["stride"], row["padding"], row["output_padding"], row["dilation"], row["groups"]
-            )
-        else:
-            w = (row["K"], row["C"] // row["groups"], *row["kernel"])
-            problem = forward_problem(x, w, row["stride"], [(p, p) for p in row["padding"]], row["dilation"], row["groups"])
-        found.append((problem, row["name"]))
-    return found[::6] if quick else found
+    return [layer.problem for layer in layers.layers(quick)]
+
+
+def device(arch: str) -> Any:
+    """The planner's view of an architecture."""
+    from tconv.device import Device
+
+    backend, target, _, shared, units = ARCHS[arch]
+    return Device(arch, units, shared, generation=target // 10 if backend == "cuda" else 0)
 
 
 def collect(arch: str, quick: bool) -> dict[str, Any]:
-    """name -> Variant over layers, dtypes and layouts, as planned for a device of that architecture."""
+    """name -> Variant over layers, dtypes and layouts, as planned for a device of that architecture.
+
+    Layers that share a name's every part share the compiled kernel; alignments that no layer has are left out.
+    """
     import torch
 
-    from tconv.device import Device
     from tconv.variants import float32_precision, variants
 
-    _, _, _, shared, units = ARCHS[arch]
-    device = Device(arch, units, shared)
     found: dict[str, Any] = {}
     settings = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float32, False)]
     settings += [] if quick else [(torch.float64, False)]
-    for problem, _ in layers(quick):
+    for problem in layers(quick):
         for dtype, tf32 in settings:
             with float32_precision(tf32):
                 for channels_last in (True, False):
-                    for v in variants(problem, dtype, channels_last, device):
+                    for v in variants(problem, dtype, channels_last, device(arch)):
                         found.setdefault(v.name, v)
     return found
 
 
-def compile_one(task: tuple[str, str, bool]) -> dict[str, Any]:
+_collected: dict[str, dict[str, Any]] = {}  # by architecture; worker processes inherit it
+
+
+def compile_one(task: tuple[str, str]) -> dict[str, Any]:
     """Compiles the variant of that name for an architecture and reads its machine code. Runs in a process of its own."""
-    arch, name, quick = task
+    arch, name = task
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    variant = _collected(arch, quick)[name]
+    variant = _collected[arch][name]
     names = list(variant.signature)
     pointers = [i for i, n in enumerate(names) if variant.signature[n].startswith("*")]
     source = ASTSource(
@@ -96,174 +98,23 @@ def compile_one(task: tuple[str, str, bool]) -> dict[str, Any]:
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     backend, target, warp, shared, _ = ARCHS[arch]
+    row = {"name": name, "arch": arch}
     try:
         kernel = triton.compile(source, target=GPUTarget(backend, target, warp), options=dict(variant.options))
+        row |= machine_code.read(kernel)
     except Exception as e:  # the table says so, the other variants go on
-        return {"name": name, "arch": arch, "error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
-    row = {"name": name, "arch": arch, "memory_bound": variant.memory_bound}
-    row |= _read_sass(kernel) if backend == "cuda" else _read_amdgcn(kernel)
-    row |= {"shared_bytes": kernel.metadata.shared, "shared_limit": shared}
-    return row
+        return row | {"error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
+    return row | {"shared_bytes": kernel.metadata.shared, "shared_limit": shared, "memory_bound": variant.memory_bound}
 
 
-_cache: dict[tuple[str, bool], dict[str, Any]] = {}
+def compile_all(tasks: list[tuple[str, str]], jobs: int) -> list[dict[str, Any]]:
+    """The rows of tasks, compiled in parallel under a progress bar."""
+    from tqdm import tqdm
 
-
-def _collected(arch: str, quick: bool) -> dict[str, Any]:
-    if (arch, quick) not in _cache:
-        _cache[arch, quick] = collect(arch, quick)
-    return _cache[arch, quick]
-
-
-def _loop(lines: list[str], back_edges: list[tuple[int, int]], wanted: str) -> tuple[int, int]:
-    """The shortest loop that holds most of the wanted instructions, as (first, last) line; (0, -1) if there is none."""
-    best, found = (0, (0, -1))
-    for first, last in back_edges:
-        n = sum(bool(re.search(wanted, line)) for line in lines[first : last + 1])
-        if n > best or (n == best and n and last - first < found[1] - found[0]):
-            best, found = n, (first, last)
-    return found
-
-
-def _read_sass(kernel: Any) -> dict[str, Any]:
-    import triton
-
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", f.name], capture_output=True, text=True).stdout
-    resources = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1)
-    lines: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\.L_x_\d+):", line)
-        if label:
-            labels[label[1]] = len(lines)
-        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
-            lines.append(line)
-    edges = []
-    for i, line in enumerate(lines):
-        target = re.search(r"BRA.*(\.L_x_\d+)", line)
-        if target and labels.get(target[1], i + 1) <= i:
-            edges.append((labels[target[1]], i))
-    mma = r"\b(HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|HMMA|DMMA|OMMA)"
-    kinds = collections.Counter(m[1] for line in lines if (m := re.search(mma, line)))
-    first, last = _loop(lines, edges, mma if kinds else r"\b(FFMA|DFMA|FMUL|HFMA2|FADD|DADD)")
-    inside = lines[first : last + 1]
-    copies = [line for line in lines if re.search(r"\bLDGSTS", line)]
-    widths = {16 if ".128" in c else 8 if ".64" in c else 4 for c in copies}
-    return {
-        "registers": int(resources.get("REG", 0)),
-        "spills": sum(bool(re.search(r"\b(LDL|STL)", line)) for line in lines),
-        "loop_spills": sum(bool(re.search(r"\b(LDL|STL)", line)) for line in inside),
-        "stack_bytes": int(resources.get("STACK", 0)),
-        "mma": sum(kinds.values()),
-        "mma_kind": kinds.most_common(1)[0][0] if kinds else "",
-        "register_detour": any(re.search(r"\bHGMMA\S* R\d+, R\d+", line) for line in lines),
-        "tma_loads": sum("UTMALDG" in line for line in lines),
-        "async_copies": len(copies),
-        "async_copy_bytes": min(widths) if widths else 0,
-        "narrow_loads": sum(bool(re.search(r"\bLDG\.E\.(U16|S16|U8|S8)", line)) for line in inside),
-        "wide_loads": sum(bool(re.search(r"\bLDG\.E\.128", line)) for line in inside),
-        "wide_stores": sum(bool(re.search(r"\bSTG\.E\.128", line)) for line in lines),
-        "stores": sum(bool(re.search(r"\bSTG\.", line)) for line in lines),
-        "loop_instructions": len(inside),
-    }
-
-
-def _read_amdgcn(kernel: Any) -> dict[str, Any]:
-    text = kernel.asm["amdgcn"]
-
-    def note(key: str) -> int:
-        found = re.search(rf"\.{key}:\s*(\d+)", text)
-        return int(found[1]) if found else 0
-
-    lines: list[str] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        label = re.match(r"(\.L\w+):", line)
-        if label:
-            labels[label[1]] = len(lines)
-        elif re.match(r"\t[a-z]\w+", line) and not line.startswith("\t."):
-            lines.append(line)
-    edges = []
-    for i, line in enumerate(lines):
-        target = re.search(r"s_c?branch\w*\s+(\.L\w+)", line)
-        if target and labels.get(target[1], i + 1) <= i:
-            edges.append((labels[target[1]], i))
-    kinds = collections.Counter(m[1] for line in lines if (m := re.search(r"\b(v_mfma_\w+)", line)))
-    first, last = _loop(lines, edges, "v_mfma" if kinds else r"\bv_(pk_)?(fma|mul|add|fmac)_f")
-    inside = lines[first : last + 1]
-    return {
-        "registers": note("vgpr_count"),
-        "spills": note("vgpr_spill_count") + note("sgpr_spill_count"),
-        "loop_spills": sum("scratch_" in line for line in inside),
-        "stack_bytes": note("private_segment_fixed_size"),
-        "mma": sum(kinds.values()),
-        "mma_kind": kinds.most_common(1)[0][0] if kinds else "",
-        "register_detour": False,
-        "tma_loads": 0,
-        "async_copies": sum("buffer_load" in line and " lds" in line for line in lines),
-        "async_copy_bytes": 0,
-        "narrow_loads": sum(bool(re.search(r"(global|buffer)_load_(ushort|ubyte|short|sbyte)", line)) for line in inside),
-        "wide_loads": sum(bool(re.search(r"(global|buffer)_load_dwordx4", line)) for line in inside),
-        "wide_stores": sum(bool(re.search(r"(global|buffer)_store_dwordx4", line)) for line in lines),
-        "stores": sum(bool(re.search(r"(global|buffer)_store", line)) for line in lines),
-        "loop_instructions": len(inside),
-    }
-
-
-def compile_all(archs: list[str], quick: bool, jobs: int, only: str) -> list[dict[str, Any]]:
-    """Rows of every variant on every architecture, compiled in parallel under a progress bar."""
-    tasks = [(arch, name, quick) for arch in archs for name in sorted(_collected(arch, quick)) if re.search(only, name)]
-    rows = []
-    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
-        done = pool.map(compile_one, tasks, chunksize=1)
-        for row in _progress(done, len(tasks)):
-            rows.append(row)
-    return rows
-
-
-def _progress(items: Any, total: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, total=total, desc="compiling", unit="variant", disable=not sys.stderr.isatty())
-
-
-def regressions(rows: list[dict[str, Any]], budget: dict[str, Any]) -> list[str]:
-    """What is worse than the budget, one line each. Registers may grow by 8 and loops by a tenth before it counts."""
-    found = []
-    for row in rows:
-        label = f"{row['arch']} {row['name']}"
-        if "error" in row:
-            found.append(f"{label}: does not compile: {row['error']}")
-            continue
-        old = budget.get(row["arch"], {}).get(row["name"])
-        if old is None:
-            found.append(f"{label}: not in the budget; look at it, then --update")
-            continue
-        for key, slack in (
-            ("spills", 0),
-            ("loop_spills", 0),
-            ("narrow_loads", 0),
-            ("registers", 8),
-            ("shared_bytes", 0),
-            ("stack_bytes", 0),
-        ):
-            if row[key] > old[key] + slack:
-                found.append(f"{label}: {key} {old[key]} -> {row[key]}")
-        if row["loop_instructions"] > 1.1 * old["loop_instructions"]:
-            found.append(f"{label}: loop_instructions {old['loop_instructions']} -> {row['loop_instructions']}")
-        for key in ("mma_kind", "register_detour"):
-            if row[key] != old[key]:
-                found.append(f"{label}: {key} {old[key]} -> {row[key]}")
-        if row["async_copy_bytes"] < old["async_copy_bytes"]:
-            found.append(f"{label}: async_copy_bytes {old['async_copy_bytes']} -> {row['async_copy_bytes']}")
-    return found
+    fork = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=fork) as pool:
+        done = pool.map(compile_one, tasks)
+        return list(tqdm(done, total=len(tasks), desc="compiling", unit="variant", disable=None))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -280,49 +131,105 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value).replace("v_mfma_", "")[:14]
+    return str(value)[:14]
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=[*ARCHS, "all"], help="architectures, default sm_90")
     parser.add_argument("--only", default="", help="a regular expression that variant names must match")
     parser.add_argument("--quick", action="store_true", help="every sixth layer, without fp64")
-    parser.add_argument("--json", type=pathlib.Path, help="write the rows there")
-    parser.add_argument("--check", action="store_true", help="compare with the budget")
-    parser.add_argument("--update", action="store_true", help="rewrite the budget")
+    parser.add_argument("--list", action="store_true", help="print the variants' names, compile nothing")
+    parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help="print the rows as JSON, or write them there")
+    parser.add_argument("--check", action="store_true", help="compare with the budget; exit status 1 on a regression")
+    parser.add_argument("--update", action="store_true", help="rewrite the budget; of what was compiled, if that is a part")
+    parser.add_argument("--compare", nargs="+", metavar="VERSION", help="name what another Triton compiles differently")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.compare and len(args.compare) > 2:
+        parser.error("--compare takes one version, or two to compare with each other")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    archs = list(ARCHS) if "all" in (args.arch or []) else args.arch
+    try:
+        if args.compare and len(args.compare) == 2:
+            return compare_recorded(*args.compare, archs)
+        return compile_and_judge(args, archs or ["sm_90"])
+    except budget.BudgetError as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+def compare_recorded(old: str, new: str, archs: list[str] | None) -> int:
+    known = budget.recorded()
+    shared = [a for a in known.get(old, []) if a in known.get(new, [])]
+    for arch in archs or shared or ["sm_90"]:
+        sides = {version: budget.load(version, arch) for version in (old, new)}
+        print_differences(arch, sides, [budget.scope(version, arch) for version in sides], sys.stdout)
+    return 0
+
+
+def print_differences(arch: str, sides: dict[str, budget.Budget], scopes: list[str], file: Any) -> None:
+    """What two compilers do differently, of the variants that both were asked for."""
+    for scope in filter(None, dict.fromkeys(scopes)):
+        print(f"only variants that match {scope!r}", file=file)
+    both = [{n: row for n, row in side.items() if all(re.search(s, n) for s in scopes)} for side in sides.values()]
+    names = list(sides)
+    print("\n".join(budget.compare(arch, (names[0], names[-1]), both[0], both[-1])), file=file)
+
+
+def compile_and_judge(args: argparse.Namespace, archs: list[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: this is about compiled code
-    archs = args.arch or ["sm_90"]
-    archs = list(ARCHS) if "all" in archs else archs
     import triton
 
-    version = ".".join(triton.__version__.split(".")[:2])
-    rows = compile_all(archs, args.quick, args.jobs, args.only)
-    print(f"Triton {triton.__version__}\n{table(rows)}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"triton": triton.__version__, "variants": rows}, indent=1))
-    budgets = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-    if args.update:
-        mine = budgets.setdefault(version, {})
-        for arch in archs:
-            mine[arch] = {
-                row["name"]: {k: v for k, v in row.items() if k not in ("name", "arch", "shared_limit")}
-                for row in rows
-                if row["arch"] == arch and "error" not in row
-            }
-        BUDGET.write_text(json.dumps(budgets, indent=0, sort_keys=True) + "\n")
-    failed = [r for r in rows if "error" in r]
-    if args.check:
-        if version not in budgets:
-            print(f"no budget for Triton {version} in {BUDGET.name}")
-            return 1
-        lines = regressions(rows, budgets[version])
-        print("\n".join(lines) or "within the budget")
-        return int(bool(lines))
-    return int(bool(failed))
+    version = budget.short(triton.__version__)
+    # Before an hour of compiling, not after it: budgets that cannot be read.
+    budgets = {arch: budget.load(version, arch) for arch in archs} if args.check else {}
+    others = {arch: budget.load(args.compare[0], arch) for arch in archs} if args.compare else {}
+    problem = machine_code.missing_tools()
+    if problem and any(ARCHS[arch][0] == "cuda" for arch in archs):
+        raise budget.BudgetError(problem)
+    for arch in archs:
+        _collected[arch] = collect(arch, args.quick)
+    only = {arch: args.only or (budget.scope(version, arch) if args.check else "") for arch in archs}
+    tasks = [(arch, name) for arch in archs for name in sorted(_collected[arch]) if re.search(only[arch], name)]
+    if args.list:
+        print("\n".join(f"{arch} {name}" for arch, name in tasks))
+        return 0
+    rows = compile_all(tasks, args.jobs)
+    text = sys.stderr if args.json == "-" else sys.stdout
+    if args.json != "-":
+        print(f"Triton {triton.__version__}\n{table(rows)}")
+    report = json.dumps({"triton": triton.__version__, "variants": rows}, indent=1)
+    if args.json == "-":
+        print(report)
+    elif args.json:
+        pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(args.json).write_text(report)
+
+    part = args.only or args.quick
+    for arch in archs:
+        mine = {row["name"]: row for row in rows if row["arch"] == arch and "error" not in row}
+        if args.update:
+            known = part and budget.path(version, arch).exists()
+            kept, scope = (budget.load(version, arch), budget.scope(version, arch)) if known else ({}, args.only)
+            kept = {name: row for name, row in kept.items() if args.quick or name in _collected[arch]}
+            budget.save(version, arch, kept | mine, scope)
+        if others:
+            theirs = {k: v for k, v in others[arch].items() if not part or k in mine}
+            names = (args.compare[0], f"{version} now")
+            print_differences(arch, dict(zip(names, (theirs, mine), strict=True)), [budget.scope(names[0], arch)], text)
+    if not args.check:
+        return int(any("error" in row for row in rows))
+    lines = budget.regressions(rows, budgets)
+    stale = [f"{arch} {name}" for arch in archs for name in budgets[arch] if name not in _collected[arch] and not args.quick]
+    lines += [f"{label}: in the budget, but no longer to be chosen; --update" for label in stale]
+    parts = "".join(f"; {arch} only {pattern!r}" for arch, pattern in only.items() if pattern)
+    print("\n".join(lines) or f"{len(rows)} variants within the budget{parts}", file=text)
+    return int(bool(lines))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ for name in "${stages[@]}"; do
             ended sanitize $status
             ;;
         bench)
-            "$PYTHON" bench/dispatch.py --json "$out/dispatch.json" || failed+=(dispatch)
+            "$PYTHON" bench/dispatch.py --json "$out/dispatch.json" "${commit[@]}" || failed+=(dispatch)
             stage layers --benchmark-quiet "${quick[@]}" bench/test_layers.py
             ;;
         models) stage models --benchmark-quiet "${quick[@]}" bench/test_models.py ;;

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import math
 import pathlib
 import sys
@@ -38,7 +39,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.summary:
         records, complaints = read_all(args.summary)
-        print("\n".join([*complaints, *summary(records)]))
+        print("\n".join([*complaints, *summary(records), *dispatch(args.summary / "dispatch.json")]))
         return 0
     folders = args.folders or sorted(p for p in RESULTS.glob("*") if p.is_dir())
     runs = []
@@ -262,6 +263,17 @@ def summary(records: dict[str, Record]) -> list[str]:
     if "models" in records:
         lines += ["", models_table(records["models"])]
     return lines
+
+
+def dispatch(path: pathlib.Path) -> list[str]:
+    """Python's share of a call, a line per row of bench/dispatch.py's table."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())["us"].items()
+        return ["", *(f"{row}: {us['tconv']:.1f} us, torch.nn {us['torch.nn']:.1f} us" for row, us in rows)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{path}: cut or foreign, skipped"]
 
 
 def write_readme(path: pathlib.Path, text: str) -> None:

@@ -18,6 +18,8 @@ class Tile:
             depthwise_wgrad: taps, channels, pixels. bias: 1, channels, pixels.
         warps: warps per program.
         stages: depth of the loop's software pipeline.
+        registers: what a thread may use at most on NVIDIA; 0 leaves it to ptxas, which then sometimes spills a few for room
+            for one more program per multiprocessor.
     """
 
     m: int
@@ -25,20 +27,26 @@ class Tile:
     k: int
     warps: int = 4
     stages: int = 3
+    registers: int = 0
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}"
+        limit = f" r{self.registers}" if self.registers else ""
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{limit}"
 
 
 # Chosen by compiling for sm_90 (`scripts/codegen.py` prints registers, spills and shared memory): none may spill.
-GEMM_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4))
-GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 128, 32, 4, 3))
-GEMM_64 = (Tile(64, 32, 16, 8, 2), Tile(32, 32, 16, 4, 2))
-FMA_32 = (Tile(128, 32, 16, 4, 2), Tile(64, 32, 16, 4, 2))  # true fp32: no tensor cores
-# Element by element, accesses go through registers and keep an address each: the tiles above spill 100 to 470 of them.
-GEMM_16_NARROW = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
+GEMM_16 = (
+    Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4),
+    Tile(128, 32, 32, 4, 4), Tile(64, 32, 64, 4, 4),  # for 32 channels and fewer
+)  # fmt: skip
+GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3, 255), Tile(64, 128, 32, 4, 3))
+# CUDA cores (true fp32) and fp64. Where 128 registers are enough they leave room for two programs per multiprocessor.
+GEMM_64 = (Tile(64, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 128))
+FMA_32 = (Tile(128, 64, 16, 8, 2, 255), Tile(64, 32, 16, 8, 2, 128))
+# Element by element, accesses go through registers and keep an address each: larger tiles spill up to 470 of them.
+GEMM_16_NARROW = (Tile(64, 64, 32, 8, 2),)
 GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
-FMA_32_NARROW = (Tile(64, 32, 16, 4, 2),)
+FMA_32_NARROW = (Tile(64, 32, 16, 8, 2, 128),)
 # Direct kernels, [pixels, channels]: 32 fp32 accumulators per thread, half as many where addresses are not shared.
 DIRECT = (Tile(64, 64, 1, 4, 3), Tile(128, 32, 1, 4, 3), Tile(256, 16, 1, 4, 3))
 DIRECT_NARROW = (Tile(64, 32, 1, 4, 3), Tile(128, 16, 1, 4, 3))
@@ -46,6 +54,15 @@ DIRECT_64 = (Tile(32, 32, 1, 4, 3), Tile(64, 16, 1, 4, 3))
 DIRECT_WGRAD = (Tile(3, 64, 32, 4, 2), Tile(3, 32, 64, 4, 2))  # taps, channels, pixels
 DIRECT_WGRAD_64 = (Tile(1, 32, 32, 4, 2),)
 BIAS = (Tile(1, 64, 64, 4, 3),)
+# (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where they take the
+# place of accumulators.
+SPILLING = {
+    8: {
+        *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (GEMM_16[1], GEMM_16[3])),
+        *(("wgrad", tile) for tile in (GEMM_32[0], GEMM_32[1], GEMM_32[3])),
+    },
+    10: {("wgrad", GEMM_16[1]), ("wgrad", GEMM_16[3])},
+}
 
 
 def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool) -> tuple[Tile, ...]:
@@ -79,4 +96,6 @@ def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str |
         shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize
         if shared > device.shared_bytes:
             return f"tile {tile}: {shared} bytes of shared memory, {device.name} has {device.shared_bytes}"
+        if (kernel, tile) in SPILLING.get(device.generation, ()):
+            return f"tile {tile}: {kernel} spills registers on {device.name}"
     return None

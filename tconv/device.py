@@ -48,6 +48,7 @@ class Device:
         shared_bytes: shared memory one program may use.
         interpreted: Triton's interpreter runs the kernels; its cost is per operation, not per element.
         limits: what it reaches at best; an H100's where not given.
+        generation: CUDA's major compute capability, 0 for AMD.
     """
 
     name: str
@@ -55,26 +56,27 @@ class Device:
     shared_bytes: int
     interpreted: bool = False
     limits: Limits = H100
+    generation: int = 9
 
 
 DEVICES = {
     "H200": Device("H200", 132, 232448, limits=H200),
     "H100": Device("H100", 132, 232448, limits=H100),
-    "A100": Device("A100", 108, 166912, limits=A100),
-    "MI300X": Device("MI300X", 304, 65536, limits=MI300X),
+    "A100": Device("A100", 108, 166912, limits=A100, generation=8),
+    "MI300X": Device("MI300X", 304, 65536, limits=MI300X, generation=0),
 }
 INTERPRETER = Device("interpreter", 1, 1 << 40, interpreted=True)
 
 
-def limits_of(name: str, units: int, major: int) -> Limits:
+def limits_of(name: str, units: int, generation: int) -> Limits:
     """The limits of a device by its name; of one not listed, the nearest listed one's. In proportion to its units.
 
     Args:
         name: as the driver gives it.
         units: multiprocessors.
-        major: CUDA's major compute capability, 0 for AMD.
+        generation: CUDA's major compute capability, 0 for AMD.
     """
-    nearest = "MI300X" if major == 0 else "A100" if major < 9 else "H100"
+    nearest = "MI300X" if generation == 0 else "A100" if generation < 9 else "H100"
     like = next((d for key, d in DEVICES.items() if key in name), DEVICES[nearest])
     kept = {"clock": like.limits.clock, "l2_bytes": like.limits.l2_bytes}
     return Limits(**{k: v * units / like.units for k, v in dataclasses.asdict(like.limits).items()} | kept)
@@ -87,5 +89,6 @@ def cuda_device(index: int) -> Device:
 
     p = torch.cuda.get_device_properties(index)
     shared = getattr(p, "shared_memory_per_block_optin", 0) or 65536
-    major = 0 if torch.version.hip else p.major
-    return Device(p.name, p.multi_processor_count, shared, limits=limits_of(p.name, p.multi_processor_count, major))
+    generation = 0 if torch.version.hip else p.major
+    limits = limits_of(p.name, p.multi_processor_count, generation)
+    return Device(p.name, p.multi_processor_count, shared, limits=limits, generation=generation)

@@ -240,7 +240,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _options(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.registers and not torch.version.hip:  # AMD's compiler knows no such option
+        options["maxnreg"] = tile.registers
+    return options
 
 
 def _vector(t: torch.Tensor, a: Addressing, channels: int) -> int:

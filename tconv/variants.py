@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from tconv.configs import Tile, tiles, why_illegal
 from tconv.device import Device
+from tconv.kernels.reduce import sum_splits
 from tconv.layout import shaped
-from tconv.prepare import Prepared, prepare_bias, prepare_gather, prepare_wgrad
+from tconv.plan import KERNELS, force
+from tconv.prepare import Prepared, prepare_bias, prepare_gather, prepare_wgrad, tensor_cores
 from tconv.problem import ConvProblem
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+VECTORS = ("X_VEC", "W_VEC", "Y_VEC")
+RESULT = {"wgrad": "dw_ptr", "bias": "out_ptr"}  # what a split reduction writes to a workspace instead
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Variant:
         kernel: the `@triton.jit` function.
         signature: argument name -> Triton's type, "constexpr" for constants.
         constants: constant name -> value.
-        options: launch options, num_warps and num_stages.
+        options: launch options, such as num_warps.
         memory_bound: a direct kernel, without tl.dot.
     """
 
@@ -40,15 +45,43 @@ class Variant:
 
 
 def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device) -> Iterator[Variant]:
-    """The variants that the passes of a layer use on a device, without bias and with aligned tensors."""
+    """Every variant that the passes of a layer may use on a device, without bias and with aligned tensors.
+
+    That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split.
+    """
+    for pass_, prepare in launches(problem, dtype, channels_last, device).items():
+        for kernel in KERNELS[pass_] if problem.depthwise else KERNELS[pass_][:1]:
+            with force(kernel):
+                candidates = legal_tiles(prepare(), dtype, device)
+            for tile in candidates:
+                with force(kernel, tile):
+                    prepared = prepare()
+                yield _variant(pass_, prepared, dtype)
+                if pass_ in RESULT and dtype.itemsize == 2:  # results of other dtypes have their workspace's type
+                    yield _variant(pass_, prepared, dtype, split=True)
+    yield _sum_splits(dtype)
+
+
+def launches(
+    problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device
+) -> dict[str, Callable[[], Prepared]]:
+    """Pass -> how its launch is prepared, on tensors without storage."""
     x, w, y = (shaped(problem.shape(which), channels_last, dtype) for which in "xwy")
-    wide = "fp64" if dtype == torch.float64 else "fp32"
-    yield _variant("fprop", prepare_gather("fprop", problem, x, w, None, y, device), dtype, {})
-    yield _variant("dgrad", prepare_gather("dgrad", problem, y, w, None, x, device), dtype, {})
-    prepared = prepare_wgrad(problem, y, x, w, device)
-    yield _variant("wgrad", prepared, dtype, {"dw_ptr": wide} if prepared.splits > 1 else {})
-    prepared = prepare_bias(problem, y, device)
-    yield _variant("bias", prepared, dtype, {"out_ptr": wide} if prepared.splits > 1 else {})
+    return {
+        "fprop": lambda: prepare_gather("fprop", problem, x, w, None, y, device),
+        "dgrad": lambda: prepare_gather("dgrad", problem, y, w, None, x, device),
+        "wgrad": lambda: prepare_wgrad(problem, y, x, w, device),
+        "bias": lambda: prepare_bias(problem, y, device),
+    }
+
+
+def legal_tiles(prepared: Prepared, dtype: torch.dtype, device: Device) -> list[Tile]:
+    """The tiles among which the planner chose for a launch with its kernel."""
+    plan, c = prepared.call.plan, prepared.constants
+    assert plan is not None
+    narrow = min(c[k] for k in VECTORS if k in c) == 1
+    every = tiles(plan.kernel, dtype.itemsize, tensor_cores(dtype), narrow)
+    return [t for t in every if not why_illegal(plan.kernel, t, dtype.itemsize, device)]
 
 
 @contextlib.contextmanager
@@ -62,14 +95,14 @@ def float32_precision(tf32: bool) -> Iterator[None]:
         torch._C._set_fp32_precision_setter("cuda", "conv", before)
 
 
-def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, pointers: dict[str, str]) -> Variant:
+def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = False) -> Variant:
     c = prepared.constants
     signature = {}
     for argument in prepared.kernel.arg_names:
         if argument in c:
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
-            signature[argument] = "*" + pointers.get(argument, NAMES[dtype])
+            signature[argument] = "*fp32" if split and argument == RESULT[pass_] else "*" + NAMES[dtype]
         else:
             signature[argument] = "i32"
     plan = prepared.call.plan
@@ -77,13 +110,13 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, pointers: dict[
     direct = plan.kernel not in ("gather", "wgrad")
     inner = {True: "c", False: "p"}
     marks = [inner[c[k]] for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
-    vectors = [str(c[k]) for k in ("X_VEC", "W_VEC", "Y_VEC") if k in c]
+    vectors = [str(c[k]) for k in VECTORS if k in c]
     flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "WIDE") if c.get(k)]
     if c.get("FIELD") == 0:
         flags.append("unpacked")
     if c.get("PRECISION") == "tf32":
         flags.append("tf32")
-    if pointers:
+    if split:
         flags.append("split")
     name = " ".join(
         [
@@ -97,6 +130,16 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, pointers: dict[
         ]
         + flags
     )
-    options = {k: c[k] for k in OPTIONS}
+    options = {k: c[k] for k in OPTIONS if k in c}
     constants = {k: v for k, v in c.items() if k not in OPTIONS}
     return Variant(name, prepared.kernel, signature, constants, options, direct)
+
+
+def _sum_splits(dtype: torch.dtype) -> Variant:
+    """The sum of a split reduction's workspace, as launch.py launches it."""
+    workspace = "*fp64" if dtype == torch.float64 else "*fp32"
+    signature = {"ws_ptr": workspace, "out_ptr": "*" + NAMES[dtype], "numel": "i32", "splits": "i32"}
+    constants = {"INTERPRET": False, "BLOCK": 1024}
+    signature |= dict.fromkeys(constants, "constexpr")
+    name = f"sum sum_splits 0d {NAMES[dtype]} 1024 w4 s3"
+    return Variant(name, sum_splits, signature, constants, {"num_warps": 4, "num_stages": 3}, True)

@@ -43,7 +43,7 @@ FORWARD = [
 TRANSPOSED = [
     Case("transposed 1-D", (2, 5, 7), 4, (3,), transposed=True),
     Case("transposed, stride 2, kernel 4", (2, 6, 5, 4), 4, (4, 4), stride=2, padding=1, transposed=True),
-    Case("transposed from one pixel: its taps are not channels, a bias is added to those", (2, 5, 1, 1), 3, (3, 2), transposed=True),
+    Case("transposed from one pixel: a bias is per channel, not per tap", (2, 5, 1, 1), 3, (3, 2), transposed=True),
     Case("transposed, output padding", (2, 4, 5, 5), 6, (3, 3), stride=2, padding=1, output_padding=1, transposed=True),
     Case("transposed, kernel equals stride", (2, 4, 5, 4), 3, (2, 2), stride=2, transposed=True),
     Case("transposed, stride beyond the kernel: gaps hold the bias", (2, 3, 4, 3), 4, (2, 1), stride=(4, 3), transposed=True),

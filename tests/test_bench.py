@@ -413,6 +413,14 @@ def test_the_report_of_records_worked_by_hand(tmp_path):
     assert "| depthwise | 1.00 | 2.00 |" in text
 
 
+def test_a_summary_names_a_dispatch_file_that_is_cut(tmp_path):
+    path = tmp_path / "dispatch.json"
+    path.write_text(json.dumps({"us": {"forward": {"torch.nn": 9.04, "tconv": 6.62}}}))
+    assert "forward: 6.6 us, torch.nn 9.0 us" in report("--summary", tmp_path)[1]
+    path.write_text(path.read_text()[:-3])
+    assert f"{path}: cut or foreign, skipped" in report("--summary", tmp_path)[1]
+
+
 def test_a_record_of_another_gpu_is_no_change(tmp_path):
     written(tmp_path / "a", 2.0, "2026-01-01", gpu="NVIDIA A100")
     written(tmp_path / "b", 1.0, "2026-01-02")
@@ -462,6 +470,8 @@ def test_the_whole_command_in_a_dry_run(tmp_path):
         assert read.lines, name
         assert not any(line.get("outcome") == "failed" for line in read.lines), name
     assert "layers was cut; the same command goes on" in text
+    assert json.loads((tmp_path / "dispatch.json").read_text())["commit"] == "abc"
+    assert "forward and backward, x, w and b: " in text[text.index("== summary") :]
     assert text.rstrip().splitlines()[-1]
     assert text.index("== parity") < text.index("== sanitize") < text.index("== bench") < text.index("== models")
     assert "commit abc" in text[text.index("== summary") :]

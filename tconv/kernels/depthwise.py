@@ -131,7 +131,9 @@ def depthwise_wgrad(
     accs = (zero,) * TAPS
     for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
         live = p < left
-        gv = tl.load(yp + lead(yo, FLIP), mask=lead(live, FLIP) & trail(mask_k, FLIP), other=0.0).to(ACC)
+        gv = tl.load(
+            yp + tl.multiple_of(lead(yo, FLIP), [Y_VEC, Y_VEC]), mask=lead(live, FLIP) & trail(mask_k, FLIP), other=0.0
+        ).to(ACC)
         for u in tl.static_range(TAPS):
             past, tap = decode(tap_low + u, T, 3)
             ok = live & (past == 0)
@@ -139,7 +141,9 @@ def depthwise_wgrad(
             for d in tl.static_range(3 - RANK, 3):
                 ok &= inside(h[d] + tap[d] * D[d], X[d])
                 dx += (tap[d] * D[d]).to(OFFSET) * sx[d]
-            xv = tl.load(xp + (lead(xo, FLIP) + dx), mask=lead(ok, FLIP) & trail(mask_k, FLIP), other=0.0).to(ACC)
+            xv = tl.load(
+                xp + (tl.multiple_of(lead(xo, FLIP), [X_VEC, X_VEC]) + dx), mask=lead(ok, FLIP) & trail(mask_k, FLIP), other=0.0
+            ).to(ACC)
             accs = accs[:u] + (accs[u] + gv * xv,) + accs[u + 1 :]
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)

@@ -82,8 +82,11 @@ def wgrad(
         ok = live
         for d in tl.static_range(FIRST, 3):
             ok &= inside(h[d], X[d])
-        gv = tl.load(yp + lead(yo, not Y_UNIT), mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
-        xv = tl.load(xp + lead(xo, not X_UNIT), mask=lead(ok, not X_UNIT) & trail(mask_c, not X_UNIT), other=0.0)
+        # Triton 3.9 does not see by itself what carried offsets are multiples of, and would load 2 bytes at a time.
+        yq = yp + tl.multiple_of(lead(yo, not Y_UNIT), [Y_VEC, Y_VEC])
+        xq = xp + tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC])
+        gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
+        xv = tl.load(xq, mask=lead(ok, not X_UNIT) & trail(mask_c, not X_UNIT), other=0.0)
         if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
             gv = gv.to(tl.float32)
             xv = xv.to(tl.float32)

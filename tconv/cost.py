@@ -127,9 +127,10 @@ def loop_length(kernel: str, tile: Tile, itemsize: int, tensor_cores: bool, narr
         products = taps * pixels * tile.n / threads
         return 60 + products * (10 if narrow else 6)
     loaded = (tile.m + tile.n) * tile.k / threads
-    copies = loaded * 4 if narrow else 8 * loaded * itemsize / 16
+    base, copy = (50, 8) if kernel == "gather" else (110, 14)  # wgrad's pixels carry digits, and both operands move with them
+    copies = loaded * 4 if narrow else copy * loaded * itemsize / 16
     products = 0.0 if tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
-    return (50 if kernel == "gather" else 100) + copies + products
+    return base + copies + products
 
 
 def predict(

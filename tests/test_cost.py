@@ -1,8 +1,13 @@
 """The cost model's counts: against torch's own counter, against the launches that are made, and worked by hand."""
 
+import collections
+import csv
 import dataclasses
 import itertools
 import math
+import pathlib
+import re
+import statistics
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import PASSES, forward_problem, transposed_problem
 from tests import cases, oracle
 
+BUDGETS = pathlib.Path(__file__).parent.parent / "bench" / "codegen"
 LAYERS = layers()
 # A device for sums in the head: two units, one operation, byte or cycle a second each.
 HAND = Device("by hand", 2, 1 << 20, limits=Limits(2.0, 2.0, 2.0, 2.0, 1.0, 2.0, 1e9, 1.0))
@@ -79,6 +85,26 @@ def test_programs_and_workspace_are_those_launched(case, channels_last):
         assert predicted.workspace == (4 * launch.splits * slices if launch.splits > 1 else 0)
         assert predicted.workspace <= plan.WORKSPACE
         assert predicted.waves == math.ceil(launch.grid[0] / device.units)
+
+
+def test_loop_lengths_are_near_those_compiled():
+    """Against the recorded machine code: of every kernel and precision, wide and narrow, the median is within a half."""
+    rows = csv.DictReader((BUDGETS / "triton-3.7" / "sm_90.csv").read_text().splitlines()[1:])
+    pattern = re.compile(r"\w+ (\w+) \dd (\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: r\d+)? inner=\S* vec=(\S+)(.*)")
+    sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
+    ratios = collections.defaultdict(list)
+    for row in rows:
+        found = pattern.fullmatch(row["variant"])
+        if not found or found[1] == "bias" or found[2] not in sizes:
+            continue
+        kernel, dtype, *extents, vectors, flags = found.groups()
+        direct, narrow = kernel.startswith("depthwise"), "1" in vectors.split("/")
+        cores = not direct and (dtype != "fp32" or "tf32" in flags)
+        length = cost.loop_length(kernel, Tile(*map(int, extents)), sizes[dtype], cores, narrow)
+        ratios[kernel, dtype, cores, narrow].append(int(row["loop_instructions"]) / length)
+    assert {kernel for kernel, *_ in ratios} == {"gather", "wgrad", "depthwise", "depthwise_wgrad"}
+    for kind, found in ratios.items():
+        assert 1 / 1.5 < statistics.median(found) < 1.5, kind
 
 
 def test_pixels_that_no_tap_meets_are_not_read():

@@ -15,7 +15,7 @@ estimates until a GPU has had its say.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tconv.configs import Tile
 from tconv.device import Device
@@ -200,6 +200,12 @@ def predict(
     }
     seconds = LAUNCH * (2 if splits > 1 else 1) + max(parts.values())
     return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
+
+
+def with_copies(cost: Cost, copied: int, operands: int, device: Device) -> Cost:
+    """A plan's cost with so many bytes of operands copied to another layout before it, each read and written once."""
+    seconds = cost.seconds + 2 * copied / device.limits.bandwidth + operands * LAUNCH
+    return replace(cost, workspace=cost.workspace + copied, seconds=seconds)
 
 
 def predict_bias(channels: int, pixels: int, tile: Tile, splits: int, itemsize: int, device: Device) -> Cost:

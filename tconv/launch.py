@@ -16,7 +16,7 @@ import torch
 from tconv import plan as planning
 from tconv.device import INTERPRETER, Device, cuda_device
 from tconv.kernels.reduce import sum_splits
-from tconv.layout import shaped
+from tconv.layout import shaped, to_channels_last
 from tconv.prepare import INTERPRET, Prepared, prepare_bias, prepare_gather, prepare_wgrad, tensor_cores
 from tconv.problem import Geometry
 from tconv.record import note
@@ -49,6 +49,8 @@ def convolve(launch: Prepared, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor
     y = x.new_empty_strided(launch.shape, launch.strides)
     note(launch.call)
     if not dry:  # without a bias its pointer is not read
+        if launch.staged:
+            x, w = _stage(launch, x, w)
         _call(launch.kernel, launch.grid, (x, w, x if b is None else b, y), launch.integers, launch.constants)
     return y
 
@@ -95,6 +97,8 @@ def _run(launch: Prepared, dry: bool, pointers: tuple[torch.Tensor, ...]) -> Non
 def _reduce(launch: Prepared, dry: bool, *inputs: torch.Tensor) -> torch.Tensor:
     """A reduction that may be cut into splits: straight into its result, or through a workspace summed in order."""
     out = inputs[0].new_empty_strided(launch.shape, launch.strides)
+    if launch.staged and not dry:
+        inputs = _stage(launch, *inputs)
     if launch.splits == 1 or dry:
         _run(launch, dry, (*inputs, out))
         return out
@@ -104,6 +108,11 @@ def _reduce(launch: Prepared, dry: bool, *inputs: torch.Tensor) -> torch.Tensor:
     constants = {"INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4}
     _call(sum_splits, (math.ceil(out.numel() / 1024),), (workspace, out), (out.numel(), launch.splits), constants)
     return out
+
+
+def _stage(launch: Prepared, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The operands of a launch, those that it wants so copied to channels last."""
+    return tuple(to_channels_last(t) if staged else t for t, staged in zip(operands, launch.staged, strict=True))
 
 
 def _call(kernel: Any, grid: tuple[int], pointers: tuple[torch.Tensor, ...], integers: Any, constants: Any) -> None:

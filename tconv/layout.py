@@ -46,6 +46,13 @@ def shaped(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> tor
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[len(shape)])
 
 
+def to_channels_last(t: torch.Tensor) -> torch.Tensor:
+    """A channels_last copy; of rank 1 as the squeezed rank 2."""
+    if t.dim() == 3:
+        return to_channels_last(t.unsqueeze(2)).squeeze(2)
+    return t.clone(memory_format=FORMATS[t.dim()])
+
+
 @dataclass(frozen=True)
 class Addressing:
     """A rank-lifted tensor's strides: (outer, channel, three spatial ones), zero where the extent is one.

@@ -31,6 +31,7 @@ class Plan:
         kernel: "gather", "wgrad", "depthwise", "depthwise_wgrad" or "bias".
         tile: block extents and launch options.
         splits: parts into which the reduction is cut, added in a fixed order afterwards.
+        staged: operands that are first copied to channels last.
         reason: one line for `explain`.
         cost: what the cost model says of it; None in the interpreter.
         others: the next best that were considered, at most three.
@@ -42,11 +43,13 @@ class Plan:
     splits: int
     reason: str
     cost: Cost | None = None
+    staged: tuple[str, ...] = ()
     others: tuple[Plan, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         splits = f", {self.splits} splits" if self.splits > 1 else ""
-        return f"{self.pass_}: {self.kernel} {self.tile}{splits} ({self.reason})"
+        staged = f", {' and '.join(self.staged)} copied to channels last" if self.staged else ""
+        return f"{self.pass_}: {self.kernel} {self.tile}{splits}{staged} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Forced:
     kernel: str | None
     tile: Tile | None
     splits: int | None
+    staged: bool | None
 
 
 _forced: Forced | None = None
@@ -67,7 +71,9 @@ def forced() -> Forced | None:
 
 
 @contextlib.contextmanager
-def force(kernel: str | None = None, tile: Tile | None = None, splits: int | None = None) -> Iterator[None]:
+def force(
+    kernel: str | None = None, tile: Tile | None = None, splits: int | None = None, staged: bool | None = None
+) -> Iterator[None]:
     """Inside the block every plan uses what is given; one that cannot run raises ValueError. For tests and measurements.
 
     It holds for the whole process: backward passes run on threads of autograd's own.
@@ -76,16 +82,17 @@ def force(kernel: str | None = None, tile: Tile | None = None, splits: int | Non
         kernel: name of a kernel; passes that do not know it plan freely.
         tile: block extents for those passes.
         splits: parts of the reduction, for passes that split.
+        staged: whether operands whose channels lie apart are first copied to channels last, where a kernel can gain by it.
 
     Example:
         >>> with force(splits=3):
         ...     forced()
-        Forced(kernel=None, tile=None, splits=3)
+        Forced(kernel=None, tile=None, splits=3, staged=None)
     """
     global _forced
     if kernel is not None and not any(kernel in known for known in KERNELS.values()):
         raise ValueError(f"kernel must be one of {sorted(set().union(*KERNELS.values()))}, got {kernel!r}")
-    before, _forced = _forced, Forced(kernel, tile, splits)
+    before, _forced = _forced, Forced(kernel, tile, splits, staged)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from tconv import cost
 from tconv import plan as planning
 from tconv.configs import Tile
+from tconv.cost import with_copies
 from tconv.device import Device
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.depthwise import depthwise, depthwise_wgrad
@@ -47,6 +48,7 @@ class Prepared:
         call: what `last_calls` will say.
         shape, strides: of the result.
         splits: slices of a workspace that the kernel fills; 1 if it writes the result itself.
+        staged: which of the two operands are copied to channels last first; empty for none.
     """
 
     kernel: Any
@@ -57,6 +59,7 @@ class Prepared:
     shape: torch.Size
     strides: tuple[int, ...]
     splits: int = 1
+    staged: tuple[bool, ...] = ()
 
 
 def tensor_cores(dtype: torch.dtype) -> bool:
@@ -75,7 +78,56 @@ def prepare_gather(
     y: torch.Tensor,
     device: Device,
 ) -> Prepared:
-    """fprop (x -> y) or dgrad (x is dy, y is dx), by whichever kernel is planned."""
+    """fprop (x -> y) or dgrad (x is dy, y is dx), by whichever kernel is planned.
+
+    Operands whose channels lie apart can be loaded one element at a time only. They are copied to channels last first where
+    that is predicted to pay, or forced; the result is written where it belongs all the same.
+    """
+    names = ("dy" if pass_ == "dgrad" else "x", "w")
+
+    def prepare(x: torch.Tensor, w: torch.Tensor) -> Prepared:
+        return _prepare_gather(pass_, problem, x, w, b, y, device)
+
+    return _staged(prepare, names, (x, w), problem, device)
+
+
+def _staged(
+    prepare: Callable[..., Prepared],
+    names: tuple[str, ...],
+    operands: tuple[torch.Tensor, ...],
+    problem: ConvProblem,
+    device: Device,
+) -> Prepared:
+    """A launch on operands as they are, or on channels_last copies of those whose channels lie apart."""
+    native, wish = prepare(*operands), planning.forced()
+    forced = wish.staged if wish else None
+    apart = tuple(t.shape[1] > 1 and t.stride(1) != 1 for t in operands)
+    if forced is False or not any(apart) or problem.depthwise or (device.interpreted and not forced):
+        return native
+    launch = prepare(*(shaped(t.shape, True, t.dtype) if a else t for t, a in zip(operands, apart, strict=True)))
+    plan, other = launch.call.plan, native.call.plan
+    assert plan is not None
+    assert other is not None
+    plan = dataclasses.replace(plan, staged=tuple(name for name, a in zip(names, apart, strict=True) if a))
+    if plan.cost is not None and other.cost is not None:
+        copied = sum(t.numel() * t.element_size() for t, a in zip(operands, apart, strict=True) if a)
+        total = with_copies(plan.cost, copied, sum(apart), device)
+        if not forced and total.seconds >= other.cost.seconds:
+            return native
+        us = f"with the copies {total.seconds * 1e6:.1f} us, without {other.cost.seconds * 1e6:.1f} us"
+        plan = dataclasses.replace(plan, cost=total, reason=f"{plan.reason}; {us}")
+    return dataclasses.replace(launch, call=dataclasses.replace(launch.call, plan=plan, reason=plan.reason), staged=apart)
+
+
+def _prepare_gather(
+    pass_: str,
+    problem: ConvProblem,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    y: torch.Tensor,
+    device: Device,
+) -> Prepared:
     size, transposed = x.element_size(), pass_ == "dgrad"
     big, small = (y, x) if transposed else (x, y)
     p, a_big, aw, a_small, rules = _simplified(pass_, problem, big, w, small, transposed and b is not None)
@@ -93,7 +145,8 @@ def prepare_gather(
     if p.depthwise:  # tiles span groups
         direct_x = _vector(x, ax, wrote) if p.multiplier == 1 else 1
         direct_y = _vector(y, ay, wrote)
-    narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec)) == 1
+    # Where the result's channels lie apart, the accumulator is turned so that its pixels are neighbours, and nothing is lost.
+    narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec if ay.unit else x_vec)) == 1
     plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow)
     tile, tiles = plan.tile, cost.pixel_tiles(p, pass_, plan.tile.m)
     integers = {
@@ -105,7 +158,7 @@ def prepare_gather(
         "TRANSPOSED": transposed, "RANK": p.rank, "X_UNIT": ax.unit, "Y_UNIT": ay.unit, "HAS_BIAS": b is not None,
         # The first tap's offset may lie in the halo, before a later one brings it back.
         "WIDE": max(ax.reach + _halo(p, ax), ay.reach, p.N * math.prod(p.X if transposed else p.Y) + tile.m) > LIMIT,
-        "FLIP": not ax.unit, "BLOCK_M": tile.m, **_numerics(x.dtype), **_options(tile),
+        "FLIP": not ay.unit, "BLOCK_M": tile.m, **_numerics(x.dtype), **_options(tile),
     }  # fmt: skip
     call = _call(pass_, problem, plan, p, rules)
     if plan.kernel == "depthwise":
@@ -127,7 +180,15 @@ def prepare_gather(
 
 
 def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
-    """wgrad of dy and x into dw, or into a workspace of dw's strides, one per split."""
+    """wgrad of dy and x into dw, or into a workspace of dw's strides, one per split; operands staged as in fprop."""
+
+    def prepare(dy: torch.Tensor, x: torch.Tensor) -> Prepared:
+        return _prepare_wgrad(problem, dy, x, dw, device)
+
+    return _staged(prepare, ("dy", "x"), (dy, x), problem, device)
+
+
+def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
     size = x.element_size()
     p, ax, aw, ay, rules = _simplified("wgrad", problem, x, dw, dy)
     c, k = p.C // p.G, p.K // p.G

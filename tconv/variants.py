@@ -50,11 +50,12 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
     That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split.
     """
     for pass_, prepare in launches(problem, dtype, channels_last, device).items():
-        for kernel in KERNELS[pass_] if problem.depthwise else KERNELS[pass_][:1]:
-            with force(kernel):
+        choices = [(kernel, staged) for kernel in KERNELS[pass_][: 1 + problem.depthwise] for staged in (False, True)]
+        for kernel, staged in choices:
+            with force(kernel, staged=staged):
                 candidates = legal_tiles(prepare(), dtype, device)
             for tile in candidates:
-                with force(kernel, tile):
+                with force(kernel, tile, staged=staged):
                     prepared = prepare()
                 yield _variant(pass_, prepared, dtype)
                 if pass_ in RESULT and dtype.itemsize == 2:  # results of other dtypes have their workspace's type
@@ -79,7 +80,8 @@ def legal_tiles(prepared: Prepared, dtype: torch.dtype, device: Device) -> list[
     """The tiles among which the planner chose for a launch with its kernel."""
     plan, c = prepared.call.plan, prepared.constants
     assert plan is not None
-    narrow = min(c[k] for k in VECTORS if k in c) == 1
+    stored_apart = "Y_UNIT" in c and not c["Y_UNIT"] and plan.kernel == "gather"
+    narrow = min(c[k] for k in VECTORS if k in c and not (stored_apart and k == "Y_VEC")) == 1
     every = tiles(plan.kernel, dtype.itemsize, tensor_cores(dtype), narrow)
     return [t for t in every if not why_illegal(plan.kernel, t, dtype.itemsize, device)]
 

@@ -82,8 +82,10 @@ def test_programs_and_workspace_are_those_launched(case, channels_last):
         predicted = launch.call.plan.cost
         assert predicted.programs == launch.grid[0], launch.call
         slices = w.numel() if launch is not launches[3] else p.K
-        assert predicted.workspace == (4 * launch.splits * slices if launch.splits > 1 else 0)
-        assert predicted.workspace <= plan.WORKSPACE
+        splits = 4 * launch.splits * slices if launch.splits > 1 else 0
+        copied = sum({"x": x, "w": w, "dy": y}[name].nbytes for name in launch.call.plan.staged)
+        assert predicted.workspace == splits + copied
+        assert splits <= plan.WORKSPACE
         assert predicted.waves == math.ceil(launch.grid[0] / device.units)
 
 

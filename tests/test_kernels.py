@@ -66,6 +66,16 @@ def test_rewritten_problems(case, channels_last, device, poisoned):
     check(case, *oracle.tensors(case, torch.float32, device, channels_last))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*cases.FEW, *REWRITTEN], ids=str)
+def test_staged_operands(case, dtype, device, poisoned):
+    """Operands copied to channels last first, results in the default layout."""
+    with tconv.force(staged=True), tconv.recording() as calls:
+        check(case, *oracle.tensors(case, dtype, device))
+    if "depthwise" not in case.reason:
+        assert any(call.plan.staged for call in calls)
+
+
 # More than one block of channels, so that every tap counter wraps: 20 and 17 are no multiples of the tile's 16, 32 is.
 BLOCKS = [
     oracle.Case("channel blocks, 1-D", (1, 32, 7), 20, (3,), padding=1),

@@ -67,6 +67,27 @@ def test_large_layers_get_large_tiles_and_small_ones_fill_the_device():
     assert wgrad.splits > 1
 
 
+def test_the_default_layout_is_copied_where_that_pays_and_only_there():
+    from tconv.layout import shaped
+    from tconv.prepare import prepare_gather, prepare_wgrad
+
+    def plans(p):
+        x, w, y = (shaped(p.shape(name), False, torch.bfloat16) for name in "xwy")
+        launches = prepare_gather("fprop", p, x, w, None, y, H200), prepare_wgrad(p, y, x, w, H200)
+        return [launch.call.plan for launch in launches]
+
+    dense = conv((32, 256, 28, 28), (256, 256, 3, 3), padding=1)
+    forward, weight = plans(dense)
+    assert (forward.staged, weight.staged) == (("x", "w"), ("dy", "x"))
+    assert "x and w copied to channels last" in str(forward)
+    assert "with the copies" in forward.reason
+    with tconv.force(staged=False):
+        native = plans(dense)
+    assert [plan.staged for plan in native] == [(), ()]
+    assert all(a.cost.seconds < b.cost.seconds for a, b in zip((forward, weight), native, strict=True))
+    assert [plan.staged for plan in plans(conv((1, 3, 8, 8), (4, 3, 3, 3)))] == [(), ()]
+
+
 def test_no_gpu_tile_lacks_a_device_that_can_run_it():
     for kernel, itemsize, tc, narrow in itertools.product(("gather", "wgrad"), (2, 4, 8), (True, False), (True, False)):
         assert all(why_illegal(kernel, t, itemsize, H200) is None for t in tiles(kernel, itemsize, tc, narrow))

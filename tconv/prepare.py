@@ -158,7 +158,9 @@ def _prepare_gather(
         "TRANSPOSED": transposed, "RANK": p.rank, "X_UNIT": ax.unit, "Y_UNIT": ay.unit, "HAS_BIAS": b is not None,
         # The first tap's offset may lie in the halo, before a later one brings it back.
         "WIDE": max(ax.reach + _halo(p, ax), ay.reach, p.N * math.prod(p.X if transposed else p.Y) + tile.m) > LIMIT,
-        "FLIP": not ay.unit, "BLOCK_M": tile.m, **_numerics(x.dtype), **_options(tile),
+        # Pixels that lie side by side in the result are the accumulator's columns; but wgmma's rows are 64 at least.
+        "FLIP": not ay.unit and (size > 2 or tile.n >= 64 or plan.kernel == "depthwise"),
+        "BLOCK_M": tile.m, **_numerics(x.dtype), **_options(tile),
     }  # fmt: skip
     call = _call(pass_, problem, plan, p, rules)
     if plan.kernel == "depthwise":

@@ -14,7 +14,11 @@ ROWS = [
     ("functional.conv2d", "cheap guard, one dictionary lookup; else torch's own function", BLUE),
     ("autograd: fprop · dgrad · wgrad", "three bilinear operations, each other's derivatives", BLUE),
     ("launch", "allocates the result, in torch's memory format; a bounded workspace", ORANGE),
-    ("prepare  ←  plan  ←  configs, device, problem", "kernel, tile, splits, and the reason, once per kind of call", ORANGE),
+    (
+        "prepare  ←  simplify, plan  ←  cost, configs, device, problem",
+        "rewrites, kernel, tile, splits, prediction, once per kind of call",
+        ORANGE,
+    ),
 ]
 KERNELS = [
     ("gather", "fprop, dgrad:\nimplicit GEMM\nin phases"),

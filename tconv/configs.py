@@ -60,6 +60,7 @@ SPILLING = {
     8: {
         *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (GEMM_16[1], GEMM_16[3])),
         *(("wgrad", tile) for tile in (GEMM_32[0], GEMM_32[1], GEMM_32[3])),
+        ("gather", GEMM_16[4]),
     },
     10: {("wgrad", GEMM_16[1]), ("wgrad", GEMM_16[3]), ("gather", GEMM_16[5]), ("gather", GEMM_32[3])},
 }

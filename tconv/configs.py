@@ -59,8 +59,10 @@ BIAS = (Tile(1, 64, 64, 4, 3),)
 SPILLING = {
     8: {
         *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (GEMM_16[1], GEMM_16[3])),
-        *(("wgrad", tile) for tile in (GEMM_32[0], GEMM_32[1], GEMM_32[3])),
+        *(("wgrad", tile) for tile in (GEMM_32[0], GEMM_32[1], GEMM_32[3], GEMM_16[4])),
         ("gather", GEMM_16[4]),
+        ("gather", GEMM_32[1]),
+        ("depthwise", DIRECT_NARROW[1]),
     },
     10: {("wgrad", GEMM_16[1]), ("wgrad", GEMM_16[3]), ("gather", GEMM_16[5]), ("gather", GEMM_32[3])},
 }
@@ -97,6 +99,6 @@ def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str |
         shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize
         if shared > device.shared_bytes:
             return f"tile {tile}: {shared} bytes of shared memory, {device.name} has {device.shared_bytes}"
-        if (kernel, tile) in SPILLING.get(device.generation, ()):
-            return f"tile {tile}: {kernel} spills registers on {device.name}"
+    if (kernel, tile) in SPILLING.get(device.generation, ()):
+        return f"tile {tile}: {kernel} spills registers on {device.name}"
     return None

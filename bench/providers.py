@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import tconv
 from bench.layers import Layer
 from tconv import autograd
-from tconv.layout import FORMATS, result_is_channels_last
+from tconv.layout import result_is_channels_last, to_channels_last
 from tconv.prepare import INTERPRET
 from tconv.problem import Geometry
 
@@ -45,7 +45,7 @@ class Operands:
 
     def in_layout(self, layout: str) -> Operands:
         """The same numbers in another layout."""
-        put = _channels_last if layout == "channels_last" else torch.Tensor.contiguous
+        put = to_channels_last if layout == "channels_last" else torch.Tensor.contiguous
         return Operands(self.layer, layout, put(self.x), put(self.w), self.b, put(self.dy))
 
     @property
@@ -72,12 +72,6 @@ def operands(layer: Layer, precision: str, device: str) -> Operands:
     w *= scale
     b = torch.randn(layer.k, device=device, dtype=dtype) if layer.bias else None
     return Operands(layer, "contiguous", x, w, b, dy)
-
-
-def _channels_last(t: torch.Tensor) -> torch.Tensor:
-    if t.dim() == 3:
-        return t.unsqueeze(2).to(memory_format=torch.channels_last).squeeze(2)
-    return t.to(memory_format=FORMATS[t.dim()])
 
 
 def set_precision(precision: str) -> None:
@@ -210,7 +204,7 @@ def reference(o: Operands, pass_: str) -> tuple[torch.Tensor, ...]:
     """What a pass should give, in fp32 without TF32 (fp64 for fp32 operands on a CPU), by torch."""
     wide = torch.float32 if o.x.is_cuda else torch.float64
     with exact():
-        up = Operands(o.layer, o.layout, *(None if t is None else t.to(wide) for t in (o.x, o.w, o.b, o.dy)))  # type: ignore[arg-type]
+        up = Operands(o.layer, o.layout, o.x.to(wide), o.w.to(wide), None if o.b is None else o.b.to(wide), o.dy.to(wide))
         if pass_ == "step":
             return tuple(torch_nn(up, pass_)())
         return (torch_nn(up, pass_)(),)

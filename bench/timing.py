@@ -82,7 +82,7 @@ def measured_limits(device: str, clock: Clock, known: Limits, tiny: bool) -> Lim
         ):  # fmt: skip
             torch.backends.cuda.matmul.allow_tf32 = tf32
             a, b = (torch.randn(extent, extent, device=device, dtype=dtype) for _ in range(2))
-            rates[name] = 2 * extent**3 / median(clock, lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
+            rates[name] = 2 * extent**3 / median(clock, lambda a=a, b=b: torch.mm(a, b))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     source = torch.randn((1 << 16) if tiny else (1 << 30), device=device)

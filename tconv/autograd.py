@@ -52,7 +52,7 @@ def _differentiable(*tensors: MaybeTensor) -> bool:
 
 
 def _apply(function: type[torch.autograd.Function]) -> Callable[..., torch.Tensor]:
-    """`Function.apply` less its handling of functorch, in whose transforms no kernel runs; half its cost."""
+    """`Function.apply` less its handling of functorch, in whose transforms no kernel runs."""
     apply: Callable[..., torch.Tensor] = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
     return apply
 

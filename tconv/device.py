@@ -30,8 +30,8 @@ class Limits:
     clock: float
 
 
-# Matrix rates are 0.8 of the data sheet's and bandwidths 0.9: what an H200 was seen to reach (790 of 990 TFLOP/s in an 8192^3
-# bf16 product of random data, 4.3 of 4.8 TB/s in a copy). The L2 bandwidths are estimates, not measured.
+# Matrix rates are 0.8 of the data sheet's and bandwidths 0.9: what is reported of an H200 (790 of 990 TFLOP/s in an 8192^3
+# bf16 product of random data, 4.3 of 4.8 TB/s in a copy). The L2 bandwidths are estimates. None was measured by this project.
 H100 = Limits(790e12, 395e12, 53e12, 54e12, 3.0e12, 8e12, 50e6, 1.755e9)
 H200 = dataclasses.replace(H100, bandwidth=4.3e12)
 A100 = Limits(250e12, 125e12, 15.6e12, 15.6e12, 1.83e12, 4.5e12, 40e6, 1.41e9)

@@ -31,9 +31,10 @@ class Plan:
         kernel: "gather", "wgrad", "depthwise", "depthwise_wgrad" or "bias".
         tile: block extents and launch options.
         splits: parts into which the reduction is cut, added in a fixed order afterwards.
-        staged: operands that are first copied to channels last.
         reason: one line for `explain`.
         cost: what the cost model says of it; None in the interpreter.
+        narrow: whether an operand is loaded element by element.
+        staged: operands that are first copied to channels last.
         others: the next best that were considered, at most three.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     splits: int
     reason: str
     cost: Cost | None = None
+    narrow: bool = False
     staged: tuple[str, ...] = ()
     others: tuple[Plan, ...] = field(default=(), compare=False, repr=False)
 
@@ -129,7 +131,7 @@ def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, 
         for tile in _legal_tiles(wish, kernel, tiles(kernel, itemsize, tensor_cores, thin), itemsize, device):
             for splits in _all_splits(problem, pass_, kernel, tile, itemsize, device, wish):
                 cost = predict(problem, pass_, kernel, tile, splits, itemsize, tensor_cores, thin, device)
-                plans.append(Plan(pass_, kernel, tile, splits, "", cost))
+                plans.append(Plan(pass_, kernel, tile, splits, "", cost, thin))
     if not plans:
         raise ValueError(f"no tile fits {device.name}: {problem}")
     return _fastest(plans, wish)

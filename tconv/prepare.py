@@ -19,7 +19,6 @@ from triton.runtime.interpreter import InterpretedFunction
 from tconv import cost
 from tconv import plan as planning
 from tconv.configs import Tile
-from tconv.cost import with_copies
 from tconv.device import Device
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.depthwise import depthwise, depthwise_wgrad
@@ -27,7 +26,6 @@ from tconv.kernels.gather import gather
 from tconv.kernels.reduce import sum_pixels
 from tconv.kernels.wgrad import wgrad
 from tconv.layout import LIMIT, Addressing, addressing, shaped, vector
-from tconv.plan import Plan
 from tconv.problem import ConvProblem, lift
 from tconv.record import Call
 from tconv.simplify import Form, Strides, simplify
@@ -111,7 +109,7 @@ def _staged(
     plan = dataclasses.replace(plan, staged=tuple(name for name, a in zip(names, apart, strict=True) if a))
     if plan.cost is not None and other.cost is not None:
         copied = sum(t.numel() * t.element_size() for t, a in zip(operands, apart, strict=True) if a)
-        total = with_copies(plan.cost, copied, sum(apart), device)
+        total = cost.with_copies(plan.cost, copied, sum(apart), device)
         if not forced and total.seconds >= other.cost.seconds:
             return native
         us = f"with the copies {total.seconds * 1e6:.1f} us, without {other.cost.seconds * 1e6:.1f} us"
@@ -275,7 +273,7 @@ def _simplified(
     return form.p, after[0], after[1], after[2], form.rules
 
 
-def _call(pass_: str, problem: ConvProblem, plan: Plan, computed: ConvProblem, rules: tuple[str, ...]) -> Call:
+def _call(pass_: str, problem: ConvProblem, plan: planning.Plan, computed: ConvProblem, rules: tuple[str, ...]) -> Call:
     if rules:
         done = " + ".join(dict.fromkeys(rules))
         plan = dataclasses.replace(plan, reason=f"{done} to {computed}; {plan.reason}")

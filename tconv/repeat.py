@@ -1,7 +1,7 @@
 """The short way for a layer that is called again: is the call the same as before but for what the tensors hold?
 
-The long way (functional.py) reads some thirty facts, a microsecond for every ten. Here torch's own native check, which
-guards the graphs of torch.compile, compares most of them at once, and what it says no to takes the long way again.
+The long way (functional.py) reads some thirty facts one by one. Here torch's own native check, which guards the graphs of
+torch.compile, compares most of them at once, and what it says no to takes the long way again.
 """
 
 from __future__ import annotations

@@ -78,11 +78,9 @@ def launches(
 
 def legal_tiles(prepared: Prepared, dtype: torch.dtype, device: Device) -> list[Tile]:
     """The tiles among which the planner chose for a launch with its kernel."""
-    plan, c = prepared.call.plan, prepared.constants
+    plan = prepared.call.plan
     assert plan is not None
-    stored_apart = "Y_UNIT" in c and not c["Y_UNIT"] and plan.kernel == "gather"
-    narrow = min(c[k] for k in VECTORS if k in c and not (stored_apart and k == "Y_VEC")) == 1
-    every = tiles(plan.kernel, dtype.itemsize, tensor_cores(dtype), narrow)
+    every = tiles(plan.kernel, dtype.itemsize, tensor_cores(dtype), plan.narrow)
     return [t for t in every if not why_illegal(plan.kernel, t, dtype.itemsize, device)]
 
 

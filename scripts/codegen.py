@@ -22,17 +22,18 @@ import re
 import sys
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import codegen_budget as budget  # noqa: E402
-import machine_code  # noqa: E402
+import codegen_budget as budget
+import machine_code
 
-ARCHS = {  # name: (backend, architecture, warp size, bytes of shared memory a program may use, multiprocessors)
-    "sm_80": ("cuda", 80, 32, 166912, 108),
-    "sm_90": ("cuda", 90, 32, 232448, 132),
-    "sm_100": ("cuda", 100, 32, 232448, 148),
-    "gfx942": ("hip", "gfx942", 64, 65536, 304),
+from tconv.device import DEVICES, Device
+
+ARCHS = {  # name: (backend, architecture, warp size, what planning knows of a device that has it)
+    "sm_80": ("cuda", 80, 32, DEVICES["A100"]),
+    "sm_90": ("cuda", 90, 32, DEVICES["H100"]),
+    "sm_100": ("cuda", 100, 32, Device("B200", 148, 232448, generation=10)),
+    "gfx942": ("hip", "gfx942", 64, DEVICES["MI300X"]),
 }
 COLUMNS = (
     ("registers", "regs"), ("spills", "spill"), ("loop_spills", "loopsp"), ("shared_bytes", "smem"), ("mma", "mma"),
@@ -47,14 +48,6 @@ def layers(quick: bool = False) -> list[Any]:
     from bench import layers
 
     return [layer.problem for layer in layers.layers(quick)]
-
-
-def device(arch: str) -> Any:
-    """The planner's view of an architecture."""
-    from tconv.device import Device
-
-    backend, target, _, shared, units = ARCHS[arch]
-    return Device(arch, units, shared, generation=target // 10 if backend == "cuda" else 0)
 
 
 def collect(arch: str, quick: bool) -> dict[str, Any]:
@@ -73,7 +66,7 @@ def collect(arch: str, quick: bool) -> dict[str, Any]:
         for dtype, tf32 in settings:
             with float32_precision(tf32):
                 for channels_last in (True, False):
-                    for v in variants(problem, dtype, channels_last, device(arch)):
+                    for v in variants(problem, dtype, channels_last, ARCHS[arch][3]):
                         found.setdefault(v.name, v)
     return found
 
@@ -97,14 +90,18 @@ def compile_one(task: tuple[str, str]) -> dict[str, Any]:
         constexprs={(names.index(n),): v for n, v in variant.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    backend, target, warp, shared, _ = ARCHS[arch]
+    backend, target, warp, device = ARCHS[arch]
     row = {"name": name, "arch": arch}
     try:
         kernel = triton.compile(source, target=GPUTarget(backend, target, warp), options=dict(variant.options))
         row |= machine_code.read(kernel)
     except Exception as e:  # the table says so, the other variants go on
         return row | {"error": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
-    return row | {"shared_bytes": kernel.metadata.shared, "shared_limit": shared, "memory_bound": variant.memory_bound}
+    return row | {
+        "shared_bytes": kernel.metadata.shared,
+        "shared_limit": device.shared_bytes,
+        "memory_bound": variant.memory_bound,
+    }
 
 
 def compile_all(tasks: list[tuple[str, str]], jobs: int) -> list[dict[str, Any]]:

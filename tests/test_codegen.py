@@ -18,11 +18,11 @@ import triton
 from tconv.configs import tiles, why_illegal
 from tconv.variants import NAMES, launches, legal_tiles
 
-SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import codegen  # noqa: E402
-import codegen_budget as budget  # noqa: E402
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
+import codegen
+import codegen_budget as budget
 
+SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 GEMM = r"(gather|wgrad) [123]d bf16 128x\d+x64 .*inner=cc[io]? vec=8/8(/8 even| split)$"
 DIRECT = r"depthwise(_wgrad)? [123]d bf16 .*inner=cc vec=8/8( split)?$"
 VERSION = budget.short(triton.__version__)
@@ -126,7 +126,7 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
         for tensor_cores, narrow in itertools.product((True, False), repeat=2)
         if tensor_cores or dtype.itemsize == 4
         for tile in tiles(kernel, dtype.itemsize, tensor_cores, narrow)
-        if not why_illegal(kernel, tile, dtype.itemsize, codegen.device(arch))
+        if not why_illegal(kernel, tile, dtype.itemsize, codegen.ARCHS[arch][3])
     }
     assert {key for key in found if key[1] != "sum_splits"} == legal
     spills = {arch for arch, kernel, name, tile in found if (kernel, name, tile) == ("wgrad", "bf16", "128x64x64 w4 s4")}
@@ -135,7 +135,7 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
 
 @pytest.mark.parametrize("arch", codegen.ARCHS)
 def test_the_planner_picks_among_what_the_gate_compiles(arch):
-    device = codegen.device(arch)
+    device = codegen.ARCHS[arch][3]
     for problem, dtype, last in itertools.product(codegen.layers(quick=True), NAMES, (True, False)):
         for prepare in launches(problem, dtype, last, device).values():
             prepared = prepare()

@@ -28,7 +28,8 @@ class Mutation:
     file: str
     old: str
     new: str
-    tests: str  # pytest's -k, on tests/test_kernels.py
+    tests: str  # pytest's -k
+    among: str = "test_kernels.py"
 
 
 EVERY = "every_case and not 3-D"
@@ -52,6 +53,10 @@ MUTATIONS = [
     Mutation("the multiplier ignored", "kernels/depthwise.py", "o * M if TRANSPOSED else o // M", "o * M if TRANSPOSED else o", EVERY),
     Mutation("a depthwise tap dropped", "kernels/depthwise.py", "n_taps[2] * repeats", "tl.maximum(n_taps[2] - 1, 1) * repeats", EVERY),
     Mutation("tap block's tail kept", "kernels/depthwise.py", "mask=mask_k & (past == 0)", "mask=mask_k & (past >= 0)", "split"),
+    Mutation("a strip's window a column short", "kernels/strip.py", "(COLUMNS - 1) * S + (T - 1) * D", "(COLUMNS - 1) * S + (T - 1) * D - 1", "every_pass", "test_strips.py"),
+    Mutation("the rest of a row of taps dropped", "kernels/strip.py", "if T2 % CHUNK:", "if T2 % CHUNK and T2 < CHUNK:", "every_pass", "test_strips.py"),
+    Mutation("a strided strip's phase shifted", "kernels/strip.py", "I * S + t * D - P % S < COLUMNS", "I * S + t * D - P % S < COLUMNS - 1", "every_pass", "test_strips.py"),
+    Mutation("a strip's gradients beyond the last column", "kernels/strip.py", "COLUMNS + r[None, :] < Y2)", "COLUMNS + r[None, :] >= 0)", "every_pass", "test_strips.py"),
     Mutation("bf16 cut off instead of rounded", "kernels/common.py", "(bits + 0x7FFF", "(bits", "every_dtype"),
     Mutation("32-bit offsets everywhere", "prepare.py", "p.N * math.prod(p.X if transposed else p.Y) + tile.m) > LIMIT", "0) < 0", "beyond"),
 ]  # fmt: skip
@@ -78,7 +83,7 @@ def survives(mutation: Mutation) -> bool:
             "-q",
             "-p",
             "no:cacheprovider",
-            "tests/test_kernels.py",
+            f"tests/{mutation.among}",
             "-k",
             mutation.tests,
         ]

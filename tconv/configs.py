@@ -15,11 +15,13 @@ class Tile:
 
     Attributes:
         m, n, k: gather: pixels, written channels, reduced channels. wgrad: K, C, pixels. depthwise: pixels, channels, 1.
-            depthwise_wgrad: taps, channels, pixels. bias: 1, channels, pixels.
+            depthwise_wgrad: taps, channels, pixels. strip: strips, channels, 1. strip_wgrad: rows of the filter, channels,
+            strips. bias: 1, channels, pixels.
         warps: warps per program.
         stages: depth of the loop's software pipeline.
         registers: what a thread may use at most on NVIDIA; 0 leaves it to ptxas, which then sometimes spills a few for room
             for one more program per multiprocessor.
+        columns: outputs side by side that a thread of a strip kernel owns.
     """
 
     m: int
@@ -28,10 +30,12 @@ class Tile:
     warps: int = 4
     stages: int = 3
     registers: int = 0
+    columns: int = 1
 
     def __str__(self) -> str:
         limit = f" r{self.registers}" if self.registers else ""
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{limit}"
+        columns = f" c{self.columns}" if self.columns > 1 else ""
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{limit}{columns}"
 
 
 # Chosen by compiling for sm_90 (`scripts/codegen.py` prints registers, spills and shared memory): none may spill.
@@ -53,6 +57,14 @@ DIRECT_NARROW = (Tile(64, 32, 1, 4, 3), Tile(128, 16, 1, 4, 3))
 DIRECT_64 = (Tile(32, 32, 1, 4, 3), Tile(64, 16, 1, 4, 3))
 DIRECT_WGRAD = (Tile(3, 64, 32, 4, 2), Tile(3, 32, 64, 4, 2))  # taps, channels, pixels
 DIRECT_WGRAD_64 = (Tile(1, 32, 32, 4, 2),)
+# Strip kernels: where channels are contiguous, 16 bytes of one strip per thread. Six columns are for a dgrad of stride three.
+# There are no registers for fp64.
+STRIP_16 = (Tile(16, 64, 1, 4, 1, 255, 8), *(Tile(32, 32, 1, 4, 1, 255, columns) for columns in (8, 4, 6)))
+STRIP_32 = (Tile(8, 64, 1, 4, 1, 255, 8), *(Tile(16, 32, 1, 4, 1, 255, columns) for columns in (8, 4, 6)))
+STRIP_FLIP = tuple(Tile(64, 4, 1, 4, 1, 255, columns) for columns in (8, 6))
+STRIP_WGRAD_16 = (Tile(1, 64, 16, 4, 1, 255, 8), *(Tile(rows, 32, 32, 4, 1, 255, c) for rows, c in ((1, 8), (1, 4), (3, 4))))
+STRIP_WGRAD_32 = (Tile(1, 64, 8, 4, 1, 255, 8), *(Tile(rows, 32, 16, 4, 1, 255, c) for rows, c in ((1, 8), (1, 4), (3, 4))))
+STRIP_WGRAD_FLIP = (Tile(1, 4, 64, 4, 1, 255, 8), Tile(3, 4, 64, 4, 1, 255, 8))
 BIAS = (Tile(1, 64, 64, 4, 3),)
 # (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where they take the
 # place of accumulators.
@@ -68,8 +80,20 @@ SPILLING = {
 }
 
 
-def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool) -> tuple[Tile, ...]:
-    """Every tile that a planner on a GPU may choose for a kernel; narrow: some operand is accessed element by element."""
+def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool, flip: bool = False) -> tuple[Tile, ...]:
+    """Every tile that a planner on a GPU may choose for a kernel.
+
+    Args:
+        kernel: its name.
+        itemsize: bytes of an element.
+        tensor_cores: whether they may do the products.
+        narrow: whether some operand is accessed element by element.
+        flip: of a strip kernel, whether columns are contiguous, not channels.
+    """
+    if kernel == "strip":
+        return () if itemsize == 8 else STRIP_FLIP if flip else STRIP_16 if itemsize == 2 else STRIP_32
+    if kernel == "strip_wgrad":
+        return () if itemsize == 8 else STRIP_WGRAD_FLIP if flip else STRIP_WGRAD_16 if itemsize == 2 else STRIP_WGRAD_32
     if kernel == "bias":
         return BIAS
     if kernel == "depthwise":
@@ -89,8 +113,10 @@ def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str |
     """Why a tile cannot run, or None: the one place that planner, forced plans and tests ask."""
     if any(v <= 0 or v & (v - 1) for v in (tile.n, tile.k, tile.warps)) or tile.stages < 1:
         return f"tile {tile}: extents and warps must be powers of two"
-    if kernel != "depthwise_wgrad" and (tile.m <= 0 or tile.m & (tile.m - 1)):
+    if tile.m <= 0 or (kernel not in ("depthwise_wgrad", "strip_wgrad") and tile.m & (tile.m - 1)):
         return f"tile {tile}: extents and warps must be powers of two"
+    if not 1 <= tile.columns <= (8 if kernel.startswith("strip") else 1):
+        return f"tile {tile}: so many columns are not for {kernel}"
     if max(tile.m * tile.n, tile.n * tile.k, tile.m * tile.k) > MAX_TILE:
         return f"tile {tile}: more than {MAX_TILE} elements in a block"
     if kernel in ("gather", "wgrad"):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from tconv import strips
 from tconv.configs import Tile
 from tconv.device import Device
 from tconv.problem import ConvProblem
@@ -25,6 +26,7 @@ LAUNCH = 2e-6  # seconds from one kernel's start to that of an empty next one: a
 LATENCY = 1000  # cycles from asking the memory to having it, where a loop's loads are not pipelined: an estimate
 ISSUE = 4  # instructions a unit starts per cycle, one for each of its schedulers
 L1 = 128  # bytes a unit takes from its own cache per cycle
+START = 300  # instructions of a strip kernel's warp outside its loop
 ALONE = 1.5  # a program with a unit to itself is slowed so by its own barriers: an estimate
 
 
@@ -113,6 +115,11 @@ def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
         return math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G
     if kernel == "depthwise_wgrad":
         return math.ceil(p.taps / tile.m) * math.ceil(p.K / tile.n)
+    if kernel == "strip_wgrad":
+        return strips.chunks(p) * math.ceil(p.T[0] * p.T[1] / tile.m) * math.ceil(p.K / tile.n)
+    if kernel == "strip":
+        phases = p.S[0] * p.S[1] if pass_ == "dgrad" else 1
+        return math.ceil(strips.strips_of(p, pass_, tile.columns) / tile.m) * phases * math.ceil(p.K / tile.n)
     tiles = pixel_tiles(p, pass_, tile.m)
     if kernel == "depthwise":
         return tiles * math.ceil((p.K if pass_ == "fprop" else p.C) / tile.n)
@@ -133,6 +140,19 @@ def loop_length(kernel: str, tile: Tile, itemsize: int, tensor_cores: bool, narr
     return base + copies + products
 
 
+def strip_length(p: ConvProblem, pass_: str, tile: Tile, itemsize: int, narrow: bool, flip: bool) -> float:
+    """The same of a strip kernel, per row of the filter, or in wgrad per step over the strips."""
+    taps, columns = min(strips.CHUNK, p.T[2]), strips.window(p, pass_, tile.columns)
+    wide = 1 if narrow else strips.READ if flip else 16 // itemsize
+    load = 3.5 if narrow and pass_ == "wgrad" else 8 if narrow or itemsize == 2 else 2
+    read = (1.5 if itemsize == 2 else 0.3) + load / wide  # an element's share of a load, and its unpacking
+    if pass_ == "wgrad":
+        elements, loaded = tile.n * tile.k / (32 * tile.warps), tile.m * columns + tile.columns
+        return 120 + 30 * tile.m + elements * (tile.m * tile.columns * taps + loaded * (read - 0.5))
+    elements, met = tile.n * tile.m / (32 * tile.warps), tile.columns * taps / (p.S[2] if pass_ == "dgrad" else 1)
+    return 40 + strips.chunks(p) * (30 + elements * (met + taps + columns * read))
+
+
 def predict(
     p: ConvProblem,
     pass_: str,
@@ -143,6 +163,7 @@ def predict(
     tensor_cores: bool,
     narrow: bool,
     device: Device,
+    flip: bool = False,
 ) -> Cost:
     """What a plan costs on a device whose limits are known.
 
@@ -153,15 +174,20 @@ def predict(
         tensor_cores: whether they may do the products.
         narrow: whether operands are loaded element by element, which is not pipelined either.
         device: where.
+        flip: of a strip kernel, whether columns are contiguous, not channels.
     """
     limits = device.limits
     tiles = tiles_of(p, pass_, kernel, tile)
-    direct = kernel.startswith("depthwise")
+    strip = kernel.startswith("strip")
+    direct = strip or kernel.startswith("depthwise")
+    threads = 32 * tile.warps
     # Iterations of all programs' loops together. A tap belongs to one phase of a dgrad, so over the phases each counts once.
     if pass_ == "wgrad":
-        pixels = p.N * math.prod(p.Y)
-        per_split = math.ceil(math.ceil(pixels / tile.k) / splits)
+        steps_all = strips.strips_of(p, pass_, tile.columns) if strip else p.N * math.prod(p.Y)
+        per_split = math.ceil(math.ceil(steps_all / tile.k) / splits)
         loops = tiles * splits * per_split
+    elif strip:
+        loops = tiles // (p.S[0] * p.S[1] if pass_ == "dgrad" else 1) * p.T[0] * p.T[1]
     else:
         reduced = (p.C if pass_ == "fprop" else p.K) // p.G
         blocks = (p.multiplier if pass_ == "dgrad" else 1) if direct else math.ceil(reduced / tile.k)
@@ -169,32 +195,50 @@ def predict(
     programs = tiles * splits
     waves = math.ceil(programs / device.units)
     steps = loops / programs * waves  # of the fullest unit
-    step_flops = 2 * tile.m * tile.n * tile.k
-    executed = loops * step_flops
+    if strip:
+        met = tile.columns * (min(strips.CHUNK, p.T[2]) if pass_ == "wgrad" else p.T[2] / (p.S[2] if pass_ == "dgrad" else 1))
+        step_flops = 2 * tile.m * tile.n * tile.k * met
+    else:
+        step_flops = 2 * tile.m * tile.n * tile.k
+    executed = math.ceil(loops * step_flops)
 
     rate = limits.fma_32 if direct or not tensor_cores else limits.matrix_tf32 if itemsize == 4 else limits.matrix_16
     if itemsize == 8:
         rate = limits.fma_32 / 2 if direct else limits.matrix_64
     products = steps * step_flops / (rate / device.units)
-    cycles = tile.warps * loop_length(kernel, tile, itemsize, tensor_cores and not direct, narrow) / ISSUE
-    resident = max(1, min(waves, device.shared_bytes // _shared(kernel, tile, itemsize), 16 // tile.warps))
+    if strip:
+        length = strip_length(p, pass_, tile, itemsize, narrow, flip)
+        elements = tile.n * (tile.k if pass_ == "wgrad" else tile.m) / threads
+        accumulators = tile.m * min(strips.CHUNK, p.T[2]) + tile.columns / 2 if pass_ == "wgrad" else tile.columns
+        most = int(65536 // (threads * (56 + elements * (accumulators + 6))))
+    else:
+        length = loop_length(kernel, tile, itemsize, tensor_cores and not direct, narrow)
+        most = min(device.shared_bytes // _shared(kernel, tile, itemsize), 16 // tile.warps)
+    cycles = tile.warps * length / ISSUE
+    resident = max(1, min(waves, most))
     if narrow or direct:
         cycles = max(cycles, LATENCY / resident)
     elif resident == 1:
         products *= ALONE
-    fetched = itemsize * (
-        tile.k * (tile.m + tile.n) if not direct else tile.n * (tile.m if kernel == "depthwise" else (tile.m + 1) * tile.k)
-    )
+    if strip:
+        window = strips.window(p, pass_, tile.columns) * (1 if pass_ == "wgrad" else strips.chunks(p))
+        fetched = itemsize * tile.n * (tile.k * (tile.columns + tile.m * window) if pass_ == "wgrad" else tile.m * window)
+    else:
+        fetched = itemsize * (
+            tile.k * (tile.m + tile.n) if not direct else tile.n * (tile.m if kernel == "depthwise" else (tile.m + 1) * tile.k)
+        )
     workspace = splits * math.prod(p.shape("w")) * max(4, itemsize) if splits > 1 else 0
     least = least_bytes(p, pass_, itemsize)
     # Phases of a strided dgrad run one after the other over all of dy; what the L2 cache has lost by then is read again.
     again = 0
     read = itemsize * math.prod(p.shape("y"))
     if pass_ == "dgrad" and read > limits.l2_bytes:
-        again = read * (min(p.phases("dgrad"), p.taps) - 1)
+        phases = p.S[0] * p.S[1] if strip else p.phases("dgrad")
+        again = read * (min(phases, p.taps) - 1)
+    start = waves * tile.warps * START / ISSUE if strip else 0
     parts = {
         "products": products,
-        "issue": steps * cycles / limits.clock,
+        "issue": (steps * cycles + start) / limits.clock,
         "cache": steps * fetched / (L1 * limits.clock if direct else limits.l2_bandwidth / device.units),
         "memory": (least + again + 2 * workspace) / limits.bandwidth,
     }

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from tconv.configs import Tile, tiles, why_illegal
 from tconv.cost import Cost, phase_pixels, predict, predict_bias, tiles_of
 from tconv.device import Device
 from tconv.problem import ConvProblem
+from tconv.strips import Strips, strips_of, why_not
 
 INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # bytes that wgrad's splits may take at most
 KERNELS = {
-    "fprop": ("gather", "depthwise"),
-    "dgrad": ("gather", "depthwise"),
-    "wgrad": ("wgrad", "depthwise_wgrad"),
+    "fprop": ("gather", "depthwise", "strip"),
+    "dgrad": ("gather", "depthwise", "strip"),
+    "wgrad": ("wgrad", "depthwise_wgrad", "strip_wgrad"),
     "bias": ("bias",),
 }
 
@@ -28,13 +29,13 @@ class Plan:
 
     Attributes:
         pass_: "fprop", "dgrad", "wgrad" or "bias" (the bias gradient).
-        kernel: "gather", "wgrad", "depthwise", "depthwise_wgrad" or "bias".
+        kernel: "gather", "wgrad", "depthwise", "depthwise_wgrad", "strip", "strip_wgrad" or "bias".
         tile: block extents and launch options.
         splits: parts into which the reduction is cut, added in a fixed order afterwards.
         reason: one line for `explain`.
         cost: what the cost model says of it; None in the interpreter.
-        narrow: whether an operand is loaded element by element.
         staged: operands that are first copied to channels last.
+        tiles: those among which the kernel's was chosen.
         others: the next best that were considered, at most three.
     """
 
@@ -44,8 +45,8 @@ class Plan:
     splits: int
     reason: str
     cost: Cost | None = None
-    narrow: bool = False
     staged: tuple[str, ...] = ()
+    tiles: tuple[Tile, ...] = field(default=(), compare=False, repr=False)
     others: tuple[Plan, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -106,7 +107,15 @@ def pow2(n: int, low: int, high: int) -> int:
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
-def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, device: Device, narrow: bool = False) -> Plan:
+def choose(
+    problem: ConvProblem,
+    pass_: str,
+    itemsize: int,
+    tensor_cores: bool,
+    device: Device,
+    narrow: bool = False,
+    strips: Strips | None = None,
+) -> Plan:
     """The plan for one pass: of all candidates the one with the least predicted time (cost.py).
 
     Args:
@@ -116,22 +125,28 @@ def choose(problem: ConvProblem, pass_: str, itemsize: int, tensor_cores: bool, 
         tensor_cores: whether the precision asked for lets tensor cores do the products.
         device: where.
         narrow: whether an operand's layout or alignment allows only element by element loads.
+        strips: how a depthwise problem's operands lie for strip kernels.
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
-    wish = _wish(pass_)
-    if wish and wish.kernel and wish.kernel.startswith("depthwise") and not problem.depthwise:
-        raise ValueError(f"forced kernel {wish.kernel!r} needs one input channel per group, got {problem}")
+    wish, strips = _wish(pass_), strips or Strips(False, narrow)
+    if wish and wish.kernel and wish.kernel not in _kernels(problem, pass_):
+        needs = "one filter per channel" if wish.kernel.startswith("strip") else "one input channel per group"
+        raise ValueError(f"forced kernel {wish.kernel!r} needs {needs}, got {problem}")
     if device.interpreted:
         return _interpreter_plan(problem, pass_, itemsize, device, wish)
     plans = []
     for kernel in [wish.kernel] if wish and wish.kernel else _kernels(problem, pass_):
         # Of a group's one channel, a dot's operands can only be gathered one by one.
-        thin = narrow or (problem.depthwise and not kernel.startswith("depthwise"))
-        for tile in _legal_tiles(wish, kernel, tiles(kernel, itemsize, tensor_cores, thin), itemsize, device):
+        thin, flip = narrow or (problem.depthwise and kernel in ("gather", "wgrad")), False
+        if kernel.startswith("strip"):
+            thin, flip = strips.narrow, strips.flip
+        illegal = _illegal(problem, pass_, kernel, itemsize, device)
+        legal = _legal_tiles(wish, tiles(kernel, itemsize, tensor_cores, thin, flip), illegal)
+        for tile in legal:
             for splits in _all_splits(problem, pass_, kernel, tile, itemsize, device, wish):
-                cost = predict(problem, pass_, kernel, tile, splits, itemsize, tensor_cores, thin, device)
-                plans.append(Plan(pass_, kernel, tile, splits, "", cost, thin))
+                cost = predict(problem, pass_, kernel, tile, splits, itemsize, tensor_cores, thin, device, flip)
+                plans.append(Plan(pass_, kernel, tile, splits, "", cost, tiles=legal))
     if not plans:
         raise ValueError(f"no tile fits {device.name}: {problem}")
     return _fastest(plans, wish)
@@ -147,10 +162,11 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     n = pow2(channels, 1, 1024)
     one = (Tile(1, n, pow2(pixels, 1, (1 << 18) // n)),) if device.interpreted else tiles("bias", itemsize, False, False)
     plans = []
-    for tile in _legal_tiles(wish, "bias", one, itemsize, device):
+    legal = _legal_tiles(wish, one, lambda tile: why_illegal("bias", tile, itemsize, device))
+    for tile in legal:
         for splits in _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, wish):
             cost = None if device.interpreted else predict_bias(channels, pixels, tile, splits, itemsize, device)
-            plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost))
+            plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost, tiles=legal))
     return plans[0] if device.interpreted else _fastest(plans, wish)
 
 
@@ -167,22 +183,34 @@ def _wish(pass_: str) -> Forced | None:
     return None if wish is None or not (wish.kernel is None or wish.kernel in KERNELS[pass_]) else wish
 
 
-def _legal_tiles(
-    wish: Forced | None, kernel: str, candidates: tuple[Tile, ...], itemsize: int, device: Device
-) -> tuple[Tile, ...]:
+def _legal_tiles(wish: Forced | None, candidates: tuple[Tile, ...], illegal: Callable[[Tile], str | None]) -> tuple[Tile, ...]:
     """The candidates that can run, or the forced one."""
     if wish is None or wish.tile is None:
-        return tuple(t for t in candidates if not why_illegal(kernel, t, itemsize, device))
-    illegal = why_illegal(kernel, wish.tile, itemsize, device)
-    if illegal:
-        raise ValueError(f"forced plan cannot run: {illegal}")
+        return tuple(t for t in candidates if not illegal(t))
+    reason = illegal(wish.tile)
+    if reason:
+        raise ValueError(f"forced plan cannot run: {reason}")
     return (wish.tile,)
 
 
+def _illegal(problem: ConvProblem, pass_: str, kernel: str, itemsize: int, device: Device) -> Callable[[Tile], str | None]:
+    """Tile -> why a kernel cannot run a pass with it, or None."""
+
+    def illegal(tile: Tile) -> str | None:
+        reason = why_illegal(kernel, tile, itemsize, device)
+        if reason is None and kernel.startswith("strip"):
+            reason = why_not(problem, pass_, tile.columns, tile.m if kernel == "strip_wgrad" else 1)
+        return reason
+
+    return illegal
+
+
 def _kernels(problem: ConvProblem, pass_: str) -> tuple[str, ...]:
-    """The kernels that could take a pass."""
-    dot, direct = KERNELS[pass_]
-    return (direct, dot) if problem.depthwise else (dot,)
+    """The kernels that could take a pass, some of them perhaps with none of their tiles."""
+    dot, direct, strip = KERNELS[pass_]
+    if not problem.depthwise:
+        return (dot,)
+    return (direct, dot) if problem.multiplier > 1 else (strip, direct, dot)
 
 
 def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
@@ -195,15 +223,30 @@ def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
 
 def _interpreter_plan(problem: ConvProblem, pass_: str, itemsize: int, device: Device, wish: Forced | None) -> Plan:
     """The interpreter's time is per operation: few programs, and direct kernels while groups have few outputs."""
-    dot, direct = KERNELS[pass_]
+    dot, direct = KERNELS[pass_][:2]
     kernel = wish.kernel if wish and wish.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
-    (tile,) = _legal_tiles(wish, kernel, (_interpreter_tile(problem, pass_, kernel),), itemsize, device)
+    illegal = _illegal(problem, pass_, kernel, itemsize, device)
+    candidates = _legal_tiles(wish, _interpreter_tiles(problem, pass_, kernel), illegal)
+    if not candidates:
+        raise ValueError(f"no tile of {kernel} fits: {problem}")
+    tile = candidates[0]
     splits = _all_splits(problem, pass_, kernel, tile, itemsize, device, wish)[0]
     return Plan(pass_, kernel, tile, splits, "forced" if wish else INTERPRETED)
 
 
-def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
+def _interpreter_tiles(problem: ConvProblem, pass_: str, kernel: str) -> tuple[Tile, ...]:
     """The interpreter's time is per operation, not per element: one program, or as few as 2^18 elements a block allow."""
+    if kernel.startswith("strip"):
+        n, columns = pow2(problem.K, 1, 1024), (4, 8, 6)
+        m = [pow2(strips_of(problem, pass_, c), 1, (1 << 18) // n) for c in columns]
+        if kernel == "strip":
+            return tuple(Tile(k, n, 1, columns=c) for k, c in zip(m, columns, strict=True))
+        return tuple(Tile(rows, n, k, columns=c) for rows in (3, 1) for k, c in zip(m, columns, strict=True))
+    return (_interpreter_tile(problem, pass_, kernel),)
+
+
+def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
+    """The one tile of a kernel that is not cut into strips."""
     written, reduced = _channels(problem, pass_, kernel)
     if kernel == "depthwise_wgrad":
         n = pow2(problem.K, 1, 1024)
@@ -229,7 +272,8 @@ def _all_splits(
         return [1]
     limit = WORKSPACE // (math.prod(problem.shape("w")) * max(4, itemsize))
     programs = tiles_of(problem, pass_, kernel, tile)
-    return _split_counts(problem.gemm("wgrad")[2], tile.k, programs, limit, device, wish)
+    steps = strips_of(problem, pass_, tile.columns) if kernel == "strip_wgrad" else problem.gemm("wgrad")[2]
+    return _split_counts(steps, tile.k, programs, limit, device, wish)
 
 
 def _split_counts(pixels: int, block: int, programs: int, limit: int, device: Device, wish: Forced | None) -> list[int]:

@@ -24,11 +24,13 @@ from tconv.kernels.common import integers as integers_of
 from tconv.kernels.depthwise import depthwise, depthwise_wgrad
 from tconv.kernels.gather import gather
 from tconv.kernels.reduce import sum_pixels
+from tconv.kernels.strip import strip, strip_wgrad
 from tconv.kernels.wgrad import wgrad
 from tconv.layout import LIMIT, Addressing, addressing, shaped, vector
 from tconv.problem import ConvProblem, lift
 from tconv.record import Call
 from tconv.simplify import Form, Strides, simplify
+from tconv.strips import CHUNK, READ, Strips
 
 INTERPRET = isinstance(gather, InterpretedFunction)  # Triton decided so when the kernels were loaded
 FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank
@@ -145,8 +147,10 @@ def _prepare_gather(
         direct_y = _vector(y, ay, wrote)
     # Where the result's channels lie apart, the accumulator is turned so that its pixels are neighbours, and nothing is lost.
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec if ay.unit else x_vec)) == 1
-    plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow)
-    tile, tiles = plan.tile, cost.pixel_tiles(p, pass_, plan.tile.m)
+    lanes_x, lanes_y = _lanes(x, ax, wrote, p.Y if transposed else p.X), _lanes(y, ay, wrote, p.X if transposed else p.Y)
+    strips = Strips(lanes_x.unit != "c", min(lanes_x.vec, lanes_y.vec) == 1)
+    plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow, strips)
+    tile = plan.tile
     integers = {
         "N": p.N, **_window(p), **_triple("g", [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]),
         **_triple("X", p.Y if transposed else p.X), **_triple("Y", p.X if transposed else p.Y),
@@ -160,7 +164,15 @@ def _prepare_gather(
         "FLIP": not ay.unit and (size > 2 or tile.n >= 64 or plan.kernel == "depthwise"),
         "BLOCK_M": tile.m, **_numerics(x.dtype), **_options(tile),
     }  # fmt: skip
-    call = _call(pass_, problem, plan, p, rules)
+    call, tiles = _call(pass_, problem, plan, p, rules), cost.pixel_tiles(p, pass_, tile.m)
+    if plan.kernel == "strip":
+        step = tile.columns // p.S[2] if transposed else tile.columns * p.S[2]
+        integers |= {"C": wrote, "swk": aw.outer}
+        constants |= {
+            **_strip(p, tile, lanes_x, lanes_y, step), "BLOCK_C": tile.n,
+            "WIDTH": planning.pow2(min(CHUNK, p.T[2]), 1, CHUNK), "REST_WIDTH": planning.pow2(p.T[2] % CHUNK, 1, CHUNK),
+        }  # fmt: skip
+        return _prepared(strip, cost.tiles_of(p, pass_, "strip", tile), integers, constants, call, y)
     if plan.kernel == "depthwise":
         integers |= {"C": wrote, "M": p.multiplier, "swk": aw.outer}
         constants |= {
@@ -196,11 +208,16 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
     if p.depthwise:  # tiles span groups
         direct_x, direct_y = _vector(x, ax, p.K) if p.multiplier == 1 else 1, _vector(dy, ay, p.K)
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, y_vec)) == 1
-    plan = planning.choose(p, "wgrad", size, tensor_cores(x.dtype), device, narrow)
-    tile, splits, pixels = plan.tile, plan.splits, p.N * math.prod(p.Y)
+    lanes_x, lanes_y = _lanes(x, ax, p.K, p.X), _lanes(dy, ay, p.K, p.Y)
+    strips = Strips(lanes_x.unit != "c", min(lanes_x.vec, lanes_y.vec) == 1)
+    plan = planning.choose(p, "wgrad", size, tensor_cores(x.dtype), device, narrow, strips)
+    tile, splits, extents = plan.tile, plan.splits, p.Y
+    if plan.kernel == "strip_wgrad":
+        extents = (p.Y[0], p.Y[1], math.ceil(p.Y[2] / tile.columns))
+    pixels = p.N * math.prod(extents)
     chunk = planning.chunk(pixels, tile.k, splits)
     integers = {
-        "N": p.N, **_window(p), **_triple("X", p.X), **_triple("Y", p.Y), **_digits(tile.k, p.Y), "chunk": chunk,
+        "N": p.N, **_window(p), **_triple("X", p.X), **_triple("Y", p.Y), **_digits(tile.k, extents), "chunk": chunk,
         **_strides("sx", ax), **_strides("sy", ay), **_triple("sw", aw.spatial), "sws": dw.numel(), "swk": aw.outer,
     }  # fmt: skip
     constants: dict[str, Any] = {
@@ -209,6 +226,14 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
         **_numerics(x.dtype), **_options(tile),
     }  # fmt: skip
     call = _call("wgrad", problem, plan, p, rules)
+    if plan.kernel == "strip_wgrad":
+        integers |= {"C": p.K}
+        constants |= {
+            **_strip(p, tile, lanes_x, lanes_y, tile.columns * p.S[2]), "BLOCK_C": tile.n, "ROWS": tile.m,
+            "READ_DY": tile.columns if lanes_x.unit != "c" and lanes_y.unit == "p" else 1,
+        }  # fmt: skip
+        programs = cost.tiles_of(p, "wgrad", "strip_wgrad", tile) * splits
+        return _prepared(strip_wgrad, programs, integers, constants, call, dw, splits)
     if plan.kernel == "depthwise_wgrad":
         integers |= {"K": p.K, "M": p.multiplier}
         constants |= {
@@ -310,6 +335,32 @@ def _options(tile: Tile) -> dict[str, int]:
 def _vector(t: torch.Tensor, a: Addressing, channels: int) -> int:
     """Elements per access along the channels of t, of which a group has `channels`; 1 where they are not contiguous."""
     return vector(t.data_ptr(), t.element_size(), a.outer, *a.spatial, channels) if a.unit else 1
+
+
+@dataclass(frozen=True)
+class _Lanes:
+    """The axis along which a strip kernel's accesses are wide, "c", "p" (the last dimension) or neither, and how wide."""
+
+    unit: str
+    vec: int
+
+
+def _lanes(t: torch.Tensor, a: Addressing, channels: int, extents: Sequence[int]) -> _Lanes:
+    if a.unit:
+        return _Lanes("c", _vector(t, a, channels))
+    if a.spatial[2] != 1:
+        return _Lanes("", 1)
+    return _Lanes("p", vector(t.data_ptr(), t.element_size(), a.outer, a.channel, *a.spatial[:2], extents[2]))
+
+
+def _strip(p: ConvProblem, tile: Tile, x: _Lanes, y: _Lanes, step: int) -> dict[str, Any]:
+    """What both strip kernels know at compile time; step: columns read from one strip to the next."""
+    x_vec = x.vec if x.unit == "c" else math.gcd(x.vec, step)
+    return {
+        "T2": p.T[2], "S2": p.S[2], "D2": p.D[2], "P2": p.P[2], "X_UNIT": x.unit, "Y_UNIT": y.unit, "X_VEC": x_vec,
+        "Y_VEC": y.vec, "READ": (x_vec if x_vec >= 4 else READ) if x.unit == "p" else 1, "FLIP": x.unit != "c",
+        "COLUMNS": tile.columns, "CHUNK": min(CHUNK, p.T[2]),
+    }  # fmt: skip
 
 
 def _weight_axis(w: Addressing, transposed: bool) -> str:

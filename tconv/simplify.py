@@ -124,6 +124,8 @@ def _merge(f: Form, d: int, pass_: str) -> Form | None:
     p, a = f.p, d - 1
     if d == 0 or _trivial(p, a) or _trivial(p, d) or not _pointwise(p, d) or p.S[a] != 1:
         return None
+    if p.depthwise and p.T[a] > 1:  # strips want columns that are neighbours, not taps that lie a row apart
+        return None
     n = p.X[d]
     chained = all(
         t.spatial[a] == n * t.spatial[d] or extent == 1 for t, extent in ((f.x, p.X[a]), (f.y, p.Y[a]))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tconv.configs import Tile, tiles, why_illegal
 from tconv.device import Device
 from tconv.kernels.reduce import sum_splits
 from tconv.layout import shaped
 from tconv.plan import KERNELS, force
-from tconv.prepare import Prepared, prepare_bias, prepare_gather, prepare_wgrad, tensor_cores
+from tconv.prepare import Prepared, prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import ConvProblem
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -50,11 +50,14 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
     That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split.
     """
     for pass_, prepare in launches(problem, dtype, channels_last, device).items():
-        choices = [(kernel, staged) for kernel in KERNELS[pass_][: 1 + problem.depthwise] for staged in (False, True)]
-        for kernel, staged in choices:
+        for kernel, staged in itertools.product(KERNELS[pass_] if problem.depthwise else KERNELS[pass_][:1], (False, True)):
             with force(kernel, staged=staged):
-                candidates = legal_tiles(prepare(), dtype, device)
-            for tile in candidates:
+                try:
+                    plan = prepare().call.plan
+                except ValueError:  # a kernel without a tile for this layer
+                    continue
+            assert plan is not None
+            for tile in plan.tiles:
                 with force(kernel, tile, staged=staged):
                     prepared = prepare()
                 yield _variant(pass_, prepared, dtype)
@@ -74,14 +77,6 @@ def launches(
         "wgrad": lambda: prepare_wgrad(problem, y, x, w, device),
         "bias": lambda: prepare_bias(problem, y, device),
     }
-
-
-def legal_tiles(prepared: Prepared, dtype: torch.dtype, device: Device) -> list[Tile]:
-    """The tiles among which the planner chose for a launch with its kernel."""
-    plan = prepared.call.plan
-    assert plan is not None
-    every = tiles(plan.kernel, dtype.itemsize, tensor_cores(dtype), plan.narrow)
-    return [t for t in every if not why_illegal(plan.kernel, t, dtype.itemsize, device)]
 
 
 @contextlib.contextmanager
@@ -108,10 +103,12 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
     plan = prepared.call.plan
     assert plan is not None
     direct = plan.kernel not in ("gather", "wgrad")
-    inner = {True: "c", False: "p"}
-    marks = [inner[c[k]] for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
+    inner = {True: "c", False: "p", "": "-"}
+    marks = [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
     vectors = [str(c[k]) for k in VECTORS if k in c]
     flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "WIDE") if c.get(k)]
+    if "COLUMNS" in c:
+        flags.append(f"row={c['T2']}s{c['S2']}d{c['D2']}p{c['P2']}")
     if c.get("FIELD") == 0:
         flags.append("unpacked")
     if c.get("PRECISION") == "tf32":

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.layers import layers
-from tconv import cost, plan
+from tconv import cost, plan, strips
 from tconv.configs import Tile, tiles
 from tconv.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
 from tconv.layout import shaped
@@ -92,19 +92,30 @@ def test_programs_and_workspace_are_those_launched(case, channels_last):
 def test_loop_lengths_are_near_those_compiled():
     """Against the recorded machine code: of every kernel and precision, wide and narrow, the median is within a half."""
     rows = csv.DictReader((BUDGETS / "triton-3.7" / "sm_90.csv").read_text().splitlines()[1:])
-    pattern = re.compile(r"\w+ (\w+) \dd (\w+) (\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: r\d+)? inner=\S* vec=(\S+)(.*)")
+    tile = r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: r\d+)?(?: c(\d+))?"
+    pattern = re.compile(rf"(\w+) (\w+) \dd (\w+) {tile} inner=(\S*) vec=(\S+)(.*)")
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     ratios = collections.defaultdict(list)
     for row in rows:
         found = pattern.fullmatch(row["variant"])
-        if not found or found[1] == "bias" or found[2] not in sizes:
+        if not found or found[2] == "bias" or found[3] not in sizes:
             continue
-        kernel, dtype, *extents, vectors, flags = found.groups()
-        direct, narrow = kernel.startswith("depthwise"), "1" in vectors.split("/")[:2]  # the third is the result's
+        pass_, kernel, dtype, *extents, columns, inner, vectors, flags = found.groups()
+        direct, narrow = kernel.startswith(("depthwise", "strip")), "1" in vectors.split("/")[:2]  # the third is the result's
         cores = not direct and (dtype != "fp32" or "tf32" in flags)
-        length = cost.loop_length(kernel, Tile(*map(int, extents)), sizes[dtype], cores, narrow)
+        if kernel.startswith("strip"):
+            size, stride, dilation, padding = map(int, re.search(r"row=(\d+)s(\d+)d(\d+)p(\d+)", flags).groups())
+            if row["loop_instructions"] == "0" or size > strips.CHUNK:  # unrolled, or a loop in the loop
+                continue
+            p = forward_problem((1, 2, 9, 99), (2, 1, 3, size), (1, stride), [(0, padding)] * 2, (1, dilation), 2)
+            tile_ = Tile(*map(int, extents), columns=int(columns))
+            length = cost.strip_length(p, pass_, tile_, sizes[dtype], narrow, inner[0] != "c")
+        else:
+            length = cost.loop_length(kernel, Tile(*map(int, extents)), sizes[dtype], cores, narrow)
         ratios[kernel, dtype, cores, narrow].append(int(row["loop_instructions"]) / length)
-    assert {kernel for kernel, *_ in ratios} == {"gather", "wgrad", "depthwise", "depthwise_wgrad"}
+    assert {kernel for kernel, *_ in ratios} == {
+        "gather", "wgrad", "depthwise", "depthwise_wgrad", "strip", "strip_wgrad"
+    }  # fmt: skip
     for kind, found in ratios.items():
         assert 1 / 1.5 < statistics.median(found) < 1.5, kind
 

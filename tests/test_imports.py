@@ -19,7 +19,7 @@ ROWS = [
     ("record",),
     ("plan", "layout", "simplify", "guard"),
     ("cost",),
-    ("configs", "kernels"),
+    ("configs", "kernels", "strips"),
     ("device", "problem"),
 ]
 RANK = {name: row for row, names in enumerate(ROWS) for name in names}
@@ -56,5 +56,5 @@ def test_kernels_import_triton_and_each_others_helpers_only():
 
 
 def test_the_ground_needs_nothing_but_the_standard_library():
-    for stem in ("problem", "configs", "cost", "plan", "record", "simplify"):
+    for stem in ("problem", "configs", "cost", "plan", "record", "simplify", "strips"):
         assert not any(name.split(".")[0] in ("torch", "triton") for name in imports(ROOT / f"{stem}.py"))

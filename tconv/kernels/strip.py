@@ -1,0 +1,312 @@
+"""Depthwise convolutions with one filter per channel, a strip of neighbouring columns per thread.
+
+    fprop  y[n, c, j] = sum over t of x[n, c, j*S - P + t*D] * w[c, t]
+    dgrad  x[n, c, j*S - P + t*D] += y[n, c, j] * w[c, t]
+    wgrad  dw[c, t] = sum over n, j of dy[n, c, j] * x[n, c, j*S - P + t*D]
+
+A thread owns COLUMNS outputs that are neighbours in the last dimension (wgrad: so many pixels of dy), and reads each column
+that they meet once for all of them and for CHUNK taps of that dimension. The last dimension's geometry is therefore known at
+compile time: which output meets which column at which tap costs no instruction, and the phases of a strided dgrad lie side by
+side in one strip. The other dimensions are runtime data; their phases, tap counters and pixel digits are those of gather.py
+and wgrad.py.
+
+Where channels are contiguous a tile is [strips, channels] and a column is one load, wide along the channels. Where columns
+are contiguous it is [channels, strips], and one load takes READ columns from an aligned address; each of them becomes a tensor
+of its own without leaving its thread.
+"""
+
+import triton
+import triton.language as tl
+
+from tconv.kernels.common import advance, inside, kernel, lead, multiple, rounded, split_pixels, trail, written_pixels
+
+
+@triton.jit
+def apart(t, A: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr):
+    """The COUNT slices [A, B] of t [A, B, COUNT], COUNT a power of two up to 8."""
+    if COUNT == 1:
+        slices = (tl.reshape(t, (A, B)),)
+    elif COUNT == 2:
+        slices = tl.split(t)
+    else:
+        even, odd = tl.split(tl.reshape(t, (A, B, COUNT // 2, 2)))
+        evens = apart(even, A, B, COUNT // 2)
+        odds = apart(odd, A, B, COUNT // 2)
+        if COUNT == 4:
+            slices = (evens[0], odds[0], evens[1], odds[1])
+        else:
+            slices = (evens[0], odds[0], evens[1], odds[1], evens[2], odds[2], evens[3], odds[3])
+    return slices
+
+
+@triton.jit
+def together(slices, A: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr):
+    """t [A, B, COUNT] of COUNT slices [A, B], what `apart` undoes."""
+    if COUNT == 1:
+        t = tl.reshape(slices[0], (A, B, 1))
+    elif COUNT == 2:
+        t = tl.join(slices[0], slices[1])
+    else:
+        even = together(slices[0::2], A, B, COUNT // 2)
+        odd = together(slices[1::2], A, B, COUNT // 2)
+        t = tl.reshape(tl.join(even, odd), (A, B, COUNT))
+    return t
+
+
+@triton.jit
+def column_products(
+    accs, xv, others, I: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WGRAD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """accs with the products of column I of a strip's window, xv.
+
+    Output v meets column I at tap t where I = v*S + t*D, transposed where v + P % S = I*S + t*D. Others are the taps and
+    accs the outputs, in wgrad the outputs' gradients and the taps.
+    """
+    for t in tl.static_range(T):
+        if TRANSPOSED:
+            if (I * S + t * D - P % S >= 0) and (I * S + t * D - P % S < COLUMNS):
+                accs = added(accs, xv * others[t], I * S + t * D - P % S)
+        elif (I - t * D >= 0) and ((I - t * D) % S == 0) and ((I - t * D) // S < COLUMNS):
+            if WGRAD:
+                accs = added(accs, xv * others[(I - t * D) // S], t)
+            else:
+                accs = added(accs, xv * others[t], (I - t * D) // S)
+    return accs
+
+
+@triton.jit
+def added(accs, product, AT: tl.constexpr):
+    """accs with the product added to its entry AT."""
+    return accs[:AT] + (accs[AT] + product,) + accs[AT + 1 :]
+
+
+@triton.jit
+def window(
+    accs, others, xp, start, ok, mask_c, X2, sx2, shift,
+    T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TRANSPOSED: tl.constexpr, WGRAD: tl.constexpr,
+    ALIGNED: tl.constexpr, READ: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """accs with the products of one row of x, taps 0 to T - 1 of the last dimension, counted from where `shift` points.
+
+    xp: pointers [tile] to the column at coordinate `start` [strips]; ok: whether the row is inside [strips].
+    """
+    # First and last column of the window, relative to where output 0 of the strip meets tap 0.
+    LOW: tl.constexpr = (P % S - (T - 1) * D) // S if TRANSPOSED else 0
+    HIGH: tl.constexpr = (P % S + COLUMNS - 1) // S if TRANSPOSED else (COLUMNS - 1) * S + (T - 1) * D
+    ORIGIN: tl.constexpr = P // S if TRANSPOSED else -P
+    if READ == 1:
+        for i in tl.static_range(LOW, HIGH + 1):
+            at = start + (ORIGIN + i + shift)
+            mask = lead(ok & inside(at, X2), FLIP) & trail(mask_c, FLIP)
+            xv = tl.load(xp + (ORIGIN + i + shift) * sx2, mask=mask, other=0.0).to(ACC)
+            accs = column_products(accs, xv, others, i, T, S, D, P, TRANSPOSED, WGRAD, COLUMNS)
+    else:
+        FROM: tl.constexpr = (ORIGIN + LOW) // ALIGNED * ALIGNED
+        BLOCK_C: tl.constexpr = xp.shape[0]
+        BLOCK_P: tl.constexpr = xp.shape[1]
+        r = tl.arange(0, READ)
+        for b in tl.static_range((ORIGIN + HIGH - FROM) // READ + 1):
+            at = start[:, None] + ((FROM + b * READ + shift) + r[None, :])
+            mask = (ok[:, None] & inside(at, X2))[None, :, :] & mask_c[:, None, None]
+            block = tl.load(xp[:, :, None] + ((FROM + b * READ + shift) + r[None, None, :]), mask=mask, other=0.0)
+            columns = apart(block, BLOCK_C, BLOCK_P, READ)
+            for j in tl.static_range(READ):
+                accs = column_products(
+                    accs, columns[j].to(ACC), others, FROM + b * READ + j - ORIGIN, T, S, D, P, TRANSPOSED, WGRAD, COLUMNS
+                )
+    return accs
+
+
+@triton.jit
+def filter_row(wp, mask_c, sw2, tap, T: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr):
+    """Taps `tap` to tap + T - 1 of a filter's row, each a tensor that broadcasts over strips; WIDTH: T's power of two.
+
+    Read as one tile: taps lie side by side, and one exchange between threads does for all of them.
+    """
+    t = tl.arange(0, WIDTH)
+    BLOCK_C: tl.constexpr = wp.shape[0]
+    tile = tl.load(wp[:, None] + ((tap + t) * sw2)[None, :], mask=mask_c[:, None] & (t < T)[None, :], other=0.0).to(ACC)
+    if FLIP:
+        taps = apart(tl.reshape(tile, (BLOCK_C, 1, WIDTH)), BLOCK_C, 1, WIDTH)
+    else:
+        taps = apart(tl.reshape(tile, (1, BLOCK_C, WIDTH)), 1, BLOCK_C, WIDTH)
+    return taps
+
+
+@kernel
+def strip(
+    x_ptr, w_ptr, b_ptr, y_ptr,
+    N, C,
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, S0, S1, D0, D1, P0, P1, g0, g1,
+    sxn, sxc, sx0, sx1, sx2, swk, sw0, sw1, sw2, syn, syc, sy0, sy1, sy2, sb,
+    T2: tl.constexpr, S2: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+    TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # the contiguous axis: "c", channels, "p", columns, or neither
+    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, READ: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    FIRST: tl.constexpr = 3 - RANK
+    STEP: tl.constexpr = COLUMNS // S2 if TRANSPOSED else COLUMNS * S2  # columns read from one strip to the next
+    X2 = multiple(X2, X_VEC if X_UNIT == "p" else 1)
+    Y2 = multiple(Y2, Y_VEC if Y_UNIT == "p" else 1)
+    C = multiple(multiple(C, X_VEC if X_UNIT == "c" else 1), Y_VEC if Y_UNIT == "c" else 1)
+    sx2 = 1 if X_UNIT == "p" else multiple(sx2, X_VEC).to(OFFSET)
+    sy2 = 1 if Y_UNIT == "p" else multiple(sy2, Y_VEC).to(OFFSET)
+    sxc = 1 if X_UNIT == "c" else multiple(sxc, X_VEC).to(OFFSET)
+    syc = 1 if Y_UNIT == "c" else multiple(syc, Y_VEC).to(OFFSET)
+    sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET))
+    strips = tl.cdiv(Y2, COLUMNS)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
+        tl.program_id(0) // tiles_c, N, (Y0, Y1, strips), (T0, T1, 1), (S0, S1, 1), (D0, D1, 1), (P0, P1, 0), (g0, g1, 1),
+        multiple(sxn, X_VEC), (sx[0], sx[1], sx2 * STEP),
+        multiple(syn, Y_VEC), (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), sy2 * COLUMNS),
+        TRANSPOSED, RANK, OFFSET, BLOCK_M,
+    )  # fmt: skip
+    if past:
+        return
+
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < C
+    start = h[2] * STEP
+    xp = x_ptr + (lead(x_offset, FLIP) + trail(c * sxc, FLIP))
+    wp = w_ptr + c * swk
+    if FLIP:
+        zero = tl.zeros((BLOCK_C, BLOCK_M), dtype=ACC)
+    else:
+        zero = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    accs = (zero,) * COLUMNS
+    for i in tl.range(0, n_taps[0] * n_taps[1]):
+        tap = (i // n_taps[1], i % n_taps[1])
+        ok = live
+        dx = tl.zeros((), OFFSET)
+        dw = 0
+        for d in tl.static_range(2):
+            if d >= FIRST:
+                step = -((D0, D1)[d] // (g0, g1)[d]) if TRANSPOSED else (D0, D1)[d]
+                ok &= inside(h[d] + tap[d] * step, (X0, X1)[d])
+                dx += (tap[d] * step).to(OFFSET) * sx[d]
+                dw += (t_first[d] + tap[d] * ((S0, S1)[d] // (g0, g1)[d] if TRANSPOSED else 1)) * (sw0, sw1)[d]
+        for u in tl.range(0, T2 // CHUNK):
+            taps = filter_row(wp + dw, mask_c, sw2, u * CHUNK, CHUNK, WIDTH, ACC, FLIP)
+            shift = -(u * (CHUNK * D2 // S2)) if TRANSPOSED else u * (CHUNK * D2)
+            accs = window(
+                accs, taps, xp + dx, start, ok, mask_c, X2, sx2, shift,
+                CHUNK, S2, D2, P2, TRANSPOSED, False, X_VEC, READ, ACC, FLIP, COLUMNS,
+            )  # fmt: skip
+        if T2 % CHUNK:
+            REST: tl.constexpr = T2 // CHUNK * CHUNK
+            taps = filter_row(wp + dw, mask_c, sw2, REST, T2 % CHUNK, REST_WIDTH, ACC, FLIP)
+            accs = window(
+                accs, taps, xp + dx, start, ok, mask_c, X2, sx2, -(REST * D2 // S2) if TRANSPOSED else REST * D2,
+                T2 % CHUNK, S2, D2, P2, TRANSPOSED, False, X_VEC, READ, ACC, FLIP, COLUMNS,
+            )  # fmt: skip
+
+    if HAS_BIAS:
+        bias = trail(tl.load(b_ptr + c * sb, mask=mask_c, other=0.0).to(ACC), FLIP)
+    yp = y_ptr + (lead(y_offset, FLIP) + trail(c * syc, FLIP))
+    if FLIP and Y_UNIT == "p" and COLUMNS & (COLUMNS - 1) == 0:
+        y = together(accs, BLOCK_C, BLOCK_M, COLUMNS)
+        if HAS_BIAS:
+            y += bias[:, :, None]
+        v = tl.arange(0, COLUMNS)
+        mask = (live[:, None] & (h[2][:, None] * COLUMNS + v[None, :] < Y2))[None, :, :] & mask_c[:, None, None]
+        tl.store(yp[:, :, None] + v[None, None, :], rounded(y, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    else:
+        for v in tl.static_range(COLUMNS):
+            y = accs[v]
+            if HAS_BIAS:
+                y += bias
+            mask = lead(live & (h[2] * COLUMNS + v < Y2), FLIP) & trail(mask_c, FLIP)
+            tl.store(yp + v * sy2, rounded(y, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+
+
+@kernel
+def strip_wgrad(
+    dy_ptr, x_ptr, dw_ptr,
+    N, C,
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, S0, S1, D0, D1, P0, P1,
+    Bn, B0, B1, B2, chunk,  # BLOCK_P strips as digits; strips per split
+    sxn, sxc, sx0, sx1, sx2, syn, syc, sy0, sy1, sy2, sws, swk, sw0, sw1, sw2,
+    T2: tl.constexpr, S2: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, RANK: tl.constexpr,
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr,
+    READ: tl.constexpr, READ_DY: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    FLIP: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program owns CHUNK taps of each of ROWS rows of the filter, a channel tile and one split of the strips of dy."""
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    CHUNKS: tl.constexpr = (T2 + CHUNK - 1) // CHUNK
+    X2 = multiple(X2, X_VEC if X_UNIT == "p" else 1)
+    Y2 = multiple(Y2, Y_VEC if Y_UNIT == "p" else 1)
+    C = multiple(multiple(C, X_VEC if X_UNIT == "c" else 1), Y_VEC if Y_UNIT == "c" else 1)
+    sx2 = 1 if X_UNIT == "p" else multiple(sx2, X_VEC).to(OFFSET)
+    sy2 = 1 if Y_UNIT == "p" else multiple(sy2, Y_VEC).to(OFFSET)
+    sxc = 1 if X_UNIT == "c" else multiple(sxc, X_VEC).to(OFFSET)
+    syc = 1 if Y_UNIT == "c" else multiple(syc, Y_VEC).to(OFFSET)
+    sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), sx2 * (COLUMNS * S2))
+    sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), sy2 * COLUMNS)
+    Y = (Y0, Y1, tl.cdiv(Y2, COLUMNS))
+    S = (S0, S1, tl.full((), 1, tl.int32))
+    B = (B0, B1, B2, Bn)
+
+    pid = tl.program_id(0)
+    u = pid % CHUNKS
+    row_tiles = tl.cdiv(T0 * T1, ROWS)
+    row = pid // CHUNKS % row_tiles * ROWS
+    pid = pid // (CHUNKS * row_tiles)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < C
+    split = pid // tiles_c
+    left, xo, yo, h, x_step, y_step, end, carry_x, carry_y = split_pixels(
+        split, chunk, N, Y, S, B, (-P0, -P1, 0), multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, RANK, OFFSET, BLOCK_P
+    )
+    p = tl.arange(0, BLOCK_P)
+    yp = dy_ptr + trail(c * syc, FLIP)
+    xp = x_ptr + trail(c * sxc, FLIP)
+    if FLIP:
+        zero = tl.zeros((BLOCK_C, BLOCK_P), dtype=ACC)
+    else:
+        zero = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
+    accs = (zero,) * (ROWS * CHUNK)
+    for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
+        live = p < left
+        yq = yp + tl.multiple_of(lead(yo, FLIP), [Y_VEC, Y_VEC])
+        xq = xp + tl.multiple_of(lead(xo, FLIP), [X_VEC, X_VEC])
+        gs = ()
+        for v in tl.static_range(0, COLUMNS, READ_DY):
+            if READ_DY == 1:
+                mask = lead(live & (h[2] * COLUMNS + v < Y2), FLIP) & trail(mask_c, FLIP)
+                gs = gs + (tl.load(yq + v * sy2, mask=mask, other=0.0).to(ACC),)
+            else:
+                r = v + tl.arange(0, READ_DY)
+                mask = (live[:, None] & (h[2][:, None] * COLUMNS + r[None, :] < Y2))[None, :, :] & mask_c[:, None, None]
+                block = tl.load(yq[:, :, None] + r[None, None, :], mask=mask, other=0.0).to(ACC)
+                gs = gs + apart(block, BLOCK_C, BLOCK_P, READ_DY)
+        for r in tl.static_range(ROWS):
+            tap = ((row + r) // T1, (row + r) % T1)
+            ok = live & (tap[0] < T0)
+            dx = tl.zeros((), OFFSET)
+            for d in tl.static_range(2):
+                if d >= 3 - RANK:
+                    ok &= inside(h[d] + tap[d] * (D0, D1)[d], (X0, X1)[d])
+                    dx += (tap[d] * (D0, D1)[d]).to(OFFSET) * sx[d]
+            sums = window(
+                accs[r * CHUNK : (r + 1) * CHUNK], gs, xq + dx, h[2] * (COLUMNS * S2), ok, mask_c, X2, sx2,
+                u * (CHUNK * D2), CHUNK, S2, D2, P2, False, True, X_VEC, READ, ACC, FLIP, COLUMNS,
+            )  # fmt: skip
+            accs = accs[: r * CHUNK] + sums + accs[(r + 1) * CHUNK :]
+        p += BLOCK_P
+        xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
+
+    for r in tl.static_range(ROWS):
+        out = dw_ptr + split.to(tl.int64) * sws + ((row + r) // T1 * sw0 + (row + r) % T1 * sw1) + c * swk
+        for t in tl.static_range(CHUNK):
+            total = tl.sum(accs[r * CHUNK + t], axis=1 if FLIP else 0)
+            mask = mask_c & (row + r < T0 * T1) & (u * CHUNK + t < T2)
+            tl.store(out + (u * CHUNK + t) * sw2, rounded(total, dw_ptr.dtype.element_ty, INTERPRET), mask=mask)

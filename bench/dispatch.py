@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Microseconds of Python per call, from the layer to the point of launch, beside torch.nn's own; needs no GPU.
+"""Microseconds of Python per call, from the layer to the C launcher, beside torch.nn's own; needs no GPU.
 
     python bench/dispatch.py [--json out/dispatch.json]
 
-tconv's launches are stubbed, so its rows are dispatch alone: guard, lookups, autograd, allocation of the result. torch.nn's
-rows include its real CPU kernel on a one-pixel problem, about the least that it can be. A row is the least of 25 batches'
-mean thread time; both libraries run in turn in one process. The breakdown times tconv's pieces alone, each called as the
-layer calls it; what a piece adds to the ones within it is a difference, so its small numbers are rough.
+tconv's kernels are compiled, and launched on a device that is not there (bench/stub.py): its rows are all of the Python of a
+call (guard, lookups, autograd, allocation of the result, launch) up to where Triton's launcher enters C, and nothing of what
+C and the GPU do then. torch.nn's rows include its real CPU kernel on a one-pixel problem, about the least that it can be. A
+row is the least of 25 batches' mean thread time; both libraries run in turn in one process. The breakdown times tconv's
+pieces alone, each called as the layer calls it; what a piece adds to the ones within it is a difference, so its small
+numbers are rough.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ import sys
 import time
 from collections.abc import Callable
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # so that CPU tensors get as far as a launch
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: this is about compiled kernels
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 
 import tconv
+from bench import stub
 from bench.record import machine
-from tconv import autograd, functional, launch
+from tconv import autograd, compiled, functional, launch
 from tconv.guard import unusual
 from tconv.record import note
 
@@ -71,8 +74,9 @@ def measure() -> dict[str, dict[str, float]]:
     return {row: microseconds({name: make(layer) for name, layer in layers.items()}) for row, make in rows.items()}
 
 
-def breakdown() -> dict[str, tuple[float, float]]:
-    """{piece: (us of a forward, us of a forward and backward)}, with gradients by input, weight and bias.
+def breakdown() -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
+    """{piece: (us of a forward, us of a forward and backward)}, with gradients by input, weight and bias; and the same of the
+    launches if Triton dispatched them.
 
     Autograd's share of the second is what its engine and `torch.autograd.grad` leave to no other piece.
     """
@@ -83,6 +87,7 @@ def breakdown() -> dict[str, tuple[float, float]]:
     torch.autograd.grad(layer(x), leaves, up)
     (seen,) = functional._seen.values()
     _, geometry, prepared = seen.how
+    y = launch.convolve(prepared, x, w, b, False)
 
     forward = microseconds(
         {
@@ -93,6 +98,8 @@ def breakdown() -> dict[str, tuple[float, float]]:
             "run": lambda: launch.convolve(prepared, x, w, b, False),
             "allocate": lambda: x.new_empty_strided(prepared.shape, prepared.strides),
             "note": lambda: note(prepared.call),
+            "launch": lambda: compiled.run(prepared, (x, w, b, y)),
+            "Triton's launch": lambda: compiled._by_triton(prepared, (x, w, b, y)),
             "both": lambda: torch.autograd.grad(layer(x), leaves, up),
         }
     )
@@ -108,17 +115,18 @@ def breakdown() -> dict[str, tuple[float, float]]:
         )
     passes = sum(backward[name] for name in ("dgrad", "wgrad", "bias"))
     allocations = sum(us for name, us in backward.items() if name.startswith("allocate"))
-    stub = forward["run"] - forward["allocate"] - forward["note"]
+    launched = forward["launch"]
     pieces = {
         "module call": (forward["layer"] - forward["convolve"], 0.0),
-        "key and lookup": (forward["convolve"] - forward["again"], passes - allocations - 3 * (forward["note"] + stub)),
+        "key and lookup": (forward["convolve"] - forward["again"], passes - allocations - 3 * (forward["note"] + launched)),
         "guard": (forward["again"] - forward["function"], backward["guard"]),
         "autograd": (forward["function"] - forward["run"], forward["both"] - forward["layer"] - passes - backward["guard"]),
         "allocation": (forward["allocate"], allocations),
         "note": (forward["note"], 3 * forward["note"]),
-        "launch (stub)": (stub, 3 * stub),
+        "launch": (launched, 3 * launched),
     }
-    return {piece: (there, there + back) for piece, (there, back) in pieces.items()}
+    by_triton = forward["Triton's launch"]
+    return {piece: (there, there + back) for piece, (there, back) in pieces.items()}, (by_triton, 4 * by_triton)
 
 
 def main() -> None:
@@ -127,20 +135,23 @@ def main() -> None:
     parser.add_argument("--commit", help="where the checkout has no git beside it")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    launch._call = lambda *_: None
+    stub.install()
     rows = measure()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}; microseconds per call\n")
     print(f"{'':36}{'torch.nn':>10}{'tconv':>10}{'ratio':>8}")
     for row, us in rows.items():
         print(f"{row:36}{us['torch.nn']:10.1f}{us['tconv']:10.1f}{us['tconv'] / us['torch.nn']:8.2f}")
-    pieces = breakdown()
+    pieces, by_triton = breakdown()
     print(f"\n{'tconv, by pieces timed alone':36}{'forward':>10}{'+ backward':>12}")
     for piece, (forward, both) in pieces.items():
         print(f"{piece:36}{forward:10.1f}{both:12.1f}")
+    print(f"{'(launch by Triton, if it were used)':36}{by_triton[0]:10.1f}{by_triton[1]:12.1f}")
     print(f"{'sum':36}{sum(f for f, _ in pieces.values()):10.1f}{sum(b for _, b in pieces.values()):12.1f}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**machine(args.commit), "us": rows, "pieces": pieces}, indent=1))
+        args.json.write_text(
+            json.dumps({**machine(args.commit), "us": rows, "pieces": pieces, "launch_by_triton": by_triton}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -27,14 +27,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import codegen_budget as budget
 import machine_code
 
-from tconv.device import DEVICES, Device
+from tconv.device import ARCHITECTURES as ARCHS
 
-ARCHS = {  # name: (backend, architecture, warp size, what planning knows of a device that has it)
-    "sm_80": ("cuda", 80, 32, DEVICES["A100"]),
-    "sm_90": ("cuda", 90, 32, DEVICES["H100"]),
-    "sm_100": ("cuda", 100, 32, Device("B200", 148, 232448, generation=10)),
-    "gfx942": ("hip", "gfx942", 64, DEVICES["MI300X"]),
-}
 COLUMNS = (
     ("registers", "regs"), ("spills", "spill"), ("loop_spills", "loopsp"), ("shared_bytes", "smem"), ("mma", "mma"),
     ("mma_kind", "kind"), ("register_detour", "detour"), ("async_copies", "async"), ("async_copy_bytes", "bytes"),

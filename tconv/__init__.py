@@ -17,6 +17,7 @@ from tconv.modules import (
     LazyConvTranspose3d,
 )
 from tconv.plan import force
+from tconv.precompile import Precompiled, precompile
 from tconv.record import Call, last_calls, recording
 from tconv.swap import replace_, restore_
 
@@ -37,10 +38,12 @@ __all__ = [
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
+    "Precompiled",
     "explain",
     "force",
     "functional",
     "last_calls",
+    "precompile",
     "recording",
     "replace_",
     "restore_",

@@ -23,23 +23,25 @@ from tconv.guard import unusual
 from tconv.layout import LIMIT, addressing
 from tconv.prepare import Prepared
 from tconv.problem import Geometry
-from tconv.record import Call, note
+from tconv.record import Call, Declined, note
 
 MaybeTensor = torch.Tensor | None
 How = tuple[bool, Geometry, Prepared]  # whether transposed, and the launch of the forward pass
 
 
-def convolve(transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry) -> torch.Tensor:
+def convolve(
+    transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry, shared: launch.Staged | None = None
+) -> torch.Tensor:
     """fprop of a problem, x -> y, or, transposed, its dgrad, x being dy; differentiable in x, w and b."""
     prepared = launch.convolution(transposed, g, x, w, b)
     if _differentiable(x, w, b):
         return apply_convolve(x, w, b, (transposed, g, prepared))
-    return launch.convolve(prepared, x, w, b, g.dry)
+    return launch.convolve(prepared, x, w, b, g.dry, shared)
 
 
-def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
+def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry, shared: launch.Staged | None = None) -> torch.Tensor:
     """dw of a problem, differentiable in dy and x."""
-    return _apply_wgrad(dy, x, g) if _differentiable(dy, x) else launch.wgrad(g, dy, x)
+    return _apply_wgrad(dy, x, g) if _differentiable(dy, x) else launch.wgrad(g, dy, x, shared)
 
 
 def bias_grad(dy: torch.Tensor, g: Geometry) -> torch.Tensor:
@@ -73,11 +75,11 @@ class _Convolve(torch.autograd.Function):
             return None, None, None, None
         need_x, need_w, need_b, _ = ctx.needs_input_grad
         transposed, g, _ = ctx.how
-        op = _operations(dy, x, w)
-        dx = op.convolve(not transposed, dy, w, None, g) if need_x else None
+        op, shared = _operations(dy, x, w), launch.Staged(dy)
+        dx = op.convolve(not transposed, dy, w, None, g, shared) if need_x else None
         dw = None
         if need_w:
-            dw = op.wgrad(x, dy, g) if transposed else op.wgrad(dy, x, g)
+            dw = op.wgrad(x, dy, g, shared) if transposed else op.wgrad(dy, x, g, shared)
         return dx, dw, op.bias_grad(dy, g) if need_b else None, None
 
 
@@ -122,16 +124,29 @@ class _BiasGrad(torch.autograd.Function):
 apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
 
 
-def _operations(*tensors: torch.Tensor) -> type[_Ours] | type[_Torch]:
-    return _Torch if unusual(*tensors) else _Ours
+def _operations(*tensors: torch.Tensor) -> type[_Ours] | _Torch:
+    return _UNUSUAL if unusual(*tensors) else _Ours
+
+
+def _or_torch(name: str, ours: Callable[..., torch.Tensor]) -> Any:
+    """An operation by tconv's kernels, or by torch where they decline at the last moment."""
+
+    def operation(*args: Any) -> torch.Tensor:
+        try:
+            return ours(*args)
+        except Declined as e:
+            y: torch.Tensor = getattr(_Torch(str(e)), name)(*args)
+            return y
+
+    return staticmethod(operation)
 
 
 class _Ours:
     """The operations by tconv's kernels."""
 
-    convolve = staticmethod(convolve)
-    wgrad = staticmethod(wgrad)
-    bias_grad = staticmethod(bias_grad)
+    convolve = _or_torch("convolve", convolve)
+    wgrad = _or_torch("wgrad", wgrad)
+    bias_grad = _or_torch("bias_grad", bias_grad)
 
 
 class _Torch:
@@ -140,12 +155,17 @@ class _Torch:
     Torch pads both ends alike and derives y's extents from x's. A problem may pad its ends differently ("same" with an
     even kernel) or leave the end of x unread, so x is padded and cropped here to exactly what is read, and aten's own
     padding is zero.
+
+    Args:
+        reason: why, for the record.
     """
 
-    @staticmethod
-    def _spelled(operator: str, g: Geometry) -> tuple[Any, ...]:
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def _spelled(self, operator: str, g: Geometry) -> tuple[Any, ...]:
         """aten's parameters after the tensors."""
-        note(Call(operator, g.problem, None, "a gradient in an unusual context"))
+        note(Call(operator, g.problem, None, self.reason))
         p = g.problem
         skip = 3 - p.rank
         return p.S[skip:], (0,) * p.rank, p.D[skip:], False, (0,) * p.rank, p.G
@@ -172,28 +192,30 @@ class _Torch:
             dx = _window(dx, 2 + i, 0, before, extent)
         return dx
 
-    @staticmethod
-    def convolve(transposed: bool, x: torch.Tensor, w: torch.Tensor, _: None, g: Geometry) -> torch.Tensor:
+    def convolve(
+        self, transposed: bool, x: torch.Tensor, w: torch.Tensor, _: None, g: Geometry, shared: object = None
+    ) -> torch.Tensor:
         if not transposed:
-            y: torch.Tensor = torch.ops.aten.convolution(_Torch._read(x, g), w, None, *_Torch._spelled("aten::convolution", g))
+            y: torch.Tensor = torch.ops.aten.convolution(_Torch._read(x, g), w, None, *self._spelled("aten::convolution", g))
             return y
         like = w.new_zeros(()).expand(*g.problem.shape("x")[:2], *_Torch._widths(g))
-        parameters = _Torch._spelled("aten::convolution_backward", g)
+        parameters = self._spelled("aten::convolution_backward", g)
         grads = torch.ops.aten.convolution_backward(x, like, w, None, *parameters, (True, False, False))
         return _Torch._written(grads[0], g)
 
-    @staticmethod
-    def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
+    def wgrad(self, dy: torch.Tensor, x: torch.Tensor, g: Geometry, shared: object = None) -> torch.Tensor:
         like = x.new_zeros(()).expand(g.problem.shape("w"))
-        parameters = _Torch._spelled("aten::convolution_backward", g)
+        parameters = self._spelled("aten::convolution_backward", g)
         grads = torch.ops.aten.convolution_backward(dy, _Torch._read(x, g), like, None, *parameters, (False, True, False))
         dw: torch.Tensor = grads[1]
         return dw
 
-    @staticmethod
-    def bias_grad(dy: torch.Tensor, g: Geometry) -> torch.Tensor:
-        note(Call("aten::sum", g.problem, None, "a gradient in an unusual context"))
+    def bias_grad(self, dy: torch.Tensor, g: Geometry) -> torch.Tensor:
+        note(Call("aten::sum", g.problem, None, self.reason))
         return dy.sum([0, *range(2, dy.dim())])
+
+
+_UNUSUAL = _Torch("a gradient in an unusual context")
 
 
 def _window(t: torch.Tensor, dim: int, before: int, start: int, length: int) -> torch.Tensor:

@@ -65,6 +65,12 @@ DEVICES = {
     "A100": Device("A100", 108, 166912, limits=A100, generation=8),
     "MI300X": Device("MI300X", 304, 65536, limits=MI300X, generation=0),
 }
+ARCHITECTURES = {  # name: (Triton's backend, its name for the architecture, warp size, a device that has it)
+    "sm_80": ("cuda", 80, 32, DEVICES["A100"]),
+    "sm_90": ("cuda", 90, 32, DEVICES["H100"]),
+    "sm_100": ("cuda", 100, 32, Device("B200", 148, 232448, generation=10)),
+    "gfx942": ("hip", "gfx942", 64, DEVICES["MI300X"]),
+}
 INTERPRETER = Device("interpreter", 1, 1 << 40, interpreted=True)
 
 

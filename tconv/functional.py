@@ -15,15 +15,17 @@ import functools
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling, is_dynamo_compiling
 
+from tconv.device import Device
 from tconv.guard import PLAIN, unusual
 from tconv.problem import ConvProblem, Geometry, forward_problem, transposed_problem
-from tconv.record import Call, note
+from tconv.record import Call, Declined, note
 
 FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -32,11 +34,18 @@ REMEMBERED = 4096  # kinds of calls kept; a program whose shapes never repeat st
 INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
 _known: dict[Any, Geometry | str] = {}
 _seen: dict[Any, Any] = {}  # (id of weight, of bias, shape of input) -> repeat.Repeat, which checks all: ids may be used again
-_dry: contextvars.ContextVar[bool] = contextvars.ContextVar("tconv_dry", default=False)
+_dry: contextvars.ContextVar[Dry | None] = contextvars.ContextVar("tconv_dry", default=None)
 
 
-class Declined(Exception):
-    """tconv does not take a call; the text says why."""
+@dataclass(frozen=True)
+class Dry:
+    """How calls are made that are not computed.
+
+    Attributes:
+        device: what to plan for, tensors being anywhere; None for the tensors' own device.
+    """
+
+    device: Device | None = None
 
 
 @functools.cache
@@ -84,15 +93,17 @@ def convolve(
     """
     if is_dynamo_compiling():
         return None
-    if type(x) in PLAIN and not _dry.get():
-        seen = _seen.get((id(w), id(b), x.shape))
-        if seen is not None:
-            y: torch.Tensor | None = seen.again(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
-            if y is not None:
-                return y
-    if is_compiling():
-        return None
     try:
+        if type(x) in PLAIN and _dry.get() is None:
+            seen = _seen.get((id(w), id(b), x.shape))
+            if seen is not None:
+                y: torch.Tensor | None = seen.again(
+                    transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation
+                )
+                if y is not None:
+                    return y
+        if is_compiling():
+            return None
         return _convolve(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
     except Declined as e:
         note(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
@@ -100,9 +111,13 @@ def convolve(
 
 
 @contextlib.contextmanager
-def dry_run() -> Iterator[None]:
-    """Calls made in the block, by this thread, and their backward passes, are planned and recorded but not computed."""
-    token = _dry.set(True)
+def dry_run(device: Device | None = None) -> Iterator[None]:
+    """Calls made in the block, by this thread, and their backward passes, are planned and recorded but not computed.
+
+    Args:
+        device: plan for this one, and take tensors on any device, such as "meta".
+    """
+    token = _dry.set(Dry(device))
     try:
         yield
     finally:
@@ -125,7 +140,8 @@ def _convolve(
     for t in tensors:
         if not isinstance(t, torch.Tensor):
             raise Declined(f"a {type(t).__name__} where a tensor was expected")
-    device = x.device.type
+    dry = _dry.get()
+    device = "cuda" if dry and dry.device else x.device.type
     repeat = _engine(device)
     why = unusual(*tensors)
     if why:
@@ -153,9 +169,9 @@ def _convolve(
         _remember(_known, key, known)
     if isinstance(known, str):
         raise Declined(known)
-    batched, dry = x.dim() == rank + 2, _dry.get()
+    batched = x.dim() == rank + 2
     if dry:
-        known = dataclasses.replace(known, dry=True)
+        known = dataclasses.replace(known, dry=True, device=dry.device)
     elif batched and not autocast and repeat.possible(call, *tensors):
         _remember(_seen, (id(w), id(b), x.shape), repeat.Repeat(call, known, x, w, b))
     y: torch.Tensor = repeat.autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)

@@ -6,16 +6,15 @@ What a launch needs besides its pointers is worked out once per kind of call (pr
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from tconv import plan as planning
+from tconv.compiled import announce, run
 from tconv.device import INTERPRETER, Device, cuda_device
-from tconv.kernels.reduce import sum_splits
 from tconv.layout import shaped, to_channels_last
 from tconv.prepare import INTERPRET, Prepared, prepare_bias, prepare_gather, prepare_wgrad, tensor_cores
 from tconv.problem import Geometry
@@ -23,8 +22,8 @@ from tconv.record import note
 
 REMEMBERED = 4096  # kinds of calls kept; a program whose shapes never repeat starts over
 _prepared: dict[Any, Prepared] = {}
-# Triton's interpreter patches its language module while it runs: one launch at a time.
-_lock: contextlib.AbstractContextManager[Any] = threading.RLock() if INTERPRET else contextlib.nullcontext()
+_collections: list[list[Prepared]] = []
+_lock = threading.Lock()
 
 
 def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
@@ -38,37 +37,51 @@ def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor,
 
 def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
     y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
-    return prepare_gather(pass_, g.problem, x, w, b, y, device_of(x))
+    return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x))
 
 
-def convolve(launch: Prepared, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, dry: bool) -> torch.Tensor:
+class Staged:
+    """A tensor, and its channels_last copy from when one of several launches asks for it."""
+
+    __slots__ = ("copy", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.copy: torch.Tensor | None = None
+
+
+def convolve(
+    launch: Prepared, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, dry: bool, shared: Staged | None = None
+) -> torch.Tensor:
     """y [N, K, *Y] from x [N, C, *X], w [K, C/G, *T], b [K], or, transposed, dx from dy and w, b [C] being the layer's.
 
-    Any strides, one dtype.
+    Any strides, one dtype; `shared` is an operand that other launches stage too.
     """
     y = x.new_empty_strided(launch.shape, launch.strides)
-    note(launch.call)
-    if not dry:  # without a bias its pointer is not read
+    if dry:
+        _collect(launch)
+    else:
         if launch.staged:
-            x, w = _stage(launch, x, w)
-        _call(launch.kernel, launch.grid, (x, w, x if b is None else b, y), launch.integers, launch.constants)
+            x, w = _stage(launch, shared, x, w)
+        run(launch, (x, w, x if b is None else b, y))  # without a bias its pointer is not read
+    note(launch.call)
     return y
 
 
-def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: Staged | None = None) -> torch.Tensor:
     """dw [K, C/G, *T] from dy [N, K, *Y] and x [N, C, *X]; the same bits on every run."""
     key = ("wgrad", g, dy.stride(), x.stride(), dy.data_ptr() % 16, x.data_ptr() % 16, tensor_cores(x.dtype))
-    return _reduce(_lookup(key, lambda: _prepare_wgrad(g, dy, x)), g.dry, dy, x)
+    return _reduce(_lookup(key, lambda: _prepare_wgrad(g, dy, x)), g.dry, shared, dy, x)
 
 
 def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
-    return prepare_wgrad(g.problem, dy, x, shaped(g.problem.shape("w"), g.channels_last, x.dtype), device_of(x))
+    return prepare_wgrad(g.problem, dy, x, shaped(g.problem.shape("w"), g.channels_last, x.dtype), g.device or device_of(x))
 
 
 def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:
     """db [channels] from the gradient of an output, fprop's or a transposed layer's: its sum over batch and pixels."""
     key = ("bias", g, dy.shape, dy.stride(), dy.data_ptr() % 16)
-    return _reduce(_lookup(key, lambda: prepare_bias(g.problem, dy, device_of(dy))), g.dry, dy)
+    return _reduce(_lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy))), g.dry, None, dy)
 
 
 def device_of(t: torch.Tensor) -> Device:
@@ -88,35 +101,51 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
     return found
 
 
-def _run(launch: Prepared, dry: bool, pointers: tuple[torch.Tensor, ...]) -> None:
-    note(launch.call)
-    if not dry:
-        _call(launch.kernel, launch.grid, pointers, launch.integers, launch.constants)
-
-
-def _reduce(launch: Prepared, dry: bool, *inputs: torch.Tensor) -> torch.Tensor:
+def _reduce(launch: Prepared, dry: bool, shared: Staged | None, *inputs: torch.Tensor) -> torch.Tensor:
     """A reduction that may be cut into splits: straight into its result, or through a workspace summed in order."""
     out = inputs[0].new_empty_strided(launch.shape, launch.strides)
-    if launch.staged and not dry:
-        inputs = _stage(launch, *inputs)
-    if launch.splits == 1 or dry:
-        _run(launch, dry, (*inputs, out))
-        return out
-    accumulator = torch.float64 if out.dtype == torch.float64 else torch.float32
-    workspace = torch.empty(launch.splits * out.numel(), dtype=accumulator, device=out.device)
-    _run(launch, dry, (*inputs, workspace))
-    constants = {"INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4}
-    _call(sum_splits, (math.ceil(out.numel() / 1024),), (workspace, out), (out.numel(), launch.splits), constants)
+    if dry:
+        _collect(launch)
+    else:
+        if launch.staged:
+            inputs = _stage(launch, shared, *inputs)
+        if launch.total is None:
+            run(launch, (*inputs, out))
+        else:
+            workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
+            run(launch, (*inputs, workspace))
+            run(launch.total, (workspace, out))
+    note(launch.call)
     return out
 
 
-def _stage(launch: Prepared, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _stage(launch: Prepared, shared: Staged | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The operands of a launch, those that it wants so copied to channels last."""
-    return tuple(to_channels_last(t) if staged else t for t, staged in zip(operands, launch.staged, strict=True))
+    announce(launch, operands[0].get_device())
+    return tuple(_copy(t, shared) if staged else t for t, staged in zip(operands, launch.staged, strict=True))
 
 
-def _call(kernel: Any, grid: tuple[int], pointers: tuple[torch.Tensor, ...], integers: Any, constants: Any) -> None:
-    device = pointers[0].get_device()  # -1 is the CPU's
-    elsewhere = device >= 0 and device != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext(), _lock:
-        kernel[grid](*pointers, *integers, **constants)
+def _copy(t: torch.Tensor, shared: Staged | None) -> torch.Tensor:
+    if shared is None or t is not shared.tensor:
+        return to_channels_last(t)
+    if shared.copy is None:
+        shared.copy = to_channels_last(t)
+    return shared.copy
+
+
+def _collect(launch: Prepared) -> None:
+    for launches in _collections:
+        launches += [launch] if launch.total is None else [launch, launch.total]
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[Prepared]]:
+    """A list that fills with the launches that the process's dry calls would make while the block runs."""
+    launches: list[Prepared] = []
+    with _lock:
+        _collections.append(launches)
+    try:
+        yield launches
+    finally:
+        with _lock:
+            _collections[:] = [c for c in _collections if c is not launches]

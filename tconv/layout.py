@@ -17,7 +17,7 @@ def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
 
     cuDNN's rule in ATen/native/ConvUtils.h. At rank 1 torch makes x contiguous and applies it to the unsqueezed pair.
     """
-    if x.dtype == torch.float64 and x.is_cuda:
+    if x.dtype == torch.float64 and not x.is_cpu:  # on a GPU, or on meta in place of one
         return False
     if x.dim() == 3:
         x, w = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from tconv.device import Device
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.depthwise import depthwise, depthwise_wgrad
 from tconv.kernels.gather import gather
-from tconv.kernels.reduce import sum_pixels
+from tconv.kernels.reduce import sum_pixels, sum_splits
 from tconv.kernels.strip import strip, strip_wgrad
 from tconv.kernels.wgrad import wgrad
 from tconv.layout import LIMIT, Addressing, addressing, shaped, vector
@@ -49,6 +49,9 @@ class Prepared:
         shape, strides: of the result.
         splits: slices of a workspace that the kernel fills; 1 if it writes the result itself.
         staged: which of the two operands are copied to channels last first; empty for none.
+        pointers: dtypes of what the kernel's pointers point to.
+        total: the launch that adds the slices; None if there is one.
+        ready: how it is launched where it has been before (compiled.py).
     """
 
     kernel: Any
@@ -60,6 +63,15 @@ class Prepared:
     strides: tuple[int, ...]
     splits: int = 1
     staged: tuple[bool, ...] = ()
+    pointers: tuple[torch.dtype, ...] = ()
+    total: Prepared | None = None
+    ready: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    @property
+    def tail(self) -> tuple[Any, ...]:
+        """Every argument of the kernel that follows its pointers."""
+        named = {**dict(zip(integers_of(self.kernel), self.integers, strict=True)), **self.constants}
+        return tuple(named[name] for name in self.kernel.arg_names[len(self.pointers) :])
 
 
 def tensor_cores(dtype: torch.dtype) -> bool:
@@ -281,7 +293,15 @@ def _prepared(
 ) -> Prepared:
     """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over."""
     integers = tuple(named[n] for n in integers_of(kernel))
-    return Prepared(kernel, (programs,), integers, constants, call, result.shape, result.stride(), splits)
+    dtype, count, total = result.dtype, sum(name.endswith("_ptr") for name in kernel.arg_names), None
+    pointers = (dtype,) * count
+    if splits > 1:
+        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        pointers, ends = (*pointers[:-1], accumulator), {"INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4}
+        grid, whole = (math.ceil(result.numel() / 1024),), (result.shape, result.stride())
+        total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(accumulator, dtype))
+    form = result.shape, result.stride()
+    return Prepared(kernel, (programs,), integers, constants, call, *form, splits, pointers=pointers, total=total)
 
 
 def _simplified(

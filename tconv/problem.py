@@ -20,6 +20,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tconv.device import Device
+
 Triple = tuple[int, int, int]
 PASSES = ("fprop", "dgrad", "wgrad")
 
@@ -119,11 +121,13 @@ class Geometry:
         problem: the convolution.
         channels_last: whether y, dx and dw are channels_last.
         dry: plan and record, but launch nothing (`explain`).
+        device: what a dry call is planned for; None for the tensors' own device.
     """
 
     problem: ConvProblem
     channels_last: bool
     dry: bool = False
+    device: Device | None = None
 
 
 def forward_problem(

@@ -12,6 +12,10 @@ from tconv.plan import Plan
 from tconv.problem import ConvProblem
 
 
+class Declined(Exception):
+    """tconv does not take a call; the text says why."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One pass that ran, or one call that was left to torch.

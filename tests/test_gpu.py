@@ -4,12 +4,14 @@ A dry run (`--tiny`, scripts/gpu.sh --dry-run) takes the real layers through the
 """
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tconv
+from tconv import compiled, launch
 from tconv import functional as TF
 from tconv.configs import Tile
 from tests import cases, oracle
@@ -82,6 +84,62 @@ def test_cuda_graph(device):
     assert torch.equal(y, again)
     assert torch.equal(grads[0], x.grad)
     assert torch.equal(grads[1], layer.weight.grad)
+
+
+def test_a_capture_of_what_is_not_compiled_is_left_to_torch(device):
+    x = torch.randn(2, 24, 9, 9, device=device, dtype=torch.float16)
+    layer = tconv.Conv2d(24, 40, 3, groups=8, padding=1).to(device, torch.float16).requires_grad_(False)
+    torch.nn.functional.conv2d(x, layer.weight, layer.bias, 1, 1, 1, 8)  # cuDNN's own first call
+    torch.cuda.synchronize()
+    launch._prepared.clear()
+    known, compiled._known = compiled._known, set()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with tconv.recording() as calls, warnings.catch_warnings(), torch.cuda.graph(graph):
+            warnings.simplefilter("ignore")
+            y = layer(x)
+    finally:
+        compiled._known = known
+    assert [(c.ours, c.reason) for c in calls] == [(False, compiled.REASON)]
+    graph.replay()
+    torch.testing.assert_close(y, layer(x), rtol=1e-2, atol=1e-2)
+
+
+def test_what_was_precompiled_is_captured_without_a_call(device):
+    layer = tconv.Conv2d(48, 72, 5, padding=2).to(device, torch.float16)
+    x = torch.randn(4, 48, 15, 15, device=device, dtype=torch.float16, requires_grad=True)
+    done = tconv.precompile(layer, x, progress=False)
+    assert done.compiled + done.found >= 4
+    assert not done.failed
+    graph = torch.cuda.CUDAGraph()
+    with tconv.recording() as calls, torch.cuda.graph(graph):
+        y = layer(x)
+        grads = torch.autograd.grad(y, (x, layer.weight, layer.bias), torch.ones_like(y))
+    assert [c.ours for c in calls] == [True] * 4
+    graph.replay()
+    again = layer(x)
+    assert torch.equal(y, again)
+    for got, right in zip(grads, torch.autograd.grad(again, (x, layer.weight, layer.bias), torch.ones_like(y)), strict=True):
+        assert torch.equal(got, right)
+
+
+def test_direct_launches_give_the_bits_of_tritons_own(device):
+    layer = tconv.Conv2d(16, 32, 3).to(device)
+    x = torch.randn(2, 16, 20, 20, device=device)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x))  # the second is direct
+        flat = torch.randn(x.numel() + 1, device=device)[1:].view_as(x)  # addresses that are not aligned
+        torch.testing.assert_close(layer(flat), layer(flat.clone()), rtol=1e-2, atol=1e-2)
+        assert torch.equal(layer(flat), layer(flat))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    layers = [tconv.Conv2d(8, 16, 3).to(f"cuda:{i}") for i in (0, 1)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 8, 12, 12)
+    results = [[layer(x.to(f"cuda:{i}")).cpu() for i, layer in enumerate(layers)] for _ in range(3)]
+    assert all(torch.equal(y, results[0][0]) for row in results for y in row)
 
 
 def test_two_streams(device):

@@ -9,18 +9,21 @@ ROOT = pathlib.Path(tconv.__file__).parent
 # Top to bottom; a file may import what stands in a later row.
 ROWS = [
     ("__init__",),
+    ("precompile",),
     ("explain", "swap", "variants"),
     ("modules",),
     ("functional",),
     ("repeat",),
     ("autograd",),
     ("launch",),
+    ("compiled",),
     ("prepare",),
     ("record",),
     ("plan", "layout", "simplify", "guard"),
     ("cost",),
     ("configs", "kernels", "strips"),
-    ("device", "problem"),
+    ("problem",),
+    ("device",),
 ]
 RANK = {name: row for row, names in enumerate(ROWS) for name in names}
 

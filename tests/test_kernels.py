@@ -174,7 +174,7 @@ def test_offsets_beyond_32_bits(which, device):
     else:
         got, read = apart(right[which]).fill_(float("nan")), x if which == "fprop" else dy
         prepared = prepare_gather(which, g.problem, read, w, None, got, launch.device_of(x))
-        launch._call(prepared.kernel, prepared.grid, (read, w, read, got), prepared.integers, prepared.constants)
+        launch.run(prepared, (read, w, read, got))
     assert prepared.constants["WIDE"]
     torch.testing.assert_close(got.cpu(), right[which])
 

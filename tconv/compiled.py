@@ -1,0 +1,173 @@
+"""Launches kernels, and knows which are compiled.
+
+Triton's own dispatch binds, specialises and hashes some fifty arguments anew on every call. Of a launch that was prepared
+only the addresses change, so from the second time on the compiled kernel is handed them directly. What it was specialised
+on is compared exactly: the device, which addresses are multiples of 16, Triton's settings. Whatever else may want a say in a
+launch (hooks, the interpreter, AMD's compiler, which looks at sizes too) gets Triton's dispatch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from tconv.prepare import INTERPRET, Prepared
+from tconv.record import Declined
+
+Pointers = tuple[torch.Tensor, ...]
+Go = Callable[[Pointers, list[int]], bool]
+AMD = torch.version.hip is not None
+SMALL = 2**31 - 1  # bytes of storage that AMD's compiler is told of
+NOBODY: Any = knobs.HookChain()  # type: ignore[var-annotated]
+REASON = "not compiled before the capture of a CUDA graph: call the model once before it, or tconv.precompile()"
+
+_known: set[Any] = set()  # what is compiled, and loaded where it runs
+# A kernel is compiled and loaded by one thread at a time: Triton hands out one that is half loaded.
+_first_time = threading.RLock()
+# Triton's interpreter patches its language module while it runs: one launch at a time.
+_alone: contextlib.AbstractContextManager[Any] = threading.RLock() if INTERPRET else contextlib.nullcontext()
+
+
+def run(launch: Prepared, pointers: Pointers) -> None:
+    """Launches a kernel on tensors of one device, on torch's current stream there.
+
+    Raises:
+        Declined: it would have to be compiled while a CUDA graph is being captured.
+    """
+    device = pointers[0].get_device()  # -1 is the CPU's
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return run(launch, pointers)
+    addresses, either = [t.data_ptr() for t in pointers], 0
+    for address in addresses:
+        either |= address
+    key = _specialised(device, pointers) if either & 15 or AMD else device
+    go = launch.ready.get(key)
+    if go is None or not go(pointers, addresses):
+        _run_first(launch, pointers, device, key)
+    return None
+
+
+def _specialised(device: int, pointers: Pointers) -> Any:
+    """What Triton specialises a kernel on besides types; a device alone stands for aligned addresses there."""
+    aligned = tuple(t.data_ptr() % 16 == 0 for t in pointers)
+    if AMD:
+        return device, aligned, tuple(t.untyped_storage().size() <= SMALL for t in pointers)
+    return device if all(aligned) else (device, aligned)
+
+
+def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> None:
+    """A launch by Triton's dispatch, which compiles what is not compiled yet."""
+    with _first_time:
+        _decline(launch, device, key)
+        kernel = _by_triton(launch, pointers)
+        if kernel is None and not INTERPRET:
+            raise RuntimeError(f"{launch.kernel.__name__} was not launched: a hook of Triton's did not let it be compiled")
+        _known.add(_variant(launch, key))
+        if INTERPRET or AMD:
+            launch.ready[key] = _indirectly(launch)
+        elif type(kernel) is CompiledKernel and not _watched(launch.kernel):
+            launch.ready[key] = _directly(launch, kernel, device)
+
+
+def announce(launch: Prepared, device: int) -> None:
+    """Says that a launch is to come, on aligned tensors, before work is done for it.
+
+    Raises:
+        Declined: it would have to be compiled while a CUDA graph is being captured.
+    """
+    if not launch.ready:
+        _decline(launch, device, _aligned(launch, device))
+
+
+def _decline(launch: Prepared, device: int, key: Any) -> None:
+    if capturing(device):
+        needed = [_variant(launch, key)]
+        if launch.total:
+            needed.append(_variant(launch.total, _aligned(launch.total, device)))
+        if not _known.issuperset(needed):
+            _warn(f"tconv leaves calls to torch whose kernels were {REASON}")
+            raise Declined(REASON)
+
+
+def _aligned(launch: Prepared, device: int) -> Any:
+    """What `_specialised` says of aligned tensors, which AMD's compiler is told are small."""
+    return (device, *[(True,) * len(launch.pointers)] * 2) if AMD else device
+
+
+def _by_triton(launch: Prepared, pointers: Pointers) -> Any:
+    with _alone:
+        return launch.kernel[launch.grid](*pointers, *launch.integers, **launch.constants)
+
+
+def _indirectly(launch: Prepared) -> Go:
+    def go(pointers: Pointers, _: list[int]) -> bool:
+        _by_triton(launch, pointers)
+        return True
+
+    return go
+
+
+def _directly(launch: Prepared, kernel: CompiledKernel, device: int) -> Go:
+    """The launch as JITFunction.run ends it: the same arguments, constants among them, but addresses for tensors."""
+    programs, tail = launch.grid[0], launch.tail
+    run, stream = kernel.run, driver.active.get_current_stream
+    runtime, compilation = vars(knobs.runtime), vars(knobs.compilation)
+    runtime_was, compilation_was = dict(runtime), dict(compilation)
+    # A hook that is another object is seen in `runtime`.
+    enter, leave = knobs.runtime.launch_enter_hook or NOBODY, knobs.runtime.launch_exit_hook or NOBODY
+    before = launch.kernel.pre_run_hooks
+
+    def go(_: Pointers, addresses: list[int]) -> bool:
+        if enter.calls or leave.calls or before or runtime != runtime_was or compilation != compilation_was:
+            return False
+        run(
+            programs, 1, 1, stream(device), kernel.function, kernel.packed_metadata, None, None, None, *addresses, *tail
+        )  # fmt: skip
+        return True
+
+    return go
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether somebody is to be told of every launch: a profiler, say."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+        or kernel.pre_run_hooks
+    )
+
+
+def _variant(launch: Prepared, key: Any) -> Any:
+    """What tells a compiled kernel from others, as Triton does: an integer counts by whether 32 bits hold it."""
+    wide = tuple(not -(2**31) <= i < 2**31 for i in launch.integers)
+    settings = str((vars(knobs.runtime), vars(knobs.compilation)))
+    return launch.kernel, launch.pointers, wide, tuple(launch.constants.items()), key, settings
+
+
+def capturing(device: int) -> bool:
+    """Whether the current stream is being captured into a graph."""
+    return device >= 0 and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def load(launch: Prepared, device: int) -> None:
+    """Makes a kernel ready on the current device for aligned tensors, without launching it; compiles it if need be."""
+    with _first_time:
+        kernel = launch.kernel.warmup(*launch.pointers, *launch.integers, grid=launch.grid, **launch.constants)
+        kernel.run  # noqa: B018 - a property, which loads it
+        _known.add(_variant(launch, _aligned(launch, device)))

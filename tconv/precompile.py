@@ -1,0 +1,299 @@
+"""Compiles what a model will launch, before it does: in parallel, on any machine, into Triton's own cache on disk.
+
+A worker is a process of its own with a driver that knows a target and no device, in which JITFunction itself compiles: so
+the cache's keys are those that the first real call will look for. Workers are not forked and do not import the user's
+`__main__`; a GPU that is in use here is not touched there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import importlib
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tconv.device import ARCHITECTURES, DEVICES, Device, cuda_device
+from tconv.functional import dry_run
+from tconv.record import recording
+
+
+@dataclass(frozen=True)
+class Precompiled:
+    """What `precompile` did; printing it says so.
+
+    Attributes:
+        compiled: kernels compiled now.
+        found: kernels that Triton's cache held already.
+        failed: those that could not be compiled, each with its error.
+        left: calls that tconv leaves to torch, each with its reason.
+    """
+
+    compiled: int = 0
+    found: int = 0
+    failed: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        left = f", {len(self.left)} calls left to torch" if self.left else ""
+        return f"{self.compiled} kernels compiled, {self.found} already there{failed}{left}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel to compile: what JITFunction.warmup is told. It goes to another process."""
+
+    name: str
+    kernel: tuple[str, str]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+def precompile(
+    model: Callable[..., Any],
+    *args: Any,
+    target: str | None = None,
+    backward: bool = True,
+    jobs: int | None = None,
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> Precompiled:
+    """Compiles every kernel that a model launches for such inputs, forward and backward, so that no call has to wait.
+
+    The model's Python code runs once, but no kernel of tconv's: on its own tensors if all are on a GPU, else on meta
+    tensors in their place, which know shapes, strides and dtypes only. Tensors are taken to be aligned as torch allocates
+    them, the results' gradients to be laid out as the results, and plans to be those of the moment (`torch.backends`' fp32
+    precision, autocast). Gradients of gradients are left out.
+
+    Args:
+        model: a module or a function; its layers tconv's (`replace_`).
+        args, kwargs: example inputs, real or meta.
+        target: what to compile for, "sm_90" or "H200", say, on a machine that need not have one; None for the current GPU,
+            on which the kernels are also loaded, so that a CUDA graph can be captured without a call before.
+        backward: whether also for gradients, those of all inputs.
+        jobs: worker processes; None for one per core, at most one per kernel.
+        progress: whether to show a bar (tqdm); None where there is a terminal.
+    Returns:
+        How many were compiled and how many already there. In the interpreter there is nothing to compile.
+    Raises:
+        ValueError: a target that is not known.
+        RuntimeError: no GPU and no target, no Triton, or a model that does not run on meta tensors.
+    """
+    if not callable(model):
+        raise TypeError(f"precompile: model must be a module or a function, got {type(model).__name__}")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"precompile: jobs must be positive, got {jobs}")
+    try:
+        from triton.backends.compiler import GPUTarget
+
+        from tconv.compiled import load
+        from tconv.prepare import INTERPRET
+    except ImportError as e:
+        raise RuntimeError(f"precompile: Triton cannot be imported ({e})") from e
+    if INTERPRET:
+        return Precompiled()
+    if target is None and not torch.cuda.is_available():
+        raise RuntimeError("precompile: no GPU here; name what to compile for, such as target='sm_90'")
+    if target is None:
+        from triton.runtime import driver
+
+        gpu, device = driver.active.get_current_target(), cuda_device(torch.cuda.current_device())
+    else:
+        gpu, device = _target(target, GPUTarget)
+    launches, left = rehearse(model, args, kwargs, device, backward)
+    tasks = {pickle.dumps((t.kernel, t.arguments, t.constants)): (t, x) for x in launches for t in [_task(x, gpu.backend)]}
+    answers = _compile([task for task, _ in tasks.values()], gpu, jobs or os.cpu_count() or 1, progress)
+    failed = []
+    for (task, launch), answer in zip(tasks.values(), answers, strict=True):
+        if answer not in (COMPILED, FOUND):
+            failed.append(f"{task.name}: {answer}")
+            warnings.warn(f"precompile: {task.name} could not be compiled: {answer}", stacklevel=2)
+        elif target is None:
+            load(launch, torch.cuda.current_device())
+    return Precompiled(answers.count(COMPILED), answers.count(FOUND), tuple(failed), left)
+
+
+def _target(name: str, make: Any) -> tuple[Any, Device]:
+    """Triton's target and the planner's device of an architecture's or a device's name."""
+    if name in ARCHITECTURES:
+        backend, architecture, warp, device = ARCHITECTURES[name]
+        return make(backend, architecture, warp), device
+    if name in DEVICES:
+        backend, architecture, warp, _ = next(a for a in ARCHITECTURES.values() if a[3].generation == DEVICES[name].generation)
+        return make(backend, architecture, warp), DEVICES[name]
+    raise ValueError(f"precompile: target must be one of {[*ARCHITECTURES, *DEVICES]}, got {name!r}")
+
+
+# --- what to compile ---
+
+
+def rehearse(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, backward: bool = True
+) -> tuple[list[Any], tuple[str, ...]]:
+    """The launches that a model's call and its backward would make on a device, and the calls left to torch."""
+    from tconv.launch import collecting
+
+    module = model if isinstance(model, torch.nn.Module) else None
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())} if module else {}
+    if any(map(is_lazy, held.values())):
+        raise RuntimeError("precompile: a lazy module has no weights yet: call it once before")
+    tensors = [t for t in tree_leaves((args, kwargs, list(held.values()))) if isinstance(t, torch.Tensor)]
+    real = bool(tensors) and all(t.is_cuda for t in tensors)
+
+    def stand_in(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if real:
+            t = (value.clone() if value.is_inference() else value).detach()
+        else:
+            t = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        asks = not isinstance(value, torch.nn.Parameter) or value.requires_grad
+        return t.requires_grad_() if t.is_floating_point() and asks else t
+
+    with recording() as calls, collecting() as launches, torch.inference_mode(False), torch.enable_grad(), dry_run(device):
+        args, kwargs = tree_map(stand_in, (args, kwargs))
+        names = {k: stand_in(v) if isinstance(v, torch.nn.Parameter) else stand_in(v).detach() for k, v in held.items()}
+        try:
+            y = torch.func.functional_call(module, names, args, kwargs) if module else model(*args, **kwargs)
+        except Exception as e:
+            if real:
+                raise
+            raise RuntimeError(f"precompile: the model does not run on meta tensors: {type(e).__name__}: {e}") from e
+        results = [t for t in tree_leaves(y) if isinstance(t, torch.Tensor) and t.requires_grad]
+        wanted = [t for t in tree_leaves((args, kwargs, names)) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if backward and results and wanted and launches:
+            torch.autograd.grad(results, wanted, [torch.empty_like(t) for t in results], allow_unused=True)
+    return launches, tuple(str(call) for call in calls if not call.ours)
+
+
+def _task(launch: Any, backend: str) -> Task:
+    plan, kernel = launch.call.plan, launch.kernel
+    dtypes = " ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in launch.pointers))
+    name = f"{launch.call.operation} {kernel.__name__} {plan.tile} {dtypes}"
+    # What an integer is does not count, but for whether 32 bits hold it.
+    integers = tuple(0 if -(2**31) <= i < 2**31 else 2**40 for i in launch.integers)
+    constants = {k: v for k, v in launch.constants.items() if k != "maxnreg" or backend == "cuda"}
+    return Task(name, (kernel.module, kernel.__name__), (*launch.pointers, *integers), constants)
+
+
+# --- worker processes ---
+
+COMPILED, FOUND = "compiled", "found"
+WORKER = "from tconv.precompile import _work; _work()"
+
+
+class _Worker:
+    """A process that compiles one task after the other. It is given a pickle by its input and answers by its output."""
+
+    def __init__(self, gpu: Any) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        self._send(gpu)
+
+    def _send(self, value: Any) -> None:
+        assert self.process.stdin is not None
+        pickle.dump(value, self.process.stdin)
+        self.process.stdin.flush()
+
+    def __call__(self, task: Task) -> str:
+        assert self.process.stdout is not None
+        try:
+            self._send(task)
+            return str(pickle.load(self.process.stdout))
+        except (OSError, EOFError, pickle.UnpicklingError):
+            return f"the process that compiled it died, with status {self.process.wait()}"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def _compile(tasks: list[Task], gpu: Any, jobs: int, progress: bool | None) -> list[str]:
+    """An answer per task: COMPILED, FOUND, or what went wrong."""
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    started: list[_Worker] = []
+
+    def one(task: Task) -> str:
+        try:
+            worker = idle.get_nowait()
+        except queue.Empty:
+            started.append(worker := _Worker(gpu))
+        answer = worker(task)
+        if worker.process.poll() is None:
+            idle.put(worker)
+        return answer
+
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, min(jobs, len(tasks))))
+    try:
+        return list(_bar(pool.map(one, tasks), len(tasks), progress))
+    finally:  # interrupted, too
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in started:
+            worker.close()
+
+
+def _bar(answers: Iterator[str], total: int, progress: bool | None) -> Iterator[str]:
+    """The answers, under a progress bar where tqdm is installed."""
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        disable = None if progress is None else not progress
+        return iter(tqdm(answers, total=total, desc="compiling", unit="kernel", disable=disable))
+    return answers
+
+
+class _Target:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, gpu: Any) -> None:
+        self.gpu = gpu
+
+    def get_current_target(self) -> Any:
+        return self.gpu
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+def _work() -> None:
+    """The loop of a worker process."""
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing else may be written there
+    from triton import knobs
+    from triton.runtime import driver
+
+    driver.set_active(_Target(pickle.load(sys.stdin.buffer)))
+    hits: list[bool] = []
+    knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    while True:
+        try:
+            task: Task = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        hits.clear()
+        try:
+            kernel = getattr(importlib.import_module(task.kernel[0]), task.kernel[1])
+            kernel.warmup(*task.arguments, grid=(1,), **task.constants)
+            answer = FOUND if all(hits) else COMPILED
+        except Exception as e:  # the other kernels go on
+            answer = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        pickle.dump(answer, answers)
+        answers.flush()

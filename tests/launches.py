@@ -1,0 +1,394 @@
+"""What tests/test_launch.py runs in processes of their own, where kernels are compiled and a stub stands for the GPU.
+
+python -m tests.launches NAME
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+import tconv
+from bench import stub
+from tconv import compiled, launch
+
+launched: list[tuple[Any, ...]] = []  # what C would have been told
+by_triton: list[str] = []  # names of the kernels that Triton's dispatch has launched
+driver = stub.install(lambda *args: launched.append(args))
+_run = JITFunction.run
+
+
+def _counted(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    by_triton.append(self.__name__)
+    return _run(self, *args, **kwargs)
+
+
+JITFunction.run = _counted
+
+
+def plain(value: Any) -> Any:
+    """A launch's arguments flattened: an address for a tensor, nothing for hooks that nobody has set."""
+    if isinstance(value, (tuple, list)):
+        return tuple(plain(v) for v in value)
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if type(value).__name__ in ("HookChain", "LazyDict"):
+        return None
+    return value
+
+
+def step(layer: torch.nn.Module, x: torch.Tensor) -> None:
+    y = layer(x)
+    torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
+
+
+def once(layer: torch.nn.Module, x: torch.Tensor) -> list[tuple[Any, ...]]:
+    """What a forward and backward pass tells C."""
+    launched.clear()
+    step(layer, x)
+    return [*launched]
+
+
+def small(
+    cls: Any, *args: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **more: Any
+) -> tuple[Any, torch.Tensor]:
+    return cls(*args, **more).to(dtype), torch.randn(shape).to(dtype).requires_grad_()
+
+
+LAYERS = {
+    "dense": lambda: small(tconv.Conv2d, 8, 16, 3, shape=(8, 8, 40, 40), dtype=torch.bfloat16),
+    "depthwise": lambda: small(tconv.Conv1d, 16, 32, 3, groups=16, bias=False, shape=(4, 16, 600)),
+    "strips": lambda: small(tconv.Conv2d, 16, 16, 3, padding=1, groups=16, shape=(4, 16, 64, 64), dtype=torch.float16),
+    "transposed": lambda: small(tconv.ConvTranspose3d, 4, 6, 2, stride=2, shape=(2, 4, 5, 6, 7), dtype=torch.float64),
+}
+
+
+def arguments() -> None:
+    """C is told the same directly as by Triton's dispatch, for every kernel."""
+    kernels = set()
+    for make in LAYERS.values():
+        layer, x = make()
+        by_triton.clear()
+        first = once(layer, x)
+        assert len(by_triton) == len(first) >= 3, by_triton
+        kernels |= {*by_triton}
+        by_triton.clear()
+        second = once(layer, x)
+        assert by_triton == [], "the second call was dispatched by Triton"
+        assert len(second) == len(first)
+        for a, b in zip(first, second, strict=True):
+            a, b = plain(a), plain(b)
+            assert a[:5] == b[:5], f"grid, stream or function: {a[:5]}, {b[:5]}"
+            assert a[3] == stub.STREAM
+            differ = [i for i, (v, u) in enumerate(zip(flat(a), flat(b), strict=True)) if v != u]
+            assert all(address(flat(a)[i]) and address(flat(b)[i]) for i in differ), [(flat(a)[i], flat(b)[i]) for i in differ]
+    assert kernels == {
+        "gather", "depthwise", "strip", "wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits"
+    }, kernels  # fmt: skip
+    # The same tensors, so that nothing at all may differ.
+    layer, x = LAYERS["dense"]()
+    with torch.no_grad():
+        for p in list(launch._prepared.values()):
+            tensors = tuple(torch.empty(64, dtype=d) for d in p.pointers)
+            launched.clear()
+            p.kernel[p.grid](*tensors, *p.integers, **p.constants)
+            by_triton.clear()
+            compiled.run(p, tensors)
+            compiled.run(p, tensors)
+            a, b, c = map(plain, launched)
+            assert b == c
+            assert a == c
+            assert by_triton == []
+
+
+def flat(value: Any) -> list[Any]:
+    return [v for item in value for v in flat(item)] if isinstance(value, tuple) else [value]
+
+
+def address(value: Any) -> bool:
+    return isinstance(value, int) and value > 2**32
+
+
+def prepared() -> Any:
+    """A launch of the bias gradient, which compiles fast, and its tensors."""
+    launch._prepared.clear()
+    compiled._known.clear()
+    g = tconv.problem.Geometry(tconv.problem.forward_problem((1, 2, 9), (4, 2, 3), (1,), ((0, 0),), (1,), 1), False)
+    dy = torch.randn(1, 4, 7)
+    launch.bias_grad(g, dy)
+    (p,) = launch._prepared.values()
+    assert p.total is None
+    return p, (dy, torch.empty(8))
+
+
+def guards() -> None:
+    """Whatever changes what Triton would do is Triton's to do."""
+    p, (dy, out) = prepared()
+
+    def run(*tensors: torch.Tensor) -> list[str]:
+        by_triton.clear()
+        compiled.run(p, tensors)
+        return [*by_triton]
+
+    mine = ["sum_pixels"]
+    run(dy, out)
+    assert run(dy, out) == []
+    functions = {launched[-1][4]}
+    apart = out[1:]  # not a multiple of 16 bytes: another specialisation, which has a launch of its own afterwards
+    assert run(dy, apart) == mine
+    assert run(dy, apart) == []
+    functions.add(launched[-1][4])
+    assert len(functions) == 2
+    assert run(dy, out) == []
+    assert launched[-1][4] in functions
+    assert launched[-1][4] != launched[-2][4]
+
+    seen: list[Any] = []
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    assert run(dy, out) == mine == run(dy, out)
+    assert all(type(v).__name__ == "LazyDict" for v in launched[-1] if v is not None and "Dict" in type(v).__name__)
+    knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert run(dy, out) == []
+    with knobs.runtime.scope():
+        knobs.runtime.launch_exit_hook = lambda metadata: None
+        assert run(dy, out) == mine == run(dy, out)
+    assert run(dy, out) == []
+    p.kernel.add_pre_run_hook(lambda *args, **kwargs: None)
+    assert run(dy, out) == mine
+    p.kernel.pre_run_hooks.clear()
+    assert run(dy, out) == []
+    with knobs.runtime.scope():  # another kernel, compiled with checks; direct in its turn
+        knobs.runtime.debug = True
+        assert run(dy, out) == mine
+        assert run(dy, out) == []
+        assert launched[-1][4] not in functions
+    assert run(dy, out) == mine
+    assert run(dy, out) == []
+    assert launched[-1][4] in functions
+
+    p, tensors = prepared()
+    p.ready.clear()
+    p.kernel.device_caches.clear()
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = lambda **_: True
+        with pytest.raises(RuntimeError, match="a hook of Triton's"):
+            compiled.run(p, tensors)
+
+
+class On:
+    """A tensor that says that it is on a device."""
+
+    def __init__(self, t: torch.Tensor, device: int) -> None:
+        self.t, self.device, self.dtype = t, device, t.dtype
+
+    def get_device(self) -> int:
+        return self.device
+
+    def data_ptr(self) -> int:
+        return self.t.data_ptr()
+
+
+class current:
+    """In place of torch.cuda.device: makes a device of the stub the current one."""
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.before, driver.device = driver.device, self.device
+
+    def __exit__(self, *_: object) -> None:
+        driver.device = self.before
+
+
+def devices() -> None:
+    """Each device has its own module, and its own current stream."""
+    torch.cuda.device, torch.cuda.current_device = current, lambda: driver.device
+    compiled.capturing = lambda device: False
+    p, tensors = prepared()
+    p.kernel.device_caches.clear()
+    driver.loaded.clear()
+    rows = []
+    for device in (0, 1, 0, 1, 1, 0):
+        launched.clear()
+        compiled.run(p, tuple(On(t, device) for t in tensors))
+        assert driver.device == 0
+        (args,) = launched
+        rows.append((device, args[3], args[4]))
+    assert driver.loaded == [("sum_pixels", 0), ("sum_pixels", 1)]
+    assert [stream for _, stream, _ in rows] == [stub.STREAM + device for device, *_ in rows]
+    assert len({function for *_, function in rows}) == 2
+    assert len({(device, function) for device, _, function in rows}) == 2
+
+
+def threads() -> None:
+    """Threads that launch the same for the first time at once compile and load it once, and each launches it."""
+    for _ in range(5):
+        p, tensors = prepared()
+        p.ready.clear()
+        p.kernel.device_caches.clear()
+        driver.loaded.clear()
+        launched.clear()
+        barrier = threading.Barrier(8)
+        errors: list[BaseException] = []
+
+        def run(p: Any = p, tensors: Any = tensors, barrier: Any = barrier, errors: Any = errors) -> None:
+            barrier.wait()
+            try:
+                for _ in range(50):
+                    compiled.run(p, tensors)
+            except BaseException as e:
+                errors.append(e)
+
+        workers = [threading.Thread(target=run) for _ in range(8)]
+        for w in workers:
+            w.start()
+        for w in workers:
+            w.join()
+        assert errors == []
+        assert len(launched) == 400
+        assert len(driver.loaded) == 1
+        assert {args[4] for args in launched} == {1}
+
+
+def capture() -> None:
+    """What was compiled for another layer is launched during a capture; what was not is torch's, and compiles nothing."""
+    layer, x = LAYERS["dense"]()
+    step(layer, x)
+    compiles: list[Any] = []
+    knobs.compilation.listener = lambda **more: compiles.append(more)
+    layer(x)  # the settings have changed
+    compiled.capturing = lambda device: True
+    with tconv.recording() as calls, torch.no_grad():
+        layer(x[:4].detach().contiguous())
+    assert [c.ours for c in calls] == [True]
+    other = tconv.Conv1d(3, 5, 3)
+    compiles.clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with tconv.recording() as calls:
+            u = torch.randn(1, 3, 9, requires_grad=True)
+            torch.testing.assert_close(other(u), torch.nn.functional.conv1d(u, other.weight, other.bias))
+            step(other, u)
+    assert compiles == []
+    assert {c.ours for c in calls} == {False}
+    assert {c.reason for c in calls} == {compiled.REASON}
+    assert len([w for w in said if "capture" in str(w.message)]) == 1, [str(w.message) for w in said]
+
+
+def splits_in_capture() -> None:
+    """A reduction whose second kernel is not compiled does not launch its first one either."""
+    layer, x = LAYERS["dense"]()
+    step(layer, x)
+    (p,) = (p for p in launch._prepared.values() if p.total is not None and p.call.operation == "wgrad")
+    compiled._known -= {v for v in compiled._known if v[0] is p.total.kernel}
+    p.ready.clear()
+    launched.clear()
+    compiled.capturing = lambda device: True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with tconv.recording() as calls:
+            step(layer, x)
+    assert [c.operation for c in calls if not c.ours and "backward" in c.operation] == ["aten::convolution_backward"]
+    assert len(launched) < 5
+
+
+def precompiled() -> None:
+    """After precompile a real call compiles nothing, and nothing was compiled that it does not use."""
+    hits: list[bool] = []
+    used: set[str] = set()
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        hits.append(cache_hit)
+        used.add(src.hash())
+
+    for name, make in LAYERS.items():
+        layer, x = make()
+        done = tconv.precompile(layer, torch.empty_like(x, device="meta"), target="sm_90", jobs=2, progress=False)
+        assert not done.failed, done
+        assert not done.left, done
+        again = tconv.precompile(layer, x, target="sm_90", jobs=1, progress=False)
+        assert (again.compiled, again.found) == (0, done.compiled + done.found), again
+        for kernel in {p.kernel for p in launch._prepared.values()}:
+            kernel.device_caches.clear()
+        launch._prepared.clear()
+        hits.clear()
+        used.clear()
+        with knobs.compilation.scope():
+            knobs.compilation.listener = listen
+            step(layer, x)
+        assert hits, name
+        assert all(hits), f"{name}: {hits.count(False)} of {len(hits)} kernels were compiled anew"
+        assert len(used) == again.found, f"{name}: {len(used)} kernels used, {again.found} precompiled"
+
+
+class Nested(torch.nn.Module):
+    """Takes its input from a list, by name, and gives results in a dictionary; keeps what it has seen in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = tconv.Conv2d(8, 16, 3, bias=False), torch.nn.BatchNorm2d(16)
+        self.second = tconv.Conv2d(16, 16, 3, groups=16)
+
+    def forward(self, factor: float, *, images: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        y = self.norm(self.first(images[0])).relu_() * factor
+        return {"a": [y], "b": [self.second(y)]}
+
+
+def nested() -> None:
+    """Inputs and results within containers, channels_last, another layout of the weights: all of it is found."""
+    model = Nested().half().to(memory_format=torch.channels_last)
+    model.norm.float()
+    x = torch.randn(2, 8, 9, 9).half().to(memory_format=torch.channels_last)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    forward = tconv.precompile(model, 2.0, images=[x], target="sm_90", jobs=2, backward=False, progress=False)
+    assert (forward.compiled + forward.found, forward.failed, forward.left) == (2, (), ())
+    both = tconv.precompile(model, 2.0, images=[x], target="sm_90", jobs=2, progress=False)
+    assert both.failed == both.left == ()
+    assert both.found >= 2
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k]), k
+    assert all(p.grad is None for p in model.parameters())
+    hits: list[bool] = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+        out = model(2.0, images=[x.requires_grad_()])
+        results = [*out["a"], *out["b"]]
+        torch.autograd.backward(results, [torch.ones_like(y) for y in results])
+    assert hits
+    assert all(hits), hits
+
+
+def loaded() -> None:
+    """What precompile loads is launched during a capture without a call before."""
+    from tconv.device import DEVICES
+    from tconv.precompile import rehearse
+
+    layer, x = LAYERS["dense"]()
+    launches, left = rehearse(layer, (x,), {}, DEVICES["H100"])
+    assert left == ()
+    assert len(launches) == 6
+    for p in launches:
+        compiled.load(p, -1)
+    names = [name for name, _ in driver.loaded]
+    assert len(names) == len({p.kernel for p in launches}) + 1, names  # gather twice: fprop and dgrad
+    compiled.capturing = lambda device: True
+    compile_ = JITFunction._do_compile
+    JITFunction._do_compile = lambda *_: exit("compiled in a capture")
+    with tconv.recording() as calls:
+        step(layer, x)
+    JITFunction._do_compile = compile_
+    assert [c.ours for c in calls] == [True] * 4
+    assert len(driver.loaded) == len(names), "loaded in a capture"
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    print("done")

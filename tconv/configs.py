@@ -14,7 +14,8 @@ class Tile:
     """Block extents and launch options.
 
     Attributes:
-        m, n, k: gather: pixels, written channels, reduced channels. wgrad: K, C, pixels. depthwise: pixels, channels, 1.
+        m, n, k: gather: pixels, written channels, reduced channels. wgrad: K, C, pixels (packed kernels: K and C of
+            several groups, C or reduced channels times taps). depthwise: pixels, channels, 1.
             depthwise_wgrad: taps, channels, pixels. strip: strips, channels, 1. strip_wgrad: rows of the filter, channels,
             strips. bias: 1, channels, pixels.
         warps: warps per program.
@@ -51,6 +52,11 @@ FMA_32 = (Tile(128, 64, 16, 8, 2, 255), Tile(64, 32, 16, 8, 2, 128))
 GEMM_16_NARROW = (Tile(64, 64, 32, 8, 2),)
 GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
 FMA_32_NARROW = (Tile(64, 32, 16, 8, 2, 128),)
+# The packed kernels; wgrad takes the first two. Element by element, pixels of 128 with 16 or 32 channels spill.
+PACKED_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 8, 3), Tile(128, 16, 64, 8, 3))
+PACKED_32 = (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2))
+PACKED_FMA = (Tile(64, 32, 16, 8, 2, 255),)
+PACKED_64 = (Tile(32, 32, 16, 8, 2, 255),)
 # Direct kernels, [pixels, channels]: 32 fp32 accumulators per thread, half as many where addresses are not shared.
 DIRECT = (Tile(64, 64, 1, 4, 3), Tile(128, 32, 1, 4, 3), Tile(256, 16, 1, 4, 3))
 DIRECT_NARROW = (Tile(64, 32, 1, 4, 3), Tile(128, 16, 1, 4, 3))
@@ -100,6 +106,9 @@ def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool, flip: bo
         return DIRECT_64 if itemsize == 8 else DIRECT_NARROW if narrow else DIRECT
     if kernel == "depthwise_wgrad":
         return DIRECT_WGRAD_64 if itemsize == 8 else DIRECT_WGRAD
+    if kernel.startswith("packed"):
+        found = PACKED_64 if itemsize == 8 else PACKED_16 if itemsize == 2 else PACKED_32 if tensor_cores else PACKED_FMA
+        return found[:1] if narrow else found[:2] if kernel == "packed_wgrad" else found
     if itemsize == 8:
         return GEMM_64
     if itemsize == 4 and not tensor_cores:
@@ -119,7 +128,7 @@ def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str |
         return f"tile {tile}: so many columns are not for {kernel}"
     if max(tile.m * tile.n, tile.n * tile.k, tile.m * tile.k) > MAX_TILE:
         return f"tile {tile}: more than {MAX_TILE} elements in a block"
-    if kernel in ("gather", "wgrad"):
+    if kernel in ("gather", "wgrad", "packed", "packed_wgrad"):
         if min(tile.m, tile.n, tile.k) < 16:
             return f"tile {tile}: tl.dot needs at least 16 in each extent"
         shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize

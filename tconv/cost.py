@@ -14,6 +14,7 @@ estimates until a GPU has had its say.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ LATENCY = 1000  # cycles from asking the memory to having it, where a loop's loa
 ISSUE = 4  # instructions a unit starts per cycle, one for each of its schedulers
 L1 = 128  # bytes a unit takes from its own cache per cycle
 START = 300  # instructions of a strip kernel's warp outside its loop
+MOST_COLUMNS = 1 << 15  # taps times channels of a pack that the packed gather can count
 ALONE = 1.5  # a program with a unit to itself is slowed so by its own barriers: an estimate
 
 
@@ -108,11 +110,32 @@ def pixel_tiles(p: ConvProblem, pass_: str, block: int) -> int:
     return math.ceil(phase_pixels(p, pass_) / block) * p.phases(pass_)
 
 
+def pack(p: ConvProblem, pass_: str, tile: Tile) -> int:
+    """Groups of which a packed kernel's tile takes the written channels: all, or a power of two for wide accesses' sake."""
+    written = p.C // p.G if pass_ == "dgrad" else p.K // p.G
+    room = (tile.m if pass_ == "wgrad" else tile.n) // written
+    return p.G if room >= p.G else 1 << max(0, room.bit_length() - 1)
+
+
+def phase_taps(p: ConvProblem, pass_: str) -> list[int]:
+    """Taps that each phase of fprop or dgrad meets, phases without any left out."""
+    if pass_ == "fprop":
+        return [p.taps]
+    met = []
+    for t, s, d in zip(p.T, p.S, p.D, strict=True):
+        step = s // math.gcd(s, d)
+        met.append([math.ceil((t - first) / step) for first in range(min(t, step))])
+    return [math.prod(taps) for taps in itertools.product(*met)]
+
+
 def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
     """Programs of a plan without splits."""
     c, k = p.C // p.G, p.K // p.G
     if kernel == "wgrad":
         return math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G
+    if kernel == "packed_wgrad":
+        group = pack(p, pass_, tile)
+        return math.ceil(group * k / tile.m) * math.ceil(p.taps * group * c / tile.n) * math.ceil(p.G / group)
     if kernel == "depthwise_wgrad":
         return math.ceil(p.taps / tile.m) * math.ceil(p.K / tile.n)
     if kernel == "strip_wgrad":
@@ -123,7 +146,8 @@ def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
     tiles = pixel_tiles(p, pass_, tile.m)
     if kernel == "depthwise":
         return tiles * math.ceil((p.K if pass_ == "fprop" else p.C) / tile.n)
-    return tiles * math.ceil((k if pass_ == "fprop" else c) / tile.n) * p.G
+    group = pack(p, pass_, tile) if kernel == "packed" else 1
+    return tiles * math.ceil(group * (k if pass_ == "fprop" else c) / tile.n) * math.ceil(p.G / group)
 
 
 def loop_length(kernel: str, tile: Tile, itemsize: int, tensor_cores: bool, narrow: bool) -> float:
@@ -134,8 +158,11 @@ def loop_length(kernel: str, tile: Tile, itemsize: int, tensor_cores: bool, narr
         products = taps * pixels * tile.n / threads
         return 60 + products * (10 if narrow else 6)
     loaded = (tile.m + tile.n) * tile.k / threads
-    base, copy = (50, 8) if kernel == "gather" else (110, 14)  # wgrad's pixels carry digits, and both operands move with them
-    copies = loaded * 4 if narrow else copy * loaded * itemsize / 16
+    # wgrad's pixels carry digits, and both operands move with them; packed kernels mask, and the gather decodes, every element.
+    base, copy, one = {"gather": (50, 8, 4), "wgrad": (110, 14, 4), "packed": (120, 10, 9), "packed_wgrad": (100, 14, 9)}[
+        kernel
+    ]
+    copies = loaded * one if narrow else copy * loaded * itemsize / 16
     products = 0.0 if tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
     return base + copies + products
 
@@ -190,8 +217,12 @@ def predict(
         loops = tiles // (p.S[0] * p.S[1] if pass_ == "dgrad" else 1) * p.T[0] * p.T[1]
     else:
         reduced = (p.C if pass_ == "fprop" else p.K) // p.G
+        per_phase = tiles // p.phases(pass_)
         blocks = (p.multiplier if pass_ == "dgrad" else 1) if direct else math.ceil(reduced / tile.k)
-        loops = tiles // p.phases(pass_) * p.taps * blocks
+        loops = per_phase * p.taps * blocks
+        if kernel == "packed":
+            reduced *= pack(p, pass_, tile)
+            loops = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
     programs = tiles * splits
     waves = math.ceil(programs / device.units)
     steps = loops / programs * waves  # of the fullest unit

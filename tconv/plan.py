@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from tconv.configs import Tile, tiles, why_illegal
-from tconv.cost import Cost, phase_pixels, predict, predict_bias, tiles_of
+from tconv.cost import MOST_COLUMNS, Cost, pack, phase_pixels, predict, predict_bias, tiles_of
 from tconv.device import Device
 from tconv.problem import ConvProblem
 from tconv.strips import Strips, strips_of, why_not
 
 INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # bytes that wgrad's splits may take at most
+FEW = 32  # channels per group up to which a packed kernel is considered
 KERNELS = {
-    "fprop": ("gather", "depthwise", "strip"),
-    "dgrad": ("gather", "depthwise", "strip"),
-    "wgrad": ("wgrad", "depthwise_wgrad", "strip_wgrad"),
+    "fprop": ("gather", "packed", "depthwise", "strip"),
+    "dgrad": ("gather", "packed", "depthwise", "strip"),
+    "wgrad": ("wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad"),
     "bias": ("bias",),
 }
 
@@ -29,12 +30,13 @@ class Plan:
 
     Attributes:
         pass_: "fprop", "dgrad", "wgrad" or "bias" (the bias gradient).
-        kernel: "gather", "wgrad", "depthwise", "depthwise_wgrad", "strip", "strip_wgrad" or "bias".
+        kernel: "bias" or one of the others in KERNELS.
         tile: block extents and launch options.
         splits: parts into which the reduction is cut, added in a fixed order afterwards.
         reason: one line for `explain`.
         cost: what the cost model says of it; None in the interpreter.
         staged: operands that are first copied to channels last.
+        kernels: those among which the planner had to choose.
         tiles: those among which the kernel's was chosen.
         others: the next best that were considered, at most three.
     """
@@ -46,6 +48,7 @@ class Plan:
     reason: str
     cost: Cost | None = None
     staged: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = field(default=(), compare=False, repr=False)
     tiles: tuple[Tile, ...] = field(default=(), compare=False, repr=False)
     others: tuple[Plan, ...] = field(default=(), compare=False, repr=False)
 
@@ -115,6 +118,7 @@ def choose(
     device: Device,
     narrow: bool = False,
     strips: Strips | None = None,
+    pack_narrow: Callable[[int], bool] | None = None,
 ) -> Plan:
     """The plan for one pass: of all candidates the one with the least predicted time (cost.py).
 
@@ -126,27 +130,35 @@ def choose(
         device: where.
         narrow: whether an operand's layout or alignment allows only element by element loads.
         strips: how a depthwise problem's operands lie for strip kernels.
+        pack_narrow: the same of a packed kernel, whose weights do not count, by the groups in a pack; None: as `narrow`.
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
     wish, strips = _wish(pass_), strips or Strips(False, narrow)
-    if wish and wish.kernel and wish.kernel not in _kernels(problem, pass_):
-        needs = "one filter per channel" if wish.kernel.startswith("strip") else "one input channel per group"
-        raise ValueError(f"forced kernel {wish.kernel!r} needs {needs}, got {problem}")
+    if wish and wish.kernel:
+        unfit = _unfit(problem, pass_, wish.kernel)
+        if unfit:
+            raise ValueError(f"forced kernel {wish.kernel!r} {unfit}, got {problem}")
     if device.interpreted:
         return _interpreter_plan(problem, pass_, itemsize, device, wish)
     plans = []
-    for kernel in [wish.kernel] if wish and wish.kernel else _kernels(problem, pass_):
+    kernels = (wish.kernel,) if wish and wish.kernel else _kernels(problem, pass_)
+    for kernel in kernels:
         # Of a group's one channel, a dot's operands can only be gathered one by one.
-        thin, flip = narrow or (problem.depthwise and kernel in ("gather", "wgrad")), False
+        thin, flip = narrow or (problem.depthwise and kernel in KERNELS[pass_][:2]), False
         if kernel.startswith("strip"):
             thin, flip = strips.narrow, strips.flip
+        packs = pack_narrow if kernel.startswith("packed") else None
         illegal = _illegal(problem, pass_, kernel, itemsize, device)
-        legal = _legal_tiles(wish, tiles(kernel, itemsize, tensor_cores, thin, flip), illegal)
+        legal = _legal_tiles(wish, tiles(kernel, itemsize, tensor_cores, thin and not packs, flip), illegal)
+        if packs and not (wish and wish.tile):
+            wide = tiles(kernel, itemsize, tensor_cores, True)
+            legal = tuple(tile for tile in legal if tile in wide or not packs(pack(problem, pass_, tile)))
         for tile in legal:
+            narrow_here = packs(pack(problem, pass_, tile)) if packs else thin
             for splits in _all_splits(problem, pass_, kernel, tile, itemsize, device, wish):
-                cost = predict(problem, pass_, kernel, tile, splits, itemsize, tensor_cores, thin, device, flip)
-                plans.append(Plan(pass_, kernel, tile, splits, "", cost, tiles=legal))
+                cost = predict(problem, pass_, kernel, tile, splits, itemsize, tensor_cores, narrow_here, device, flip)
+                plans.append(Plan(pass_, kernel, tile, splits, "", cost, kernels=kernels, tiles=legal))
     if not plans:
         raise ValueError(f"no tile fits {device.name}: {problem}")
     return _fastest(plans, wish)
@@ -166,7 +178,7 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     for tile in legal:
         for splits in _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, wish):
             cost = None if device.interpreted else predict_bias(channels, pixels, tile, splits, itemsize, device)
-            plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost, tiles=legal))
+            plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost, kernels=("bias",), tiles=legal))
     return plans[0] if device.interpreted else _fastest(plans, wish)
 
 
@@ -207,10 +219,29 @@ def _illegal(problem: ConvProblem, pass_: str, kernel: str, itemsize: int, devic
 
 def _kernels(problem: ConvProblem, pass_: str) -> tuple[str, ...]:
     """The kernels that could take a pass, some of them perhaps with none of their tiles."""
-    dot, direct, strip = KERNELS[pass_]
-    if not problem.depthwise:
-        return (dot,)
-    return (direct, dot) if problem.multiplier > 1 else (strip, direct, dot)
+    dot, packs, direct, strip = KERNELS[pass_]
+    if problem.depthwise:
+        return (direct, dot) if problem.multiplier > 1 else (strip, direct, dot)
+    gains = min(problem.C, problem.K) <= FEW * problem.G and (problem.taps > 1 or problem.G > 1)
+    return (dot, packs) if gains and not _unfit(problem, pass_, packs) else (dot,)
+
+
+def _unfit(problem: ConvProblem, pass_: str, kernel: str) -> str | None:
+    """What a kernel would need to take a pass, or None."""
+    if kernel.startswith("depthwise") and not problem.depthwise:
+        return "needs one input channel per group"
+    if kernel.startswith("strip") and not (problem.depthwise and problem.multiplier == 1):
+        return "needs one filter per channel"
+    if kernel == "packed" and not _countable(problem, pass_):
+        return f"counts at most {MOST_COLUMNS} taps times channels"
+    return None
+
+
+def _countable(problem: ConvProblem, pass_: str) -> bool:
+    """Whether the packed gather's columns can be decoded (kernels/common.py `quotient`) for every tile."""
+    written, reduced = _channels(problem, pass_, "gather")
+    groups = problem.G if written < MOST_COLUMNS else 1
+    return min(groups, max(1, 1024 // written)) * reduced * problem.taps <= MOST_COLUMNS
 
 
 def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
@@ -223,7 +254,7 @@ def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
 
 def _interpreter_plan(problem: ConvProblem, pass_: str, itemsize: int, device: Device, wish: Forced | None) -> Plan:
     """The interpreter's time is per operation: few programs, and direct kernels while groups have few outputs."""
-    dot, direct = KERNELS[pass_][:2]
+    dot, _, direct, _ = KERNELS[pass_]
     kernel = wish.kernel if wish and wish.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
     illegal = _illegal(problem, pass_, kernel, itemsize, device)
     candidates = _legal_tiles(wish, _interpreter_tiles(problem, pass_, kernel), illegal)
@@ -251,10 +282,14 @@ def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
     if kernel == "depthwise_wgrad":
         n = pow2(problem.K, 1, 1024)
         return Tile(min(problem.taps, 27), n, pow2(problem.gemm("wgrad")[2], 1, (1 << 18) // n))
-    if kernel == "wgrad":
+    if kernel.endswith("wgrad"):
         m, n = pow2(problem.K // problem.G, 16, 1024), pow2(problem.C // problem.G, 16, 1024)
+        if kernel == "packed_wgrad":
+            m, n = pow2(problem.K, 16, 256), pow2(problem.C * problem.taps, 16, 256)
         return Tile(m, n, pow2(problem.gemm("wgrad")[2], 16, (1 << 18) // max(m, n)))
-    low = 16 if kernel == "gather" else 1
+    low = 1 if kernel == "depthwise" else 16
+    if kernel == "packed":
+        written, reduced = min(written * problem.G, max(written, 64)), 256
     n, k = pow2(written, low, 1024), pow2(reduced, low, 256)
     return Tile(pow2(phase_pixels(problem, pass_), low, (1 << 18) // max(n, k)), n, k)
 

@@ -23,6 +23,7 @@ from tconv.device import Device
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.depthwise import depthwise, depthwise_wgrad
 from tconv.kernels.gather import gather
+from tconv.kernels.packed import packed, packed_wgrad
 from tconv.kernels.reduce import sum_pixels, sum_splits
 from tconv.kernels.strip import strip, strip_wgrad
 from tconv.kernels.wgrad import wgrad
@@ -34,6 +35,7 @@ from tconv.strips import CHUNK, READ, Strips
 
 INTERPRET = isinstance(gather, InterpretedFunction)  # Triton decided so when the kernels were loaded
 FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank
+FLAT_FIELD = {1: 31, 2: 15, 3: 10}  # the same of the packed kernel, which needs one bit itself
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,13 @@ def _prepare_gather(
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec if ay.unit else x_vec)) == 1
     lanes_x, lanes_y = _lanes(x, ax, wrote, p.Y if transposed else p.X), _lanes(y, ay, wrote, p.X if transposed else p.Y)
     strips = Strips(lanes_x.unit != "c", min(lanes_x.vec, lanes_y.vec) == 1)
-    plan = planning.choose(p, pass_, size, tensor_cores(x.dtype), device, narrow, strips)
+
+    def pack_vector(group: int) -> int:  # of x in a packed kernel
+        return _vector(x, ax, group * ci, read)
+
+    plan = planning.choose(
+        p, pass_, size, tensor_cores(x.dtype), device, narrow, strips, lambda group: pack_vector(group) == 1
+    )  # fmt: skip
     tile = plan.tile
     integers = {
         "N": p.N, **_window(p), **_triple("g", [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]),
@@ -195,6 +203,16 @@ def _prepare_gather(
         "CI": ci, "CO": co, "G": p.G, "sxg": ci * ax.channel, "syg": co * ay.channel,
         "swg": group, "swi": reduced, "swo": written,
     }  # fmt: skip
+    if plan.kernel == "packed":
+        group = cost.pack(p, pass_, tile)
+        integers |= {"PACK": group}
+        constants |= {
+            "W_UNIT": inner, "X_VEC": pack_vector(group), "W_VEC": w_vec, "Y_VEC": _vector(y, ay, group * co, wrote),
+            "PACKED": group > 1, "FIELD": FLAT_FIELD[p.rank] if max(p.T) <= FLAT_FIELD[p.rank] else 0,
+            "PRECISION": _precision(x.dtype), "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        }  # fmt: skip
+        programs = tiles * math.ceil(group * co / tile.n) * math.ceil(p.G / group)
+        return _prepared(packed, programs, integers, constants, call, y)
     constants |= {
         "W_UNIT": inner, "X_VEC": x_vec, "W_VEC": w_vec, "Y_VEC": y_vec, "EVEN": ci % tile.k == 0,
         "FIELD": FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0, "PRECISION": _precision(x.dtype),
@@ -222,7 +240,13 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, y_vec)) == 1
     lanes_x, lanes_y = _lanes(x, ax, p.K, p.X), _lanes(dy, ay, p.K, p.Y)
     strips = Strips(lanes_x.unit != "c", min(lanes_x.vec, lanes_y.vec) == 1)
-    plan = planning.choose(p, "wgrad", size, tensor_cores(x.dtype), device, narrow, strips)
+
+    def pack_vectors(group: int) -> tuple[int, int]:
+        return _vector(x, ax, group * c, p.C), _vector(dy, ay, group * k, p.K)
+
+    plan = planning.choose(
+        p, "wgrad", size, tensor_cores(x.dtype), device, narrow, strips, lambda group: min(pack_vectors(group)) == 1
+    )  # fmt: skip
     tile, splits, extents = plan.tile, plan.splits, p.Y
     if plan.kernel == "strip_wgrad":
         extents = (p.Y[0], p.Y[1], math.ceil(p.Y[2] / tile.columns))
@@ -256,6 +280,16 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
     integers |= {
         "C": c, "K": k, "G": p.G, "sxg": c * ax.channel, "syg": k * ay.channel, "swg": k * aw.outer, "swc": aw.channel,
     }  # fmt: skip
+    if plan.kernel == "packed_wgrad":
+        group = cost.pack(p, "wgrad", tile)
+        x_vec, y_vec = pack_vectors(group)
+        integers |= {"PACK": group}
+        constants |= {
+            "X_VEC": x_vec, "Y_VEC": y_vec, "PACKED": group > 1, "PRECISION": _precision(x.dtype),
+            "BLOCK_K": tile.m, "BLOCK_C": tile.n,
+        }  # fmt: skip
+        programs = math.ceil(group * k / tile.m) * math.ceil(p.taps * group * c / tile.n) * math.ceil(p.G / group) * splits
+        return _prepared(packed_wgrad, programs, integers, constants, call, dw, splits)
     constants |= {
         "X_VEC": x_vec, "Y_VEC": y_vec, "PRECISION": _precision(x.dtype), "BLOCK_K": tile.m, "BLOCK_C": tile.n,
     }  # fmt: skip
@@ -352,9 +386,9 @@ def _options(tile: Tile) -> dict[str, int]:
     return options
 
 
-def _vector(t: torch.Tensor, a: Addressing, channels: int) -> int:
-    """Elements per access along the channels of t, of which a group has `channels`; 1 where they are not contiguous."""
-    return vector(t.data_ptr(), t.element_size(), a.outer, *a.spatial, channels) if a.unit else 1
+def _vector(t: torch.Tensor, a: Addressing, *channels: int) -> int:
+    """Elements per access along the channels of t, which end at multiples of `channels`; 1 where they are not contiguous."""
+    return vector(t.data_ptr(), t.element_size(), a.outer, *a.spatial, *channels) if a.unit else 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from tconv.device import Device
 from tconv.kernels.reduce import sum_splits
 from tconv.layout import shaped
-from tconv.plan import KERNELS, force
+from tconv.plan import force
 from tconv.prepare import Prepared, prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import ConvProblem
 
@@ -50,7 +49,13 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
     That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split.
     """
     for pass_, prepare in launches(problem, dtype, channels_last, device).items():
-        for kernel, staged in itertools.product(KERNELS[pass_] if problem.depthwise else KERNELS[pass_][:1], (False, True)):
+        choices = []
+        for staged in (False, True):
+            with force(staged=staged):
+                plan = prepare().call.plan
+            assert plan is not None
+            choices += [(kernel, staged) for kernel in plan.kernels]
+        for kernel, staged in choices:
             with force(kernel, staged=staged):
                 try:
                     plan = prepare().call.plan
@@ -102,11 +107,11 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
             signature[argument] = "i32"
     plan = prepared.call.plan
     assert plan is not None
-    direct = plan.kernel not in ("gather", "wgrad")
+    direct = "PRECISION" not in c  # without tl.dot
     inner = {True: "c", False: "p", "": "-"}
     marks = [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
     vectors = [str(c[k]) for k in VECTORS if k in c]
-    flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "WIDE") if c.get(k)]
+    flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE") if c.get(k)]
     if "COLUMNS" in c:
         flags.append(f"row={c['T2']}s{c['S2']}d{c['D2']}p{c['P2']}")
     if c.get("FIELD") == 0:

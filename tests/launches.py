@@ -63,7 +63,8 @@ def small(
 
 
 LAYERS = {
-    "dense": lambda: small(tconv.Conv2d, 8, 16, 3, shape=(8, 8, 40, 40), dtype=torch.bfloat16),
+    "dense": lambda: small(tconv.Conv2d, 64, 48, 3, shape=(8, 64, 40, 40), dtype=torch.bfloat16),
+    "few channels": lambda: small(tconv.Conv2d, 3, 16, 3, shape=(8, 3, 40, 40)),
     "depthwise": lambda: small(tconv.Conv1d, 16, 32, 3, groups=16, bias=False, shape=(4, 16, 600)),
     "strips": lambda: small(tconv.Conv2d, 16, 16, 3, padding=1, groups=16, shape=(4, 16, 64, 64), dtype=torch.float16),
     "transposed": lambda: small(tconv.ConvTranspose3d, 4, 6, 2, stride=2, shape=(2, 4, 5, 6, 7), dtype=torch.float64),
@@ -90,7 +91,8 @@ def arguments() -> None:
             differ = [i for i, (v, u) in enumerate(zip(flat(a), flat(b), strict=True)) if v != u]
             assert all(address(flat(a)[i]) and address(flat(b)[i]) for i in differ), [(flat(a)[i], flat(b)[i]) for i in differ]
     assert kernels == {
-        "gather", "depthwise", "strip", "wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits"
+        "gather", "packed", "depthwise", "strip",
+        "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits",
     }, kernels  # fmt: skip
     # The same tensors, so that nothing at all may differ.
     layer, x = LAYERS["dense"]()
@@ -267,7 +269,7 @@ def capture() -> None:
     layer(x)  # the settings have changed
     compiled.capturing = lambda device: True
     with tconv.recording() as calls, torch.no_grad():
-        layer(x[:4].detach().contiguous())
+        layer(x[:7].detach().contiguous())
     assert [c.ours for c in calls] == [True]
     other = tconv.Conv1d(3, 5, 3)
     compiles.clear()
@@ -316,7 +318,7 @@ def precompiled() -> None:
         assert not done.left, done
         again = tconv.precompile(layer, x, target="sm_90", jobs=1, progress=False)
         assert (again.compiled, again.found) == (0, done.compiled + done.found), again
-        for kernel in {p.kernel for p in launch._prepared.values()}:
+        for kernel in {part.kernel for p in launch._prepared.values() for part in (p, p.total) if part}:
             kernel.device_caches.clear()
         launch._prepared.clear()
         hits.clear()

@@ -122,7 +122,7 @@ def test_the_gate_knows_every_pass_dtype_layout_and_architecture(names):
 
 def test_the_gate_knows_every_legal_tile_and_no_other(names):
     found = {(line.split()[0], line.split()[2], line.split()[4], line.split(" inner=")[0].split(" ", 5)[-1]) for line in names}
-    kernels = ("gather", "wgrad", "depthwise", "depthwise_wgrad", "strip", "strip_wgrad", "bias")
+    kernels = ("gather", "wgrad", "packed", "packed_wgrad", "depthwise", "depthwise_wgrad", "strip", "strip_wgrad", "bias")
     legal = {
         (arch, kernel, name, str(tile))
         for arch, kernel, (dtype, name) in itertools.product(codegen.ARCHS, kernels, NAMES.items())

@@ -101,7 +101,9 @@ def test_loop_lengths_are_near_those_compiled():
         if not found or found[2] == "bias" or found[3] not in sizes:
             continue
         pass_, kernel, dtype, *extents, columns, inner, vectors, flags = found.groups()
-        direct, narrow = kernel.startswith(("depthwise", "strip")), "1" in vectors.split("/")[:2]  # the third is the result's
+        direct = kernel.startswith(("depthwise", "strip"))
+        read = vectors.split("/")[: 1 if kernel == "packed" else 2]  # few of the packed gather's elements are weights
+        narrow = "1" in read
         cores = not direct and (dtype != "fp32" or "tf32" in flags)
         if kernel.startswith("strip"):
             size, stride, dilation, padding = map(int, re.search(r"row=(\d+)s(\d+)d(\d+)p(\d+)", flags).groups())
@@ -113,9 +115,7 @@ def test_loop_lengths_are_near_those_compiled():
         else:
             length = cost.loop_length(kernel, Tile(*map(int, extents)), sizes[dtype], cores, narrow)
         ratios[kernel, dtype, cores, narrow].append(int(row["loop_instructions"]) / length)
-    assert {kernel for kernel, *_ in ratios} == {
-        "gather", "wgrad", "depthwise", "depthwise_wgrad", "strip", "strip_wgrad"
-    }  # fmt: skip
+    assert {kernel for kernel, *_ in ratios} == set().union(*plan.KERNELS.values()) - {"bias"}
     for kind, found in ratios.items():
         assert 1 / 1.5 < statistics.median(found) < 1.5, kind
 
@@ -161,6 +161,24 @@ def test_phases_of_a_strided_dgrad_are_counted_one_by_one():
         c = cost.predict(p, "dgrad", "gather", tile, 1, 2, True, False, HAND)
         assert c.executed == met * blocks * 2 * 16**3
         assert c.programs == stride * blocks
+
+
+def test_taps_of_phases_are_all_taps():
+    for taps, stride, dilation in itertools.product((1, 2, 3, 5, 7), (1, 2, 3, 4, 9), (1, 2, 3, 6)):
+        p = forward_problem((1, 3, 70), (4, 3, taps), (stride,), [(0, 0)], (dilation,), 1)
+        met = [sum((a - t * dilation) % stride == 0 for t in range(taps)) for a in range(stride)]
+        assert sorted(cost.phase_taps(p, "dgrad")) == sorted(n for n in met if n)
+
+
+def test_packs_worked_by_hand():
+    """6 groups of 3 -> 4 channels, 3x3 taps, 50 pixels: two packs of four groups, 108 columns in 7 steps."""
+    p = forward_problem((2, 18, 7, 7), (24, 3, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 6)
+    c = cost.predict(p, "fprop", "packed", Tile(16, 16, 16, 4, 2), 1, 4, True, False, HAND)
+    assert c.programs == 4 * 2
+    assert c.executed == 8 * 7 * 2 * 16**3
+    c = cost.predict(p, "wgrad", "packed_wgrad", Tile(16, 32, 16, 4, 2), 2, 4, True, False, HAND)
+    assert c.programs == 2 * 4 * 2
+    assert c.executed == 8 * 2 * 2 * 2 * 16 * 32 * 16  # 50 pixels: four blocks, two in each split
 
 
 def test_a_split_wgrad_worked_by_hand():

@@ -126,6 +126,59 @@ def test_depthwise_by_the_gemm_kernels_too(case, device, poisoned):
         oracle.check(ours(case), case, x, w, b)
 
 
+PACKED = {"packed": ("fprop", "dgrad"), "packed_wgrad": ("wgrad",)}
+
+
+@pytest.mark.parametrize("kernel", PACKED)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_every_case_by_the_packed_kernels(case, channels_last, kernel, device, poisoned):
+    with tconv.force(kernel=kernel):
+        calls = check(case, *oracle.tensors(case, torch.float32, device, channels_last))
+    assert {c.plan.kernel for c in calls if c.operation in PACKED[kernel]} == {kernel}
+
+
+FEW_CHANNELS = [c for c in cases.ALL if "stem" in c.reason or "groups" in c.reason]
+
+
+@pytest.mark.parametrize("kernel", PACKED)
+@pytest.mark.parametrize("case", FEW_CHANNELS, ids=str)
+def test_packs_have_tails_in_every_extent(case, kernel, device, poisoned):
+    """Tiles of 16: packs of part of the groups, the last one partial, taps cut between steps."""
+    for channels_last in (False, True):
+        with tconv.force(kernel=kernel, tile=Tile(16, 16, 16)):
+            check(case, *oracle.tensors(case, torch.float32, device, channels_last))
+
+
+@pytest.mark.parametrize("kernel", PACKED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in FEW_CHANNELS if "pack" in c.reason or "four" in c.reason], ids=str)
+def test_packs_in_every_dtype(case, dtype, kernel, device, poisoned):
+    with tconv.force(kernel=kernel, tile=Tile(32, 16, 16)):
+        check(case, *oracle.tensors(case, dtype, device, channels_last=True), eager_too=True)
+
+
+@pytest.mark.parametrize("kernel", PACKED)
+@pytest.mark.parametrize("per_group", [(4, 4), (3, 6), (8, 2)], ids=str)
+def test_packs_with_wide_accesses(per_group, kernel, device, poisoned):
+    """bf16 in tiles of the size that a GPU is given, groups by the dozen, channels_last."""
+    c, k = per_group
+    case = oracle.Case("a dozen groups", (2, 16 * c, 9, 7), 16 * k, (3, 3), padding=1, groups=16)
+    with tconv.force(kernel=kernel, tile=Tile(64, 32, 64)):
+        check(case, *oracle.tensors(case, torch.bfloat16, device, channels_last=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_infinity_stays_within_its_pack(device):
+    """In the other groups of its pack it meets zeros of the block-diagonal weight and gives NaN; elsewhere nothing."""
+    x, w = torch.ones(1, 64, 5, device=device), torch.ones(64, 4, 3, device=device)
+    x[0, 0, 2] = float("inf")
+    with tconv.force(kernel="packed", tile=Tile(16, 16, 16)):  # four groups of four
+        y = TF.conv1d(x, w, groups=16)
+    assert torch.equal(y[:, :4], F.conv1d(x, w, groups=16)[:, :4])
+    assert torch.equal(y[:, 16:], F.conv1d(x, w, groups=16)[:, 16:])
+
+
 STRIDED = {
     "a crop of a larger tensor": lambda t: torch.randn([n + 3 for n in t.shape], dtype=t.dtype, device=t.device)[
         tuple(slice(1, n + 1) for n in t.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -248,10 +249,10 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_others_go_on(tmp_path):
     assert out[0].startswith("1 kernels compiled, 0 already there, 3 failed"), out
     failed = sorted(out[1:])
     assert len(failed) == 3, out
-    assert failed[0].startswith("precompile: dgrad gather 64x64x32 w8 s2 float32 could not be compiled: KeyError"), failed
-    assert "fprop gather" in failed[1]
+    assert re.match(r"precompile: dgrad \w+ .* could not be compiled: KeyError", failed[0]), failed
+    assert failed[1].startswith("precompile: fprop ")
     assert failed[1].endswith("the process that compiled it died, with status 3")
-    assert failed[2].startswith("precompile: wgrad wgrad ")
+    assert failed[2].startswith("precompile: wgrad ")
 
 
 def test_workers_do_not_run_the_users_script_again(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tconv
+from tconv import cost, plan
 from tconv import functional as TF
-from tconv import plan
 from tconv.configs import GEMM_16, Tile, tiles, why_illegal
 from tconv.device import INTERPRETER, Device
 from tconv.problem import forward_problem, transposed_problem
@@ -88,6 +88,28 @@ def test_the_default_layout_is_copied_where_that_pays_and_only_there():
     assert [plan.staged for plan in plans(conv((1, 3, 8, 8), (4, 3, 3, 3)))] == [(), ()]
 
 
+def test_few_channels_are_packed_and_only_they():
+    def kernels(p):
+        return [plan.choose(p, pass_, 2, True, H200).kernel for pass_ in ("fprop", "dgrad", "wgrad")]
+
+    packed = ["packed", "packed", "packed_wgrad"]
+    assert kernels(conv((32, 128, 56, 56), (128, 4, 3, 3), padding=1, groups=32)) == packed
+    stem = conv((32, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3)
+    assert kernels(stem) == packed
+    assert kernels(conv((32, 64, 56, 56), (64, 64, 3, 3), padding=1)) == ["gather", "gather", "wgrad"]
+    with tconv.force(kernel="gather"):
+        assert plan.choose(stem, "fprop", 2, True, H200).cost.seconds > 0
+    with tconv.force(kernel="packed"), pytest.raises(ValueError, match="counts at most 32768 taps times channels"):
+        plan.choose(conv((1, 4096, 9, 9), (8, 4096, 3, 3)), "fprop", 2, True, H200)
+
+
+def test_packs_are_all_groups_or_a_power_of_two():
+    p = conv((1, 42, 9), (70, 3, 3), groups=14)  # 3 channels read, 5 written
+    assert [cost.pack(p, "fprop", Tile(64, n, 64)) for n in (4, 16, 32, 64, 128)] == [1, 2, 4, 8, 14]
+    assert [cost.pack(p, "dgrad", Tile(64, n, 64)) for n in (16, 32, 64)] == [4, 8, 14]
+    assert cost.pack(p, "wgrad", Tile(64, 16, 64)) == 8
+
+
 def test_no_gpu_tile_lacks_a_device_that_can_run_it():
     for kernel, itemsize, tc, narrow in itertools.product(("gather", "wgrad"), (2, 4, 8), (True, False), (True, False)):
         assert all(why_illegal(kernel, t, itemsize, H200) is None for t in tiles(kernel, itemsize, tc, narrow))
@@ -133,10 +155,11 @@ def test_forcing_reaches_the_backward_pass_on_another_thread(device):
 
 def test_no_integer_of_a_kernel_is_specialised():
     """Geometry as runtime data: layers that differ in it alone share one compiled kernel."""
-    from tconv.kernels import common, depthwise, gather, reduce, wgrad
+    from tconv.kernels import common, depthwise, gather, packed, reduce, wgrad
 
     for kernel in (
-        gather.gather, wgrad.wgrad, depthwise.depthwise, depthwise.depthwise_wgrad, reduce.sum_pixels, reduce.sum_splits
+        gather.gather, wgrad.wgrad, packed.packed, packed.packed_wgrad, depthwise.depthwise, depthwise.depthwise_wgrad,
+        reduce.sum_pixels, reduce.sum_splits,
     ):  # fmt: skip
         given = getattr(kernel, "kwargs", None) or {"do_not_specialize": kernel.do_not_specialize}
         assert tuple(given["do_not_specialize"]) == common.integers(kernel)

@@ -75,6 +75,24 @@ def multiple(s, VEC: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(d):
+    """What `quotient` needs of a divisor from 1 to 2^15: 2^31 / d, rounded up."""
+    return (2147483647 + d.to(tl.uint32)) // d.to(tl.uint32)
+
+
+@triton.jit
+def quotient(n, by, RUN: tl.constexpr):
+    """n // d for 0 <= n <= 2^16 and by = reciprocal(d), by a multiplication; n is the same for RUN neighbours.
+
+    by is (2^31 + e) / d with 0 <= e < d, so n * by / 2^31 exceeds n / d by n*e / (d * 2^31), less than 1 / d.
+    """
+    if RUN == 1:
+        return tl.umulhi(n.to(tl.uint32) * 2, by).to(tl.int32)
+    # Of this form the compiler sees that neighbours have the same quotient, of umulhi it does not.
+    return (n.to(tl.int64) * by.to(tl.int64) >> 31).to(tl.int32)
+
+
+@triton.jit
 def phase(index, taps, stride, dilation, padding, gcd, extent, TRANSPOSED: tl.constexpr):
     """One dimension's (taps, first tap, first input coordinate, outputs, first output) of phase `index`.
 

@@ -1,0 +1,270 @@
+"""The GEMMs of gather.py and wgrad.py for few channels: taps and channels are one axis, several groups share a tile.
+
+A pack is PACK neighbouring groups (one where there is one); R of its channels are read, side by side. Where a GEMM has
+taps and channels, they run together, tap * R + channel, so that three channels of 7x7 taps are 147 of an extent, not 49
+times 3. The pack's weights are block-diagonal: read as zero off the diagonal, and of their gradient only the diagonal is
+stored. So a NaN or an infinity in one group meets those zeros and shows in the other groups of its pack.
+"""
+
+import triton.language as tl
+
+from tconv.kernels.common import (
+    advance,
+    inside,
+    kernel,
+    lead,
+    multiple,
+    outside_bits,
+    quotient,
+    reciprocal,
+    rounded,
+    split_pixels,
+    trail,
+    written_pixels,
+)
+
+
+@kernel
+def packed(
+    x_ptr, w_ptr, b_ptr, y_ptr,
+    N, CI, CO, G, PACK,
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
+    S0, S1, S2, D0, D1, D2, P0, P1, P2, g0, g1, g2,
+    sxn, sxc, sx0, sx1, sx2,
+    swg, swi, swo, sw0, sw1, sw2,
+    syn, syc, sy0, sy1, sy2, sb,
+    TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
+    X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,
+    PACKED: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """fprop and dgrad; arguments as gather's. PACKED: PACK is more than one. FIELD: taps per dimension in a word, or 0."""
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    FIRST: tl.constexpr = 3 - RANK
+    RUN: tl.constexpr = max(X_VEC, W_VEC if W_UNIT == "i" else 1)  # channels that stay side by side in GEMM_K
+    X = (X0, X1, X2)
+    Y = (Y0, Y1, Y2)
+    T = (T0, T1, T2)
+    S = (S0, S1, S2)
+    D = (D0, D1, D2)
+    P = (P0, P1, P2)
+    gcds = (g0, g1, g2)
+    sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
+    sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
+    sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
+
+    tiles_n = tl.cdiv(PACK * CO, BLOCK_N)
+    packs = tl.cdiv(G, PACK)
+    group = tl.program_id(0) // tiles_n % packs * PACK
+    groups = tl.minimum(PACK, G - group)
+    past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
+        tl.program_id(0) // (tiles_n * packs), N, Y, T, S, D, P, gcds,
+        multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, TRANSPOSED, RANK, OFFSET, BLOCK_M,
+    )  # fmt: skip
+    if past:
+        return
+
+    # The word's last bit is set for every pixel: columns past the end select it.
+    PAST: tl.constexpr = -(1 << 31)
+    bits = tl.where(live, PAST, -1)
+    w_first = group * multiple(swg, W_VEC)
+    x_tap = ()
+    ax = ()
+    aw = ()
+    for d in tl.static_range(3):
+        step = -(D[d] // gcds[d]) if TRANSPOSED else D[d]
+        x_tap = x_tap + (step,)
+        ax = ax + (step * sx[d],)
+        aw = aw + ((S[d] // gcds[d] if TRANSPOSED else 1) * sw[d],)
+        if d >= FIRST:
+            w_first += t_first[d] * sw[d]
+            if FIELD:
+                bits |= outside_bits(h[d], D[d] // gcds[d] if TRANSPOSED else D[d], X[d], TRANSPOSED, FIELD) << (
+                    (2 - d) * FIELD
+                )
+
+    # --- written channels: rows of the weight ---
+    o = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    written = multiple(groups * CO, Y_VEC)
+    x_step = 1 if X_UNIT else sxc.to(OFFSET)
+    w_step_i = 1 if W_UNIT == "i" else multiple(swi, W_VEC)
+    w_step_o = 1 if W_UNIT == "o" else multiple(swo, W_VEC)
+    if PACKED:
+        wide = multiple(CO, W_VEC) if W_UNIT == "o" else CO
+        of = o // wide
+        diagonal = multiple(CI, W_VEC if W_UNIT == "i" else 1)
+        low = tl.where(o < groups * wide, of * diagonal, -(1 << 30))  # the first of the channels that o's group reads
+        w_row = of * multiple(swg - diagonal * w_step_i, W_VEC) + o % wide * w_step_o
+    else:
+        mask_o = o < multiple(CO, W_VEC if W_UNIT == "o" else 1)
+        w_row = (o if W_UNIT == "o" else tl.minimum(o, CO - 1)) * w_step_o
+    x_first = multiple(group * CI, X_VEC) if X_UNIT else group * CI
+    xp = x_ptr + x_first.to(OFFSET) * x_step + lead(x_offset, FLIP)
+    wp = w_ptr + w_first + trail(w_row, FLIP)
+
+    # --- GEMM_K: (tap, channel) flattened, each column decoded by multiplications ---
+    R = multiple(PACK * CI, RUN)
+    read = multiple(groups * CI, RUN)
+    total = n_taps[0] * n_taps[1] * n_taps[2] * R
+    by_r = reciprocal(R)
+    by_2 = reciprocal(tl.maximum(n_taps[2], 1))
+    by_1 = reciprocal(tl.maximum(n_taps[1], 1))
+    if FLIP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for start in tl.range(0, total, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        t2 = quotient(k // RUN * RUN, by_r, RUN)
+        c = k - t2 * R
+        within = (k < total) & (c < read) if PACKED else k < total
+        t1 = t2 * 0
+        t0 = t1
+        if RANK >= 2:
+            t1 = quotient(t2, by_2, RUN)
+            t2 -= t1 * n_taps[2]
+        if RANK == 3:
+            t0 = quotient(t1, by_1, RUN)
+            t1 -= t0 * n_taps[1]
+        dx = c * x_step + t2 * ax[2]
+        dw = c * w_step_i + t2 * aw[2]
+        if RANK >= 2:
+            dx += t1 * ax[1]
+            dw += t1 * aw[1]
+        if RANK == 3:
+            dx += t0 * ax[0]
+            dw += t0 * aw[0]
+        if FIELD:
+            select = 1 << t2
+            if RANK >= 2:
+                select |= (1 << FIELD) << t1
+            if RANK == 3:
+                select |= (1 << (2 * FIELD)) << t0
+            select = tl.where(within, select, PAST)
+            ok = (lead(bits, FLIP) & trail(select, FLIP)) == 0
+        else:
+            tap = (t0, t1, t2)
+            ok = lead(live, FLIP) & trail(within, FLIP)
+            for d in tl.static_range(FIRST, 3):
+                ok &= inside(lead(h[d], FLIP) + trail(tap[d] * x_tap[d], FLIP), X[d])
+        if PACKED:
+            keep = inside(lead(c, FLIP) - trail(low, FLIP), diagonal) & lead(k < total, FLIP)
+        elif W_UNIT == "o":
+            keep = trail(mask_o, FLIP) & lead(within, FLIP)
+        else:
+            keep = lead(within, FLIP)
+        xv = tl.load(xp + trail(dx, FLIP), mask=ok, other=0.0)
+        wv = tl.load(wp + lead(dw, FLIP), mask=keep, other=0.0)
+        if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
+            xv = xv.to(tl.float32)
+            wv = wv.to(tl.float32)
+        if FLIP:
+            acc = tl.dot(wv, xv, acc, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            acc = tl.dot(xv, wv, acc, input_precision=PRECISION, out_dtype=ACC)
+
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < written, other=0.0)
+        acc += trail(bias.to(ACC), FLIP)
+    y_step = 1 if Y_UNIT else syc.to(OFFSET)
+    y_first = multiple(group * CO, Y_VEC) if Y_UNIT else group * CO
+    yp = y_ptr + y_first.to(OFFSET) * y_step + (lead(y_offset, FLIP) + trail(o * y_step, FLIP))
+    tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(o < written, FLIP))
+
+
+@kernel
+def packed_wgrad(
+    dy_ptr, x_ptr, dw_ptr,
+    N, C, K, G, PACK,  # C, K: channels per group
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
+    S0, S1, S2, D0, D1, D2, P0, P1, P2,
+    Bn, B0, B1, B2, chunk,
+    sxn, sxc, sx0, sx1, sx2, syn, syc, sy0, sy1, sy2,
+    sws, swk, swc, sw0, sw1, sw2,
+    PACKED: tl.constexpr, RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """wgrad; arguments as wgrad's. BLOCK_C: columns, each a tap of a channel, so dy is read once for several taps."""
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    FIRST: tl.constexpr = 3 - RANK
+    X = (X0, X1, X2)
+    Y = (Y0, Y1, Y2)
+    T = (T0, T1, T2)
+    S = (S0, S1, S2)
+    D = (D0, D1, D2)
+    B = (B0, B1, B2, Bn)
+    sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
+    sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
+    sw = (sw0, sw1, sw2)
+
+    # --- which tile: columns fastest (neighbours share both operands), then output channels, packs, splits ---
+    pid = tl.program_id(0)
+    R = multiple(PACK * C, X_VEC)
+    columns = T0 * T1 * T2 * R
+    tiles_c = tl.cdiv(columns, BLOCK_C)
+    column = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = pid // tiles_c
+    tiles_k = tl.cdiv(PACK * K, BLOCK_K)
+    k = pid % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    pid = pid // tiles_k
+    packs = tl.cdiv(G, PACK)
+    group = pid % packs * PACK
+    split = pid // packs
+    groups = tl.minimum(PACK, G - group)
+    mask_k = k < multiple(groups * K, Y_VEC)
+    c = column % R
+    mask_c = column < columns
+    if PACKED:
+        mask_c &= c < multiple(groups * C, X_VEC)
+
+    rest = column // R
+    x_c = c if X_UNIT else c * sxc.to(OFFSET)
+    w_c = c.to(tl.int64) * swc
+    shift = ()  # from tap 0 to the column's, in coordinates of x
+    for i in tl.static_range(3):
+        if i < RANK:
+            tap = rest % T[2 - i]
+            rest = rest // T[2 - i]
+            x_c += (tap * D[2 - i]).to(OFFSET) * sx[2 - i]
+            w_c += tap.to(tl.int64) * sw[2 - i]
+            shift = (tap * D[2 - i],) + shift
+        else:
+            shift = (tap * 0,) + shift
+
+    left, xo, yo, h, x_step, y_step, end, carry_x, carry_y = split_pixels(
+        split, chunk, N, Y, S, B, (-P0, -P1, -P2), multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, RANK, OFFSET, BLOCK_P
+    )
+    p = tl.arange(0, BLOCK_P)
+    y_first = multiple(group * K, Y_VEC) if Y_UNIT else group * K.to(OFFSET) * syc
+    x_first = multiple(group * C, X_VEC) if X_UNIT else group * C.to(OFFSET) * sxc
+    yp = dy_ptr + y_first + trail(k if Y_UNIT else k * syc.to(OFFSET), not Y_UNIT)
+    xp = x_ptr + x_first + trail(x_c, not X_UNIT)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
+    for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
+        live = p < left
+        ok = lead(live, not X_UNIT) & trail(mask_c, not X_UNIT)
+        for d in tl.static_range(FIRST, 3):
+            ok &= inside(lead(h[d], not X_UNIT) + trail(shift[d], not X_UNIT), X[d])
+        yq = yp + tl.multiple_of(lead(yo, not Y_UNIT), [Y_VEC, Y_VEC])  # as in wgrad.py
+        xq = xp + tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC])
+        gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
+        xv = tl.load(xq, mask=ok, other=0.0)
+        if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
+            gv = gv.to(tl.float32)
+            xv = xv.to(tl.float32)
+        acc = tl.dot(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        p += BLOCK_P
+        xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
+
+    kept = mask_k[:, None] & mask_c[None, :]
+    row = (group * K + k).to(tl.int64) * swk
+    if PACKED:
+        low = k // K * C  # the first of the channels that k's group reads
+        kept &= inside(c[None, :] - low[:, None], C)
+        row -= low * swc.to(tl.int64)
+    out = dw_ptr + split.to(tl.int64) * sws + (row[:, None] + w_c[None, :])
+    tl.store(out, rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), mask=kept)

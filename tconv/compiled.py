@@ -3,7 +3,7 @@
 Triton's own dispatch binds, specialises and hashes some fifty arguments anew on every call. Of a launch that was prepared
 only the addresses change, so from the second time on the compiled kernel is handed them directly. What it was specialised
 on is compared exactly: the device, which addresses are multiples of 16, Triton's settings. Whatever else may want a say in a
-launch (hooks, the interpreter, AMD's compiler, which looks at sizes too) gets Triton's dispatch.
+launch (hooks, the interpreter, AMD's compiler, which looks at sizes too) gets Triton's dispatch, and so do descriptors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tconv.prepare import INTERPRET, Prepared
 from tconv.record import Declined
@@ -73,7 +74,7 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
         if kernel is None and not INTERPRET:
             raise RuntimeError(f"{launch.kernel.__name__} was not launched: a hook of Triton's did not let it be compiled")
         _known.add(_variant(launch, key))
-        if INTERPRET or AMD:
+        if INTERPRET or AMD or launch.boxes:
             launch.ready[key] = _indirectly(launch)
         elif type(kernel) is CompiledKernel and not _watched(launch.kernel):
             launch.ready[key] = _directly(launch, kernel, device)
@@ -105,8 +106,11 @@ def _aligned(launch: Prepared, device: int) -> Any:
 
 
 def _by_triton(launch: Prepared, pointers: Pointers) -> Any:
+    given: tuple[Any, ...] = pointers
+    if launch.boxes:
+        given = tuple(t if box is None else TensorDescriptor(t, *box) for t, box in zip(pointers, launch.boxes, strict=True))
     with _alone:
-        return launch.kernel[launch.grid](*pointers, *launch.integers, **launch.constants)
+        return launch.kernel[launch.grid](*given, *launch.integers, **launch.constants)
 
 
 def _indirectly(launch: Prepared) -> Go:

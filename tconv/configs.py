@@ -14,7 +14,7 @@ class Tile:
     """Block extents and launch options.
 
     Attributes:
-        m, n, k: gather: pixels, written channels, reduced channels. wgrad: K, C, pixels (packed kernels: K and C of
+        m, n, k: gather, tma: pixels, written channels, reduced channels. wgrad: K, C, pixels (packed kernels: K and C of
             several groups, C or reduced channels times taps). depthwise: pixels, channels, 1.
             depthwise_wgrad: taps, channels, pixels. strip: strips, channels, 1. strip_wgrad: rows of the filter, channels,
             strips. bias: 1, channels, pixels.
@@ -71,6 +71,9 @@ STRIP_FLIP = tuple(Tile(64, 4, 1, 4, 1, 255, columns) for columns in (8, 6))
 STRIP_WGRAD_16 = (Tile(1, 64, 16, 4, 1, 255, 8), *(Tile(rows, 32, 32, 4, 1, 255, c) for rows, c in ((1, 8), (1, 4), (3, 4))))
 STRIP_WGRAD_32 = (Tile(1, 64, 8, 4, 1, 255, 8), *(Tile(rows, 32, 16, 4, 1, 255, c) for rows, c in ((1, 8), (1, 4), (3, 4))))
 STRIP_WGRAD_FLIP = (Tile(1, 4, 64, 4, 1, 255, 8), Tile(3, 4, 64, 4, 1, 255, 8))
+# Boxes go past the registers, so there is room for more accumulators.
+TMA_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4))
+TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 BIAS = (Tile(1, 64, 64, 4, 3),)
 # (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where they take the
 # place of accumulators.
@@ -109,6 +112,8 @@ def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool, flip: bo
     if kernel.startswith("packed"):
         found = PACKED_64 if itemsize == 8 else PACKED_16 if itemsize == 2 else PACKED_32 if tensor_cores else PACKED_FMA
         return found[:1] if narrow else found[:2] if kernel == "packed_wgrad" else found
+    if kernel == "tma":
+        return TMA_32 if itemsize == 4 else TMA_16
     if itemsize == 8:
         return GEMM_64
     if itemsize == 4 and not tensor_cores:
@@ -128,7 +133,12 @@ def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str |
         return f"tile {tile}: so many columns are not for {kernel}"
     if max(tile.m * tile.n, tile.n * tile.k, tile.m * tile.k) > MAX_TILE:
         return f"tile {tile}: more than {MAX_TILE} elements in a block"
-    if kernel in ("gather", "wgrad", "packed", "packed_wgrad"):
+    if kernel == "tma" and not device.interpreted:
+        if device.generation < 9:
+            return f"{device.name} has no tensor memory accelerator"
+        if itemsize == 8 or tile.n < 64:
+            return f"tile {tile}: wgmma wants 64 channels written and no more than 4 bytes an element"
+    if kernel in ("gather", "wgrad", "packed", "packed_wgrad", "tma"):
         if min(tile.m, tile.n, tile.k) < 16:
             return f"tile {tile}: tl.dot needs at least 16 in each extent"
         shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize

@@ -14,6 +14,7 @@ estimates until a GPU has had its say.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from tconv.problem import ConvProblem
 
 LAUNCH = 2e-6  # seconds from one kernel's start to that of an empty next one: an estimate
 LATENCY = 1000  # cycles from asking the memory to having it, where a loop's loads are not pipelined: an estimate
+BOX = 256  # elements of a tensor memory accelerator's box in one dimension
 ISSUE = 4  # instructions a unit starts per cycle, one for each of its schedulers
 L1 = 128  # bytes a unit takes from its own cache per cycle
 START = 300  # instructions of a strip kernel's warp outside its loop
@@ -100,9 +102,12 @@ def least_bytes(p: ConvProblem, pass_: str, itemsize: int) -> int:
 
 def phase_pixels(p: ConvProblem, pass_: str) -> int:
     """Pixels that the largest phase of fprop or dgrad writes."""
-    if pass_ == "fprop":
-        return p.N * math.prod(p.Y)
-    return p.N * math.prod(math.ceil(x / s) for x, s in zip(p.X, p.S, strict=True))
+    return math.prod(pixel_extents(p, pass_))
+
+
+def pixel_extents(p: ConvProblem, pass_: str) -> tuple[int, ...]:
+    """Images, and per dimension the outputs, of the largest phase of fprop or dgrad."""
+    return p.N, *(p.Y if pass_ == "fprop" else (math.ceil(x / s) for x, s in zip(p.X, p.S, strict=True)))
 
 
 def pixel_tiles(p: ConvProblem, pass_: str, block: int) -> int:
@@ -128,6 +133,22 @@ def phase_taps(p: ConvProblem, pass_: str) -> list[int]:
     return [math.prod(taps) for taps in itertools.product(*met)]
 
 
+@functools.lru_cache(1024)
+def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int, int], int]:
+    """The box [images, 3 extents] of `block` pixels, powers of two, that covers the largest phase of fprop or dgrad in the
+    fewest pieces, and over all phases their number. Of equal ones the one longest in the last dimension.
+    """
+    extents, logs = pixel_extents(p, pass_), block.bit_length()
+    found = []
+    for b, c, d in itertools.product(range(logs), repeat=3):
+        box = (block >> b + c + d, 1 << b, 1 << c, 1 << d)
+        if box[0] and max(box) <= BOX:
+            pieces = math.prod(math.ceil(n / e) for n, e in zip(extents, box, strict=True))
+            found.append((pieces, (-d, -c, -b), box))
+    pieces, _, best = min(found)
+    return best, pieces * p.phases(pass_)
+
+
 def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
     """Programs of a plan without splits."""
     c, k = p.C // p.G, p.K // p.G
@@ -143,7 +164,7 @@ def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
     if kernel == "strip":
         phases = p.S[0] * p.S[1] if pass_ == "dgrad" else 1
         return math.ceil(strips.strips_of(p, pass_, tile.columns) / tile.m) * phases * math.ceil(p.K / tile.n)
-    tiles = pixel_tiles(p, pass_, tile.m)
+    tiles = box_of(p, pass_, tile.m)[1] if kernel == "tma" else pixel_tiles(p, pass_, tile.m)
     if kernel == "depthwise":
         return tiles * math.ceil((p.K if pass_ == "fprop" else p.C) / tile.n)
     group = pack(p, pass_, tile) if kernel == "packed" else 1
@@ -157,6 +178,8 @@ def loop_length(kernel: str, tile: Tile, itemsize: int, tensor_cores: bool, narr
         taps, pixels = (1, tile.m) if kernel == "depthwise" else (tile.m, tile.k)
         products = taps * pixels * tile.n / threads
         return 60 + products * (10 if narrow else 6)
+    if kernel == "tma":  # one thread asks for the boxes
+        return 110.0
     loaded = (tile.m + tile.n) * tile.k / threads
     # wgrad's pixels carry digits, and both operands move with them; packed kernels mask, and the gather decodes, every element.
     base, copy, one = {"gather": (50, 8, 4), "wgrad": (110, 14, 4), "packed": (120, 10, 9), "packed_wgrad": (100, 14, 9)}[

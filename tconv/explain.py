@@ -10,6 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from tconv.functional import dry_run
+from tconv.plan import UNPROVEN
 from tconv.record import Call, last_calls, recording
 
 
@@ -29,7 +30,13 @@ class Explanation:
         return bool(self.calls) and all(call.ours for call in self.calls)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.calls)) or "no call of tconv"
+        return "\n".join(line for call in self.calls for line in _lines(call)) or "no call of tconv"
+
+
+def _lines(call: Call) -> list[str]:
+    """A call, and which plans were left out for want of having run on hardware."""
+    unproven = [plan for plan in call.plan.others if plan.kernel in UNPROVEN] if call.plan else []
+    return [str(call), *(f"    {plan}" for plan in unproven)]
 
 
 def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Explanation:

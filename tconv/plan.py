@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from tconv.configs import Tile, tiles, why_illegal
-from tconv.cost import MOST_COLUMNS, Cost, pack, phase_pixels, predict, predict_bias, tiles_of
+from tconv.cost import MOST_COLUMNS, Cost, pack, phase_pixels, pixel_extents, predict, predict_bias, tiles_of
 from tconv.device import Device
 from tconv.problem import ConvProblem
 from tconv.strips import Strips, strips_of, why_not
@@ -17,11 +17,12 @@ INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # bytes that wgrad's splits may take at most
 FEW = 32  # channels per group up to which a packed kernel is considered
 KERNELS = {
-    "fprop": ("gather", "packed", "depthwise", "strip"),
-    "dgrad": ("gather", "packed", "depthwise", "strip"),
+    "fprop": ("gather", "packed", "depthwise", "strip", "tma"),
+    "dgrad": ("gather", "packed", "depthwise", "strip", "tma"),
     "wgrad": ("wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad"),
     "bias": ("bias",),
 }
+UNPROVEN = {"tma"}  # right in the interpreter, never run on hardware: compared, but chosen only if forced
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def choose(
     narrow: bool = False,
     strips: Strips | None = None,
     pack_narrow: Callable[[int], bool] | None = None,
+    only: str | None = None,
 ) -> Plan:
     """The plan for one pass: of all candidates the one with the least predicted time (cost.py).
 
@@ -131,6 +133,7 @@ def choose(
         narrow: whether an operand's layout or alignment allows only element by element loads.
         strips: how a depthwise problem's operands lie for strip kernels.
         pack_narrow: the same of a packed kernel, whose weights do not count, by the groups in a pack; None: as `narrow`.
+        only: the only kernel to consider; None for all that are proven.
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
@@ -142,7 +145,8 @@ def choose(
     if device.interpreted:
         return _interpreter_plan(problem, pass_, itemsize, device, wish)
     plans = []
-    kernels = (wish.kernel,) if wish and wish.kernel else _kernels(problem, pass_)
+    only = only or (wish.kernel if wish else None)
+    kernels = (only,) if only else _kernels(problem, pass_)
     for kernel in kernels:
         # Of a group's one channel, a dot's operands can only be gathered one by one.
         thin, flip = narrow or (problem.depthwise and kernel in KERNELS[pass_][:2]), False
@@ -212,6 +216,8 @@ def _illegal(problem: ConvProblem, pass_: str, kernel: str, itemsize: int, devic
         reason = why_illegal(kernel, tile, itemsize, device)
         if reason is None and kernel.startswith("strip"):
             reason = why_not(problem, pass_, tile.columns, tile.m if kernel == "strip_wgrad" else 1)
+        if reason is None and kernel == "tma" and problem.G > 1 and _channels(problem, pass_, kernel)[1] % tile.k:
+            reason = f"tile {tile}: its boxes of channels would reach into the next group"
         return reason
 
     return illegal
@@ -219,7 +225,7 @@ def _illegal(problem: ConvProblem, pass_: str, kernel: str, itemsize: int, devic
 
 def _kernels(problem: ConvProblem, pass_: str) -> tuple[str, ...]:
     """The kernels that could take a pass, some of them perhaps with none of their tiles."""
-    dot, packs, direct, strip = KERNELS[pass_]
+    dot, packs, direct, strip = KERNELS[pass_][:4]
     if problem.depthwise:
         return (direct, dot) if problem.multiplier > 1 else (strip, direct, dot)
     gains = min(problem.C, problem.K) <= FEW * problem.G and (problem.taps > 1 or problem.G > 1)
@@ -254,7 +260,7 @@ def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
 
 def _interpreter_plan(problem: ConvProblem, pass_: str, itemsize: int, device: Device, wish: Forced | None) -> Plan:
     """The interpreter's time is per operation: few programs, and direct kernels while groups have few outputs."""
-    dot, _, direct, _ = KERNELS[pass_]
+    dot, _, direct, _ = KERNELS[pass_][:4]
     kernel = wish.kernel if wish and wish.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
     illegal = _illegal(problem, pass_, kernel, itemsize, device)
     candidates = _legal_tiles(wish, _interpreter_tiles(problem, pass_, kernel), illegal)
@@ -291,6 +297,9 @@ def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
     if kernel == "packed":
         written, reduced = min(written * problem.G, max(written, 64)), 256
     n, k = pow2(written, low, 1024), pow2(reduced, low, 256)
+    if kernel == "tma":  # a box has powers of two in each extent, and must end where its group does
+        m = math.prod(pow2(e, 1, 64) for e in pixel_extents(problem, pass_))
+        return Tile(pow2(m, low, (1 << 18) // max(n, k)), n, k if problem.G == 1 else min(k, reduced & -reduced))
     return Tile(pow2(phase_pixels(problem, pass_), low, (1 << 18) // max(n, k)), n, k)
 
 

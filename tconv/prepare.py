@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from tconv import cost
 from tconv import plan as planning
-from tconv.configs import Tile
+from tconv.configs import Tile, tiles
 from tconv.device import Device
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.depthwise import depthwise, depthwise_wgrad
@@ -26,6 +26,7 @@ from tconv.kernels.gather import gather
 from tconv.kernels.packed import packed, packed_wgrad
 from tconv.kernels.reduce import sum_pixels, sum_splits
 from tconv.kernels.strip import strip, strip_wgrad
+from tconv.kernels.tma import tma
 from tconv.kernels.wgrad import wgrad
 from tconv.layout import LIMIT, Addressing, addressing, shaped, vector
 from tconv.problem import ConvProblem, lift
@@ -33,9 +34,14 @@ from tconv.record import Call
 from tconv.simplify import Form, Strides, simplify
 from tconv.strips import CHUNK, READ, Strips
 
+Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 INTERPRET = isinstance(gather, InterpretedFunction)  # Triton decided so when the kernels were loaded
 FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank
 FLAT_FIELD = {1: 31, 2: 15, 3: 10}  # the same of the packed kernel, which needs one bit itself
+
+
+class Unfit(ValueError):
+    """A kernel cannot take a pass of these tensors."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Prepared:
         pointers: dtypes of what the kernel's pointers point to.
         total: the launch that adds the slices; None if there is one.
         ready: how it is launched where it has been before (compiled.py).
+        boxes: per pointer the (shape, strides, box) of the tensor descriptor that takes its place, or None; empty for none.
     """
 
     kernel: Any
@@ -67,6 +74,7 @@ class Prepared:
     staged: tuple[bool, ...] = ()
     pointers: tuple[torch.dtype, ...] = ()
     total: Prepared | None = None
+    boxes: tuple[Box | None, ...] = ()
     ready: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
@@ -98,11 +106,34 @@ def prepare_gather(
     that is predicted to pay, or forced; the result is written where it belongs all the same.
     """
     names = ("dy" if pass_ == "dgrad" else "x", "w")
+    wish = planning.forced()
+    if wish and wish.kernel == "tma":
+        return _prepare_tma(pass_, problem, x, w, b, y, device, names, wish.staged)
 
     def prepare(x: torch.Tensor, w: torch.Tensor) -> Prepared:
         return _prepare_gather(pass_, problem, x, w, b, y, device)
 
-    return _staged(prepare, names, (x, w), problem, device)
+    launch = _staged(prepare, names, (x, w), problem, device)
+    if wish or device.interpreted or device.generation < 9 or problem.depthwise:
+        return launch
+    try:
+        return _faster(launch, _prepare_tma(pass_, problem, x, w, b, y, device, names, None))
+    except Unfit:
+        return launch
+
+
+def _faster(launch: Prepared, rival: Prepared) -> Prepared:
+    """Of two launches the one of less predicted time; a rival that no hardware has seen is listed, but not chosen."""
+    plan, other = launch.call.plan, rival.call.plan
+    assert plan is not None
+    assert other is not None
+    assert plan.cost is not None
+    assert other.cost is not None
+    if other.kernel not in planning.UNPROVEN:
+        return rival if other.cost.seconds < plan.cost.seconds else launch
+    other = dataclasses.replace(other, reason=f"not chosen: not seen on hardware yet; {other.cost}")
+    plan = dataclasses.replace(plan, others=(*plan.others, other))
+    return dataclasses.replace(launch, call=dataclasses.replace(launch.call, plan=plan))
 
 
 def _staged(
@@ -221,6 +252,93 @@ def _prepare_gather(
     return _prepared(gather, tiles * math.ceil(co / tile.n) * p.G, integers, constants, call, y)
 
 
+def _prepare_tma(
+    pass_: str,
+    problem: ConvProblem,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    y: torch.Tensor,
+    device: Device,
+    names: tuple[str, str],
+    staged: bool | None,
+) -> Prepared:
+    """fprop or dgrad by boxes, on channels_last copies of operands whose channels lie apart, unless staged is False.
+
+    Raises:
+        Unfit: boxes cannot be fetched from such tensors, or for such a problem.
+    """
+    apart = tuple(staged is not False and t.shape[1] > 1 and t.stride(1) != 1 for t in (x, w))
+    x, w = (shaped(t.shape, True, t.dtype) if a else t for t, a in zip((x, w), apart, strict=True))
+    transposed = pass_ == "dgrad"
+    big, small = (y, x) if transposed else (x, y)
+    p, a_big, aw, a_small, rules = _simplified(pass_, problem, big, w, small, transposed and b is not None)
+    ax, ay = (a_small, a_big) if transposed else (a_big, a_small)
+    read, wrote = (p.K, p.C) if transposed else (p.C, p.K)
+    ci, co, c = read // p.G, wrote // p.G, p.C // p.G
+    box_x = _tensor(x, (p.N, *(p.Y if transposed else p.X), read), ax)
+    box_w = _tensor(w, (p.K, *p.T, c), aw, outer_last=True)
+    if why := _no_boxes(pass_, p, box_x and box_w, ci, x.dtype, device):
+        raise Unfit(f"forced plan cannot run: {why}")
+    assert box_x is not None
+    assert box_w is not None
+    plan = planning.choose(p, pass_, x.element_size(), tensor_cores(x.dtype), device, only="tma")
+    if plan.cost is not None and any(apart):
+        copied = sum(t.numel() * t.element_size() for t, a in zip((x, w), apart, strict=True) if a)
+        total = cost.with_copies(plan.cost, copied, sum(apart), device)
+        plan = dataclasses.replace(plan, cost=total, reason=f"{plan.reason}; with the copies {total.seconds * 1e6:.1f} us")
+    plan = dataclasses.replace(plan, staged=tuple(name for name, a in zip(names, apart, strict=True) if a))
+    tile, y_vec = plan.tile, _vector(y, ay, co)
+    box, tiles = cost.box_of(p, pass_, tile.m)
+    integers = {
+        "N": p.N, "CI": ci, "CO": co, "G": p.G, **_window(p),
+        **_triple("g", [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]), **_triple("Y", p.X if transposed else p.Y),
+        **_strides("sy", ay), "syg": co * ay.channel, "sb": b.stride(0) if b is not None else 0,
+    }  # fmt: skip
+    constants: dict[str, Any] = {
+        "TRANSPOSED": transposed, "RANK": p.rank, "Y_UNIT": ay.unit, "Y_VEC": y_vec, "HAS_BIAS": b is not None,
+        "WIDE": ay.reach > LIMIT, "PRECISION": _precision(x.dtype), "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        **dict(zip(("BN", "B0", "B1", "B2"), box, strict=True)), **_numerics(x.dtype), **_options(tile),
+    }  # fmt: skip
+    call = _call(pass_, problem, plan, p, rules)
+    launch = _prepared(tma, tiles * math.ceil(co / tile.n) * p.G, integers, constants, call, y)
+    weights = (1, 1, 1, tile.k, tile.n) if transposed else (1, 1, 1, tile.n, tile.k)
+    boxes = ((*box_x, (*box, tile.k)), (*box_w, weights), None, None)
+    return dataclasses.replace(launch, staged=apart if any(apart) else (), boxes=boxes)
+
+
+def _tensor(
+    t: torch.Tensor, shape: tuple[int, ...], a: Addressing, outer_last: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(shape, strides) of t for the tensor memory accelerator, channels last; None where it cannot have them.
+
+    outer_last: the first axis is put next to the channels, behind the spatial ones. A box of one tap then has extents of one
+    in front only, and goes from shared memory straight to the tensor cores, not through registers.
+    """
+    aligned = 16 // t.element_size()
+    pairs = list(zip(shape[:-1], (a.outer, *a.spatial), strict=True))
+    if not a.unit or t.data_ptr() % 16 or any(n > 1 and (s == 0 or s % aligned) for n, s in pairs):
+        return None
+    pairs = [*pairs[1:], pairs[0]] if outer_last else pairs
+    return (*(n for n, _ in pairs), shape[-1]), (*(s if n > 1 else aligned for n, s in pairs), 1)
+
+
+def _no_boxes(pass_: str, p: ConvProblem, tensors: Any, ci: int, dtype: torch.dtype, device: Device) -> str | None:
+    """Why boxes cannot be fetched for a pass, or None."""
+    if tensors is None:
+        return "boxes need contiguous channels, and address and strides in multiples of 16 bytes"
+    if pass_ == "fprop" and any(s > 1 and n > 1 for s, n in zip(p.S, p.Y, strict=True)):
+        return "boxes of fprop need unit stride"
+    if not device.interpreted and dtype == torch.float64:
+        return "wgmma knows no fp64"
+    least = 16 if device.interpreted else min(t.k for t in tiles("tma", dtype.itemsize, True, False))
+    if p.G > 1 and ci % least:
+        return f"boxes would reach into the next group: {ci} channels per group are no multiple of {least}"
+    if not tensor_cores(dtype) and not device.interpreted:
+        return "true fp32 has no tensor cores to fetch boxes for"
+    return None
+
+
 def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
     """wgrad of dy and x into dw, or into a workspace of dw's strides, one per split; operands staged as in fprop."""
 
@@ -327,7 +445,7 @@ def _prepared(
 ) -> Prepared:
     """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over."""
     integers = tuple(named[n] for n in integers_of(kernel))
-    dtype, count, total = result.dtype, sum(name.endswith("_ptr") for name in kernel.arg_names), None
+    dtype, count, total = result.dtype, sum(name.endswith(("_ptr", "_desc")) for name in kernel.arg_names), None
     pointers = (dtype,) * count
     if splits > 1:
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32

@@ -47,14 +47,18 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
     """Every variant that the passes of a layer may use on a device, without bias and with aligned tensors.
 
     That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split.
+    The shape of a box is no part of a name: of the layers that share one, the first stands for all (boxes of 128 pixels
+    differ by a few instructions in the loop).
     """
     for pass_, prepare in launches(problem, dtype, channels_last, device).items():
-        choices = []
-        for staged in (False, True):
-            with force(staged=staged):
+        choices: list[tuple[str, bool | None]] = []
+        for copied in (False, True):
+            with force(staged=copied):
                 plan = prepare().call.plan
             assert plan is not None
-            choices += [(kernel, staged) for kernel in plan.kernels]
+            choices += [(kernel, copied) for kernel in plan.kernels]
+        if takes_boxes(prepare):
+            choices.append(("tma", None))
         for kernel, staged in choices:
             with force(kernel, staged=staged):
                 try:
@@ -84,6 +88,15 @@ def launches(
     }
 
 
+def takes_boxes(prepare: Callable[[], Prepared]) -> bool:
+    """Whether a launch can be forced to fetch boxes."""
+    try:
+        with force("tma"):
+            return prepare().boxes != ()
+    except ValueError:  # what a forced plan that cannot run says
+        return False
+
+
 @contextlib.contextmanager
 def float32_precision(tf32: bool) -> Iterator[None]:
     """Torch's flag for fp32 convolutions set to TF32 or to true fp32 while the block runs."""
@@ -98,9 +111,12 @@ def float32_precision(tf32: bool) -> Iterator[None]:
 def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = False) -> Variant:
     c = prepared.constants
     signature = {}
+    boxes = dict(zip(prepared.kernel.arg_names, prepared.boxes, strict=False))
     for argument in prepared.kernel.arg_names:
         if argument in c:
             signature[argument] = "constexpr"
+        elif box := boxes.get(argument):
+            signature[argument] = f"tensordesc<{NAMES[dtype]}{list(box[2])}>"
         elif argument.endswith("_ptr"):
             signature[argument] = "*fp32" if split and argument == RESULT[pass_] else "*" + NAMES[dtype]
         else:

@@ -24,13 +24,13 @@ def kernel(fn):
 
 @functools.cache
 def integers(jitted):
-    """Names of a kernel's runtime integers, in order: what is neither a pointer nor a compile-time constant."""
+    """Names of a kernel's runtime integers, in order: neither pointer, nor tensor descriptor, nor compile-time constant."""
     return _integers(jitted.fn)
 
 
 def _integers(fn):
     parameters = inspect.signature(fn).parameters.items()
-    return tuple(n for n, p in parameters if p.annotation is not tl.constexpr and not n.endswith("_ptr"))
+    return tuple(n for n, p in parameters if p.annotation is not tl.constexpr and not n.endswith(("_ptr", "_desc")))
 
 
 @triton.jit

@@ -1,0 +1,137 @@
+"""Implicit GEMM on boxes that the tensor memory accelerator fetches: fprop of unit stride, dgrad and the transposed forward of
+any stride, at any dilation, ranks 1 to 3. The contract is gather.py's: x is what is read, y what is written.
+
+A program writes a box of pixels [BN, B0, B1, B2] of one phase. What a tap meets of x is a box again, shifted: fetched whole
+at a coordinate that may be negative, and what lies outside reads zero, which is the padding. So there is no mask, no pointer
+and no word of bits in the loop, which walks taps inside and channels outside as gather's does.
+
+The box is the second operand of the product, acc[channels, pixels]: as the first one it would travel through registers on
+its way from shared memory to the tensor cores. Weights come as they lie, [K, T, R, S, C]: fprop takes a box [k, c], dgrad
+[k, c] too and turns it in the product. Channels past the end read zero in both operands, so nothing is multiplied by what
+lies behind them.
+"""
+
+import triton.language as tl
+
+from tconv.kernels.common import kernel, lead, multiple, phase, rounded, trail
+
+
+@kernel
+def tma(
+    x_desc, w_desc, b_ptr, y_ptr,
+    N, CI, CO, G,
+    Y0, Y1, Y2, T0, T1, T2,  # extents: written, taps
+    S0, S1, S2, D0, D1, D2, P0, P1, P2,  # stride, dilation, leading padding
+    g0, g1, g2,  # gcd(S, D)
+    syn, syg, syc, sy0, sy1, sy2, sb,
+    TRANSPOSED: tl.constexpr, RANK: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    BN: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,  # the box: images, and pixels per dimension
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    BLOCK_M: tl.constexpr = BN * B0 * B1 * B2
+    Y = (Y0, Y1, Y2)
+    T = (T0, T1, T2)
+    S = (S0, S1, S2)
+    D = (D0, D1, D2)
+    P = (P0, P1, P2)
+    gcds = (g0, g1, g2)
+    B = (B0, B1, B2)
+    sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
+
+    # Channel tiles run fastest, then boxes, then phases, the ones with more taps first.
+    tiles_n = tl.cdiv(CO, BLOCK_N)
+    o_first = tl.program_id(0) % tiles_n * BLOCK_N
+    rest = tl.program_id(0) // tiles_n
+    group = rest % G
+    rest = rest // G
+    origin = ()
+    for i in tl.static_range(3):
+        if i < RANK:
+            boxes = tl.cdiv(tl.cdiv(Y[2 - i], S[2 - i]) if TRANSPOSED else Y[2 - i], B[2 - i])
+            origin = (rest % boxes * B[2 - i],) + origin
+            rest = rest // boxes
+        else:
+            origin = (0,) + origin
+    boxes = tl.cdiv(N, BN)
+    image = rest % boxes * BN
+    rest = rest // boxes
+
+    # --- per dimension: taps met, the first of them, the coordinate read at it, the steps of both ---
+    m = tl.arange(0, BLOCK_M)
+    n_taps = ()
+    taps = ()
+    reads = ()
+    t_step = ()
+    x_step = ()
+    live = m >= 0
+    past = False
+    y_offset = (m * 0).to(OFFSET)
+    for i in tl.static_range(3):
+        if i < RANK:
+            index = rest % S[2 - i]
+            rest = rest // S[2 - i]
+            n, t0, first, outputs, a = phase(index, T[2 - i], S[2 - i], D[2 - i], P[2 - i], gcds[2 - i], Y[2 - i], TRANSPOSED)
+            past |= origin[2 - i] >= outputs
+            j = origin[2 - i] + m % B[2 - i]
+            live &= j < outputs
+            y_offset += (j * S[2 - i] + a if TRANSPOSED else j).to(OFFSET) * sy[2 - i]
+            m = m // B[2 - i]
+            n_taps = (n,) + n_taps
+            taps = (t0,) + taps
+            reads = (origin[2 - i] + first,) + reads
+            t_step = (S[2 - i] // gcds[2 - i] if TRANSPOSED else 1,) + t_step
+            x_step = (-(D[2 - i] // gcds[2 - i]) if TRANSPOSED else D[2 - i],) + x_step
+        else:
+            n_taps = (1,) + n_taps
+            taps = (0,) + taps
+            reads = (0,) + reads
+            t_step = (0,) + t_step
+            x_step = (0,) + x_step
+    if past:
+        return
+    live &= image + m < N
+    y_offset += (image + m).to(OFFSET) * multiple(syn, Y_VEC)
+
+    i0 = image * 0
+    i1 = i0
+    i2 = i0
+    c = i0
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
+    for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(CI, BLOCK_K)):
+        h0 = reads[0] + i0 * x_step[0]
+        h1 = reads[1] + i1 * x_step[1]
+        h2 = reads[2] + i2 * x_step[2]
+        t0 = taps[0] + i0 * t_step[0]
+        t1 = taps[1] + i1 * t_step[1]
+        t2 = taps[2] + i2 * t_step[2]
+        xv = x_desc.load([image, h0, h1, h2, group * CI + c]).reshape(BLOCK_M, BLOCK_K).T
+        if TRANSPOSED:
+            wv = w_desc.load([t0, t1, t2, group * CI + c, o_first]).reshape(BLOCK_K, BLOCK_N).T
+        else:
+            wv = w_desc.load([t0, t1, t2, group * CO + o_first, c]).reshape(BLOCK_N, BLOCK_K)
+        if INTERPRET and y_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
+            xv = xv.to(tl.float32)
+            wv = wv.to(tl.float32)
+        acc = tl.dot(wv, xv, acc, input_precision=PRECISION, out_dtype=ACC)
+        i2 += 1
+        wrap = i2 >= n_taps[2]
+        i2 = tl.where(wrap, 0, i2)
+        if RANK >= 2:
+            i1 += tl.where(wrap, 1, 0)
+            wrap = i1 >= n_taps[1]
+            i1 = tl.where(wrap, 0, i1)
+        if RANK == 3:
+            i0 += tl.where(wrap, 1, 0)
+            wrap = i0 >= n_taps[0]
+            i0 = tl.where(wrap, 0, i0)
+        c += tl.where(wrap, BLOCK_K, 0)
+
+    o = o_first + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
+        acc += trail(bias.to(ACC), True)
+    y_step = 1 if Y_UNIT else syc.to(OFFSET)
+    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + (lead(y_offset, True) + trail(o * y_step, True))
+    tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, True) & trail(o < multiple(CO, Y_VEC), True))

@@ -1,0 +1,179 @@
+"""Boxes from tensor descriptors: every case that they can take, forced, against fp64; and what they refuse."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import tconv
+from tconv import functional as TF
+from tconv.configs import Tile, why_illegal
+from tconv.cost import box_of, pixel_extents
+from tconv.device import DEVICES
+from tconv.explain import Explanation
+from tconv.prepare import prepare_gather
+from tconv.problem import forward_problem
+from tconv.record import Call
+from tests import cases, oracle
+
+H200, A100 = DEVICES["H200"], DEVICES["A100"]
+
+
+def widened(case, device):
+    """The case with more channels in as many groups: strides in multiples of 16 bytes, groups in whole boxes."""
+    times = 64 if case.groups > 1 and torch.device(device).type == "cuda" else 16
+    return dataclasses.replace(case, x=(case.x[0], times * case.x[1], *case.x[2:]), k=times * case.k)
+
+
+def strided(case):
+    """Whether the pass that walks x with a stride, fprop, is not for boxes."""
+    return any(s > 1 for s in ((case.stride,) if isinstance(case.stride, int) else case.stride))
+
+
+def check(case, x, w, b, **forced):
+    """Both passes of a case by boxes, but only its dgrad where it has a stride."""
+    ours = getattr(TF, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+    boxes = {"kernel": "tma", **forced}
+    forward, backward = ({}, boxes) if not case.transposed else (boxes, {})
+    if not strided(case):
+        forward = backward = boxes
+
+    def function(*args, **kwargs):
+        with tconv.force(**forward):
+            return ours(*args, **kwargs)
+
+    with tconv.force(**backward), tconv.recording() as calls:
+        oracle.check(function, case, x, w, b)
+    kernels = {c.operation: c.plan.kernel for c in calls if c.ours}
+    assert kernels["dgrad"] == "tma"
+    assert strided(case) or kernels["fprop"] == "tma"
+    return calls
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_every_case(case, device, poisoned):
+    wide = widened(case, device)
+    check(wide, *oracle.tensors(wide, torch.float16, device, channels_last=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", cases.FEW, ids=str)
+def test_every_dtype(case, dtype, device, poisoned):
+    if torch.device(device).type == "cuda" and dtype != torch.bfloat16:
+        pytest.skip("the tensor cores behind boxes know neither true fp32 nor fp64")
+    wide = widened(case, device)
+    check(wide, *oracle.tensors(wide, dtype, device, channels_last=True))
+
+
+@pytest.mark.parametrize("case", [c for c in cases.FEW if c.rank < 3 and "depthwise" not in c.reason], ids=str)
+def test_default_layout_is_copied(case, device, poisoned):
+    """Operands copied to channels last first, the result written where it belongs."""
+    wide = widened(case, device)
+    calls = check(wide, *oracle.tensors(wide, torch.bfloat16, device))
+    assert all(c.plan.staged for c in calls if c.ours and c.plan.kernel == "tma")
+
+
+TAILS = [
+    oracle.Case("1-D", (3, 40, 19), 24, (3,), padding=1),
+    oracle.Case("2-D", (3, 24, 5, 3), 40, (2, 2), padding=1),
+    oracle.Case("3-D", (1, 24, 2, 3, 5), 24, (2, 1, 2), padding=1, dilation=2),
+    oracle.Case("strided", (2, 24, 7, 5), 40, (3, 2), stride=2, padding=1),
+    oracle.Case("transposed", (2, 24, 3, 4), 40, (3, 3), stride=(2, 3), padding=1, transposed=True),
+    oracle.Case("groups", (2, 32, 5, 4), 64, (3, 3), padding=1, groups=2),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", TAILS, ids=str)
+def test_tails_in_every_extent(case, dtype, device, poisoned):
+    """The least box a dot allows: several blocks of channels, and partial last ones in images, pixels and channels."""
+    if torch.device(device).type == "cuda":
+        pytest.skip("hardware wants larger tiles")
+    check(case, *oracle.tensors(case, dtype, device, channels_last=True), tile=Tile(16, 16, 16))
+
+
+def test_the_same_bits_every_time(device, poisoned):
+    case = widened(oracle.Case("2-D", (2, 2, 7, 5), 2, (3, 3), padding=1), device)
+    x, w, b = oracle.tensors(case, torch.float16, device, channels_last=True)
+    with tconv.force(kernel="tma"):
+        first, second = (TF.conv2d(x, w, b, padding=1) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_infinity_meets_the_halo_but_no_tail(device, poisoned):
+    """Padding takes part in the arithmetic as in torch; channels past the last one, and the next tap's, do not."""
+    x = oracle.to_channels_last(torch.ones(1, 24, 4, 4, device=device, dtype=torch.float32))
+    w = oracle.to_channels_last(torch.ones(16, 24, 3, 3, device=device, dtype=torch.float32))
+    w[0, 0, 0, 0] = float("inf")
+    right = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+    if x.is_cuda:
+        x, w = x.half(), w.half()
+    with tconv.force(kernel="tma"):
+        got = TF.conv2d(x, w, padding=1)
+    torch.testing.assert_close(got.double(), right, equal_nan=True)
+
+
+REFUSED = {
+    "a strided fprop": (oracle.Case("", (1, 16, 6, 6), 16, (3, 3), stride=2), "unit stride"),
+    "channels that are no multiple of 16 bytes": (oracle.Case("", (1, 12, 6, 6), 16, (3, 3)), "multiples of 16 bytes"),
+    "a group that a box would reach beyond": (oracle.Case("", (1, 48, 6, 6), 16, (3, 3), groups=2), "next group"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals_are_errors(reason, device):
+    case, message = REFUSED[reason]
+    x, w, b = oracle.tensors(case, torch.float16, device, channels_last=True)
+    with tconv.force(kernel="tma"), pytest.raises(ValueError, match=message):
+        TF.conv2d(x, w, b, **case.arguments)
+
+
+def test_a_misaligned_address_and_refused_copies_are_errors(device):
+    base = torch.randn(16 * 36 + 1, device=device).half()[1:]
+    x, w = base.view(1, 6, 6, 16).permute(0, 3, 1, 2), torch.randn(16, 16, 3, 3, device=device).half()
+    with tconv.force(kernel="tma"), pytest.raises(ValueError, match="multiples of 16 bytes"):
+        TF.conv2d(x, w)
+    with tconv.force(kernel="tma", staged=False), pytest.raises(ValueError, match="contiguous channels"):
+        TF.conv2d(x.contiguous(), w)
+
+
+def test_what_no_device_before_hopper_has():
+    assert "tensor memory" in why_illegal("tma", Tile(128, 128, 64, 8, 4), 2, A100)
+    assert why_illegal("tma", Tile(128, 128, 64, 8, 4), 2, H200) is None
+    assert "64 channels" in why_illegal("tma", Tile(128, 32, 64, 4, 4), 2, H200)
+    assert "shared memory" in why_illegal("tma", Tile(256, 256, 64, 8, 4), 2, H200)
+
+
+@pytest.mark.parametrize(
+    ("extent", "waste"), [(7, 1 - 49 / 64), (14, 1 - 196 / 256), (28, 1 - 784 / 1024), (56, 1 - 3136 / 3136)]
+)
+def test_boxes_are_shaped_to_the_layer(extent, waste):
+    """With images enough a 7x7 layer's box is one pixel high and wide and 128 images deep, and wastes nothing."""
+    many = forward_problem((128, 64, extent, extent), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+    box, pieces = box_of(many, "fprop", 128)
+    assert math.prod(box) == 128
+    assert pieces * 128 == math.prod(pixel_extents(many, "fprop"))
+    one = dataclasses.replace(many, N=1)
+    box, pieces = box_of(one, "fprop", 64)
+    assert 1 - extent**2 / (64 * pieces) <= waste + 1e-9
+
+
+def candidate(problem, device, dtype=torch.bfloat16):
+    x, w, y = (torch.empty(problem.shape(n), dtype=dtype, device="meta", memory_format=torch.channels_last) for n in "xwy")
+    plan = prepare_gather("fprop", problem, x, w, None, y, device).call.plan
+    return plan, [p for p in plan.others if p.kernel == "tma"]
+
+
+def test_the_planner_lists_boxes_but_does_not_choose_them(monkeypatch):
+    p = forward_problem((32, 256, 14, 14), (256, 256, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+    plan, listed = candidate(p, H200)
+    assert plan.kernel == "gather"
+    assert "not seen on hardware yet; predicted" in listed[0].reason
+    assert "    fprop: tma" in str(Explanation((Call("fprop", p, plan, ""),)))
+    assert candidate(p, A100)[1] == []
+    assert candidate(dataclasses.replace(p, S=(1, 2, 2), Y=(1, 7, 7)), H200)[1] == []
+    monkeypatch.setattr("tconv.plan.UNPROVEN", set())
+    free, _ = candidate(p, H200)
+    assert free.kernel == ("tma" if listed[0].cost.seconds < plan.cost.seconds else "gather")

@@ -57,6 +57,9 @@ MUTATIONS = [
     Mutation("the rest of a row of taps dropped", "kernels/strip.py", "if T2 % CHUNK:", "if T2 % CHUNK and T2 < CHUNK:", "every_pass", "test_strips.py"),
     Mutation("a strided strip's phase shifted", "kernels/strip.py", "I * S + t * D - P % S < COLUMNS", "I * S + t * D - P % S < COLUMNS - 1", "every_pass", "test_strips.py"),
     Mutation("a strip's gradients beyond the last column", "kernels/strip.py", "COLUMNS + r[None, :] < Y2)", "COLUMNS + r[None, :] >= 0)", "every_pass", "test_strips.py"),
+    Mutation("a pack's rows on the wrong diagonal", "kernels/packed.py", "low = k // K * C", "low = k * 0", "packed"),
+    Mutation("a packed column's tap mistaken", "kernels/packed.py", "t1 -= t0 * n_taps[1]", "t1 -= t0", "packed"),
+    Mutation("a box shifted the wrong way", "kernels/tma.py", "reads[1] + i1 * x_step[1]", "reads[1] - i1 * x_step[1]", "every_case", "test_tma.py"),
     Mutation("bf16 cut off instead of rounded", "kernels/common.py", "(bits + 0x7FFF", "(bits", "every_dtype"),
     Mutation("32-bit offsets everywhere", "prepare.py", "p.N * math.prod(p.X if transposed else p.Y) + tile.m) > LIMIT", "0) < 0", "beyond"),
 ]  # fmt: skip

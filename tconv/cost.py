@@ -162,7 +162,7 @@ def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
     if kernel == "strip_wgrad":
         return strips.chunks(p) * math.ceil(p.T[0] * p.T[1] / tile.m) * math.ceil(p.K / tile.n)
     if kernel == "strip":
-        phases = p.S[0] * p.S[1] if pass_ == "dgrad" else 1
+        phases = strips.phases(p, pass_)
         return math.ceil(strips.strips_of(p, pass_, tile.columns) / tile.m) * phases * math.ceil(p.K / tile.n)
     tiles = box_of(p, pass_, tile.m)[1] if kernel == "tma" else pixel_tiles(p, pass_, tile.m)
     if kernel == "depthwise":
@@ -226,78 +226,125 @@ def predict(
         device: where.
         flip: of a strip kernel, whether columns are contiguous, not channels.
     """
-    limits = device.limits
-    tiles = tiles_of(p, pass_, kernel, tile)
-    strip = kernel.startswith("strip")
+    limits, strip = device.limits, kernel.startswith("strip")
     direct = strip or kernel.startswith("depthwise")
-    threads = 32 * tile.warps
-    # Iterations of all programs' loops together. A tap belongs to one phase of a dgrad, so over the phases each counts once.
-    if pass_ == "wgrad":
-        steps_all = strips.strips_of(p, pass_, tile.columns) if strip else p.N * math.prod(p.Y)
-        per_split = math.ceil(math.ceil(steps_all / tile.k) / splits)
-        loops = tiles * splits * per_split
-    elif strip:
-        loops = tiles // (p.S[0] * p.S[1] if pass_ == "dgrad" else 1) * p.T[0] * p.T[1]
-    else:
-        reduced = (p.C if pass_ == "fprop" else p.K) // p.G
-        per_phase = tiles // p.phases(pass_)
-        blocks = (p.multiplier if pass_ == "dgrad" else 1) if direct else math.ceil(reduced / tile.k)
-        loops = per_phase * p.taps * blocks
-        if kernel == "packed":
-            reduced *= pack(p, pass_, tile)
-            loops = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
-    programs = tiles * splits
-    waves = math.ceil(programs / device.units)
-    steps = loops / programs * waves  # of the fullest unit
     if strip:
-        met = tile.columns * (min(strips.CHUNK, p.T[2]) if pass_ == "wgrad" else p.T[2] / (p.S[2] if pass_ == "dgrad" else 1))
-        step_flops = 2 * tile.m * tile.n * tile.k * met
+        work = _strip_work(p, pass_, tile, splits, itemsize, narrow, flip)
+    elif direct:
+        work = _direct_work(p, pass_, kernel, tile, splits, itemsize, narrow)
     else:
-        step_flops = 2 * tile.m * tile.n * tile.k
-    executed = math.ceil(loops * step_flops)
+        work = _gemm_work(p, pass_, kernel, tile, splits, itemsize, tensor_cores, narrow, device)
+    programs = tiles_of(p, pass_, kernel, tile) * splits
+    waves = math.ceil(programs / device.units)
+    steps = work.steps / programs * waves  # of the fullest unit
 
     rate = limits.fma_32 if direct or not tensor_cores else limits.matrix_tf32 if itemsize == 4 else limits.matrix_16
     if itemsize == 8:
         rate = limits.fma_32 / 2 if direct else limits.matrix_64
-    products = steps * step_flops / (rate / device.units)
-    if strip:
-        length = strip_length(p, pass_, tile, itemsize, narrow, flip)
-        elements = tile.n * (tile.k if pass_ == "wgrad" else tile.m) / threads
-        accumulators = tile.m * min(strips.CHUNK, p.T[2]) + tile.columns / 2 if pass_ == "wgrad" else tile.columns
-        most = int(65536 // (threads * (56 + elements * (accumulators + 6))))
-    else:
-        length = loop_length(kernel, tile, itemsize, tensor_cores and not direct, narrow)
-        most = min(device.shared_bytes // _shared(kernel, tile, itemsize), 16 // tile.warps)
-    cycles = tile.warps * length / ISSUE
-    resident = max(1, min(waves, most))
+    products = steps * work.flops / (rate / device.units)
+    cycles = tile.warps * work.length / ISSUE
+    resident = max(1, min(waves, work.resident))
     if narrow or direct:
         cycles = max(cycles, LATENCY / resident)
     elif resident == 1:
         products *= ALONE
-    if strip:
-        window = strips.window(p, pass_, tile.columns) * (1 if pass_ == "wgrad" else strips.chunks(p))
-        fetched = itemsize * tile.n * (tile.k * (tile.columns + tile.m * window) if pass_ == "wgrad" else tile.m * window)
-    else:
-        fetched = itemsize * (
-            tile.k * (tile.m + tile.n) if not direct else tile.n * (tile.m if kernel == "depthwise" else (tile.m + 1) * tile.k)
-        )
     workspace = splits * math.prod(p.shape("w")) * max(4, itemsize) if splits > 1 else 0
     least = least_bytes(p, pass_, itemsize)
     # Phases of a strided dgrad run one after the other over all of dy; what the L2 cache has lost by then is read again.
     again = 0
     read = itemsize * math.prod(p.shape("y"))
     if pass_ == "dgrad" and read > limits.l2_bytes:
-        phases = p.S[0] * p.S[1] if strip else p.phases("dgrad")
-        again = read * (min(phases, p.taps) - 1)
-    start = waves * tile.warps * START / ISSUE if strip else 0
+        again = read * (min(strips.phases(p, pass_) if strip else p.phases(pass_), p.taps) - 1)
+    start = waves * tile.warps * work.start / ISSUE
     parts = {
         "products": products,
         "issue": (steps * cycles + start) / limits.clock,
-        "cache": steps * fetched / (L1 * limits.clock if direct else limits.l2_bandwidth / device.units),
+        "cache": steps * work.fetched / (L1 * limits.clock if direct else limits.l2_bandwidth / device.units),
         "memory": (least + again + 2 * workspace) / limits.bandwidth,
     }
     seconds = LAUNCH * (2 if splits > 1 else 1) + max(parts.values())
+    executed = math.ceil(work.steps * work.flops)
     return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the programs of a plan do.
+
+    Attributes:
+        steps: iterations of all their loops together.
+        flops, length, fetched: operations, instructions of a warp, and bytes fetched, all per iteration.
+        resident: programs at most that a unit has room for.
+        start: instructions of a warp outside the loop, where they count.
+    """
+
+    steps: int
+    flops: float
+    length: float
+    fetched: int
+    resident: int
+    start: int = 0
+
+
+def _gemm_work(
+    p: ConvProblem,
+    pass_: str,
+    kernel: str,
+    tile: Tile,
+    splits: int,
+    itemsize: int,
+    tensor_cores: bool,
+    narrow: bool,
+    device: Device,
+) -> _Work:
+    tiles = tiles_of(p, pass_, kernel, tile)
+    if pass_ == "wgrad":
+        steps = tiles * _split_steps(p.N * math.prod(p.Y), tile.k, splits)
+    else:
+        # A tap belongs to one phase of a dgrad, so over the phases each counts once.
+        reduced, per_phase = (p.C if pass_ == "fprop" else p.K) // p.G, tiles // p.phases(pass_)
+        steps = per_phase * p.taps * math.ceil(reduced / tile.k)
+        if kernel == "packed":
+            reduced *= pack(p, pass_, tile)
+            steps = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
+    length = loop_length(kernel, tile, itemsize, tensor_cores, narrow)
+    shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize  # of its pipeline
+    resident = min(device.shared_bytes // shared, 16 // tile.warps)
+    return _Work(steps, 2 * tile.m * tile.n * tile.k, length, itemsize * tile.k * (tile.m + tile.n), resident)
+
+
+def _direct_work(p: ConvProblem, pass_: str, kernel: str, tile: Tile, splits: int, itemsize: int, narrow: bool) -> _Work:
+    tiles, fetched = tiles_of(p, pass_, kernel, tile), itemsize * tile.n * tile.m
+    if pass_ == "wgrad":
+        steps = tiles * _split_steps(p.N * math.prod(p.Y), tile.k, splits)
+        fetched = itemsize * tile.n * (tile.m + 1) * tile.k
+    else:
+        steps = tiles // p.phases(pass_) * p.taps * (p.multiplier if pass_ == "dgrad" else 1)
+    length = loop_length(kernel, tile, itemsize, False, narrow)
+    return _Work(steps, 2 * tile.m * tile.n * tile.k, length, fetched, 16 // tile.warps)
+
+
+def _strip_work(p: ConvProblem, pass_: str, tile: Tile, splits: int, itemsize: int, narrow: bool, flip: bool) -> _Work:
+    kernel = "strip_wgrad" if pass_ == "wgrad" else "strip"
+    tiles, columns = tiles_of(p, pass_, kernel, tile), strips.window(p, pass_, tile.columns)
+    if pass_ == "wgrad":
+        taps = min(strips.CHUNK, p.T[2])
+        steps = tiles * _split_steps(strips.strips_of(p, pass_, tile.columns), tile.k, splits)
+        elements, accumulators = tile.n * tile.k, tile.m * taps + tile.columns / 2
+        met, fetched = float(tile.m * tile.columns * taps), elements * (tile.columns + tile.m * columns)
+    else:
+        steps = tiles // strips.phases(p, pass_) * p.T[0] * p.T[1]
+        elements, accumulators = tile.n * tile.m, tile.columns
+        met, fetched = tile.columns * p.T[2] / (p.S[2] if pass_ == "dgrad" else 1), elements * strips.chunks(p) * columns
+    threads = 32 * tile.warps
+    resident = int(65536 / (threads * (56 + elements / threads * (accumulators + 6))))  # by registers
+    length = strip_length(p, pass_, tile, itemsize, narrow, flip)
+    return _Work(steps, 2 * elements * met, length, itemsize * fetched, resident, START)
+
+
+def _split_steps(pixels: int, block: int, splits: int) -> int:
+    """Iterations over all splits of a reduction, the last of which may be short but takes as long."""
+    return splits * math.ceil(math.ceil(pixels / block) / splits)
 
 
 def with_copies(cost: Cost, copied: int, operands: int, device: Device) -> Cost:
@@ -323,8 +370,3 @@ def predict_bias(channels: int, pixels: int, tile: Tile, splits: int, itemsize: 
     seconds = LAUNCH * (2 if splits > 1 else 1) + max(parts.values())
     executed = tiles * tile.n * splits * steps * tile.k
     return Cost(work, least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
-
-
-def _shared(kernel: str, tile: Tile, itemsize: int) -> int:
-    """Bytes of shared memory that a program's pipeline takes; direct kernels take little."""
-    return 4096 if kernel.startswith("depthwise") else tile.stages * (tile.m + tile.n) * tile.k * itemsize

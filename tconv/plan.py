@@ -216,8 +216,12 @@ def _illegal(problem: ConvProblem, pass_: str, kernel: str, itemsize: int, devic
         reason = why_illegal(kernel, tile, itemsize, device)
         if reason is None and kernel.startswith("strip"):
             reason = why_not(problem, pass_, tile.columns, tile.m if kernel == "strip_wgrad" else 1)
-        if reason is None and kernel == "tma" and problem.G > 1 and _channels(problem, pass_, kernel)[1] % tile.k:
-            reason = f"tile {tile}: its boxes of channels would reach into the next group"
+        if reason is None and kernel == "tma":
+            written, reduced = _channels(problem, pass_, kernel)
+            if problem.G > 1 and reduced % tile.k:
+                reason = f"tile {tile}: its boxes of channels would reach into the next group"
+            elif tile.m * tile.n > 128 * 128 and written % 8 and not device.interpreted:
+                reason = f"tile {tile}: it spills where channels are written one by one"
         return reason
 
     return illegal

@@ -66,6 +66,11 @@ def chunks(p: ConvProblem) -> int:
     return math.ceil(p.T[2] / CHUNK)
 
 
+def phases(p: ConvProblem, pass_: str) -> int:
+    """Groups of rows that meet the same taps; columns of all phases lie in one strip."""
+    return p.S[0] * p.S[1] if pass_ == "dgrad" else 1
+
+
 def strips_of(p: ConvProblem, pass_: str, columns: int) -> int:
     """Strips that a pass writes (wgrad: reads of dy), of a dgrad those of its largest phase."""
     if pass_ != "dgrad":

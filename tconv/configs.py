@@ -102,7 +102,9 @@ def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool, flip: bo
     if kernel == "strip":
         return () if itemsize == 8 else STRIP_FLIP if flip else STRIP_16 if itemsize == 2 else STRIP_32
     if kernel == "strip_wgrad":
-        return () if itemsize == 8 else STRIP_WGRAD_FLIP if flip else STRIP_WGRAD_16 if itemsize == 2 else STRIP_WGRAD_32
+        if flip:  # fp32 has registers for one row
+            return STRIP_WGRAD_FLIP[: {2: 2, 4: 1}.get(itemsize, 0)]
+        return () if itemsize == 8 else STRIP_WGRAD_16 if itemsize == 2 else STRIP_WGRAD_32
     if kernel == "bias":
         return BIAS
     if kernel == "depthwise":

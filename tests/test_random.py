@@ -1,11 +1,14 @@
 """Random problems by hypothesis, biased towards the corners: stride beyond the kernel, padding beyond it, shared factors."""
 
+import dataclasses
 import math
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import tconv
 from tests import oracle
 from tests.test_autograd import function
 
@@ -37,13 +40,41 @@ def problems(draw):
     return case
 
 
-@settings(
-    max_examples=40, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-@given(case=problems(), channels_last=st.booleans(), flip=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_random_problems(device, poisoned, case, channels_last, flip, dtype):
+COMMON = {
+    "deadline": None, "derandomize": True, "database": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+}  # fmt: skip
+DRAWN = {
+    "case": problems(), "channels_last": st.booleans(), "flip": st.booleans(),
+    "dtype": st.sampled_from([torch.float32, torch.float64]),
+}  # fmt: skip
+
+
+def check(case, device, channels_last, flip, dtype):
     x, w, b = oracle.tensors(case, dtype, device, channels_last)
     if flip:  # negative strides do not exist in torch; a transposed view is as odd as strides get
         x = x.transpose(-1, 1).contiguous().transpose(-1, 1)
     oracle.check(function(case), case, x, w, b)
+
+
+@settings(max_examples=40, **COMMON)
+@given(**DRAWN)
+def test_random_problems(device, poisoned, case, channels_last, flip, dtype):
+    check(case, device, channels_last, flip, dtype)
+
+
+@pytest.mark.parametrize("kernel", ["packed", "packed_wgrad", "strip", "strip_wgrad"])
+@settings(max_examples=15, **COMMON)
+@given(**DRAWN)
+def test_random_problems_by_one_kernel(device, poisoned, kernel, case, channels_last, flip, dtype):
+    """For strips, the same with one filter per channel."""
+    if kernel.startswith("strip"):
+        channels = case.x[1]
+        case = dataclasses.replace(case, k=channels, groups=channels)
+        assume(channels > 1)
+    with tconv.force(kernel=kernel):
+        try:
+            check(case, device, channels_last, flip, dtype)
+        except ValueError as e:  # it says that it cannot take the problem, and does nothing
+            assume("no tile" not in str(e))
+            raise

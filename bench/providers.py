@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import tconv
 from bench.layers import Layer
 from tconv import autograd
+from tconv.arguments import INTERPRET
 from tconv.layout import result_is_channels_last, to_channels_last
-from tconv.prepare import INTERPRET
 from tconv.problem import Geometry
 
 PASSES = ("fprop", "dgrad", "wgrad", "step")

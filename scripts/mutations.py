@@ -43,8 +43,8 @@ MUTATIONS = [
     Mutation("the halo read", "kernels/gather.py", "mask=lead(ok, FLIP), other", "mask=lead(live, FLIP), other", "16_byte"),
     Mutation("the halo's upper end off by one", "kernels/common.py", "tl.maximum(extent - h, 0)", "tl.maximum(extent - h - 1, 0)", EVERY),
     Mutation("a counter that does not wrap", "kernels/gather.py", "dx += tl.where(wrap, wrap_x[1], 0)", "dx += 0", "tails and blocks"),
-    Mutation("strides of x swapped", "prepare.py", '**_strides("sx", ax), **_triple("sw", aw.spatial), **_strides("sy", ay), "sb"',
-             '**_strides("sx", ax), **_triple("sx", ax.spatial[::-1]), **_triple("sw", aw.spatial), **_strides("sy", ay), "sb"', EVERY),
+    Mutation("strides of x swapped", "prepare.py", '**strides("sx", s.x), **triple("sw", s.w.spatial), **strides("sy", s.y), "sb"',
+             '**strides("sx", s.x), **triple("sx", s.x.spatial[::-1]), **triple("sw", s.w.spatial), **strides("sy", s.y), "sb"', EVERY),
     Mutation("the bias of another group", "kernels/gather.py", "(group * CO + o) * sb", "o * sb", EVERY),
     Mutation("a split lost", "kernels/reduce.py", "tl.range(1, splits)", "tl.range(1, splits - 1)", "split"),
     Mutation("a split's last pixels lost", "kernels/wgrad.py", "tl.cdiv(left, BLOCK_P)", "(left // BLOCK_P)", "split"),
@@ -61,7 +61,7 @@ MUTATIONS = [
     Mutation("a packed column's tap mistaken", "kernels/packed.py", "t1 -= t0 * n_taps[1]", "t1 -= t0", "packed"),
     Mutation("a box shifted the wrong way", "kernels/tma.py", "reads[1] + i1 * x_step[1]", "reads[1] - i1 * x_step[1]", "every_case", "test_tma.py"),
     Mutation("bf16 cut off instead of rounded", "kernels/common.py", "(bits + 0x7FFF", "(bits", "every_dtype"),
-    Mutation("32-bit offsets everywhere", "prepare.py", "p.N * math.prod(p.X if transposed else p.Y) + tile.m) > LIMIT", "0) < 0", "beyond"),
+    Mutation("32-bit offsets everywhere", "prepare.py", "p.N * math.prod(s.extents) + tile.m) > LIMIT", "0) < 0", "beyond"),
 ]  # fmt: skip
 
 

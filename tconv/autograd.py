@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from tconv import launch
+from tconv.arguments import Prepared
 from tconv.guard import unusual
 from tconv.layout import LIMIT, addressing
-from tconv.prepare import Prepared
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
 

@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tconv.prepare import INTERPRET, Prepared
+from tconv.arguments import INTERPRET, Prepared
 from tconv.record import Declined
 
 Pointers = tuple[torch.Tensor, ...]

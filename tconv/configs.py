@@ -39,6 +39,23 @@ class Tile:
         return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{limit}{columns}"
 
 
+@dataclass(frozen=True)
+class Access:
+    """How a kernel meets its operands.
+
+    Attributes:
+        itemsize: bytes of an element.
+        tensor_cores: whether they may do the products, in the precision asked for.
+        narrow: whether some operand is accessed element by element, which is not pipelined either.
+        flip: of a strip kernel, whether columns are contiguous, not channels.
+    """
+
+    itemsize: int
+    tensor_cores: bool
+    narrow: bool = False
+    flip: bool = False
+
+
 # Chosen by compiling for sm_90 (`scripts/codegen.py` prints registers, spills and shared memory): none may spill.
 GEMM_16 = (
     Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4),
@@ -89,20 +106,13 @@ SPILLING = {
 }
 
 
-def tiles(kernel: str, itemsize: int, tensor_cores: bool, narrow: bool, flip: bool = False) -> tuple[Tile, ...]:
-    """Every tile that a planner on a GPU may choose for a kernel.
-
-    Args:
-        kernel: its name.
-        itemsize: bytes of an element.
-        tensor_cores: whether they may do the products.
-        narrow: whether some operand is accessed element by element.
-        flip: of a strip kernel, whether columns are contiguous, not channels.
-    """
+def tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
+    """Every tile that a planner on a GPU may choose for a kernel that so meets its operands."""
+    itemsize, tensor_cores, narrow = access.itemsize, access.tensor_cores, access.narrow
     if kernel == "strip":
-        return () if itemsize == 8 else STRIP_FLIP if flip else STRIP_16 if itemsize == 2 else STRIP_32
+        return () if itemsize == 8 else STRIP_FLIP if access.flip else STRIP_16 if itemsize == 2 else STRIP_32
     if kernel == "strip_wgrad":
-        if flip:  # fp32 has registers for one row
+        if access.flip:  # fp32 has registers for one row
             return STRIP_WGRAD_FLIP[: {2: 2, 4: 1}.get(itemsize, 0)]
         return () if itemsize == 8 else STRIP_WGRAD_16 if itemsize == 2 else STRIP_WGRAD_32
     if kernel == "bias":

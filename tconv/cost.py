@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, replace
 
 from tconv import strips
-from tconv.configs import Tile
+from tconv.configs import Access, Tile
 from tconv.device import Device
 from tconv.problem import ConvProblem
 
@@ -171,13 +171,13 @@ def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
     return tiles * math.ceil(group * (k if pass_ == "fprop" else c) / tile.n) * math.ceil(p.G / group)
 
 
-def loop_length(kernel: str, tile: Tile, itemsize: int, tensor_cores: bool, narrow: bool) -> float:
+def loop_length(kernel: str, tile: Tile, access: Access) -> float:
     """Instructions of a warp per iteration of a kernel's main loop, fitted to what compilers for sm_90 make of it."""
     threads = 32 * tile.warps
     if kernel in ("depthwise", "depthwise_wgrad"):
         taps, pixels = (1, tile.m) if kernel == "depthwise" else (tile.m, tile.k)
         products = taps * pixels * tile.n / threads
-        return 60 + products * (10 if narrow else 6)
+        return 60 + products * (10 if access.narrow else 6)
     if kernel == "tma":  # one thread asks for the boxes
         return 110.0
     loaded = (tile.m + tile.n) * tile.k / threads
@@ -185,15 +185,16 @@ def loop_length(kernel: str, tile: Tile, itemsize: int, tensor_cores: bool, narr
     base, copy, one = {"gather": (50, 8, 4), "wgrad": (110, 14, 4), "packed": (120, 10, 9), "packed_wgrad": (100, 14, 9)}[
         kernel
     ]
-    copies = loaded * one if narrow else copy * loaded * itemsize / 16
-    products = 0.0 if tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
+    copies = loaded * one if access.narrow else copy * loaded * access.itemsize / 16
+    products = 0.0 if access.tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
     return base + copies + products
 
 
-def strip_length(p: ConvProblem, pass_: str, tile: Tile, itemsize: int, narrow: bool, flip: bool) -> float:
+def strip_length(p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
     """The same of a strip kernel, per row of the filter, or in wgrad per step over the strips."""
+    itemsize, narrow = access.itemsize, access.narrow
     taps, columns = min(strips.CHUNK, p.T[2]), strips.window(p, pass_, tile.columns)
-    wide = 1 if narrow else strips.READ if flip else 16 // itemsize
+    wide = 1 if narrow else strips.READ if access.flip else 16 // itemsize
     load = 3.5 if narrow and pass_ == "wgrad" else 8 if narrow or itemsize == 2 else 2
     read = (1.5 if itemsize == 2 else 0.3) + load / wide  # an element's share of a load, and its unpacking
     if pass_ == "wgrad":
@@ -209,42 +210,35 @@ def predict(
     kernel: str,
     tile: Tile,
     splits: int,
-    itemsize: int,
-    tensor_cores: bool,
-    narrow: bool,
+    access: Access,
     device: Device,
-    flip: bool = False,
 ) -> Cost:
     """What a plan costs on a device whose limits are known.
 
     Args:
         p, pass_: what to compute, "fprop", "dgrad" or "wgrad".
-        kernel, tile, splits: how.
-        itemsize: bytes of an element.
-        tensor_cores: whether they may do the products.
-        narrow: whether operands are loaded element by element, which is not pipelined either.
+        kernel, tile, splits, access: how.
         device: where.
-        flip: of a strip kernel, whether columns are contiguous, not channels.
     """
-    limits, strip = device.limits, kernel.startswith("strip")
+    limits, itemsize, strip = device.limits, access.itemsize, kernel.startswith("strip")
     direct = strip or kernel.startswith("depthwise")
     if strip:
-        work = _strip_work(p, pass_, tile, splits, itemsize, narrow, flip)
+        work = _strip_work(p, pass_, tile, splits, access)
     elif direct:
-        work = _direct_work(p, pass_, kernel, tile, splits, itemsize, narrow)
+        work = _direct_work(p, pass_, kernel, tile, splits, access)
     else:
-        work = _gemm_work(p, pass_, kernel, tile, splits, itemsize, tensor_cores, narrow, device)
+        work = _gemm_work(p, pass_, kernel, tile, splits, access, device)
     programs = tiles_of(p, pass_, kernel, tile) * splits
     waves = math.ceil(programs / device.units)
     steps = work.steps / programs * waves  # of the fullest unit
 
-    rate = limits.fma_32 if direct or not tensor_cores else limits.matrix_tf32 if itemsize == 4 else limits.matrix_16
+    rate = limits.fma_32 if direct or not access.tensor_cores else limits.matrix_tf32 if itemsize == 4 else limits.matrix_16
     if itemsize == 8:
         rate = limits.fma_32 / 2 if direct else limits.matrix_64
     products = steps * work.flops / (rate / device.units)
     cycles = tile.warps * work.length / ISSUE
     resident = max(1, min(waves, work.resident))
-    if narrow or direct:
+    if access.narrow or direct:
         cycles = max(cycles, LATENCY / resident)
     elif resident == 1:
         products *= ALONE
@@ -292,12 +286,10 @@ def _gemm_work(
     kernel: str,
     tile: Tile,
     splits: int,
-    itemsize: int,
-    tensor_cores: bool,
-    narrow: bool,
+    access: Access,
     device: Device,
 ) -> _Work:
-    tiles = tiles_of(p, pass_, kernel, tile)
+    tiles, itemsize = tiles_of(p, pass_, kernel, tile), access.itemsize
     if pass_ == "wgrad":
         steps = tiles * _split_steps(p.N * math.prod(p.Y), tile.k, splits)
     else:
@@ -307,24 +299,24 @@ def _gemm_work(
         if kernel == "packed":
             reduced *= pack(p, pass_, tile)
             steps = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
-    length = loop_length(kernel, tile, itemsize, tensor_cores, narrow)
+    length = loop_length(kernel, tile, access)
     shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize  # of its pipeline
     resident = min(device.shared_bytes // shared, 16 // tile.warps)
     return _Work(steps, 2 * tile.m * tile.n * tile.k, length, itemsize * tile.k * (tile.m + tile.n), resident)
 
 
-def _direct_work(p: ConvProblem, pass_: str, kernel: str, tile: Tile, splits: int, itemsize: int, narrow: bool) -> _Work:
-    tiles, fetched = tiles_of(p, pass_, kernel, tile), itemsize * tile.n * tile.m
+def _direct_work(p: ConvProblem, pass_: str, kernel: str, tile: Tile, splits: int, access: Access) -> _Work:
+    tiles, fetched = tiles_of(p, pass_, kernel, tile), access.itemsize * tile.n * tile.m
     if pass_ == "wgrad":
         steps = tiles * _split_steps(p.N * math.prod(p.Y), tile.k, splits)
-        fetched = itemsize * tile.n * (tile.m + 1) * tile.k
+        fetched = access.itemsize * tile.n * (tile.m + 1) * tile.k
     else:
         steps = tiles // p.phases(pass_) * p.taps * (p.multiplier if pass_ == "dgrad" else 1)
-    length = loop_length(kernel, tile, itemsize, False, narrow)
+    length = loop_length(kernel, tile, access)
     return _Work(steps, 2 * tile.m * tile.n * tile.k, length, fetched, 16 // tile.warps)
 
 
-def _strip_work(p: ConvProblem, pass_: str, tile: Tile, splits: int, itemsize: int, narrow: bool, flip: bool) -> _Work:
+def _strip_work(p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access) -> _Work:
     kernel = "strip_wgrad" if pass_ == "wgrad" else "strip"
     tiles, columns = tiles_of(p, pass_, kernel, tile), strips.window(p, pass_, tile.columns)
     if pass_ == "wgrad":
@@ -338,8 +330,8 @@ def _strip_work(p: ConvProblem, pass_: str, tile: Tile, splits: int, itemsize: i
         met, fetched = tile.columns * p.T[2] / (p.S[2] if pass_ == "dgrad" else 1), elements * strips.chunks(p) * columns
     threads = 32 * tile.warps
     resident = int(65536 / (threads * (56 + elements / threads * (accumulators + 6))))  # by registers
-    length = strip_length(p, pass_, tile, itemsize, narrow, flip)
-    return _Work(steps, 2 * elements * met, length, itemsize * fetched, resident, START)
+    length = strip_length(p, pass_, tile, access)
+    return _Work(steps, 2 * elements * met, length, access.itemsize * fetched, resident, START)
 
 
 def _split_steps(pixels: int, block: int, splits: int) -> int:

@@ -67,7 +67,7 @@ def _imported() -> tuple[Any, bool] | str:
     """(repeat.py, whether kernels are interpreted), or why they cannot be imported: Triton is missing."""
     try:
         from tconv import repeat
-        from tconv.prepare import INTERPRET
+        from tconv.arguments import INTERPRET
     except ImportError as e:
         return f"Triton cannot be imported ({e})"
     return repeat, INTERPRET

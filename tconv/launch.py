@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from tconv import plan as planning
+from tconv.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.compiled import announce, run
 from tconv.device import INTERPRETER, Device, cuda_device
 from tconv.layout import shaped, to_channels_last
-from tconv.prepare import INTERPRET, Prepared, prepare_bias, prepare_gather, prepare_wgrad, tensor_cores
+from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import Geometry
 from tconv.record import note
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tconv.configs import Tile, tiles, why_illegal
+from tconv.configs import Access, Tile, tiles, why_illegal
 from tconv.cost import MOST_COLUMNS, Cost, pack, phase_pixels, pixel_extents, predict, predict_bias, tiles_of
 from tconv.device import Device
 from tconv.problem import ConvProblem
@@ -111,33 +111,57 @@ def pow2(n: int, low: int, high: int) -> int:
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
-def choose(
-    problem: ConvProblem,
-    pass_: str,
-    itemsize: int,
-    tensor_cores: bool,
-    device: Device,
-    narrow: bool = False,
-    strips: Strips | None = None,
-    pack_narrow: Callable[[int], bool] | None = None,
-    only: str | None = None,
-) -> Plan:
+@dataclass(frozen=True)
+class Operands:
+    """How the operands of a pass lie, as far as it decides which kernels may be chosen and how fast they are.
+
+    Attributes:
+        itemsize: bytes of an element.
+        tensor_cores: whether the precision asked for lets tensor cores do the products.
+        narrow: whether an operand's layout or alignment allows only element by element loads.
+        strips: how a depthwise problem's operands lie for strip kernels; None: as `narrow`.
+        pack_narrow: the same of a packed kernel, whose weights do not count, by the groups in a pack; None: as `narrow`.
+    """
+
+    itemsize: int
+    tensor_cores: bool
+    narrow: bool = False
+    strips: Strips | None = None
+    pack_narrow: Callable[[int], bool] | None = None
+
+    def access(self, problem: ConvProblem, pass_: str, kernel: str, tile: Tile | None = None) -> Access:
+        """How a kernel meets them; of a packed one, with a tile, or at best."""
+        if kernel.startswith("strip") and self.strips:
+            return Access(self.itemsize, self.tensor_cores, self.strips.narrow, self.strips.flip)
+        narrow = self.narrow
+        if kernel.startswith("packed") and self.pack_narrow:
+            narrow = tile is not None and self.pack_narrow(pack(problem, pass_, tile))
+        # Of a group's one channel, a dot's operands can only be gathered one by one.
+        elif problem.depthwise and kernel in ("gather", "wgrad", "packed", "packed_wgrad"):
+            narrow = True
+        return Access(self.itemsize, self.tensor_cores, narrow)
+
+    def tiles(self, problem: ConvProblem, pass_: str, kernel: str) -> tuple[Tile, ...]:
+        """Every tile with which a kernel can take them."""
+        found = tiles(kernel, self.access(problem, pass_, kernel))
+        if not kernel.startswith("packed"):
+            return found
+        return tuple(tile for tile in found if tile in tiles(kernel, self.access(problem, pass_, kernel, tile)))
+
+
+def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None = None) -> Plan:
     """The plan for one pass: of all candidates the one with the least predicted time (cost.py).
 
     Args:
         problem: what to compute.
         pass_: "fprop", "dgrad" or "wgrad".
-        itemsize: bytes of an element.
-        tensor_cores: whether the precision asked for lets tensor cores do the products.
+        operands: on what.
         device: where.
-        narrow: whether an operand's layout or alignment allows only element by element loads.
-        strips: how a depthwise problem's operands lie for strip kernels.
-        pack_narrow: the same of a packed kernel, whose weights do not count, by the groups in a pack; None: as `narrow`.
         only: the only kernel to consider; None for all that are proven.
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
-    wish, strips = _wish(pass_), strips or Strips(False, narrow)
+    wish, itemsize = _wish(pass_), operands.itemsize
     if wish and wish.kernel:
         unfit = _unfit(problem, pass_, wish.kernel)
         if unfit:
@@ -148,20 +172,12 @@ def choose(
     only = only or (wish.kernel if wish else None)
     kernels = (only,) if only else _kernels(problem, pass_)
     for kernel in kernels:
-        # Of a group's one channel, a dot's operands can only be gathered one by one.
-        thin, flip = narrow or (problem.depthwise and kernel in KERNELS[pass_][:2]), False
-        if kernel.startswith("strip"):
-            thin, flip = strips.narrow, strips.flip
-        packs = pack_narrow if kernel.startswith("packed") else None
         illegal = _illegal(problem, pass_, kernel, itemsize, device)
-        legal = _legal_tiles(wish, tiles(kernel, itemsize, tensor_cores, thin and not packs, flip), illegal)
-        if packs and not (wish and wish.tile):
-            wide = tiles(kernel, itemsize, tensor_cores, True)
-            legal = tuple(tile for tile in legal if tile in wide or not packs(pack(problem, pass_, tile)))
+        legal = _legal_tiles(wish, operands.tiles(problem, pass_, kernel), illegal)
         for tile in legal:
-            narrow_here = packs(pack(problem, pass_, tile)) if packs else thin
+            access = operands.access(problem, pass_, kernel, tile)
             for splits in _all_splits(problem, pass_, kernel, tile, itemsize, device, wish):
-                cost = predict(problem, pass_, kernel, tile, splits, itemsize, tensor_cores, narrow_here, device, flip)
+                cost = predict(problem, pass_, kernel, tile, splits, access, device)
                 plans.append(Plan(pass_, kernel, tile, splits, "", cost, kernels=kernels, tiles=legal))
     if not plans:
         raise ValueError(f"no tile fits {device.name}: {problem}")
@@ -176,7 +192,7 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     """
     wish, limit = _wish("bias"), WORKSPACE // (channels * max(4, itemsize))
     n = pow2(channels, 1, 1024)
-    one = (Tile(1, n, pow2(pixels, 1, (1 << 18) // n)),) if device.interpreted else tiles("bias", itemsize, False, False)
+    one = (Tile(1, n, pow2(pixels, 1, (1 << 18) // n)),) if device.interpreted else tiles("bias", Access(itemsize, False))
     plans = []
     legal = _legal_tiles(wish, one, lambda tile: why_illegal("bias", tile, itemsize, device))
     for tile in legal:

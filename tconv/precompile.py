@@ -98,8 +98,8 @@ def precompile(
     try:
         from triton.backends.compiler import GPUTarget
 
+        from tconv.arguments import INTERPRET
         from tconv.compiled import load
-        from tconv.prepare import INTERPRET
     except ImportError as e:
         raise RuntimeError(f"precompile: Triton cannot be imported ({e})") from e
     if INTERPRET:

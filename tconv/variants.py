@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from tconv.arguments import Prepared
 from tconv.device import Device
 from tconv.kernels.reduce import sum_splits
 from tconv.layout import shaped
 from tconv.plan import force
-from tconv.prepare import Prepared, prepare_bias, prepare_gather, prepare_wgrad
+from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import ConvProblem
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}

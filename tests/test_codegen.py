@@ -15,7 +15,7 @@ import sys
 import pytest
 import triton
 
-from tconv.configs import tiles, why_illegal
+from tconv.configs import Access, tiles, why_illegal
 from tconv.variants import NAMES, launches
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
@@ -145,7 +145,7 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
         for arch, kernel, (dtype, name) in itertools.product(codegen.ARCHS, kernels, NAMES.items())
         for tensor_cores, narrow, flip in itertools.product((True, False), repeat=3)
         if tensor_cores or dtype.itemsize == 4
-        for tile in tiles(kernel, dtype.itemsize, tensor_cores, narrow, flip)
+        for tile in tiles(kernel, Access(dtype.itemsize, tensor_cores, narrow, flip))
         if not why_illegal(kernel, tile, dtype.itemsize, codegen.ARCHS[arch][3])
     }
     assert {key for key in found if key[1] != "sum_splits"} == legal

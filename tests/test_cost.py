@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.layers import layers
 from tconv import cost, plan, strips
-from tconv.configs import Tile, tiles
+from tconv.configs import Access, Tile, tiles
 from tconv.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
 from tconv.layout import shaped
 from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
@@ -111,9 +111,9 @@ def test_loop_lengths_are_near_those_compiled():
                 continue
             p = forward_problem((1, 2, 9, 99), (2, 1, 3, size), (1, stride), [(0, padding)] * 2, (1, dilation), 2)
             tile_ = Tile(*map(int, extents), columns=int(columns))
-            length = cost.strip_length(p, pass_, tile_, sizes[dtype], narrow, inner[0] != "c")
+            length = cost.strip_length(p, pass_, tile_, Access(sizes[dtype], False, narrow, inner[0] != "c"))
         else:
-            length = cost.loop_length(kernel, Tile(*map(int, extents)), sizes[dtype], cores, narrow)
+            length = cost.loop_length(kernel, Tile(*map(int, extents)), Access(sizes[dtype], cores, narrow))
         ratios[kernel, dtype, cores, narrow].append(int(row["loop_instructions"]) / length)
     assert {kernel for kernel, *_ in ratios} == set().union(*plan.KERNELS.values()) - {"bias"}
     for kind, found in ratios.items():
@@ -131,7 +131,7 @@ def test_a_gather_worked_by_hand():
     """2 x 5x5 outputs of 3x3 over 20 channels, 40 written: 50 pixels in 4 tiles of 16, 3 of channels, 9 taps, 2 blocks."""
     p = forward_problem((2, 20, 7, 7), (40, 20, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 1)
     tile = Tile(16, 16, 16, 4, 2)
-    c = cost.predict(p, "fprop", "gather", tile, 1, 4, True, False, HAND)
+    c = cost.predict(p, "fprop", "gather", tile, 1, Access(4, True), HAND)
     assert c.flops == 2 * 50 * 40 * 20 * 9
     assert c.bytes == 4 * (2 * 20 * 49 + 40 * 20 * 9 + 2 * 40 * 25)
     assert c.programs == 4 * 3
@@ -158,7 +158,7 @@ def test_phases_of_a_strided_dgrad_are_counted_one_by_one():
         tile = Tile(16, 16, 16, 4, 2)
         met = sum((a - t * dilation) % stride == 0 for a in range(stride) for t in range(taps))
         blocks = math.ceil(math.ceil(extent / stride) / 16)
-        c = cost.predict(p, "dgrad", "gather", tile, 1, 2, True, False, HAND)
+        c = cost.predict(p, "dgrad", "gather", tile, 1, Access(2, True), HAND)
         assert c.executed == met * blocks * 2 * 16**3
         assert c.programs == stride * blocks
 
@@ -173,17 +173,17 @@ def test_taps_of_phases_are_all_taps():
 def test_packs_worked_by_hand():
     """6 groups of 3 -> 4 channels, 3x3 taps, 50 pixels: two packs of four groups, 108 columns in 7 steps."""
     p = forward_problem((2, 18, 7, 7), (24, 3, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 6)
-    c = cost.predict(p, "fprop", "packed", Tile(16, 16, 16, 4, 2), 1, 4, True, False, HAND)
+    c = cost.predict(p, "fprop", "packed", Tile(16, 16, 16, 4, 2), 1, Access(4, True), HAND)
     assert c.programs == 4 * 2
     assert c.executed == 8 * 7 * 2 * 16**3
-    c = cost.predict(p, "wgrad", "packed_wgrad", Tile(16, 32, 16, 4, 2), 2, 4, True, False, HAND)
+    c = cost.predict(p, "wgrad", "packed_wgrad", Tile(16, 32, 16, 4, 2), 2, Access(4, True), HAND)
     assert c.programs == 2 * 4 * 2
     assert c.executed == 8 * 2 * 2 * 2 * 16 * 32 * 16  # 50 pixels: four blocks, two in each split
 
 
 def test_a_split_wgrad_worked_by_hand():
     p = forward_problem((4, 16, 10), (16, 16, 1), (1,), [(0, 0)], (1,), 1)
-    c = cost.predict(p, "wgrad", "wgrad", Tile(16, 16, 16, 4, 2), 2, 2, True, False, HAND)
+    c = cost.predict(p, "wgrad", "wgrad", Tile(16, 16, 16, 4, 2), 2, Access(2, True), HAND)
     assert (c.programs, c.waves, c.workspace) == (2, 1, 2 * 256 * 4)
     assert c.executed == 2 * 2 * 2 * 16**3  # 40 pixels: three blocks, two in each split
     assert dict(c.parts)["memory"] == c.bytes + 2 * c.workspace
@@ -192,7 +192,7 @@ def test_a_split_wgrad_worked_by_hand():
 
 def test_depthwise_is_counted_by_its_taps():
     p = forward_problem((1, 32, 9, 9), (32, 1, 3, 3), (1, 1), [(1, 1)] * 2, (1, 1), 32)
-    c = cost.predict(p, "fprop", "depthwise", Tile(64, 32, 1, 4, 2), 1, 2, True, False, HAND)
+    c = cost.predict(p, "fprop", "depthwise", Tile(64, 32, 1, 4, 2), 1, Access(2, True), HAND)
     assert c.flops == 2 * 81 * 32 * 9
     assert c.executed == 2 * 9 * 2 * 64 * 32
     assert c.programs == 2
@@ -202,12 +202,12 @@ def test_depthwise_is_counted_by_its_taps():
 def test_the_planner_takes_what_is_predicted_fastest(pass_):
     for layer, device in itertools.product(LAYERS[::5], DEVICES.values()):
         p = layer.problem
-        best = plan.choose(p, pass_, 2, True, device)
+        best = plan.choose(p, pass_, plan.Operands(2, True), device)
         assert all(best.cost.seconds <= other.cost.seconds for other in best.others)
-        for tile in tiles(best.kernel, 2, True, False):
+        for tile in tiles(best.kernel, Access(2, True)):
             try:
                 with plan.force(kernel=best.kernel, tile=tile):
-                    forced = plan.choose(p, pass_, 2, True, device)
+                    forced = plan.choose(p, pass_, plan.Operands(2, True), device)
             except ValueError:
                 continue  # does not fit the device
             assert forced.tile == tile
@@ -221,12 +221,15 @@ def test_a_better_device_is_never_predicted_slower():
     slow, fast = (dataclasses.replace(DEVICES["A100"], limits=limits) for limits in (A100, Limits(**better)))
     for layer, pass_ in itertools.product(LAYERS[::7], PASSES):
         p = layer.problem
-        assert plan.choose(p, pass_, 2, True, fast).cost.seconds <= plan.choose(p, pass_, 2, True, slow).cost.seconds
+        assert (
+            plan.choose(p, pass_, plan.Operands(2, True), fast).cost.seconds
+            <= plan.choose(p, pass_, plan.Operands(2, True), slow).cost.seconds
+        )
 
 
 def test_nothing_is_predicted_faster_than_the_device():
     for layer, pass_, (name, device) in itertools.product(LAYERS, PASSES, DEVICES.items()):
-        c = plan.choose(layer.problem, pass_, 2, True, device).cost
+        c = plan.choose(layer.problem, pass_, plan.Operands(2, True), device).cost
         assert c.bytes / c.seconds <= device.limits.bandwidth, name
         assert c.executed / c.seconds <= device.limits.matrix_16, name
         assert 0 <= c.tile_waste < 1

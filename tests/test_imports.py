@@ -18,6 +18,8 @@ ROWS = [
     ("launch",),
     ("compiled",),
     ("prepare",),
+    ("boxes",),
+    ("arguments",),
     ("record",),
     ("plan", "layout", "simplify", "guard"),
     ("cost",),

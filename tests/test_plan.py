@@ -9,7 +9,7 @@ import torch
 import tconv
 from tconv import cost, plan
 from tconv import functional as TF
-from tconv.configs import GEMM_16, Tile, tiles, why_illegal
+from tconv.configs import GEMM_16, Access, Tile, tiles, why_illegal
 from tconv.device import INTERPRETER, Device
 from tconv.problem import forward_problem, transposed_problem
 
@@ -52,18 +52,18 @@ def test_every_plan_on_a_gpu_is_legal_and_says_why(pass_):
     for (x, w), itemsize, tc, narrow, device in itertools.product(
         shapes, (2, 4, 8), (True, False), (True, False), (H200, SMALL)
     ):
-        chosen = plan.choose(conv(x, w), pass_, itemsize, tc, device, narrow)
+        chosen = plan.choose(conv(x, w), pass_, plan.Operands(itemsize, tc, narrow), device)
         assert why_illegal(chosen.kernel, chosen.tile, itemsize, device) is None
         assert chosen.reason
         assert chosen.splits * math.prod(w) * 4 <= max(plan.WORKSPACE, math.prod(w) * 8)
 
 
 def test_large_layers_get_large_tiles_and_small_ones_fill_the_device():
-    large = plan.choose(conv((64, 256, 56, 56), (256, 256, 3, 3), padding=1), "fprop", 2, True, H200)
+    large = plan.choose(conv((64, 256, 56, 56), (256, 256, 3, 3), padding=1), "fprop", plan.Operands(2, True), H200)
     assert large.tile == GEMM_16[0]
-    small = plan.choose(conv((1, 64, 14, 14), (64, 64, 3, 3), padding=1), "fprop", 2, True, H200)
+    small = plan.choose(conv((1, 64, 14, 14), (64, 64, 3, 3), padding=1), "fprop", plan.Operands(2, True), H200)
     assert small.tile.m * small.tile.n < GEMM_16[0].m * GEMM_16[0].n
-    wgrad = plan.choose(conv((32, 64, 56, 56), (64, 64, 3, 3), padding=1), "wgrad", 2, True, H200)
+    wgrad = plan.choose(conv((32, 64, 56, 56), (64, 64, 3, 3), padding=1), "wgrad", plan.Operands(2, True), H200)
     assert wgrad.splits > 1
 
 
@@ -90,7 +90,7 @@ def test_the_default_layout_is_copied_where_that_pays_and_only_there():
 
 def test_few_channels_are_packed_and_only_they():
     def kernels(p):
-        return [plan.choose(p, pass_, 2, True, H200).kernel for pass_ in ("fprop", "dgrad", "wgrad")]
+        return [plan.choose(p, pass_, plan.Operands(2, True), H200).kernel for pass_ in ("fprop", "dgrad", "wgrad")]
 
     packed = ["packed", "packed", "packed_wgrad"]
     assert kernels(conv((32, 128, 56, 56), (128, 4, 3, 3), padding=1, groups=32)) == packed
@@ -98,9 +98,9 @@ def test_few_channels_are_packed_and_only_they():
     assert kernels(stem) == packed
     assert kernels(conv((32, 64, 56, 56), (64, 64, 3, 3), padding=1)) == ["gather", "gather", "wgrad"]
     with tconv.force(kernel="gather"):
-        assert plan.choose(stem, "fprop", 2, True, H200).cost.seconds > 0
+        assert plan.choose(stem, "fprop", plan.Operands(2, True), H200).cost.seconds > 0
     with tconv.force(kernel="packed"), pytest.raises(ValueError, match="counts at most 32768 taps times channels"):
-        plan.choose(conv((1, 4096, 9, 9), (8, 4096, 3, 3)), "fprop", 2, True, H200)
+        plan.choose(conv((1, 4096, 9, 9), (8, 4096, 3, 3)), "fprop", plan.Operands(2, True), H200)
 
 
 def test_packs_are_all_groups_or_a_power_of_two():
@@ -112,7 +112,7 @@ def test_packs_are_all_groups_or_a_power_of_two():
 
 def test_no_gpu_tile_lacks_a_device_that_can_run_it():
     for kernel, itemsize, tc, narrow in itertools.product(("gather", "wgrad"), (2, 4, 8), (True, False), (True, False)):
-        assert all(why_illegal(kernel, t, itemsize, H200) is None for t in tiles(kernel, itemsize, tc, narrow))
+        assert all(why_illegal(kernel, t, itemsize, H200) is None for t in tiles(kernel, Access(itemsize, tc, narrow)))
 
 
 @pytest.mark.parametrize(

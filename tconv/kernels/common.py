@@ -69,6 +69,26 @@ def outside_bits(h, step, extent, BACKWARD: tl.constexpr, FIELD: tl.constexpr):
 
 
 @triton.jit
+def outside_word(bits, h, X, D, gcds, TRANSPOSED: tl.constexpr, RANK: tl.constexpr, FIELD: tl.constexpr):
+    """bits, and set in it, FIELD bits per dimension and the last dimension's lowest, the taps that fall outside."""
+    for d in tl.static_range(3 - RANK, 3):
+        step = D[d] // gcds[d] if TRANSPOSED else D[d]
+        bits |= outside_bits(h[d], step, X[d], TRANSPOSED, FIELD) << ((2 - d) * FIELD)
+    return bits
+
+
+@triton.jit
+def tap_word(tap, RANK: tl.constexpr, FIELD: tl.constexpr):
+    """The bits that a tap has in such a word."""
+    word = 1 << tap[2]
+    if RANK >= 2:
+        word |= (1 << FIELD) << tap[1]
+    if RANK == 3:
+        word |= (1 << (2 * FIELD)) << tap[0]
+    return word
+
+
+@triton.jit
 def multiple(s, VEC: tl.constexpr):
     """s, known on the host to be a multiple of VEC, in a form from which the compiler sees it too."""
     return s // VEC * VEC
@@ -259,6 +279,15 @@ def advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK: tl.
         xo += tl.where(over, carry_x[0], 0)
         yo += tl.where(over, carry_y[0], 0)
     return xo, yo, (h0, h1, h2)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc + a @ b. The interpreter's dot multiplies the raw bits of bf16, so there they are widened first."""
+    if INTERPRET and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

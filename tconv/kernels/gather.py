@@ -16,7 +16,18 @@ are compared.
 
 import triton.language as tl
 
-from tconv.kernels.common import inside, kernel, lead, multiple, outside_bits, rounded, trail, written_pixels
+from tconv.kernels.common import (
+    inside,
+    kernel,
+    lead,
+    multiple,
+    outside_word,
+    product,
+    rounded,
+    tap_word,
+    trail,
+    written_pixels,
+)
 
 
 @kernel
@@ -68,10 +79,8 @@ def gather(
         x_tap = x_tap + (step,)
         if d >= FIRST:
             w_offset += t_first[d] * sw[d]
-            if FIELD:
-                bits |= outside_bits(h[d], D[d] // gcds[d] if TRANSPOSED else D[d], X[d], TRANSPOSED, FIELD) << (
-                    (2 - d) * FIELD
-                )
+    if FIELD:
+        bits = outside_word(bits, h, X, D, gcds, TRANSPOSED, RANK, FIELD)
 
     # --- columns (channels) and pointers ---
     o = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -119,12 +128,7 @@ def gather(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(CI, BLOCK_K)):
         if FIELD:
-            select = 1 << counter[2]
-            if RANK >= 2:
-                select |= (1 << FIELD) << counter[1]
-            if RANK == 3:
-                select |= (1 << (2 * FIELD)) << counter[0]
-            ok = (bits & select) == 0
+            ok = (bits & tap_word(counter, RANK, FIELD)) == 0
         else:
             ok = live
             for d in tl.static_range(FIRST, 3):
@@ -142,13 +146,10 @@ def gather(
                 wv = tl.load(wp + dw, mask=trail(o < written, FLIP) & lead(tail, FLIP), other=0.0)
             else:
                 wv = tl.load(wp + dw, mask=lead(tail, FLIP), other=0.0)
-        if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
-            xv = xv.to(tl.float32)
-            wv = wv.to(tl.float32)
         if FLIP:
-            acc = tl.dot(wv, xv, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = product(wv, xv, acc, PRECISION, INTERPRET)
         else:
-            acc = tl.dot(xv, wv, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = product(xv, wv, acc, PRECISION, INTERPRET)
         dx += fx[2]
         dw += fw[2]
         i2 = counter[2] + 1

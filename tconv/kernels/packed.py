@@ -14,11 +14,13 @@ from tconv.kernels.common import (
     kernel,
     lead,
     multiple,
-    outside_bits,
+    outside_word,
+    product,
     quotient,
     reciprocal,
     rounded,
     split_pixels,
+    tap_word,
     trail,
     written_pixels,
 )
@@ -80,10 +82,8 @@ def packed(
         aw = aw + ((S[d] // gcds[d] if TRANSPOSED else 1) * sw[d],)
         if d >= FIRST:
             w_first += t_first[d] * sw[d]
-            if FIELD:
-                bits |= outside_bits(h[d], D[d] // gcds[d] if TRANSPOSED else D[d], X[d], TRANSPOSED, FIELD) << (
-                    (2 - d) * FIELD
-                )
+    if FIELD:
+        bits = outside_word(bits, h, X, D, gcds, TRANSPOSED, RANK, FIELD)
 
     # --- written channels: rows of the weight ---
     o = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -137,12 +137,7 @@ def packed(
             dx += t0 * ax[0]
             dw += t0 * aw[0]
         if FIELD:
-            select = 1 << t2
-            if RANK >= 2:
-                select |= (1 << FIELD) << t1
-            if RANK == 3:
-                select |= (1 << (2 * FIELD)) << t0
-            select = tl.where(within, select, PAST)
+            select = tl.where(within, tap_word((t0, t1, t2), RANK, FIELD), PAST)
             ok = (lead(bits, FLIP) & trail(select, FLIP)) == 0
         else:
             tap = (t0, t1, t2)
@@ -157,13 +152,10 @@ def packed(
             keep = lead(within, FLIP)
         xv = tl.load(xp + trail(dx, FLIP), mask=ok, other=0.0)
         wv = tl.load(wp + lead(dw, FLIP), mask=keep, other=0.0)
-        if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
-            xv = xv.to(tl.float32)
-            wv = wv.to(tl.float32)
         if FLIP:
-            acc = tl.dot(wv, xv, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = product(wv, xv, acc, PRECISION, INTERPRET)
         else:
-            acc = tl.dot(xv, wv, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = product(xv, wv, acc, PRECISION, INTERPRET)
 
     if HAS_BIAS:
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < written, other=0.0)
@@ -253,10 +245,7 @@ def packed_wgrad(
         xq = xp + tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC])
         gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
         xv = tl.load(xq, mask=ok, other=0.0)
-        if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
-            gv = gv.to(tl.float32)
-            xv = xv.to(tl.float32)
-        acc = tl.dot(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = product(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, PRECISION, INTERPRET)
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 

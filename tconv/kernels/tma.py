@@ -13,7 +13,7 @@ lies behind them.
 
 import triton.language as tl
 
-from tconv.kernels.common import kernel, lead, multiple, phase, rounded, trail
+from tconv.kernels.common import kernel, lead, multiple, phase, product, rounded, trail
 
 
 @kernel
@@ -111,10 +111,7 @@ def tma(
             wv = w_desc.load([t0, t1, t2, group * CI + c, o_first]).reshape(BLOCK_K, BLOCK_N).T
         else:
             wv = w_desc.load([t0, t1, t2, group * CO + o_first, c]).reshape(BLOCK_N, BLOCK_K)
-        if INTERPRET and y_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
-            xv = xv.to(tl.float32)
-            wv = wv.to(tl.float32)
-        acc = tl.dot(wv, xv, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = product(wv, xv, acc, PRECISION, INTERPRET)
         i2 += 1
         wrap = i2 >= n_taps[2]
         i2 = tl.where(wrap, 0, i2)

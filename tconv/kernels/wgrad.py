@@ -11,7 +11,7 @@ added with carries, so the loop has no division.
 
 import triton.language as tl
 
-from tconv.kernels.common import advance, decode, inside, kernel, lead, multiple, rounded, split_pixels, trail
+from tconv.kernels.common import advance, decode, inside, kernel, lead, multiple, product, rounded, split_pixels, trail
 
 
 @kernel
@@ -87,10 +87,7 @@ def wgrad(
         xq = xp + tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC])
         gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
         xv = tl.load(xq, mask=lead(ok, not X_UNIT) & trail(mask_c, not X_UNIT), other=0.0)
-        if INTERPRET and x_ptr.dtype.element_ty == tl.bfloat16:  # its bf16 dot multiplies raw bits
-            gv = gv.to(tl.float32)
-            xv = xv.to(tl.float32)
-        acc = tl.dot(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = product(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, PRECISION, INTERPRET)
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 

@@ -29,7 +29,15 @@ def missing_tools() -> str | None:
 
 def read(kernel: Any) -> dict[str, Any]:
     """What the machine code of a kernel that Triton compiled says, whichever maker's it is."""
-    return _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(*_disassembled(kernel))
+    found = _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(*_disassembled(kernel))
+    return found | {"lanes": _lanes(kernel.asm["ttgir"])}
+
+
+def _lanes(ttgir: str) -> list[int]:
+    """The axis along which neighbouring threads lie, of each access to a two-dimensional tile in global memory."""
+    orders = dict(re.findall(r"^(#\w+) = #ttg\.blocked<.*order = \[(\d)", ttgir, re.MULTILINE))
+    access = r"(?:tt\.load|tt\.store|async_copy_global_to_local) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>"
+    return [int(orders[layout]) for layout in re.findall(access, ttgir)]
 
 
 def _disassembled(kernel: Any) -> tuple[str, str]:

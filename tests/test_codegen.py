@@ -82,6 +82,19 @@ def test_boxes_go_from_shared_memory_straight_to_the_tensor_cores():
         assert row["store_bytes"] == 16, row
 
 
+def test_in_the_default_layout_neighbouring_threads_take_neighbouring_pixels():
+    narrow = r"(gather|wgrad|depthwise|depthwise_wgrad|bias) 2d bf16 \S+ w\d s\d inner=pp? .*1( even)?$"
+    done = gate("--quick", "--only", rf"{narrow}|gather 2d bf16 128x\S+ .*inner=cpi", "--jobs", "1", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)["variants"]
+    assert {"gather", "wgrad", "depthwise", "depthwise_wgrad", "bias"} <= {row["name"].split()[1] for row in rows}
+    for row in rows:
+        # Tiles are [channels, pixels], unless too few channels are written for a product of 64 rows.
+        pixels = 0 if "128x32x32" in row["name"] else 1
+        assert row["lanes"][-1] == pixels, row
+        assert set(row["lanes"]) == {1} or "inner=cp" in row["name"], row
+
+
 def test_direct_kernels_read_and_write_16_bytes_at_a_time(rows):
     direct = [row for row in rows if row["memory_bound"]]
     assert {row["name"].split()[0] for row in direct} == {"fprop", "dgrad", "wgrad"}

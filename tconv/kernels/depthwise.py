@@ -10,7 +10,19 @@ pixel digits are those of gather.py and wgrad.py.
 
 import triton.language as tl
 
-from tconv.kernels.common import advance, decode, inside, kernel, lead, multiple, rounded, split_pixels, trail, written_pixels
+from tconv.kernels.common import (
+    advance,
+    beside,
+    decode,
+    inside,
+    kernel,
+    lead,
+    multiple,
+    rounded,
+    split_pixels,
+    trail,
+    written_pixels,
+)
 
 
 @kernel
@@ -56,7 +68,7 @@ def depthwise(
         read = o
         w_row = o
     x_step = 1 if X_UNIT else sxc.to(OFFSET)
-    xp = x_ptr + (lead(x_offset, FLIP) + trail(read * x_step, FLIP))
+    xp = beside(x_ptr, lead(x_offset, FLIP) + trail(read * x_step, FLIP), X_UNIT, FLIP)
     if FLIP:
         acc = tl.zeros((BLOCK_C, BLOCK_M), dtype=ACC)
     else:
@@ -81,7 +93,7 @@ def depthwise(
     if HAS_BIAS:
         acc += trail(tl.load(b_ptr + o * sb, mask=mask_o, other=0.0).to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
-    yp = y_ptr + (lead(y_offset, FLIP) + trail(o * y_step, FLIP))
+    yp = beside(y_ptr, lead(y_offset, FLIP) + trail(o * y_step, FLIP), Y_UNIT, FLIP)
     tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(mask_o, FLIP))
 
 
@@ -131,9 +143,8 @@ def depthwise_wgrad(
     accs = (zero,) * TAPS
     for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
         live = p < left
-        gv = tl.load(
-            yp + tl.multiple_of(lead(yo, FLIP), [Y_VEC, Y_VEC]), mask=lead(live, FLIP) & trail(mask_k, FLIP), other=0.0
-        ).to(ACC)
+        yq = beside(yp, tl.multiple_of(lead(yo, FLIP), [Y_VEC, Y_VEC]), Y_UNIT, FLIP)
+        gv = tl.load(yq, mask=lead(live, FLIP) & trail(mask_k, FLIP), other=0.0).to(ACC)
         for u in tl.static_range(TAPS):
             past, tap = decode(tap_low + u, T, 3)
             ok = live & (past == 0)
@@ -141,9 +152,8 @@ def depthwise_wgrad(
             for d in tl.static_range(3 - RANK, 3):
                 ok &= inside(h[d] + tap[d] * D[d], X[d])
                 dx += (tap[d] * D[d]).to(OFFSET) * sx[d]
-            xv = tl.load(
-                xp + (tl.multiple_of(lead(xo, FLIP), [X_VEC, X_VEC]) + dx), mask=lead(ok, FLIP) & trail(mask_k, FLIP), other=0.0
-            ).to(ACC)
+            xq = beside(xp, tl.multiple_of(lead(xo, FLIP), [X_VEC, X_VEC]) + dx, X_UNIT, FLIP)
+            xv = tl.load(xq, mask=lead(ok, FLIP) & trail(mask_k, FLIP), other=0.0).to(ACC)
             accs = accs[:u] + (accs[u] + gv * xv,) + accs[u + 1 :]
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)

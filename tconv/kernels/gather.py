@@ -17,6 +17,7 @@ are compared.
 import triton.language as tl
 
 from tconv.kernels.common import (
+    beside,
     inside,
     kernel,
     lead,
@@ -93,8 +94,9 @@ def gather(
     # Rows of the weight past the last one are clamped, not masked: what they give is never stored. Never the
     # contiguous axis, which would lose its wide loads.
     ow = o if W_UNIT == "o" else tl.minimum(o, CO - 1)
-    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + (lead(x_offset, FLIP) + trail(c * x_step, FLIP))
-    wp = w_ptr + w_offset + (lead(c * w_step_i, FLIP) + trail(ow * w_step_o, FLIP))
+    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET)
+    xp = beside(xp, lead(x_offset, FLIP) + trail(c * x_step, FLIP), X_UNIT, FLIP)
+    wp = beside(w_ptr + w_offset, lead(c * w_step_i, FLIP) + trail(ow * w_step_o, FLIP), W_UNIT != "", FLIP)
 
     # --- carried counters: what each dimension adds when its tap advances, and when it wraps ---
     fx = ()
@@ -178,5 +180,6 @@ def gather(
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
         acc += trail(bias.to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
-    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + (lead(y_offset, FLIP) + trail(o * y_step, FLIP))
+    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET)
+    yp = beside(yp, lead(y_offset, FLIP) + trail(o * y_step, FLIP), Y_UNIT, FLIP)
     tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(o < written, FLIP))

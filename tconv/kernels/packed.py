@@ -10,6 +10,7 @@ import triton.language as tl
 
 from tconv.kernels.common import (
     advance,
+    beside,
     inside,
     kernel,
     lead,
@@ -150,8 +151,8 @@ def packed(
             keep = trail(mask_o, FLIP) & lead(within, FLIP)
         else:
             keep = lead(within, FLIP)
-        xv = tl.load(xp + trail(dx, FLIP), mask=ok, other=0.0)
-        wv = tl.load(wp + lead(dw, FLIP), mask=keep, other=0.0)
+        xv = tl.load(beside(xp, trail(dx, FLIP), X_UNIT, FLIP), mask=ok, other=0.0)
+        wv = tl.load(beside(wp, lead(dw, FLIP), W_UNIT != "", FLIP), mask=keep, other=0.0)
         if FLIP:
             acc = product(wv, xv, acc, PRECISION, INTERPRET)
         else:
@@ -162,7 +163,7 @@ def packed(
         acc += trail(bias.to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
     y_first = multiple(group * CO, Y_VEC) if Y_UNIT else group * CO
-    yp = y_ptr + y_first.to(OFFSET) * y_step + (lead(y_offset, FLIP) + trail(o * y_step, FLIP))
+    yp = beside(y_ptr + y_first.to(OFFSET) * y_step, lead(y_offset, FLIP) + trail(o * y_step, FLIP), Y_UNIT, FLIP)
     tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(o < written, FLIP))
 
 
@@ -241,8 +242,8 @@ def packed_wgrad(
         ok = lead(live, not X_UNIT) & trail(mask_c, not X_UNIT)
         for d in tl.static_range(FIRST, 3):
             ok &= inside(lead(h[d], not X_UNIT) + trail(shift[d], not X_UNIT), X[d])
-        yq = yp + tl.multiple_of(lead(yo, not Y_UNIT), [Y_VEC, Y_VEC])  # as in wgrad.py
-        xq = xp + tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC])
+        yq = beside(yp, tl.multiple_of(lead(yo, not Y_UNIT), [Y_VEC, Y_VEC]), Y_UNIT, not Y_UNIT)  # as in wgrad.py
+        xq = beside(xp, tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC]), X_UNIT, not X_UNIT)
         gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
         xv = tl.load(xq, mask=ok, other=0.0)
         acc = product(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, PRECISION, INTERPRET)
@@ -255,5 +256,5 @@ def packed_wgrad(
         low = k // K * C  # the first of the channels that k's group reads
         kept &= inside(c[None, :] - low[:, None], C)
         row -= low * swc.to(tl.int64)
-    out = dw_ptr + split.to(tl.int64) * sws + (row[:, None] + w_c[None, :])
+    out = beside(dw_ptr + split.to(tl.int64) * sws, row[:, None] + w_c[None, :], False, True)
     tl.store(out, rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), mask=kept)

@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from tconv.kernels.common import decode, kernel, lead, multiple, rounded, trail
+from tconv.kernels.common import beside, decode, kernel, lead, multiple, rounded, trail
 
 
 @kernel
@@ -49,6 +49,7 @@ def sum_pixels(
         for d in tl.static_range(3 - RANK, 3):
             offset += j[d].to(OFFSET) * sy[d]
         mask = lead(live, FLIP) & trail(mask_c, FLIP)
-        acc += tl.load(dy_ptr + (lead(offset, FLIP) + trail(channel, FLIP)), mask=mask, other=0.0).to(ACC)
+        yp = beside(dy_ptr, lead(offset, FLIP) + trail(channel, FLIP), Y_UNIT, FLIP)
+        acc += tl.load(yp, mask=mask, other=0.0).to(ACC)
     total = tl.sum(acc, axis=1 if FLIP else 0)
     tl.store(out_ptr + split * C + c, rounded(total, out_ptr.dtype.element_ty, INTERPRET), mask=mask_c)

@@ -13,7 +13,7 @@ lies behind them.
 
 import triton.language as tl
 
-from tconv.kernels.common import kernel, lead, multiple, phase, product, rounded, trail
+from tconv.kernels.common import beside, kernel, lead, multiple, phase, product, rounded, trail
 
 
 @kernel
@@ -130,5 +130,6 @@ def tma(
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
         acc += trail(bias.to(ACC), True)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
-    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + (lead(y_offset, True) + trail(o * y_step, True))
+    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET)
+    yp = beside(yp, lead(y_offset, True) + trail(o * y_step, True), Y_UNIT, True)
     tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, True) & trail(o < multiple(CO, Y_VEC), True))

@@ -11,7 +11,7 @@ added with carries, so the loop has no division.
 
 import triton.language as tl
 
-from tconv.kernels.common import advance, decode, inside, kernel, lead, multiple, product, rounded, split_pixels, trail
+from tconv.kernels.common import advance, beside, decode, inside, kernel, lead, multiple, product, rounded, split_pixels, trail
 
 
 @kernel
@@ -83,13 +83,14 @@ def wgrad(
         for d in tl.static_range(FIRST, 3):
             ok &= inside(h[d], X[d])
         # Triton 3.9 does not see by itself what carried offsets are multiples of, and would load 2 bytes at a time.
-        yq = yp + tl.multiple_of(lead(yo, not Y_UNIT), [Y_VEC, Y_VEC])
-        xq = xp + tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC])
+        yq = beside(yp, tl.multiple_of(lead(yo, not Y_UNIT), [Y_VEC, Y_VEC]), Y_UNIT, not Y_UNIT)
+        xq = beside(xp, tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC]), X_UNIT, not X_UNIT)
         gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
         xv = tl.load(xq, mask=lead(ok, not X_UNIT) & trail(mask_c, not X_UNIT), other=0.0)
         acc = product(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, PRECISION, INTERPRET)
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
-    out = dw_ptr + dw_offset + (k[:, None] * swk.to(tl.int64) + c[None, :] * swc.to(tl.int64))
+    # Input channels lie nearer to each other than output channels, or side by side.
+    out = beside(dw_ptr + dw_offset, k[:, None] * swk.to(tl.int64) + c[None, :] * swc.to(tl.int64), False, True)
     tl.store(out, rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), mask=mask_k[:, None] & mask_c[None, :])

@@ -1,6 +1,7 @@
 """Exact rewrites of a problem into one with fewer dimensions or longer channels, as other strides over the same memory.
 
     fold    taps that tile a dimension (kernel == stride, or a kernel that covers it) become channels: (t, c) -> t*C + c
+    slice   dgrad of one output along a dimension: what it writes there meets one tap each, as with a longer stride
     spread  where the taps, not the channels, are contiguous, they become the channels, and the channels a dimension of taps
     merge   two dimensions, the inner one pointwise, become one: T' = T, D' = D*X, P' = P*X of the outer one
     batch   a pointwise outermost dimension becomes part of the batch
@@ -13,11 +14,14 @@ whole of x. Standard library only.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tconv.problem import ConvProblem, Triple
 
+PHASE = 128  # pixels at least that a phase must have to be worth programs of its own
 FAR = 2**30  # coordinates beyond this are left as they are: kernels count them in 32 bits
 
 
@@ -56,10 +60,10 @@ def simplify(form: Form, pass_: str, channels_stay: bool = False) -> Form:
         channels_stay: whether x's channels must stay as they are: a bias is added to them in a transposed forward.
     """
     rules: list[tuple[str, Callable[[Form, int, str], Form | None]]] = [
-        ("fold", _fold), ("merge", _merge), ("batch", _batch), ("spread", _spread),
+        ("fold", _fold), ("slice", _slice), ("merge", _merge), ("batch", _batch), ("spread", _spread),
     ]  # fmt: skip
     if channels_stay:
-        rules = [(name, rule) for name, rule in rules if name in ("merge", "batch")]
+        rules = [(name, rule) for name, rule in rules if name in ("slice", "merge", "batch")]
     while True:
         found = ((name, rule(form, d, pass_)) for name, rule in rules for d in (2, 1, 0))
         step = next(((name, after) for name, after in found if after), None)
@@ -100,6 +104,18 @@ def _fold(f: Form, d: int, pass_: str) -> Form | None:
         Strides(f.w.outer, cw, _put(f.w.spatial, d, 0)),
         f.y,
     )
+
+
+def _slice(f: Form, d: int, pass_: str) -> Form | None:
+    """A stride past the only output moves nothing, and leaves dgrad phases of one tap where it walked all of them."""
+    p = f.p
+    rest = p.N * math.prod(x for e, x in enumerate(p.X) if e != d)
+    if pass_ != "dgrad" or p.Y[d] > 1 or p.S[d] // math.gcd(p.S[d], p.D[d]) >= p.T[d] or rest < PHASE:
+        return None
+    stride = next(s for s in itertools.count(p.X[d]) if s // math.gcd(s, p.D[d]) >= p.T[d])
+    if (p.depthwise and d == 2) or stride > 2 * p.X[d]:  # a strip has all phases of its columns; more phases than outputs
+        return None
+    return dataclasses.replace(f, p=dataclasses.replace(p, S=_put(p.S, d, stride)))
 
 
 def _spread(f: Form, d: int, pass_: str) -> Form | None:

@@ -7,13 +7,15 @@ import math
 import pytest
 import torch
 
+import tconv
+from tconv import functional as TF
 from tconv.device import DEVICES
 from tconv.layout import addressing, shaped
 from tconv.plan import force
 from tconv.prepare import prepare_gather
 from tconv.problem import PASSES, forward_problem
 from tconv.simplify import Form, Strides, simplify
-from tests import cases
+from tests import cases, oracle
 from tests.test_cost import CASES, problem
 
 
@@ -60,6 +62,8 @@ def conv(x, k, kernel, stride=1, padding=0, dilation=1, groups=1):
 # Problem, layout, pass, what must come out: rules, rank, (N, C, X).
 TEMPORAL = conv((2, 3, 4, 5, 6), 4, (3, 1, 1), padding=(1, 0, 0))
 FRAMES = conv((2, 3, 4, 5, 6), 4, (1, 3, 3), padding=(0, 1, 1))
+FRAME = conv((1, 2, 3, 12, 12), 3, (3, 3, 3))
+ONE_PADDED = conv((1, 2, 4, 12, 12), 3, (6, 1, 1), padding=(1, 0, 0))
 KNOWN = [
     ("1x1 is one product", conv((2, 3, 4, 5), 6, (1, 1)), "channels_last", "fprop", {"merge", "batch"}, (40, 3, 1)),
     ("1x1 in the default layout keeps its batch", conv((2, 3, 4, 5), 6, (1, 1)), "contiguous", "fprop", {"merge"}, (2, 3, 20)),
@@ -70,6 +74,11 @@ KNOWN = [
     ("patches in the default layout", conv((2, 3, 8, 8), 4, (4, 4), 4), "contiguous", "fprop", {"spread"}, (2, 4, 48)),
     ("frames are images", FRAMES, "channels_last", "dgrad", {"batch"}, (8, 3, 30)),
     ("a temporal kernel is 1-D", TEMPORAL, "contiguous", "dgrad", {"merge"}, (2, 3, 120)),
+    ("one frame out", FRAME, "channels_last", "dgrad", {"slice"}, (1, 2, 432)),
+    ("one frame out is one frame read", FRAME, "channels_last", "fprop", set(), (1, 2, 432)),
+    ("frames that lie beside the channels are channels", FRAME, "contiguous", "dgrad", {"fold"}, (1, 6, 144)),
+    ("one frame out, few pixels", conv((1, 2, 3, 4, 4), 3, (3, 3, 3)), "channels_last", "dgrad", set(), (1, 2, 48)),
+    ("one frame out, padded", ONE_PADDED, "contiguous", "dgrad", {"slice", "merge"}, (1, 2, 576)),
     ("leftover pixels stay unread", conv((1, 3, 9, 9), 4, (4, 4), 4), "channels_last", "fprop", {"fold"}, (1, 12, 18)),
     ("leftover pixels are written by dgrad", conv((1, 3, 9, 9), 4, (4, 4), 4), "channels_last", "dgrad", set(), (1, 3, 81)),
     ("a dense kernel stays", conv((2, 3, 6, 6), 4, (3, 3), padding=1), "channels_last", "fprop", set(), (2, 3, 36)),
@@ -132,6 +141,20 @@ def test_a_plan_says_what_is_computed_instead(layout):
     said = {"contiguous": "spread to N32 C16 3x224x14 -> K768 1x14x14", "channels_last": "fold to N32 C48 224x14 -> K768 14x14"}
     assert said[layout] in str(call)
     assert str(p) in str(call)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_output_along_a_dimension(transposed, poisoned):
+    """Dilated, cropped, and with more phases than coordinates that they write."""
+    case = oracle.Case("one frame", (1, 2, 6, 12, 11), 3, (4, 3, 3), padding=(2, 1, 1), dilation=(3, 1, 1))
+    if transposed:
+        case = oracle.Case(
+            "from one frame", (1, 3, 1, 12, 11), 2, (4, 3, 3), padding=(2, 1, 1), dilation=(3, 1, 1), transposed=True
+        )
+    ours = getattr(TF, "conv_transpose3d" if transposed else "conv3d")
+    with tconv.recording() as calls:
+        oracle.check(ours, case, *oracle.tensors(case, torch.float64, "cpu"))
+    assert ["slice" in call.plan.reason for call in calls if call.operation == "dgrad"] == [True]
 
 
 def test_channels_that_a_bias_is_added_to_stay():

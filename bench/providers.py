@@ -86,7 +86,7 @@ def torch_nn(o: Operands, pass_: str) -> Callable[[], Any]:
     if pass_ == "fprop":
         return lambda: aten.convolution.default(o.x, o.w, o.b, *o.aten)
     if pass_ == "step":
-        return _step(getattr(F, _function(o.layer)), o)
+        return _step(function_of(F, o.layer), o)
     mask = [pass_ == "dgrad", pass_ == "wgrad", False]
     index = mask.index(True)
     return lambda: aten.convolution_backward.default(o.dy, o.x, o.w, None, *o.aten, mask)[index]
@@ -95,7 +95,7 @@ def torch_nn(o: Operands, pass_: str) -> Callable[[], Any]:
 def tconv_(o: Operands, pass_: str) -> Callable[[], Any]:
     """Our kernels."""
     if o.x.is_cuda or INTERPRET:
-        function = getattr(tconv.functional, _function(o.layer))
+        function = function_of(tconv.functional, o.layer)
         if pass_ == "step":
             return _step(function, o)
         if pass_ == "fprop":
@@ -116,7 +116,7 @@ def inductor(o: Operands, pass_: str) -> Callable[[], Any]:
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     options = {"max_autotune": True, "max_autotune_conv_backends": "TRITON", "max_autotune_gemm_backends": "TRITON"}
-    function = torch.compile(getattr(F, _function(o.layer)), options=options, dynamic=False)
+    function = torch.compile(function_of(F, o.layer), options=options, dynamic=False)
     return lambda: function(o.x, o.w, o.b, **o.settings)
 
 
@@ -124,7 +124,7 @@ def flag_gems(o: Operands, pass_: str) -> Callable[[], Any]:
     """FlagGems' Triton kernels."""
     import flag_gems as gems
 
-    function = getattr(gems, _function(o.layer))
+    function = function_of(gems, o.layer)
     if pass_ == "fprop":
         return lambda: function(o.x, o.w, bias=o.b, **o.settings)
     if pass_ == "step":
@@ -189,8 +189,10 @@ def absent() -> dict[str, str]:
     }
 
 
-def _function(layer: Layer) -> str:
-    return f"conv{'_transpose' if layer.transposed else ''}{layer.rank}d"
+def function_of(library: Any, layer: Layer) -> Callable[..., torch.Tensor]:
+    """A library's function of torch.nn.functional's name for a layer."""
+    function: Callable[..., torch.Tensor] = getattr(library, f"conv{'_transpose' if layer.transposed else ''}{layer.rank}d")
+    return function
 
 
 def _step(function: Callable[..., torch.Tensor], o: Operands) -> Callable[[], Any]:

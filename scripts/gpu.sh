@@ -94,6 +94,7 @@ for name in "${stages[@]}"; do
             ;;
         bench)
             "$PYTHON" bench/dispatch.py --json "$out/dispatch.json" "${commit[@]}" || failed+=(dispatch)
+            [ ${#tiny[@]} -gt 0 ] || "$PYTHON" -m bench.warm "${quick[@]}" || failed+=(warm)
             stage layers --benchmark-quiet "${quick[@]}" bench/test_layers.py
             ;;
         models) stage models --benchmark-quiet "${quick[@]}" bench/test_models.py ;;

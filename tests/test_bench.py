@@ -1,5 +1,6 @@
 """The benchmark suite without a GPU: records, stages that are cut and resumed, faulty providers, the report, the command."""
 
+import collections
 import json
 import math
 import os
@@ -10,11 +11,15 @@ import sys
 import pytest
 import torch
 
+import tconv
 from bench import record
 from bench.layers import FAMILIES, layers
 from bench.sanitize import findings
 from bench.stage import CUT
 from bench.timing import Clock, median
+from bench.warm import warm
+from tconv.device import DEVICES
+from tconv.precompile import rehearse
 
 ROOT = pathlib.Path(__file__).parent.parent
 MACHINE = {"gpu": "NVIDIA H200", "commit": "abc", "torch": "2", "triton": "3", "tiny": False}
@@ -306,6 +311,21 @@ def test_a_provider_that_does_not_take_a_layer_says_why(tmp_path):
     arguments = ["-p", "faulty", *WITHIN[:-1], WITHIN[-1] + " and fprop and torch.nn"]
     _, _, lines = stage(tmp_path / "layers.jsonl", *arguments, **faulty(tmp_path, "torch.nn", "is missing"))
     assert [line["cell"]["missing"] for line in lines[1:]] == ["not for this layer"]
+
+
+def test_what_the_suite_launches_is_compiled_before(monkeypatch):
+    def rehearsed(function, *args, target):
+        seen.append(rehearse(function, args, {}, DEVICES[target]))
+
+    seen = []
+    monkeypatch.setattr(tconv, "precompile", rehearsed)
+    chosen = [layer.tiny() for layer in layers(quick=True)]
+    warm(chosen, "bf16", "H200")
+    ((launches, left),) = seen
+    counts = collections.Counter(launch.call.operation for launch in launches)
+    assert left == ()
+    assert counts["fprop"] == counts["dgrad"] == 2 * len(chosen)
+    assert counts["wgrad"] >= 2 * len(chosen)  # with a launch for the sum of splits
 
 
 def test_without_a_gpu_the_suite_says_so():

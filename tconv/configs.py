@@ -48,16 +48,19 @@ class Access:
         tensor_cores: whether they may do the products, in the precision asked for.
         narrow: whether some operand is accessed element by element, which is not pipelined either.
         flip: of a strip kernel, whether columns are contiguous, not channels.
+        large: whether the largest tiles' accumulators leave it registers enough.
     """
 
     itemsize: int
     tensor_cores: bool
     narrow: bool = False
     flip: bool = False
+    large: bool = True
 
 
 # Chosen by compiling for sm_90 (`scripts/codegen.py` prints registers, spills and shared memory): none may spill.
 GEMM_16 = (
+    Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3),  # where Access.large
     Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4),
     Tile(128, 32, 32, 4, 4), Tile(64, 32, 64, 4, 4),  # for 32 channels and fewer
 )  # fmt: skip
@@ -96,13 +99,13 @@ BIAS = (Tile(1, 64, 64, 4, 3),)
 # place of accumulators.
 SPILLING = {
     8: {
-        *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (GEMM_16[1], GEMM_16[3])),
-        *(("wgrad", tile) for tile in (GEMM_32[0], GEMM_32[1], GEMM_32[3], GEMM_16[4])),
-        ("gather", GEMM_16[4]),
+        *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (*GEMM_16[:2], GEMM_16[3], GEMM_16[5])),
+        *(("wgrad", tile) for tile in (GEMM_32[0], GEMM_32[1], GEMM_32[3], GEMM_16[6])),
+        ("gather", GEMM_16[6]),
         ("gather", GEMM_32[1]),
         ("depthwise", DIRECT_NARROW[1]),
     },
-    10: {("wgrad", GEMM_16[1]), ("wgrad", GEMM_16[3]), ("gather", GEMM_16[5]), ("gather", GEMM_32[3])},
+    10: {("wgrad", GEMM_16[3]), ("wgrad", GEMM_16[5]), ("gather", GEMM_16[7]), ("gather", GEMM_32[3])},
 }
 
 
@@ -132,7 +135,7 @@ def tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
         return FMA_32_NARROW if narrow else FMA_32
     if itemsize == 4:
         return GEMM_32_NARROW if narrow else GEMM_32
-    return GEMM_16_NARROW if narrow else GEMM_16
+    return GEMM_16_NARROW if narrow else GEMM_16 if access.large else GEMM_16[2:]
 
 
 def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str | None:

@@ -119,6 +119,7 @@ class Operands:
         itemsize: bytes of an element.
         tensor_cores: whether the precision asked for lets tensor cores do the products.
         narrow: whether an operand's layout or alignment allows only element by element loads.
+        large: whether they are met simply enough for the largest tiles.
         strips: how a depthwise problem's operands lie for strip kernels; None: as `narrow`.
         pack_narrow: the same of a packed kernel, whose weights do not count, by the groups in a pack; None: as `narrow`.
     """
@@ -126,6 +127,7 @@ class Operands:
     itemsize: int
     tensor_cores: bool
     narrow: bool = False
+    large: bool = True
     strips: Strips | None = None
     pack_narrow: Callable[[int], bool] | None = None
 
@@ -139,7 +141,7 @@ class Operands:
         # Of a group's one channel, a dot's operands can only be gathered one by one.
         elif problem.depthwise and kernel in ("gather", "wgrad", "packed", "packed_wgrad"):
             narrow = True
-        return Access(self.itemsize, self.tensor_cores, narrow)
+        return Access(self.itemsize, self.tensor_cores, narrow, large=self.large)
 
     def tiles(self, problem: ConvProblem, pass_: str, kernel: str) -> tuple[Tile, ...]:
         """Every tile with which a kernel can take them."""

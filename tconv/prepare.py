@@ -197,13 +197,15 @@ def _prepare_gather(
         direct_y = wide(y, s.y, s.wrote)
     # Where the result's channels lie apart, the accumulator is turned so that its pixels are neighbours, and nothing is lost.
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec if s.y.unit else x_vec)) == 1
+    # Addresses of narrower accesses, or of a 3-D dgrad's pixels, take registers that the largest tiles do not have.
+    large = size * min(x_vec, w_vec, y_vec if s.y.unit else x_vec) == 16 and not (transposed and p.rank == 3 and s.y.unit)
     lanes_x, lanes_y = _lanes(x, s.x, s.wrote, read), _lanes(y, s.y, s.wrote, s.extents)
 
     def pack_vector(group: int) -> int:  # of x in a packed kernel
         return wide(x, s.x, group * ci, s.read)
 
     operands = Operands(
-        size, tensor_cores(x.dtype), narrow, _strips(lanes_x, lanes_y), lambda group: pack_vector(group) == 1
+        size, tensor_cores(x.dtype), narrow, large, _strips(lanes_x, lanes_y), lambda group: pack_vector(group) == 1
     )  # fmt: skip
     plan = planning.choose(p, pass_, operands, device)
     tile = plan.tile
@@ -263,8 +265,10 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
     def pack_vectors(group: int) -> tuple[int, int]:
         return wide(x, s.x, group * c, p.C), wide(dy, s.y, group * k, p.K)
 
+    size = x.element_size()
+    large, strips = size * min(x_vec, y_vec) == 16, _strips(lanes_x, lanes_y)
     operands = Operands(
-        x.element_size(), tensor_cores(x.dtype), narrow, _strips(lanes_x, lanes_y), lambda group: min(pack_vectors(group)) == 1
+        size, tensor_cores(x.dtype), narrow, large, strips, lambda group: min(pack_vectors(group)) == 1
     )  # fmt: skip
     plan = planning.choose(p, "wgrad", operands, device)
     tile, splits, extents = plan.tile, plan.splits, p.Y

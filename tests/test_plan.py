@@ -60,7 +60,7 @@ def test_every_plan_on_a_gpu_is_legal_and_says_why(pass_):
 
 def test_large_layers_get_large_tiles_and_small_ones_fill_the_device():
     large = plan.choose(conv((64, 256, 56, 56), (256, 256, 3, 3), padding=1), "fprop", plan.Operands(2, True), H200)
-    assert large.tile == GEMM_16[0]
+    assert large.tile in GEMM_16[:2]
     small = plan.choose(conv((1, 64, 14, 14), (64, 64, 3, 3), padding=1), "fprop", plan.Operands(2, True), H200)
     assert small.tile.m * small.tile.n < GEMM_16[0].m * GEMM_16[0].n
     wgrad = plan.choose(conv((32, 64, 56, 56), (64, 64, 3, 3), padding=1), "wgrad", plan.Operands(2, True), H200)
@@ -136,8 +136,8 @@ def test_a_forced_plan_that_cannot_run_raises(forced, message, device):
 
 
 def test_shared_memory_bounds_a_tile():
-    assert why_illegal("gather", GEMM_16[0], 2, H200) is None
-    assert "bytes of shared memory" in why_illegal("gather", GEMM_16[0], 2, SMALL)
+    assert why_illegal("gather", GEMM_16[2], 2, H200) is None
+    assert "bytes of shared memory" in why_illegal("gather", GEMM_16[2], 2, SMALL)
     assert why_illegal("gather", Tile(256, 256, 64, 8, 9), 8, INTERPRETER) is None
 
 

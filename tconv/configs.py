@@ -72,8 +72,10 @@ FMA_32 = (Tile(128, 64, 16, 8, 2, 255), Tile(64, 32, 16, 8, 2, 128))
 GEMM_16_NARROW = (Tile(64, 64, 32, 8, 2),)
 GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
 FMA_32_NARROW = (Tile(64, 32, 16, 8, 2, 128),)
-# The packed kernels; wgrad takes the first two. Element by element, pixels of 128 with 16 or 32 channels spill.
+# The packed kernels. Element by element, pixels of 128 with 16 or 32 channels spill.
 PACKED_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 8, 3), Tile(128, 16, 64, 8, 3))
+PACKED_WGRAD_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(16, 128, 64, 8, 3))
+PACKED_WGRAD_16_NARROW = (Tile(64, 64, 64, 8, 3), Tile(16, 64, 64, 8, 3))
 PACKED_32 = (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2))
 PACKED_FMA = (Tile(64, 32, 16, 8, 2, 255),)
 PACKED_64 = (Tile(32, 32, 16, 8, 2, 255),)
@@ -125,8 +127,10 @@ def tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
     if kernel == "depthwise_wgrad":
         return DIRECT_WGRAD_64 if itemsize == 8 else DIRECT_WGRAD
     if kernel.startswith("packed"):
+        if itemsize == 2 and kernel == "packed_wgrad":
+            return PACKED_WGRAD_16_NARROW if narrow else PACKED_WGRAD_16
         found = PACKED_64 if itemsize == 8 else PACKED_16 if itemsize == 2 else PACKED_32 if tensor_cores else PACKED_FMA
-        return found[:1] if narrow else found[:2] if kernel == "packed_wgrad" else found
+        return found[:1] if narrow else found
     if kernel == "tma":
         return TMA_32 if itemsize == 4 else TMA_16
     if itemsize == 8:

@@ -148,7 +148,8 @@ class Operands:
         found = tiles(kernel, self.access(problem, pass_, kernel))
         if not kernel.startswith("packed"):
             return found
-        return tuple(tile for tile in found if tile in tiles(kernel, self.access(problem, pass_, kernel, tile)))
+        every = dict.fromkeys((*found, *tiles(kernel, Access(self.itemsize, self.tensor_cores, narrow=True))))
+        return tuple(tile for tile in every if tile in tiles(kernel, self.access(problem, pass_, kernel, tile)))
 
 
 def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None = None) -> Plan:

@@ -308,7 +308,7 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
             kernel, group = packed_wgrad, cost.pack(p, "wgrad", tile)
             x_vec, y_vec = pack_vectors(group)
             integers |= {"PACK": group}
-            constants |= {"PACKED": group > 1}
+            constants |= {"PACKED": group > 1, "TURN": tile.m < min(tile.n, 64)}
         constants |= {
             "X_VEC": x_vec, "Y_VEC": y_vec, "PRECISION": precision(x.dtype), "BLOCK_K": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip

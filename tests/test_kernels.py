@@ -150,6 +150,13 @@ def test_packs_have_tails_in_every_extent(case, kernel, device, poisoned):
             check(case, *oracle.tensors(case, torch.float32, device, channels_last))
 
 
+@pytest.mark.parametrize("case", FEW_CHANNELS, ids=str)
+def test_packs_of_few_output_channels_are_columns_of_the_product(case, device, poisoned):
+    for channels_last, dtype in ((False, torch.float64), (True, torch.bfloat16)):
+        with tconv.force(kernel="packed_wgrad", tile=Tile(16, 64, 32)):
+            check(case, *oracle.tensors(case, dtype, device, channels_last))
+
+
 @pytest.mark.parametrize("kernel", PACKED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [c for c in FEW_CHANNELS if "pack" in c.reason or "four" in c.reason], ids=str)

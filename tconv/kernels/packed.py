@@ -176,12 +176,15 @@ def packed_wgrad(
     Bn, B0, B1, B2, chunk,
     sxn, sxc, sx0, sx1, sx2, syn, syc, sy0, sy1, sy2,
     sws, swk, swc, sw0, sw1, sw2,
-    PACKED: tl.constexpr, RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    PACKED: tl.constexpr, TURN: tl.constexpr, RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """wgrad; arguments as wgrad's. BLOCK_C: columns, each a tap of a channel, so dy is read once for several taps."""
+    """wgrad; arguments as wgrad's. BLOCK_C: columns, each a tap of a channel, so dy is read once for several taps.
+
+    TURN: the product's rows, of which wgmma has 64 at least, are the columns, for fewer output channels than that.
+    """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FIRST: tl.constexpr = 3 - RANK
     X = (X0, X1, X2)
@@ -236,7 +239,10 @@ def packed_wgrad(
     x_first = multiple(group * C, X_VEC) if X_UNIT else group * C.to(OFFSET) * sxc
     yp = dy_ptr + y_first + trail(k if Y_UNIT else k * syc.to(OFFSET), not Y_UNIT)
     xp = x_ptr + x_first + trail(x_c, not X_UNIT)
-    acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
+    if TURN:
+        acc = tl.zeros((BLOCK_C, BLOCK_K), dtype=ACC)
+    else:
+        acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
     for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
         live = p < left
         ok = lead(live, not X_UNIT) & trail(mask_c, not X_UNIT)
@@ -246,10 +252,15 @@ def packed_wgrad(
         xq = beside(xp, tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC]), X_UNIT, not X_UNIT)
         gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
         xv = tl.load(xq, mask=ok, other=0.0)
-        acc = product(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, PRECISION, INTERPRET)
+        if TURN:
+            acc = product(xv.T if X_UNIT else xv, gv if Y_UNIT else gv.T, acc, PRECISION, INTERPRET)
+        else:
+            acc = product(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, PRECISION, INTERPRET)
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
+    if TURN:
+        acc = acc.T
     kept = mask_k[:, None] & mask_c[None, :]
     row = (group * K + k).to(tl.int64) * swk
     if PACKED:

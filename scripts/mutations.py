@@ -60,6 +60,7 @@ MUTATIONS = [
     Mutation("a pack's rows on the wrong diagonal", "kernels/packed.py", "low = k // K * C", "low = k * 0", "packed"),
     Mutation("a packed column's tap mistaken", "kernels/packed.py", "t1 -= t0 * n_taps[1]", "t1 -= t0", "packed"),
     Mutation("a box shifted the wrong way", "kernels/tma.py", "reads[1] + i1 * x_step[1]", "reads[1] - i1 * x_step[1]", "every_case", "test_tma.py"),
+    Mutation("a weight gradient's box at the wrong tap", "kernels/tma.py", "tap[2 - i] * D[2 - i] - P[2 - i]", "tap[2 - i] - P[2 - i]", "weight_gradients_have", "test_tma.py"),
     Mutation("bf16 cut off instead of rounded", "kernels/common.py", "(bits + 0x7FFF", "(bits", "every_dtype"),
     Mutation("32-bit offsets everywhere", "prepare.py", "p.N * math.prod(s.extents) + tile.m) > LIMIT", "0) < 0", "beyond"),
 ]  # fmt: skip

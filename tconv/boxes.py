@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from tconv.arguments import (
 )
 from tconv.configs import Access, tiles
 from tconv.device import Device
-from tconv.kernels.tma import tma
+from tconv.kernels.tma import tma, tma_wgrad
 from tconv.layout import LIMIT, Addressing
 from tconv.problem import ConvProblem
 
@@ -52,7 +53,7 @@ def prepare_boxes(
     s = sides(pass_, problem, x, w, y, transposed and b is not None)
     p = s.p
     box_x = _tensor(x, (p.N, *(p.Y if transposed else p.X), s.read), s.x)
-    box_w = _tensor(w, (p.K, *p.T, p.C // p.G), s.w, outer_last=True)
+    box_w = _tensor(w, (p.K, *p.T, p.C // p.G), s.w, last=0)
     why = _no_boxes(pass_, s, x.dtype, device)
     if why or box_x is None or box_w is None:
         raise Unfit(f"forced plan cannot run: {why or APART}")
@@ -74,19 +75,52 @@ def prepare_boxes(
     return dataclasses.replace(launch, boxes=((*box_x, (*box, tile.k)), (*box_w, weights), None, None))
 
 
+def prepare_wgrad_boxes(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
+    """wgrad of dy and x into dw, or into a workspace, by boxes.
+
+    Raises:
+        Unfit: as of `prepare_boxes`.
+    """
+    s = sides("wgrad", problem, x, dw, dy)
+    p = s.p
+    why = _no_boxes("wgrad", s, x.dtype, device)
+    if why:
+        raise Unfit(f"forced plan cannot run: {why}")
+    plan = planning.choose(p, "wgrad", planning.Operands(x.element_size(), tensor_cores(x.dtype)), device, only="tma_wgrad")
+    tile = plan.tile
+    run, runs = cost.run_of(p, tile.k)
+    last = 0 if run == "n" else 1 + int(run)
+    box_x, box_y = _tensor(x, (p.N, *p.X, p.C), s.x, last), _tensor(dy, (p.N, *p.Y, p.K), s.y, last)
+    if box_x is None or box_y is None:
+        raise Unfit(f"forced plan cannot run: {APART}")
+    integers = {
+        "N": p.N, "C": s.ci, "K": s.co, "G": p.G, **window(p), **triple("Y", p.Y), "chunk": math.ceil(runs / plan.splits),
+        "sws": dw.numel(), "swg": s.co * s.w.outer, "swk": s.w.outer, "swc": s.w.channel, **triple("sw", s.w.spatial),
+    }  # fmt: skip
+    constants: dict[str, Any] = {
+        "RUN": run, "RANK": p.rank, "PRECISION": precision(x.dtype), "BLOCK_K": tile.m, "BLOCK_C": tile.n, "BLOCK_P": tile.k,
+        **numerics(x.dtype), **options(tile),
+    }  # fmt: skip
+    programs = cost.tiles_of(p, "wgrad", "tma_wgrad", tile) * plan.splits
+    launch = prepared(tma_wgrad, programs, integers, constants, s.call("wgrad", problem, plan), dw)
+    boxes = ((*box_y, (1, 1, 1, tile.k, tile.m)), (*box_x, (1, 1, 1, tile.k, tile.n)), None)
+    return dataclasses.replace(launch, boxes=boxes)
+
+
 def _tensor(
-    t: torch.Tensor, shape: tuple[int, ...], a: Addressing, outer_last: bool = False
+    t: torch.Tensor, shape: tuple[int, ...], a: Addressing, last: int | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(shape, strides) of t for the tensor memory accelerator, channels last; None where it cannot have them.
 
-    outer_last: the first axis is put next to the channels, behind the spatial ones. A box of one tap then has extents of one
-    in front only, and goes from shared memory straight to the tensor cores, not through registers.
+    last: the axis that is put next to the channels, behind all others. A box that is longer than one along it alone has
+    extents of one in front only, and goes from shared memory straight to the tensor cores, not through registers.
     """
     aligned = 16 // t.element_size()
     pairs = list(zip(shape[:-1], (a.outer, *a.spatial), strict=True))
     if not a.unit or t.data_ptr() % 16 or any(n > 1 and (s == 0 or s % aligned) for n, s in pairs):
         return None
-    pairs = [*pairs[1:], pairs[0]] if outer_last else pairs
+    if last is not None:
+        pairs.append(pairs.pop(last))
     return (*(n for n, _ in pairs), shape[-1]), (*(s if n > 1 else aligned for n, s in pairs), 1)
 
 
@@ -96,12 +130,14 @@ APART = "boxes need contiguous channels, and address and strides in multiples of
 def _no_boxes(pass_: str, s: Sides, dtype: torch.dtype, device: Device) -> str | None:
     """Why boxes cannot be fetched for a pass, however its tensors lie, or None."""
     p = s.p
-    if pass_ == "fprop" and any(stride > 1 and n > 1 for stride, n in zip(p.S, p.Y, strict=True)):
-        return "boxes of fprop need unit stride"
+    if pass_ != "dgrad" and any(stride > 1 and n > 1 for stride, n in zip(p.S, p.Y, strict=True)):
+        return f"boxes of {pass_} need unit stride"
+    if pass_ == "wgrad" and dtype.itemsize != 2 and not device.interpreted:
+        return "wgmma turns operands of 2 bytes an element only"
     if not device.interpreted and dtype == torch.float64:
         return "wgmma knows no fp64"
     least = 16 if device.interpreted else min(t.k for t in tiles("tma", Access(dtype.itemsize, True)))
-    if p.G > 1 and s.ci % least:
+    if pass_ != "wgrad" and p.G > 1 and s.ci % least:
         return f"boxes would reach into the next group: {s.ci} channels per group are no multiple of {least}"
     if not tensor_cores(dtype) and not device.interpreted:
         return "true fp32 has no tensor cores to fetch boxes for"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tconv.device import Device
 
 MAX_TILE = 1 << 20  # elements: Triton's own limit for one block
+BOXES = ("tma", "tma_wgrad")  # kernels to which the tensor memory accelerator brings their operands
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,8 @@ class Tile:
     """Block extents and launch options.
 
     Attributes:
-        m, n, k: gather, tma: pixels, written channels, reduced channels. wgrad: K, C, pixels (packed kernels: K and C of
-            several groups, C or reduced channels times taps). depthwise: pixels, channels, 1.
+        m, n, k: gather, tma: pixels, written channels, reduced channels. wgrad, tma_wgrad: K, C, pixels (packed kernels:
+            K and C of several groups, C or reduced channels times taps). depthwise: pixels, channels, 1.
             depthwise_wgrad: taps, channels, pixels. strip: strips, channels, 1. strip_wgrad: rows of the filter, channels,
             strips. bias: 1, channels, pixels.
         warps: warps per program.
@@ -95,6 +96,14 @@ STRIP_WGRAD_32 = (Tile(1, 64, 8, 4, 1, 255, 8), *(Tile(rows, 32, 16, 4, 1, 255, 
 STRIP_WGRAD_FLIP = (Tile(1, 4, 64, 4, 1, 255, 8), Tile(3, 4, 64, 4, 1, 255, 8))
 # Boxes go past the registers, so there is room for more accumulators.
 TMA_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4))
+# wgrad turns dy's box on its way to the tensor cores, which only 16 bits allow.
+TMA_WGRAD_16 = (
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+)
 TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 BIAS = (Tile(1, 64, 64, 4, 3),)
 # (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where they take the
@@ -131,6 +140,8 @@ def tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
             return PACKED_WGRAD_16_NARROW if narrow else PACKED_WGRAD_16
         found = PACKED_64 if itemsize == 8 else PACKED_16 if itemsize == 2 else PACKED_32 if tensor_cores else PACKED_FMA
         return found[:1] if narrow else found
+    if kernel == "tma_wgrad":
+        return TMA_WGRAD_16 if itemsize == 2 else ()
     if kernel == "tma":
         return TMA_32 if itemsize == 4 else TMA_16
     if itemsize == 8:
@@ -152,12 +163,14 @@ def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str |
         return f"tile {tile}: so many columns are not for {kernel}"
     if max(tile.m * tile.n, tile.n * tile.k, tile.m * tile.k) > MAX_TILE:
         return f"tile {tile}: more than {MAX_TILE} elements in a block"
-    if kernel == "tma" and not device.interpreted:
+    if kernel in BOXES and not device.interpreted:
         if device.generation < 9:
             return f"{device.name} has no tensor memory accelerator"
+        if kernel == "tma_wgrad" and (itemsize > 2 or min(tile.m, tile.n) < 64):
+            return f"tile {tile}: wgmma turns an operand of 2 bytes an element only, and wants 64 rows"
         if itemsize == 8 or tile.n < 64:
             return f"tile {tile}: wgmma wants 64 channels written and no more than 4 bytes an element"
-    if kernel in ("gather", "wgrad", "packed", "packed_wgrad", "tma"):
+    if kernel in ("gather", "wgrad", "packed", "packed_wgrad", *BOXES):
         if min(tile.m, tile.n, tile.k) < 16:
             return f"tile {tile}: tl.dot needs at least 16 in each extent"
         shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize

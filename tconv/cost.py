@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, replace
 
 from tconv import strips
-from tconv.configs import Access, Tile
+from tconv.configs import BOXES, Access, Tile
 from tconv.device import Device
 from tconv.problem import ConvProblem
 
@@ -149,10 +149,30 @@ def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int,
     return best, pieces * p.phases(pass_)
 
 
+def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
+    """The axis along which wgrad's boxes are runs of `block` pixels, "n" for images or a dimension, and the number of runs.
+
+    A run ends where a dimension does, but may reach past the last image.
+    """
+    pixels = math.prod(p.Y)
+    found: list[tuple[int, str | int]] = [(p.N * pixels // block, d) for d in (2, 1, 0) if p.Y[d] % block == 0]
+    runs, axis = min([*found, (math.ceil(p.N / block) * pixels, "n")], key=lambda f: f[0])
+    return axis, runs
+
+
+def reduction(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
+    """What wgrad's splits share out, in units of which a step takes tile.k: pixels, strips, or those of whole runs."""
+    if kernel == "strip_wgrad":
+        return strips.strips_of(p, pass_, tile.columns)
+    if kernel == "tma_wgrad":
+        return run_of(p, tile.k)[1] * tile.k
+    return p.gemm("wgrad")[2]
+
+
 def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
     """Programs of a plan without splits."""
     c, k = p.C // p.G, p.K // p.G
-    if kernel == "wgrad":
+    if kernel in ("wgrad", "tma_wgrad"):
         return math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G
     if kernel == "packed_wgrad":
         group = pack(p, pass_, tile)
@@ -178,7 +198,7 @@ def loop_length(kernel: str, tile: Tile, access: Access) -> float:
         taps, pixels = (1, tile.m) if kernel == "depthwise" else (tile.m, tile.k)
         products = taps * pixels * tile.n / threads
         return 60 + products * (10 if access.narrow else 6)
-    if kernel == "tma":  # one thread asks for the boxes
+    if kernel in BOXES:  # one thread asks for the boxes
         return 110.0
     loaded = (tile.m + tile.n) * tile.k / threads
     # wgrad's pixels carry digits, and both operands move with them; packed kernels mask, and the gather decodes, every element.
@@ -291,7 +311,7 @@ def _gemm_work(
 ) -> _Work:
     tiles, itemsize = tiles_of(p, pass_, kernel, tile), access.itemsize
     if pass_ == "wgrad":
-        steps = tiles * _split_steps(p.N * math.prod(p.Y), tile.k, splits)
+        steps = tiles * _split_steps(reduction(p, pass_, kernel, tile), tile.k, splits)
     else:
         # A tap belongs to one phase of a dgrad, so over the phases each counts once.
         reduced, per_phase = (p.C if pass_ == "fprop" else p.K) // p.G, tiles // p.phases(pass_)

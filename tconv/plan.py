@@ -7,8 +7,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tconv.configs import Access, Tile, tiles, why_illegal
-from tconv.cost import MOST_COLUMNS, Cost, pack, phase_pixels, pixel_extents, predict, predict_bias, tiles_of
+from tconv.configs import BOXES, Access, Tile, tiles, why_illegal
+from tconv.cost import (
+    MOST_COLUMNS,
+    Cost,
+    pack,
+    phase_pixels,
+    pixel_extents,
+    predict,
+    predict_bias,
+    reduction,
+    tiles_of,
+)
 from tconv.device import Device
 from tconv.problem import ConvProblem
 from tconv.strips import Strips, strips_of, why_not
@@ -19,10 +29,10 @@ FEW = 32  # channels per group up to which a packed kernel is considered
 KERNELS = {
     "fprop": ("gather", "packed", "depthwise", "strip", "tma"),
     "dgrad": ("gather", "packed", "depthwise", "strip", "tma"),
-    "wgrad": ("wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad"),
+    "wgrad": ("wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "tma_wgrad"),
     "bias": ("bias",),
 }
-UNPROVEN = {"tma"}  # right in the interpreter, never run on hardware: compared, but chosen only if forced
+UNPROVEN = set(BOXES)  # right in the interpreter, never run on hardware: compared, but chosen only if forced
 
 
 @dataclass(frozen=True)
@@ -311,6 +321,9 @@ def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
     if kernel == "depthwise_wgrad":
         n = pow2(problem.K, 1, 1024)
         return Tile(min(problem.taps, 27), n, pow2(problem.gemm("wgrad")[2], 1, (1 << 18) // n))
+    if kernel == "tma_wgrad":
+        k = pow2(problem.N, 16, 256)
+        return Tile(pow2(problem.K // problem.G, 16, 256), pow2(problem.C // problem.G, 16, 256), k)
     if kernel.endswith("wgrad"):
         m, n = pow2(problem.K // problem.G, 16, 1024), pow2(problem.C // problem.G, 16, 1024)
         if kernel == "packed_wgrad":
@@ -339,8 +352,7 @@ def _all_splits(
         return [1]
     limit = WORKSPACE // (math.prod(problem.shape("w")) * max(4, itemsize))
     programs = tiles_of(problem, pass_, kernel, tile)
-    steps = strips_of(problem, pass_, tile.columns) if kernel == "strip_wgrad" else problem.gemm("wgrad")[2]
-    return _split_counts(steps, tile.k, programs, limit, device, wish)
+    return _split_counts(reduction(problem, pass_, kernel, tile), tile.k, programs, limit, device, wish)
 
 
 def _split_counts(pixels: int, block: int, programs: int, limit: int, device: Device, wish: Forced | None) -> list[int]:

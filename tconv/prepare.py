@@ -27,7 +27,7 @@ from tconv.arguments import (
     wide,
     window,
 )
-from tconv.boxes import Unfit, prepare_boxes
+from tconv.boxes import Unfit, prepare_boxes, prepare_wgrad_boxes
 from tconv.configs import Tile
 from tconv.device import Device
 from tconv.kernels.depthwise import depthwise, depthwise_wgrad
@@ -62,7 +62,6 @@ def prepare_gather(
     that is predicted to pay, or forced; the result is written where it belongs all the same.
     """
     names, operands = ("dy" if pass_ == "dgrad" else "x", "w"), (x, w)
-    wish = planning.forced()
 
     def boxes(x: torch.Tensor, w: torch.Tensor) -> Prepared:
         return prepare_boxes(pass_, problem, x, w, b, y, device)
@@ -70,15 +69,7 @@ def prepare_gather(
     def pointers(x: torch.Tensor, w: torch.Tensor) -> Prepared:
         return _prepare_gather(pass_, problem, x, w, b, y, device)
 
-    if wish and wish.kernel == "tma":
-        return boxes(*operands) if wish.staged is False else _copied(boxes, names, operands, device)
-    launch = _staged(pointers, names, operands, problem, device)
-    if wish or device.interpreted or device.generation < 9 or problem.depthwise:
-        return launch
-    try:
-        return _faster(launch, _copied(boxes, names, operands, device))
-    except Unfit:
-        return launch
+    return _best(pointers, boxes, "tma", names, operands, problem, device)
 
 
 def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
@@ -87,7 +78,10 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
     def prepare(dy: torch.Tensor, x: torch.Tensor) -> Prepared:
         return _prepare_wgrad(problem, dy, x, dw, device)
 
-    return _staged(prepare, ("dy", "x"), (dy, x), problem, device)
+    def boxes(dy: torch.Tensor, x: torch.Tensor) -> Prepared:
+        return prepare_wgrad_boxes(problem, dy, x, dw, device)
+
+    return _best(prepare, boxes, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
 
 
 def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepared:
@@ -107,6 +101,28 @@ def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepa
     call = Call("bias", problem, plan, plan.reason)
     db, programs = shaped((channels,), False, g.dtype), math.ceil(channels / tile.n) * plan.splits
     return prepared(sum_pixels, programs, integers, constants, call, db)
+
+
+def _best(
+    pointers: Prepare,
+    boxes: Prepare,
+    kernel: str,
+    names: tuple[str, str],
+    operands: tuple[torch.Tensor, torch.Tensor],
+    problem: ConvProblem,
+    device: Device,
+) -> Prepared:
+    """By pointers or by boxes, which are the named kernel's: as forced, or whichever is predicted to be faster."""
+    wish = planning.forced()
+    if wish and wish.kernel == kernel:
+        return boxes(*operands) if wish.staged is False else _copied(boxes, names, operands, device)
+    launch = _staged(pointers, names, operands, problem, device)
+    if wish or device.interpreted or device.generation < 9 or problem.depthwise:
+        return launch
+    try:
+        return _faster(launch, _copied(boxes, names, operands, device))
+    except Unfit:
+        return launch
 
 
 def _faster(launch: Prepared, rival: Prepared) -> Prepared:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from tconv.arguments import Prepared
+from tconv.configs import BOXES
 from tconv.device import Device
 from tconv.kernels.reduce import sum_splits
 from tconv.layout import shaped
-from tconv.plan import force
+from tconv.plan import KERNELS, force
 from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import ConvProblem
 
@@ -58,8 +59,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
                 plan = prepare().call.plan
             assert plan is not None
             choices += [(kernel, copied) for kernel in plan.kernels]
-        if takes_boxes(prepare):
-            choices.append(("tma", None))
+        choices += [(kernel, None) for kernel in KERNELS[pass_] if kernel in BOXES and takes_boxes(prepare, kernel)]
         for kernel, staged in choices:
             with force(kernel, staged=staged):
                 try:
@@ -89,10 +89,10 @@ def launches(
     }
 
 
-def takes_boxes(prepare: Callable[[], Prepared]) -> bool:
-    """Whether a launch can be forced to fetch boxes."""
+def takes_boxes(prepare: Callable[[], Prepared], kernel: str) -> bool:
+    """Whether a launch can be forced to fetch boxes, by a kernel for its pass."""
     try:
-        with force("tma"):
+        with force(kernel):
             return prepare().boxes != ()
     except ValueError:  # what a forced plan that cannot run says
         return False

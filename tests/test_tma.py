@@ -9,7 +9,7 @@ import torch
 import tconv
 from tconv import functional as TF
 from tconv.configs import Tile, why_illegal
-from tconv.cost import box_of, pixel_extents
+from tconv.cost import box_of, pixel_extents, run_of
 from tconv.device import DEVICES
 from tconv.explain import Explanation
 from tconv.prepare import prepare_gather
@@ -27,7 +27,7 @@ def widened(case, device):
 
 
 def strided(case):
-    """Whether the pass that walks x with a stride, fprop, is not for boxes."""
+    """Whether the passes that walk x with a stride, fprop and wgrad, are not for boxes."""
     return any(s > 1 for s in ((case.stride,) if isinstance(case.stride, int) else case.stride))
 
 
@@ -64,6 +64,62 @@ def test_every_dtype(case, dtype, device, poisoned):
         pytest.skip("the tensor cores behind boxes know neither true fp32 nor fp64")
     wide = widened(case, device)
     check(wide, *oracle.tensors(wide, dtype, device, channels_last=True))
+
+
+def check_wgrad(case, x, w, b, **forced):
+    ours = getattr(TF, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+    with tconv.force(kernel="tma_wgrad", **forced), tconv.recording() as calls:
+        oracle.check(ours, case, x, w, b)
+    plans = [c.plan for c in calls if c.operation == "wgrad"]
+    assert [plan.kernel for plan in plans] == ["tma_wgrad"]
+    return plans[0]
+
+
+@pytest.mark.parametrize("case", [c for c in cases.ALL if not strided(c)], ids=str)
+def test_every_weight_gradient_of_unit_stride(case, device, poisoned):
+    wide = widened(case, device)
+    check_wgrad(wide, *oracle.tensors(wide, torch.bfloat16, device, channels_last=True))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_weight_gradients_have_tails_and_splits(splits, channels_last, device, poisoned):
+    """Channels past the last, dilated taps, runs along each axis, of images with a last one that is longer than they are."""
+    if torch.device(device).type == "cuda":
+        pytest.skip("hardware wants larger tiles")
+    for shape in ((7, 24, 6, 10), (1, 24, 16, 3), (2, 24, 3, 16)):
+        case = oracle.Case("2-D", shape, 40, (2, 3), padding=(1, 1), dilation=(2, 1))
+        x, w, b = oracle.tensors(case, torch.float64, device, channels_last)
+        plan = check_wgrad(case, x, w, b, tile=Tile(16, 16, 16), splits=splits)
+        assert plan.splits == splits
+        assert ("x" in plan.staged) is not channels_last
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_no_window_reads_spoils_no_weight_gradient(device, poisoned):
+    """Runs end where the output does: the last row, which the first taps never meet, meets no zero of theirs either."""
+    x = torch.ones(2, 16, 7, 7, device=device, dtype=torch.float16)
+    x[:, :, 6] = float("nan")
+    w = torch.ones(16, 16, 2, 2, device=device, dtype=torch.float16, requires_grad=True)
+    with tconv.force(kernel="tma_wgrad"):
+        dw = torch.autograd.grad(TF.conv2d(oracle.to_channels_last(x), w).sum(), w)[0]
+    assert torch.equal(dw[:, :, 0], torch.full_like(dw[:, :, 0], 2 * 6 * 6))
+    assert dw[:, :, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("n", "y", "block", "axis", "runs"),
+    [
+        (32, (1, 56, 56), 32, "n", 56 * 56),
+        (40, (1, 7, 7), 32, "n", 2 * 49),
+        (2, (1, 128, 96), 64, 1, 2 * 2 * 96),
+        (2, (1, 128, 192), 64, 2, 2 * 128 * 3),
+        (1, (1, 1, 30), 64, "n", 30),
+    ],
+)
+def test_runs_of_a_weight_gradient_end_with_the_output(n, y, block, axis, runs):
+    p = forward_problem((n, 64, *y), (64, 64, 1, 1, 1), (1, 1, 1), ((0, 0),) * 3, (1, 1, 1), 1)
+    assert run_of(p, block) == (axis, runs)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.FEW if c.rank < 3 and "depthwise" not in c.reason], ids=str)

@@ -1,5 +1,6 @@
-"""Implicit GEMM on boxes that the tensor memory accelerator fetches: fprop of unit stride, dgrad and the transposed forward of
-any stride, at any dilation, ranks 1 to 3. The contract is gather.py's: x is what is read, y what is written.
+"""Implicit GEMM on boxes that the tensor memory accelerator fetches: fprop and wgrad of unit stride, dgrad and the transposed
+forward of any stride, at any dilation, ranks 1 to 3. The contract is gather.py's, x is what is read, y what is written, and
+wgrad.py's.
 
 A program writes a box of pixels [BN, B0, B1, B2] of one phase. What a tap meets of x is a box again, shifted: fetched whole
 at a coordinate that may be negative, and what lies outside reads zero, which is the padding. So there is no mask, no pointer
@@ -9,11 +10,17 @@ The box is the second operand of the product, acc[channels, pixels]: as the firs
 its way from shared memory to the tensor cores. Weights come as they lie, [K, T, R, S, C]: fprop takes a box [k, c], dgrad
 [k, c] too and turns it in the product. Channels past the end read zero in both operands, so nothing is multiplied by what
 lies behind them.
+
+Of wgrad, both operands are boxes of the same pixels, of dy and, shifted by a tap, of x. They are runs along one axis (RUN: the
+images or a dimension), which is put next to the channels: from a box of several pixel extents the product's first operand
+would travel through registers. A run must not reach past the output: dy would read zero there, but x need not, and infinity
+times zero is not zero. So its length divides the output's extent; past the last image both are zero.
 """
 
+import triton
 import triton.language as tl
 
-from tconv.kernels.common import beside, kernel, lead, multiple, phase, product, rounded, trail
+from tconv.kernels.common import beside, decode, kernel, lead, multiple, phase, product, rounded, trail
 
 
 @kernel
@@ -133,3 +140,96 @@ def tma(
     yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET)
     yp = beside(yp, lead(y_offset, True) + trail(o * y_step, True), Y_UNIT, True)
     tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, True) & trail(o < multiple(CO, Y_VEC), True))
+
+
+@triton.jit
+def run_last(image, i0, i1, i2, channel, RUN: tl.constexpr):
+    """Coordinates in the descriptor's order."""
+    if RUN == "n":
+        return [i0, i1, i2, image, channel]
+    if RUN == 0:
+        return [image, i1, i2, i0, channel]
+    if RUN == 1:
+        return [image, i0, i2, i1, channel]
+    return [image, i0, i1, i2, channel]
+
+
+@kernel
+def tma_wgrad(
+    dy_desc, x_desc, dw_ptr,
+    N, C, K, G,  # C, K: channels per group
+    Y0, Y1, Y2, T0, T1, T2, D0, D1, D2, P0, P1, P2,
+    chunk,  # runs per split
+    sws, swg, swk, swc, sw0, sw1, sw2,
+    RUN: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    BN: tl.constexpr = BLOCK_P if RUN == "n" else 1
+    B0: tl.constexpr = BLOCK_P if RUN == 0 else 1
+    B1: tl.constexpr = BLOCK_P if RUN == 1 else 1
+    B2: tl.constexpr = BLOCK_P if RUN == 2 else 1
+    Y = (Y0, Y1, Y2)
+    T = (T0, T1, T2)
+    D = (D0, D1, D2)
+    P = (P0, P1, P2)
+    B = (B0, B1, B2)
+    sw = (sw0, sw1, sw2)
+
+    # --- which tile, as in wgrad.py: taps fastest, then channels, groups, splits ---
+    pid = tl.program_id(0)
+    taps = T0 * T1 * T2
+    _, tap = decode(pid % taps, T, 3)
+    pid = pid // taps
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    c_first = pid % tiles_c * BLOCK_C
+    pid = pid // tiles_c
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    k_first = pid % tiles_k * BLOCK_K
+    pid = pid // tiles_k
+    group = pid % G
+    split = pid // G
+
+    # --- the split's runs: the first one's coordinates in dy, and where the tap meets x ---
+    runs = tl.cdiv(N, BN)
+    rest = split * chunk
+    j = ()
+    shift = ()
+    dw_offset = split.to(tl.int64) * sws + group * swg.to(tl.int64)
+    for i in tl.static_range(3):
+        if i < RANK:
+            pieces = Y[2 - i] // B[2 - i]
+            runs *= pieces
+            j = (rest % pieces * B[2 - i],) + j
+            rest = rest // pieces
+            shift = (tap[2 - i] * D[2 - i] - P[2 - i],) + shift
+            dw_offset += tap[2 - i] * sw[2 - i].to(tl.int64)
+        else:
+            j = (0,) + j
+            shift = (0,) + shift
+    image = rest * BN
+    j0, j1, j2 = j[0], j[1], j[2]
+    acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
+    for _ in tl.range(0, tl.minimum(chunk, runs - split * chunk)):
+        i0 = j0 + shift[0]
+        i1 = j1 + shift[1]
+        i2 = j2 + shift[2]
+        gv = dy_desc.load(run_last(image, j0, j1, j2, group * K + k_first, RUN)).reshape(BLOCK_P, BLOCK_K)
+        xv = x_desc.load(run_last(image, i0, i1, i2, group * C + c_first, RUN)).reshape(BLOCK_P, BLOCK_C)
+        acc = product(gv.T, xv, acc, PRECISION, INTERPRET)
+        j2 += B2
+        wrap = j2 >= Y2
+        j2 = tl.where(wrap, 0, j2)
+        if RANK >= 2:
+            j1 += tl.where(wrap, B1, 0)
+            wrap = j1 >= Y1
+            j1 = tl.where(wrap, 0, j1)
+        if RANK == 3:
+            j0 += tl.where(wrap, B0, 0)
+            wrap = j0 >= Y0
+            j0 = tl.where(wrap, 0, j0)
+        image += tl.where(wrap, BN, 0)
+
+    k = k_first + tl.arange(0, BLOCK_K)
+    c = c_first + tl.arange(0, BLOCK_C)
+    out = beside(dw_ptr + dw_offset, k[:, None] * swk.to(tl.int64) + c[None, :] * swc.to(tl.int64), False, True)
+    tl.store(out, rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), mask=(k < K)[:, None] & (c < C)[None, :])

@@ -12,8 +12,9 @@ from tconv.configs import Tile
 from tests import cases, oracle
 
 SPLIT = [
-    (oracle.Case("split", (2, 8, 9, 9), 12, (3, 3), padding=1), Tile(16, 16, 16)),
-    (oracle.Case("split depthwise", (2, 8, 9, 9), 8, (3, 3), padding=1, groups=8), Tile(4, 8, 16)),
+    ("wgrad", oracle.Case("split", (2, 8, 9, 9), 12, (3, 3), padding=1), Tile(16, 16, 16)),
+    ("depthwise_wgrad", oracle.Case("split depthwise", (2, 8, 9, 9), 8, (3, 3), padding=1, groups=8), Tile(4, 8, 16)),
+    ("gather", oracle.Case("split channels", (2, 24, 9, 9), 20, (3, 3), stride=2, padding=1), Tile(16, 16, 16)),
 ]
 
 
@@ -34,9 +35,9 @@ def test_small_case(case, dtype, channels_last, device):
     check(case, dtype, channels_last, device)
 
 
-@pytest.mark.parametrize(("case", "tile"), SPLIT, ids=str)
-def test_small_split(case, tile, device):
-    with tconv.force(kernel="wgrad" if case.groups == 1 else "depthwise_wgrad", tile=tile, splits=2):
+@pytest.mark.parametrize(("kernel", "case", "tile"), SPLIT, ids=str)
+def test_small_split(kernel, case, tile, device):
+    with tconv.force(kernel=kernel, tile=tile, splits=2):
         check(case, torch.float16, False, device)
 
 

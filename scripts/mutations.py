@@ -34,8 +34,8 @@ class Mutation:
 
 EVERY = "every_case and not 3-D"
 MUTATIONS = [
-    Mutation("a tap dropped", "kernels/gather.py", "n_taps[2] * tl.cdiv(CI", "tl.maximum(n_taps[2] - 1, 1) * tl.cdiv(CI", EVERY),
-    Mutation("the last channels dropped", "kernels/gather.py", "tl.cdiv(CI, BLOCK_K))", "(CI // BLOCK_K))", EVERY),
+    Mutation("a tap dropped", "kernels/gather.py", "n_taps[2] * tl.cdiv(left", "tl.maximum(n_taps[2] - 1, 1) * tl.cdiv(left", EVERY),
+    Mutation("the last channels dropped", "kernels/gather.py", "tl.cdiv(left, BLOCK_K))", "(left // BLOCK_K))", EVERY),
     Mutation("a phase skipped", "kernels/common.py", "past = (pid % tiles).to(OFFSET) * BLOCK_M >= pixels", "past = ((pid % tiles).to(OFFSET) * BLOCK_M >= pixels) | (pid >= tiles)", EVERY),
     Mutation("a phase without taps not written", "kernels/gather.py", "    if past:", "    if past | (n_taps[2] == 0):", EVERY),
     Mutation("phases numbered without the padding", "kernels/common.py", "+ stride - padding % stride)", ")", EVERY),
@@ -47,6 +47,9 @@ MUTATIONS = [
              '**strides("sx", s.x), **triple("sx", s.x.spatial[::-1]), **triple("sw", s.w.spatial), **strides("sy", s.y), "sb"', EVERY),
     Mutation("the bias of another group", "kernels/gather.py", "(group * CO + o) * sb", "o * sb", EVERY),
     Mutation("a split lost", "kernels/reduce.py", "tl.range(1, splits)", "tl.range(1, splits - 1)", "split"),
+    Mutation("a split of the weight's wrong channels", "kernels/gather.py", "wp += done * w_step_i", "wp += 0 * w_step_i", "split_channels"),
+    Mutation("the bias in every split", "kernels/gather.py", "(o < CO) & (split == 0)", "(o < CO) & (split >= 0)", "split_channels"),
+    Mutation("a split that runs into the next", "kernels/gather.py", "tl.minimum(chunk, CI - done)", "CI - done", "split_channels"),
     Mutation("a split's last pixels lost", "kernels/wgrad.py", "tl.cdiv(left, BLOCK_P)", "(left // BLOCK_P)", "split"),
     Mutation("a digit without its carry", "kernels/common.py", "(B[1] + 1) * S[1]", "B[1] * S[1]", "tails or split"),
     Mutation("wgrad of the wrong tap", "kernels/wgrad.py", "tap[d] * D[d] - P[d]", "(T[d] - 1 - tap[d]) * D[d] - P[d]", EVERY),

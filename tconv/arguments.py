@@ -146,11 +146,16 @@ def prepared(
     call: Call,
     result: torch.Tensor,
 ) -> Prepared:
-    """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over."""
+    """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over.
+
+    With splits the kernel writes slices of a workspace instead, each in the result's own memory order.
+    """
     integers = tuple(named[n] for n in integers_of(kernel))
     dtype, count, total = result.dtype, sum(name.endswith(("_ptr", "_desc")) for name in kernel.arg_names), None
     pointers, splits = (dtype,) * count, call.plan.splits if call.plan else 1
     if splits > 1:
+        reach = sum((n - 1) * s for n, s in zip(result.shape, result.stride(), strict=True))
+        assert reach == result.numel() - 1, "slices are summed as they lie, without gaps"
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
         pointers, ends = (*pointers[:-1], accumulator), {"INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4}
         grid, whole = (math.ceil(result.numel() / 1024),), (result.shape, result.stride())

@@ -7,7 +7,8 @@ Operations and bytes are exact counts. The time is a model: the slowest of four 
     cache     operands that programs fetch: from L2, or, by direct kernels, whose taps share them, mostly from L1
     memory    the least bytes, and what is read again because no cache holds it, at the memory's bandwidth
 
-Programs fill a device in waves: the first three are of the fullest unit. Loop lengths are fitted to the compiled code that
+Programs fill a device in waves: the first three are of the fullest unit. A split reduction ends with a launch of its own,
+which reads the workspace and overlaps with nothing. Loop lengths are fitted to the compiled code that
 scripts/codegen.py reads (tests/test_cost.py holds them to it); what a step's latency hides behind and the fixed times are
 estimates until a GPU has had its say.
 """
@@ -98,6 +99,11 @@ def least_bytes(p: ConvProblem, pass_: str, itemsize: int) -> int:
     """
     met = [x if pass_ == "dgrad" else min(x, y * t) for x, y, t in zip(p.X, p.Y, p.T, strict=True)]
     return itemsize * (p.N * p.C * math.prod(met) + math.prod(p.shape("w")) + math.prod(p.shape("y")))
+
+
+def written_elements(p: ConvProblem, pass_: str) -> int:
+    """Elements of a pass's result, and of a slice of its workspace."""
+    return math.prod(p.shape({"fprop": "y", "dgrad": "x", "wgrad": "w"}[pass_]))
 
 
 def phase_pixels(p: ConvProblem, pass_: str) -> int:
@@ -262,7 +268,7 @@ def predict(
         cycles = max(cycles, LATENCY / resident)
     elif resident == 1:
         products *= ALONE
-    workspace = splits * math.prod(p.shape("w")) * max(4, itemsize) if splits > 1 else 0
+    workspace = splits * written_elements(p, pass_) * max(4, itemsize) if splits > 1 else 0
     least = least_bytes(p, pass_, itemsize)
     # Phases of a strided dgrad run one after the other over all of dy; what the L2 cache has lost by then is read again.
     again = 0
@@ -274,9 +280,9 @@ def predict(
         "products": products,
         "issue": (steps * cycles + start) / limits.clock,
         "cache": steps * work.fetched / (L1 * limits.clock if direct else limits.l2_bandwidth / device.units),
-        "memory": (least + again + 2 * workspace) / limits.bandwidth,
+        "memory": (least + again + workspace) / limits.bandwidth,
     }
-    seconds = LAUNCH * (2 if splits > 1 else 1) + max(parts.values())
+    seconds = LAUNCH + max(parts.values()) + _summing(workspace, device)
     executed = math.ceil(work.steps * work.flops)
     return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
 
@@ -315,7 +321,7 @@ def _gemm_work(
     else:
         # A tap belongs to one phase of a dgrad, so over the phases each counts once.
         reduced, per_phase = (p.C if pass_ == "fprop" else p.K) // p.G, tiles // p.phases(pass_)
-        steps = per_phase * p.taps * math.ceil(reduced / tile.k)
+        steps = per_phase * p.taps * _split_steps(reduced, tile.k, splits)
         if kernel == "packed":
             reduced *= pack(p, pass_, tile)
             steps = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
@@ -354,9 +360,14 @@ def _strip_work(p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Acc
     return _Work(steps, 2 * elements * met, length, access.itemsize * fetched, resident, START)
 
 
-def _split_steps(pixels: int, block: int, splits: int) -> int:
+def _split_steps(reduced: int, block: int, splits: int) -> int:
     """Iterations over all splits of a reduction, the last of which may be short but takes as long."""
-    return splits * math.ceil(math.ceil(pixels / block) / splits)
+    return splits * math.ceil(math.ceil(reduced / block) / splits)
+
+
+def _summing(workspace: int, device: Device) -> float:
+    """Seconds of a split reduction's second launch, which reads the slices when all are written."""
+    return LAUNCH + workspace / device.limits.bandwidth if workspace else 0.0
 
 
 def with_copies(cost: Cost, copied: int, operands: int, device: Device) -> Cost:
@@ -377,8 +388,8 @@ def predict_bias(channels: int, pixels: int, tile: Tile, splits: int, itemsize: 
     resident = max(1, min(waves, 16 // tile.warps))
     parts = {
         "issue": waves * steps * LATENCY / resident / limits.clock,
-        "memory": (least + 2 * workspace) / limits.bandwidth,
+        "memory": (least + workspace) / limits.bandwidth,
     }
-    seconds = LAUNCH * (2 if splits > 1 else 1) + max(parts.values())
+    seconds = LAUNCH + max(parts.values()) + _summing(workspace, device)
     executed = tiles * tile.n * splits * steps * tile.k
     return Cost(work, least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)

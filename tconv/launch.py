@@ -58,21 +58,13 @@ def convolve(
 
     Any strides, one dtype; `shared` is an operand that other launches stage too.
     """
-    y = x.new_empty_strided(launch.shape, launch.strides)
-    if dry:
-        _collect(launch)
-    else:
-        if launch.staged:
-            x, w = _stage(launch, shared, x, w)
-        run(launch, (x, w, x if b is None else b, y))  # without a bias its pointer is not read
-    note(launch.call)
-    return y
+    return _launch(launch, dry, shared, (x, w), x if b is None else b)  # without a bias its pointer is not read
 
 
 def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: Staged | None = None) -> torch.Tensor:
     """dw [K, C/G, *T] from dy [N, K, *Y] and x [N, C, *X]; the same bits on every run."""
     key = ("wgrad", g, dy.stride(), x.stride(), dy.data_ptr() % 16, x.data_ptr() % 16, tensor_cores(x.dtype))
-    return _reduce(_lookup(key, lambda: _prepare_wgrad(g, dy, x)), g.dry, shared, dy, x)
+    return _launch(_lookup(key, lambda: _prepare_wgrad(g, dy, x)), g.dry, shared, (dy, x))
 
 
 def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
@@ -82,7 +74,7 @@ def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
 def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:
     """db [channels] from the gradient of an output, fprop's or a transposed layer's: its sum over batch and pixels."""
     key = ("bias", g, dy.shape, dy.stride(), dy.data_ptr() % 16)
-    return _reduce(_lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy))), g.dry, None, dy)
+    return _launch(_lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy))), g.dry, None, (dy,))
 
 
 def device_of(t: torch.Tensor) -> Device:
@@ -102,19 +94,26 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
     return found
 
 
-def _reduce(launch: Prepared, dry: bool, shared: Staged | None, *inputs: torch.Tensor) -> torch.Tensor:
-    """A reduction that may be cut into splits: straight into its result, or through a workspace summed in order."""
-    out = inputs[0].new_empty_strided(launch.shape, launch.strides)
+def _launch(
+    launch: Prepared, dry: bool, shared: Staged | None, operands: tuple[torch.Tensor, ...], *more: torch.Tensor
+) -> torch.Tensor:
+    """The result, written straight or, where the reduction is cut into splits, through a workspace summed in order.
+
+    Args:
+        operands: what may be staged.
+        more: what else is read.
+    """
+    out = operands[0].new_empty_strided(launch.shape, launch.strides)
     if dry:
         _collect(launch)
     else:
         if launch.staged:
-            inputs = _stage(launch, shared, *inputs)
+            operands = _stage(launch, shared, *operands)
         if launch.total is None:
-            run(launch, (*inputs, out))
+            run(launch, (*operands, *more, out))
         else:
             workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
-            run(launch, (*inputs, workspace))
+            run(launch, (*operands, *more, workspace))
             run(launch.total, (workspace, out))
     note(launch.call)
     return out

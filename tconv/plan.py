@@ -18,13 +18,15 @@ from tconv.cost import (
     predict_bias,
     reduction,
     tiles_of,
+    written_elements,
 )
 from tconv.device import Device
 from tconv.problem import ConvProblem
 from tconv.strips import Strips, strips_of, why_not
 
 INTERPRETED = "one large tile for the interpreter"
-WORKSPACE = 32 << 20  # bytes that wgrad's splits may take at most
+WORKSPACE = 32 << 20  # bytes that a reduction's splits may take at most
+FILLED = 2  # waves from which on fprop and dgrad are not split: there is little left to fill
 FEW = 32  # channels per group up to which a packed kernel is considered
 KERNELS = {
     "fprop": ("gather", "packed", "depthwise", "strip", "tma"),
@@ -49,6 +51,7 @@ class Plan:
         staged: operands that are first copied to channels last.
         kernels: those among which the planner had to choose.
         tiles: those among which the kernel's was chosen.
+        parts: numbers of splits among which the tile's was chosen.
         others: the next best that were considered, at most three.
     """
 
@@ -61,6 +64,7 @@ class Plan:
     staged: tuple[str, ...] = ()
     kernels: tuple[str, ...] = field(default=(), compare=False, repr=False)
     tiles: tuple[Tile, ...] = field(default=(), compare=False, repr=False)
+    parts: tuple[int, ...] = field(default=(), compare=False, repr=False)
     others: tuple[Plan, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -98,7 +102,8 @@ def force(
     Args:
         kernel: name of a kernel; passes that do not know it plan freely.
         tile: block extents for those passes.
-        splits: parts of the reduction, for passes that split.
+        splits: parts of the reduction. More than one are for wgrad and the bias gradient; for fprop and dgrad, most of
+            which have too few channels for that, only together with `kernel="gather"`.
         staged: whether operands whose channels lie apart are first copied to channels last, where a kernel can gain by it.
 
     Example:
@@ -189,9 +194,10 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
         legal = _legal_tiles(wish, operands.tiles(problem, pass_, kernel), illegal)
         for tile in legal:
             access = operands.access(problem, pass_, kernel, tile)
-            for splits in _all_splits(problem, pass_, kernel, tile, itemsize, device, wish):
+            parts = _all_splits(problem, pass_, kernel, tile, itemsize, device, wish)
+            for splits in parts:
                 cost = predict(problem, pass_, kernel, tile, splits, access, device)
-                plans.append(Plan(pass_, kernel, tile, splits, "", cost, kernels=kernels, tiles=legal))
+                plans.append(Plan(pass_, kernel, tile, splits, "", cost, kernels=kernels, tiles=legal, parts=parts))
     if not plans:
         raise ValueError(f"no tile fits {device.name}: {problem}")
     return _fastest(plans, wish)
@@ -209,9 +215,10 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     plans = []
     legal = _legal_tiles(wish, one, lambda tile: why_illegal("bias", tile, itemsize, device))
     for tile in legal:
-        for splits in _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, wish):
+        parts = _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, wish)
+        for splits in parts:
             cost = None if device.interpreted else predict_bias(channels, pixels, tile, splits, itemsize, device)
-            plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost, kernels=("bias",), tiles=legal))
+            plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost, kernels=("bias",), tiles=legal, parts=parts))
     return plans[0] if device.interpreted else _fastest(plans, wish)
 
 
@@ -339,41 +346,45 @@ def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
     return Tile(pow2(phase_pixels(problem, pass_), low, (1 << 18) // max(n, k)), n, k)
 
 
-def chunk(pixels: int, block: int, splits: int) -> int:
-    """Pixels per split: the least multiple of the block with which `splits` splits are enough."""
-    return math.ceil(math.ceil(pixels / block) / splits) * block
+def chunk(reduced: int, block: int, splits: int) -> int:
+    """Pixels, or channels, per split: the least multiple of the block with which `splits` splits are enough."""
+    return math.ceil(math.ceil(reduced / block) / splits) * block
 
 
 def _all_splits(
     problem: ConvProblem, pass_: str, kernel: str, tile: Tile, itemsize: int, device: Device, wish: Forced | None
-) -> list[int]:
-    """Numbers of splits worth considering for a pass; one, but for wgrad."""
-    if pass_ != "wgrad":
-        return [1]
-    limit = WORKSPACE // (math.prod(problem.shape("w")) * max(4, itemsize))
+) -> tuple[int, ...]:
+    """Numbers of splits worth considering for a pass: of pixels in wgrad, of channels in the gather where tiles are few."""
+    limit = WORKSPACE // (written_elements(problem, pass_) * max(4, itemsize))
     programs = tiles_of(problem, pass_, kernel, tile)
-    return _split_counts(reduction(problem, pass_, kernel, tile), tile.k, programs, limit, device, wish)
+    if pass_ == "wgrad":
+        return _split_counts(reduction(problem, pass_, kernel, tile), tile.k, programs, limit, device, wish)
+    named = wish is not None and wish.kernel == "gather" and wish.splits is not None
+    small = programs < FILLED * device.units and not device.interpreted
+    if kernel != "gather" or not (named or small) or (wish and wish.splits == 1):
+        return (1,)
+    return _split_counts(_channels(problem, pass_, kernel)[1], tile.k, programs, limit, device, wish if named else None)
 
 
-def _split_counts(pixels: int, block: int, programs: int, limit: int, device: Device, wish: Forced | None) -> list[int]:
+def _split_counts(reduced: int, block: int, programs: int, limit: int, device: Device, wish: Forced | None) -> tuple[int, ...]:
     """Numbers of parts of a reduction: up to 16, and what fills one to four waves of the device; at most `limit`.
 
     Each is a number that is used up: rounding a part up to whole blocks may leave the last ones without work. A part's
     pixels are counted in 32 bits, so one per 2^30 is the least.
     """
-    steps = math.ceil(pixels / block)
-    most, least = max(1, min(steps, limit)), math.ceil(pixels / 2**30)
+    steps = math.ceil(reduced / block)
+    most, least = max(1, min(steps, limit)), math.ceil(reduced / 2**30)
 
     def used(splits: int) -> int:
-        return math.ceil(pixels / chunk(pixels, block, max(least, splits)))
+        return math.ceil(reduced / chunk(reduced, block, max(least, splits)))
 
     if wish and wish.splits is not None:
         if not 1 <= wish.splits <= most:
             raise ValueError(f"forced plan cannot run: {wish.splits} splits, this problem allows 1 to {most}")
         if used(wish.splits) != wish.splits:
             raise ValueError(f"forced plan cannot run: {wish.splits} splits of {steps} steps, nearest is {used(wish.splits)}")
-        return [wish.splits]
+        return (wish.splits,)
     if device.interpreted:
-        return [used(1)]
+        return (used(1),)
     fill = [device.units * waves // programs for waves in (1, 2, 3, 4)]
-    return sorted({used(min(most, max(1, splits))) for splits in (*range(1, 17), *fill)})
+    return tuple(sorted({used(min(most, max(1, splits))) for splits in (*range(1, 17), *fill)}))

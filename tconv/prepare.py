@@ -263,10 +263,12 @@ def _prepare_gather(
             }  # fmt: skip
         else:
             kernel, field = gather, FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0
-            constants |= {"X_VEC": x_vec, "Y_VEC": y_vec, "EVEN": ci % tile.k == 0, "FIELD": field}
-    return prepared(
-        kernel, cost.tiles_of(p, pass_, plan.kernel, tile), integers, constants, s.call(pass_, problem, plan), y
-    )  # fmt: skip
+            split = plan.splits > 1
+            # Of a whole reduction no size of the result: it may not fit 32 bits, and would be compiled for.
+            integers |= {"chunk": planning.chunk(ci, tile.k, plan.splits), "sys": y.numel() if split else 0}
+            constants |= {"X_VEC": x_vec, "Y_VEC": y_vec, "EVEN": ci % tile.k == 0, "FIELD": field, "SPLIT": split}
+    programs = cost.tiles_of(p, pass_, plan.kernel, tile) * plan.splits
+    return prepared(kernel, programs, integers, constants, s.call(pass_, problem, plan), y)
 
 
 def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:

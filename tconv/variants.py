@@ -21,7 +21,8 @@ from tconv.problem import ConvProblem
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 VECTORS = ("X_VEC", "W_VEC", "Y_VEC")
-RESULT = {"wgrad": "dw_ptr", "bias": "out_ptr"}  # what a split reduction writes to a workspace instead
+# What a split reduction writes to a workspace instead.
+RESULT = {"fprop": "y_ptr", "dgrad": "y_ptr", "wgrad": "dw_ptr", "bias": "out_ptr"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Variant:
 def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device) -> Iterator[Variant]:
     """Every variant that the passes of a layer may use on a device, without bias and with aligned tensors.
 
-    That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split.
+    That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split,
+    fprop's and dgrad's where the layer is small enough to be split.
     The shape of a box is no part of a name: of the layers that share one, the first stands for all (boxes of 128 pixels
     differ by a few instructions in the loop).
     """
@@ -71,7 +73,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
                 with force(kernel, tile, staged=staged):
                     prepared = prepare()
                 yield _variant(pass_, prepared, dtype)
-                if pass_ in RESULT and dtype.itemsize == 2:  # results of other dtypes have their workspace's type
+                if _also_split(prepared, dtype):
                     yield _variant(pass_, prepared, dtype, split=True)
     yield _sum_splits(dtype)
 
@@ -109,8 +111,20 @@ def float32_precision(tf32: bool) -> Iterator[None]:
         torch._C._set_fp32_precision_setter("cuda", "conv", before)
 
 
+def _also_split(prepared: Prepared, dtype: torch.dtype) -> bool:
+    """Whether a launch's kernel is compiled otherwise where its reduction is split."""
+    plan = prepared.call.plan
+    assert plan is not None
+    if "SPLIT" in prepared.constants:
+        return max(plan.parts) > 1
+    return plan.pass_ in ("wgrad", "bias") and dtype.itemsize == 2  # results of other dtypes have their workspace's type
+
+
 def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = False) -> Variant:
     c = prepared.constants
+    if "SPLIT" in c:  # whichever was planned
+        c = c | {"SPLIT": split}
+    accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
     signature = {}
     boxes = dict(zip(prepared.kernel.arg_names, prepared.boxes, strict=False))
     for argument in prepared.kernel.arg_names:
@@ -119,7 +133,7 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
         elif box := boxes.get(argument):
             signature[argument] = f"tensordesc<{NAMES[dtype]}{list(box[2])}>"
         elif argument.endswith("_ptr"):
-            signature[argument] = "*fp32" if split and argument == RESULT[pass_] else "*" + NAMES[dtype]
+            signature[argument] = accumulator if split and argument == RESULT[pass_] else "*" + NAMES[dtype]
         else:
             signature[argument] = "i32"
     plan = prepared.call.plan

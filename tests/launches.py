@@ -65,6 +65,7 @@ def small(
 LAYERS = {
     "dense": lambda: small(tconv.Conv2d, 64, 48, 3, shape=(8, 64, 40, 40), dtype=torch.bfloat16),
     "few channels": lambda: small(tconv.Conv2d, 3, 16, 3, shape=(8, 3, 40, 40)),
+    "splits of channels": lambda: small(tconv.Conv2d, 256, 64, 3, shape=(1, 256, 8, 8), dtype=torch.bfloat16),
     "depthwise": lambda: small(tconv.Conv1d, 16, 32, 3, groups=16, bias=False, shape=(4, 16, 600)),
     "strips": lambda: small(tconv.Conv2d, 16, 16, 3, padding=1, groups=16, shape=(4, 16, 64, 64), dtype=torch.float16),
     "transposed": lambda: small(tconv.ConvTranspose3d, 4, 6, 2, stride=2, shape=(2, 4, 5, 6, 7), dtype=torch.float64),

@@ -13,10 +13,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import triton
 
 from tconv.configs import Access, tiles, why_illegal
-from tconv.variants import NAMES, launches
+from tconv.problem import forward_problem
+from tconv.variants import NAMES, launches, variants
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
 import codegen
@@ -176,6 +178,22 @@ def test_the_planner_picks_among_what_the_gate_compiles(arch):
         for prepare in launches(problem, dtype, last, device).values():
             prepared = prepare()
             assert prepared.call.plan.tile in prepared.call.plan.tiles, prepared.call
+
+
+def test_small_layers_are_compiled_whole_and_split():
+    """As the planner may choose them, with the workspace's type for the result's."""
+    problem = forward_problem((1, 256, 8, 8), (256, 256, 3, 3), (1, 1), [(1, 1)] * 2, (1, 1), 1)
+    for dtype, workspace in ((torch.bfloat16, "*fp32"), (torch.float32, "*fp32"), (torch.float64, "*fp64")):
+        found = {v.name: v for v in variants(problem, dtype, True, codegen.ARCHS["sm_90"][3])}
+        for pass_, prepare in list(launches(problem, dtype, True, codegen.ARCHS["sm_90"][3]).items())[:2]:
+            plan = prepare().call.plan
+            assert plan.splits > 1
+            split = [v for name, v in found.items() if name.startswith(f"{pass_} gather") and name.endswith(" split")]
+            assert any(f" {plan.tile} " in v.name for v in split)
+            for v in split:
+                whole = found[v.name.removesuffix(" split")]
+                assert (whole.constants["SPLIT"], v.constants["SPLIT"]) == (False, True)
+                assert (whole.signature["y_ptr"], v.signature["y_ptr"]) == ("*" + NAMES[dtype], workspace)
 
 
 def test_a_regression_is_named():

@@ -81,7 +81,7 @@ def test_programs_and_workspace_are_those_launched(case, channels_last):
     for launch in launches:
         predicted = launch.call.plan.cost
         assert predicted.programs == launch.grid[0], launch.call
-        slices = w.numel() if launch is not launches[3] else p.K
+        slices = math.prod(launch.shape)
         splits = 4 * launch.splits * slices if launch.splits > 1 else 0
         copied = sum({"x": x, "w": w, "dy": y}[name].nbytes for name in launch.call.plan.staged)
         assert predicted.workspace == splits + copied
@@ -186,8 +186,27 @@ def test_a_split_wgrad_worked_by_hand():
     c = cost.predict(p, "wgrad", "wgrad", Tile(16, 16, 16, 4, 2), 2, Access(2, True), HAND)
     assert (c.programs, c.waves, c.workspace) == (2, 1, 2 * 256 * 4)
     assert c.executed == 2 * 2 * 2 * 16**3  # 40 pixels: three blocks, two in each split
-    assert dict(c.parts)["memory"] == c.bytes + 2 * c.workspace
-    assert c.seconds >= 2 * cost.LAUNCH
+    assert dict(c.parts)["memory"] == c.bytes + c.workspace
+    after = cost.LAUNCH + c.workspace  # one byte a second
+    assert c.seconds == cost.LAUNCH + max(seconds for _, seconds in c.parts) + after
+
+
+def test_a_split_gather_worked_by_hand():
+    """3 blocks of 16 channels in two parts, of two and of one: 25 pixels in 2 tiles, one of channels, 9 taps."""
+    p = forward_problem((1, 48, 7, 7), (16, 48, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 1)
+    tile = Tile(16, 16, 16, 4, 2)
+    whole, split = (cost.predict(p, "fprop", "gather", tile, splits, Access(2, True), HAND) for splits in (1, 2))
+    assert (whole.programs, whole.waves, whole.workspace) == (2, 1, 0)
+    assert (split.programs, split.waves, split.workspace) == (4, 2, 2 * 16 * 25 * 4)
+    assert whole.executed == 2 * 9 * 3 * 2 * 16**3
+    assert split.executed == 2 * 9 * 2 * 2 * 2 * 16**3
+    assert dict(split.parts)["memory"] == split.bytes + split.workspace
+    after = cost.LAUNCH + split.workspace
+    assert split.seconds == cost.LAUNCH + max(seconds for _, seconds in split.parts) + after
+    strided = forward_problem((1, 16, 9), (48, 16, 3), (2,), [(0, 0)], (1,), 1)
+    c = cost.predict(strided, "dgrad", "gather", tile, 3, Access(8, True), HAND)
+    assert (c.programs, c.workspace) == (2 * 3, 3 * 16 * 9 * 8)  # two phases of up to 5 pixels; fp64's own workspace
+    assert c.executed == 3 * 3 * 2 * 16**3  # three taps over both phases, a block of each part
 
 
 def test_depthwise_is_counted_by_its_taps():

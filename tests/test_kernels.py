@@ -1,5 +1,7 @@
 """Output and every gradient of every case against fp64, from buffers full of NaN, in every dtype and layout."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,36 @@ def test_split_reductions(case, splits, device, poisoned):
         assert {c.plan.splits for c in calls if c.operation == "wgrad"} == {splits}
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
+
+
+def widened(case):
+    """A case with 33 to 48 channels read and written in every group: three blocks of 16, most of them with a tail."""
+    c, k = (n // case.groups * math.ceil(33 * case.groups / n) for n in (case.x[1], case.k))
+    x = (case.x[0], c * case.groups, *case.x[2:])
+    return oracle.dataclasses.replace(case, x=x, k=k * case.groups)
+
+
+@pytest.mark.parametrize(("splits", "channels_last"), [(2, True), (3, False)], ids=["2", "3"])
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_split_channels(case, splits, channels_last, device, poisoned):
+    """Parts of fprop's and dgrad's reduction, with phases of all kinds; of two splits the second is the shorter."""
+    wide = widened(case)
+    with tconv.force(kernel="gather", tile=Tile(256, 64, 16), splits=splits):
+        calls = check(wide, *oracle.tensors(wide, torch.float32, device, channels_last))
+    assert [c.plan.splits for c in calls if c.operation in ("fprop", "dgrad")] == [splits, splits]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_split_channels_in_every_dtype(dtype, channels_last, device, poisoned):
+    """Whole blocks in one direction, tails in the other, 16-byte accesses in both; and to the same bits every time."""
+    case = oracle.Case("", (2, 48, 7, 5), 40, (3, 3), stride=2, padding=1)
+    tensors = oracle.tensors(case, dtype, device, channels_last)
+    with tconv.force(kernel="gather", tile=Tile(32, 64, 16), splits=3):
+        check(case, *tensors)
+        first, second = (oracle.run(ours(case), case, *tensors)[:2] for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.ALL if c.groups > 1 and "depthwise" in c.reason], ids=str)

@@ -67,6 +67,25 @@ def test_large_layers_get_large_tiles_and_small_ones_fill_the_device():
     assert wgrad.splits > 1
 
 
+def test_channels_are_split_where_tiles_are_few_and_only_there():
+    def chosen(x, w, pass_="fprop", **parameters):
+        return plan.choose(conv(x, w, **parameters), pass_, plan.Operands(2, True), H200)
+
+    for pass_ in ("fprop", "dgrad"):
+        small = chosen((2, 1280, 8, 8), (1280, 1280, 3, 3), pass_, padding=1)
+        assert small.splits > 4
+        assert f"{small.splits} splits" in str(small)
+        with tconv.force(splits=1):
+            whole = chosen((2, 1280, 8, 8), (1280, 1280, 3, 3), pass_, padding=1)
+        assert whole.splits == 1
+        assert small.cost.seconds < whole.cost.seconds / 2
+    assert chosen((64, 256, 56, 56), (256, 256, 3, 3), padding=1).parts == (1,)  # fills the device by itself
+    assert chosen((1, 64, 8, 8), (64, 64, 3, 3), padding=1).parts == (1,)  # one block of channels
+    wide = chosen((1, 1024, 96, 80), (128, 1024, 1, 1))
+    assert max(wide.parts) > 1
+    assert max(wide.parts) * 4 * 128 * 96 * 80 <= plan.WORKSPACE
+
+
 def test_the_default_layout_is_copied_where_that_pays_and_only_there():
     from tconv.layout import shaped
     from tconv.prepare import prepare_gather, prepare_wgrad
@@ -124,6 +143,7 @@ def test_no_gpu_tile_lacks_a_device_that_can_run_it():
         ({"tile": Tile(8, 16, 16)}, "tl.dot needs at least 16"),
         ({"tile": Tile(2048, 2048, 16)}, "more than 1048576 elements"),
         ({"kernel": "wgrad", "splits": 99}, "99 splits, this problem allows 1 to"),
+        ({"kernel": "gather", "splits": 2}, "2 splits, this problem allows 1 to 1"),
         ({"kernel": "wgrad", "splits": 0}, "0 splits, this problem allows 1 to"),
         ({"kernel": "wgrad", "tile": Tile(16, 16, 16), "splits": 5}, "5 splits of 8 steps, nearest is 4"),
     ],
@@ -179,7 +199,7 @@ def test_layers_share_compile_time_constants():
         return [launch.constants for launch in (forward, back, prepare_wgrad(p, y, x, w, H200))]
 
     tile = Tile(64, 64, 64, 4, 4)
-    with tconv.force(tile=tile):
+    with tconv.force(tile=tile, splits=1):
         first = constants((8, 64, 56, 56), (64, 64, 3, 3), padding=1)
         assert first == constants((1, 128, 7, 9), (192, 128, 2, 2))
         assert first == constants((3, 256, 31, 17), (128, 128, 5, 2), stride=3, padding=4, dilation=2, groups=2)

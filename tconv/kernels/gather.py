@@ -9,7 +9,9 @@ one launch runs them all, the ones with more taps first, no tap is wasted, and a
 the bias.
 
 The main loop is flat, channels outside and taps inside. Its counters are carried by adding scalars worked out before the
-loop: no division, and no drained pipeline between taps. Which taps of a pixel fall outside the input is one bit each in a
+loop: no division, and no drained pipeline between taps. Where a layer has too few tiles for the device, the channel blocks
+are cut into splits (SPLIT): each writes its sums to a slice of a workspace, the first with the bias, and
+`reduce.sum_splits` adds the slices in a fixed order. Which taps of a pixel fall outside the input is one bit each in a
 word per pixel (FIELD: 32, 16 or 10 taps per dimension at rank 1, 2 or 3); for wider kernels FIELD is 0 and coordinates
 are compared.
 """
@@ -40,11 +42,11 @@ def gather(
     g0, g1, g2,  # gcd(S, D)
     sxn, sxg, sxc, sx0, sx1, sx2,
     swg, swi, swo, sw0, sw1, sw2,  # i: the reduced channel, o: the written one
-    syn, syg, syc, sy0, sy1, sy2, sb,
+    syn, syg, syc, sy0, sy1, sy2, sb, sys, chunk,  # s: from one split to the next; channels per split, whole blocks
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # contiguous channel axis? (w: "i", "o" or "")
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,  # elements by which all other strides divide
-    EVEN: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -61,12 +63,13 @@ def gather(
     sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
 
-    # Channel tiles of all groups run fastest: neighbours read the same pixels.
+    # Channel tiles of all groups run fastest: neighbours read the same pixels. Then splits: phases with more taps come first.
     tiles_n = tl.cdiv(CO, BLOCK_N)
     pid_n = tl.program_id(0) % tiles_n
     group = tl.program_id(0) // tiles_n % G
+    splits = tl.cdiv(CI, chunk) if SPLIT else 1
     past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
-        tl.program_id(0) // (tiles_n * G), N, Y, T, S, D, P, gcds,
+        tl.program_id(0) // (tiles_n * G * splits), N, Y, T, S, D, P, gcds,
         multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, TRANSPOSED, RANK, OFFSET, BLOCK_M,
     )  # fmt: skip
     if past:
@@ -124,11 +127,19 @@ def gather(
     dw = hop_w * 0
     counter = (0, 0, 0)
     done = 0
+    left = CI
+    if SPLIT:
+        split = tl.program_id(0) // (tiles_n * G) % splits
+        done = split * multiple(chunk, BLOCK_K)
+        left = tl.minimum(chunk, CI - done)
+        xp += done * x_step
+        wp += done * w_step_i
+        y_ptr += split.to(tl.int64) * multiple(sys, Y_VEC)
     if FLIP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(CI, BLOCK_K)):
+    for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(left, BLOCK_K)):
         if FIELD:
             ok = (bits & tap_word(counter, RANK, FIELD)) == 0
         else:
@@ -177,7 +188,8 @@ def gather(
         done += tl.where(wrap, BLOCK_K, 0)
 
     if HAS_BIAS:
-        bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
+        once = (o < CO) & (split == 0) if SPLIT else o < CO
+        bias = tl.load(b_ptr + (group * CO + o) * sb, mask=once, other=0.0)
         acc += trail(bias.to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
     yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET)

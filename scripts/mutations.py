@@ -65,6 +65,8 @@ MUTATIONS = [
     Mutation("a box shifted the wrong way", "kernels/tma.py", "reads[1] + i1 * x_step[1]", "reads[1] - i1 * x_step[1]", "every_case", "test_tma.py"),
     Mutation("a weight gradient's box at the wrong tap", "kernels/tma.py", "tap[2 - i] * D[2 - i] - P[2 - i]", "tap[2 - i] - P[2 - i]", "weight_gradients_have", "test_tma.py"),
     Mutation("bf16 cut off instead of rounded", "kernels/common.py", "(bits + 0x7FFF", "(bits", "every_dtype"),
+    Mutation("a piece of fp32 dropped", "kernels/common.py", "step = dot(al, bh, step", "step = dot(al * 0, bh, step", "sums", "test_split_precision.py"),
+    Mutation("an infinity in every piece", "kernels/common.py", "tl.where(finite, 0xFFFF0000, 0xBF800000)", "tl.where(finite, 0xFFFF0000, 0xFFFF0000)", "infinity", "test_split_precision.py"),
     Mutation("32-bit offsets everywhere", "prepare.py", "p.N * math.prod(s.extents) + tile.m) > LIMIT", "0) < 0", "beyond"),
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from tconv.configs import Tile
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.reduce import sum_splits
 from tconv.layout import Addressing, addressing, vector
-from tconv.plan import Plan
+from tconv.plan import Plan, forced
 from tconv.problem import ConvProblem
 from tconv.record import Call
 from tconv.simplify import Form, Strides, simplify
@@ -70,9 +70,12 @@ class Prepared:
 
 
 def tensor_cores(dtype: torch.dtype) -> bool:
-    """Whether tensor cores may do the products: fp32 only where torch's flag for convolutions says TF32."""
+    """Whether tensor cores may do the products as they are: fp32 only where torch's flag for convolutions says TF32."""
     if dtype != torch.float32:
         return True
+    wish = forced()
+    if wish and wish.precision:
+        return False
     return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
@@ -185,8 +188,10 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "INTERPRET": INTERPRET}
 
 
-def precision(dtype: torch.dtype) -> str:
-    """What tl.dot is told of fp32 operands."""
+def precision(dtype: torch.dtype, plan: Plan) -> str:
+    """What a kernel's products of fp32 operands are told."""
+    if plan.precision:
+        return plan.precision
     return "tf32" if dtype == torch.float32 and tensor_cores(dtype) and not INTERPRET else "ieee"
 
 

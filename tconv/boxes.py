@@ -24,7 +24,7 @@ from tconv.arguments import (
     wide,
     window,
 )
-from tconv.configs import Access, tiles
+from tconv.configs import BF16X6, Access, tiles
 from tconv.device import Device
 from tconv.kernels.tma import tma, tma_wgrad
 from tconv.layout import LIMIT, Addressing
@@ -66,7 +66,7 @@ def prepare_boxes(
     }  # fmt: skip
     constants: dict[str, Any] = {
         "TRANSPOSED": transposed, "RANK": p.rank, "Y_UNIT": s.y.unit, "Y_VEC": wide(y, s.y, s.co), "HAS_BIAS": b is not None,
-        "WIDE": s.y.reach > LIMIT, "PRECISION": precision(x.dtype), "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        "WIDE": s.y.reach > LIMIT, "PRECISION": precision(x.dtype, plan), "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         **dict(zip(("BN", "B0", "B1", "B2"), box, strict=True)), **numerics(x.dtype), **options(tile),
     }  # fmt: skip
     programs = cost.tiles_of(p, pass_, "tma", tile)
@@ -98,8 +98,8 @@ def prepare_wgrad_boxes(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
         "sws": dw.numel(), "swg": s.co * s.w.outer, "swk": s.w.outer, "swc": s.w.channel, **triple("sw", s.w.spatial),
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "RUN": run, "RANK": p.rank, "PRECISION": precision(x.dtype), "BLOCK_K": tile.m, "BLOCK_C": tile.n, "BLOCK_P": tile.k,
-        **numerics(x.dtype), **options(tile),
+        "RUN": run, "RANK": p.rank, "PRECISION": precision(x.dtype, plan),
+        "BLOCK_K": tile.m, "BLOCK_C": tile.n, "BLOCK_P": tile.k, **numerics(x.dtype), **options(tile),
     }  # fmt: skip
     programs = cost.tiles_of(p, "wgrad", "tma_wgrad", tile) * plan.splits
     launch = prepared(tma_wgrad, programs, integers, constants, s.call("wgrad", problem, plan), dw)
@@ -139,6 +139,9 @@ def _no_boxes(pass_: str, s: Sides, dtype: torch.dtype, device: Device) -> str |
     least = 16 if device.interpreted else min(t.k for t in tiles("tma", Access(dtype.itemsize, True)))
     if pass_ != "wgrad" and p.G > 1 and s.ci % least:
         return f"boxes would reach into the next group: {s.ci} channels per group are no multiple of {least}"
+    wish = planning.forced()
+    if dtype == torch.float32 and wish and wish.precision == BF16X6:
+        return "boxes are not cut into pieces"
     if not tensor_cores(dtype) and not device.interpreted:
         return "true fp32 has no tensor cores to fetch boxes for"
     return None

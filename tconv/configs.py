@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from tconv.device import Device
 
+BF16X6 = "bf16x6"  # a precision: fp32 as sums of three bf16, of whose nine products six are made (kernels/common.py `product`)
+DOTS = ("gather", "wgrad", "packed", "packed_wgrad")  # kernels that can cut their operands so
 MAX_TILE = 1 << 20  # elements: Triton's own limit for one block
 BOXES = ("tma", "tma_wgrad")  # kernels to which the tensor memory accelerator brings their operands
 
@@ -50,6 +52,7 @@ class Access:
         narrow: whether some operand is accessed element by element, which is not pipelined either.
         flip: of a strip kernel, whether columns are contiguous, not channels.
         large: whether the largest tiles' accumulators leave it registers enough.
+        precision: BF16X6, or empty for that of the data type and torch's flag.
     """
 
     itemsize: int
@@ -57,6 +60,7 @@ class Access:
     narrow: bool = False
     flip: bool = False
     large: bool = True
+    precision: str = ""
 
 
 # Chosen by compiling for sm_90 (`scripts/codegen.py` prints registers, spills and shared memory): none may spill.
@@ -73,6 +77,9 @@ FMA_32 = (Tile(128, 64, 16, 8, 2, 255), Tile(64, 32, 16, 8, 2, 128))
 GEMM_16_NARROW = (Tile(64, 64, 32, 8, 2),)
 GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
 FMA_32_NARROW = (Tile(64, 32, 16, 8, 2, 128),)
+# In pieces, which pass through registers: larger tiles spill, and element by element four warps do.
+PIECES_32 = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
+PIECES_32_NARROW = (Tile(64, 64, 32, 8, 2),)
 # The packed kernels. Element by element, pixels of 128 with 16 or 32 channels spill.
 PACKED_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 8, 3), Tile(128, 16, 64, 8, 3))
 PACKED_WGRAD_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(16, 128, 64, 8, 3))
@@ -120,6 +127,11 @@ SPILLING = {
 }
 
 
+def can_cut(device: Device) -> bool:
+    """Whether fp32 may be computed in pieces."""
+    return device.interpreted or device.generation == 9
+
+
 def tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
     """Every tile that a planner on a GPU may choose for a kernel that so meets its operands."""
     itemsize, tensor_cores, narrow = access.itemsize, access.tensor_cores, access.narrow
@@ -135,6 +147,8 @@ def tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
         return DIRECT_64 if itemsize == 8 else DIRECT_NARROW if narrow else DIRECT
     if kernel == "depthwise_wgrad":
         return DIRECT_WGRAD_64 if itemsize == 8 else DIRECT_WGRAD
+    if access.precision == BF16X6:
+        return PIECES_32_NARROW if narrow or kernel.startswith("packed") else PIECES_32
     if kernel.startswith("packed"):
         if itemsize == 2 and kernel == "packed_wgrad":
             return PACKED_WGRAD_16_NARROW if narrow else PACKED_WGRAD_16

@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass, replace
 
 from tconv import strips
-from tconv.configs import BOXES, Access, Tile
+from tconv.configs import BF16X6, BOXES, Access, Tile
 from tconv.device import Device
 from tconv.problem import ConvProblem
 
@@ -32,6 +32,7 @@ ISSUE = 4  # instructions a unit starts per cycle, one for each of its scheduler
 L1 = 128  # bytes a unit takes from its own cache per cycle
 START = 300  # instructions of a strip kernel's warp outside its loop
 MOST_COLUMNS = 1 << 15  # taps times channels of a pack that the packed gather can count
+CUT = {"gather": 10, "packed": 10, "wgrad": 20, "packed_wgrad": 20}  # instructions that cut an element into its pieces
 ALONE = 1.5  # a program with a unit to itself is slowed so by its own barriers: an estimate
 
 
@@ -213,6 +214,9 @@ def loop_length(kernel: str, tile: Tile, access: Access) -> float:
     ]
     copies = loaded * one if access.narrow else copy * loaded * access.itemsize / 16
     products = 0.0 if access.tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
+    if access.precision == BF16X6:  # every element is cut, by each four warps that share its row; a step's sum is added
+        shared = max(1, 16 * tile.warps // tile.m)
+        products = CUT[kernel] * (shared * tile.m + tile.n) * tile.k / threads + tile.m * tile.n / threads
     return base + copies + products
 
 
@@ -259,6 +263,8 @@ def predict(
     steps = work.steps / programs * waves  # of the fullest unit
 
     rate = limits.fma_32 if direct or not access.tensor_cores else limits.matrix_tf32 if itemsize == 4 else limits.matrix_16
+    if access.precision == BF16X6:
+        rate = limits.matrix_16 / 6
     if itemsize == 8:
         rate = limits.fma_32 / 2 if direct else limits.matrix_64
     products = steps * work.flops / (rate / device.units)
@@ -266,8 +272,8 @@ def predict(
     resident = max(1, min(waves, work.resident))
     if access.narrow or direct:
         cycles = max(cycles, LATENCY / resident)
-    elif resident == 1:
-        products *= ALONE
+    elif resident == 1:  # in pieces, a program cuts, then multiplies
+        products = products + steps * cycles / limits.clock if access.precision == BF16X6 else products * ALONE
     workspace = splits * written_elements(p, pass_) * max(4, itemsize) if splits > 1 else 0
     least = least_bytes(p, pass_, itemsize)
     # Phases of a strided dgrad run one after the other over all of dy; what the L2 cache has lost by then is read again.
@@ -327,7 +333,8 @@ def _gemm_work(
             steps = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
     length = loop_length(kernel, tile, access)
     shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize  # of its pipeline
-    resident = min(device.shared_bytes // shared, 16 // tile.warps)
+    warps = 8 if access.precision == BF16X6 else 16  # for which there are registers
+    resident = min(device.shared_bytes // shared, warps // tile.warps)
     return _Work(steps, 2 * tile.m * tile.n * tile.k, length, itemsize * tile.k * (tile.m + tile.n), resident)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from tconv.functional import dry_run
-from tconv.plan import UNPROVEN
 from tconv.record import Call, last_calls, recording
 
 
@@ -35,7 +34,7 @@ class Explanation:
 
 def _lines(call: Call) -> list[str]:
     """A call, and which plans were left out for want of having run on hardware."""
-    unproven = [plan for plan in call.plan.others if plan.kernel in UNPROVEN] if call.plan else []
+    unproven = [plan for plan in call.plan.others if plan.unproven] if call.plan else []
     return [str(call), *(f"    {plan}" for plan in unproven)]
 
 

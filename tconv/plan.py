@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tconv.configs import BOXES, Access, Tile, tiles, why_illegal
+from tconv.configs import BF16X6, BOXES, DOTS, Access, Tile, can_cut, tiles, why_illegal
 from tconv.cost import (
     MOST_COLUMNS,
     Cost,
@@ -34,7 +34,7 @@ KERNELS = {
     "wgrad": ("wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "tma_wgrad"),
     "bias": ("bias",),
 }
-UNPROVEN = set(BOXES)  # right in the interpreter, never run on hardware: compared, but chosen only if forced
+UNPROVEN = {*BOXES, BF16X6}  # right in the interpreter, never run on hardware: compared, but chosen only if forced
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Plan:
         reason: one line for `explain`.
         cost: what the cost model says of it; None in the interpreter.
         staged: operands that are first copied to channels last.
+        precision: BF16X6, or empty for that of the data type and torch's flag.
         kernels: those among which the planner had to choose.
         tiles: those among which the kernel's was chosen.
         parts: numbers of splits among which the tile's was chosen.
@@ -62,15 +63,26 @@ class Plan:
     reason: str
     cost: Cost | None = None
     staged: tuple[str, ...] = ()
+    precision: str = ""
     kernels: tuple[str, ...] = field(default=(), compare=False, repr=False)
     tiles: tuple[Tile, ...] = field(default=(), compare=False, repr=False)
     parts: tuple[int, ...] = field(default=(), compare=False, repr=False)
     others: tuple[Plan, ...] = field(default=(), compare=False, repr=False)
 
+    @property
+    def unproven(self) -> bool:
+        """Whether no hardware has run it yet."""
+        return self.kernel in UNPROVEN or self.precision in UNPROVEN
+
+    def unchosen(self) -> Plan:
+        """An unproven plan as a chosen one lists it."""
+        return replace(self, reason=f"not chosen: not seen on hardware yet; {self.cost}")
+
     def __str__(self) -> str:
+        precision = f" {self.precision}" if self.precision else ""
         splits = f", {self.splits} splits" if self.splits > 1 else ""
         staged = f", {' and '.join(self.staged)} copied to channels last" if self.staged else ""
-        return f"{self.pass_}: {self.kernel} {self.tile}{splits}{staged} ({self.reason})"
+        return f"{self.pass_}: {self.kernel} {self.tile}{precision}{splits}{staged} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class Forced:
     tile: Tile | None
     splits: int | None
     staged: bool | None
+    precision: str | None
 
 
 _forced: Forced | None = None
@@ -93,7 +106,11 @@ def forced() -> Forced | None:
 
 @contextlib.contextmanager
 def force(
-    kernel: str | None = None, tile: Tile | None = None, splits: int | None = None, staged: bool | None = None
+    kernel: str | None = None,
+    tile: Tile | None = None,
+    splits: int | None = None,
+    staged: bool | None = None,
+    precision: str | None = None,
 ) -> Iterator[None]:
     """Inside the block every plan uses what is given; one that cannot run raises ValueError. For tests and measurements.
 
@@ -105,16 +122,20 @@ def force(
         splits: parts of the reduction. More than one are for wgrad and the bias gradient; for fprop and dgrad, most of
             which have too few channels for that, only together with `kernel="gather"`.
         staged: whether operands whose channels lie apart are first copied to channels last, where a kernel can gain by it.
+        precision: of the products of fp32, whatever torch's flag says and in every pass whose kernel has a dot: "ieee", or
+            "bf16x6", three bf16 for each number and six products on tensor cores. Other data types stay as they are.
 
     Example:
         >>> with force(splits=3):
         ...     forced()
-        Forced(kernel=None, tile=None, splits=3, staged=None)
+        Forced(kernel=None, tile=None, splits=3, staged=None, precision=None)
     """
     global _forced
     if kernel is not None and not any(kernel in known for known in KERNELS.values()):
         raise ValueError(f"kernel must be one of {sorted(set().union(*KERNELS.values()))}, got {kernel!r}")
-    before, _forced = _forced, Forced(kernel, tile, splits, staged)
+    if precision not in (None, "ieee", BF16X6):
+        raise ValueError(f"precision must be 'ieee' or {BF16X6!r}, got {precision!r}")
+    before, _forced = _forced, Forced(kernel, tile, splits, staged, precision)
     try:
         yield
     finally:
@@ -146,7 +167,15 @@ class Operands:
     strips: Strips | None = None
     pack_narrow: Callable[[int], bool] | None = None
 
-    def access(self, problem: ConvProblem, pass_: str, kernel: str, tile: Tile | None = None) -> Access:
+    def precisions(self, kernel: str, device: Device) -> tuple[str, ...]:
+        """Those among which there is a choice, as `Plan.precision`: fp32 without TF32 can be cut into pieces."""
+        if self.itemsize != 4 or self.tensor_cores or kernel not in DOTS:
+            return ("",)
+        if _forced and _forced.precision:
+            return (BF16X6 if _forced.precision == BF16X6 else "",)
+        return ("", BF16X6) if can_cut(device) and not device.interpreted else ("",)
+
+    def access(self, problem: ConvProblem, pass_: str, kernel: str, tile: Tile | None = None, precision: str = "") -> Access:
         """How a kernel meets them; of a packed one, with a tile, or at best."""
         if kernel.startswith("strip") and self.strips:
             return Access(self.itemsize, self.tensor_cores, self.strips.narrow, self.strips.flip)
@@ -156,15 +185,17 @@ class Operands:
         # Of a group's one channel, a dot's operands can only be gathered one by one.
         elif problem.depthwise and kernel in ("gather", "wgrad", "packed", "packed_wgrad"):
             narrow = True
-        return Access(self.itemsize, self.tensor_cores, narrow, large=self.large)
+        cores = self.tensor_cores or precision == BF16X6
+        return Access(self.itemsize, cores, narrow, large=self.large, precision=precision)
 
-    def tiles(self, problem: ConvProblem, pass_: str, kernel: str) -> tuple[Tile, ...]:
+    def tiles(self, problem: ConvProblem, pass_: str, kernel: str, precision: str = "") -> tuple[Tile, ...]:
         """Every tile with which a kernel can take them."""
-        found = tiles(kernel, self.access(problem, pass_, kernel))
+        best = self.access(problem, pass_, kernel, precision=precision)
+        found = tiles(kernel, best)
         if not kernel.startswith("packed"):
             return found
-        every = dict.fromkeys((*found, *tiles(kernel, Access(self.itemsize, self.tensor_cores, narrow=True))))
-        return tuple(tile for tile in every if tile in tiles(kernel, self.access(problem, pass_, kernel, tile)))
+        every = dict.fromkeys((*found, *tiles(kernel, replace(best, narrow=True))))
+        return tuple(tile for tile in every if tile in tiles(kernel, self.access(problem, pass_, kernel, tile, precision)))
 
 
 def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None = None) -> Plan:
@@ -185,22 +216,29 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
         if unfit:
             raise ValueError(f"forced kernel {wish.kernel!r} {unfit}, got {problem}")
     if device.interpreted:
-        return _interpreter_plan(problem, pass_, itemsize, device, wish)
+        return _interpreter_plan(problem, pass_, operands, device, wish)
     plans = []
     only = only or (wish.kernel if wish else None)
     kernels = (only,) if only else _kernels(problem, pass_)
-    for kernel in kernels:
-        illegal = _illegal(problem, pass_, kernel, itemsize, device)
-        legal = _legal_tiles(wish, operands.tiles(problem, pass_, kernel), illegal)
+    for kernel, precision in [(k, precision) for k in kernels for precision in operands.precisions(k, device)]:
+        illegal = _illegal(problem, pass_, kernel, itemsize, device, precision)
+        legal = _legal_tiles(wish, operands.tiles(problem, pass_, kernel, precision), illegal)
         for tile in legal:
-            access = operands.access(problem, pass_, kernel, tile)
+            access = operands.access(problem, pass_, kernel, tile, precision)
             parts = _all_splits(problem, pass_, kernel, tile, itemsize, device, wish)
             for splits in parts:
                 cost = predict(problem, pass_, kernel, tile, splits, access, device)
-                plans.append(Plan(pass_, kernel, tile, splits, "", cost, kernels=kernels, tiles=legal, parts=parts))
-    if not plans:
+                plans.append(Plan(pass_, kernel, tile, splits, "", cost, (), precision, kernels, legal, parts))
+    asked = _forced is not None and _forced.precision is not None
+    proven = [plan for plan in plans if asked or plan.precision not in UNPROVEN]
+    if not proven:
         raise ValueError(f"no tile fits {device.name}: {problem}")
-    return _fastest(plans, wish)
+    plan = _fastest(proven, wish)
+    if len(proven) < len(plans):
+        rival = _fastest([plan for plan in plans if plan.precision in UNPROVEN], wish)
+        if plan.cost and rival.cost and rival.cost.seconds < plan.cost.seconds:
+            plan = replace(plan, others=(*plan.others, rival.unchosen()))
+    return plan
 
 
 def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
@@ -245,11 +283,15 @@ def _legal_tiles(wish: Forced | None, candidates: tuple[Tile, ...], illegal: Cal
     return (wish.tile,)
 
 
-def _illegal(problem: ConvProblem, pass_: str, kernel: str, itemsize: int, device: Device) -> Callable[[Tile], str | None]:
+def _illegal(
+    problem: ConvProblem, pass_: str, kernel: str, itemsize: int, device: Device, precision: str = ""
+) -> Callable[[Tile], str | None]:
     """Tile -> why a kernel cannot run a pass with it, or None."""
 
     def illegal(tile: Tile) -> str | None:
         reason = why_illegal(kernel, tile, itemsize, device)
+        if precision == BF16X6 and not can_cut(device):
+            reason = f"{BF16X6} has been compiled for Hopper only, not for {device.name}"
         if reason is None and kernel.startswith("strip"):
             reason = why_not(problem, pass_, tile.columns, tile.m if kernel == "strip_wgrad" else 1)
         if reason is None and kernel == "tma":
@@ -298,9 +340,10 @@ def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
     return (k, c) if pass_ == "fprop" else (c, k)
 
 
-def _interpreter_plan(problem: ConvProblem, pass_: str, itemsize: int, device: Device, wish: Forced | None) -> Plan:
+def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, device: Device, wish: Forced | None) -> Plan:
     """The interpreter's time is per operation: few programs, and direct kernels while groups have few outputs."""
     dot, _, direct, _ = KERNELS[pass_][:4]
+    itemsize = operands.itemsize
     kernel = wish.kernel if wish and wish.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
     illegal = _illegal(problem, pass_, kernel, itemsize, device)
     candidates = _legal_tiles(wish, _interpreter_tiles(problem, pass_, kernel), illegal)
@@ -308,7 +351,8 @@ def _interpreter_plan(problem: ConvProblem, pass_: str, itemsize: int, device: D
         raise ValueError(f"no tile of {kernel} fits: {problem}")
     tile = candidates[0]
     splits = _all_splits(problem, pass_, kernel, tile, itemsize, device, wish)[0]
-    return Plan(pass_, kernel, tile, splits, "forced" if wish else INTERPRETED)
+    (precision,) = operands.precisions(kernel, device)
+    return Plan(pass_, kernel, tile, splits, "forced" if wish else INTERPRETED, precision=precision)
 
 
 def _interpreter_tiles(problem: ConvProblem, pass_: str, kernel: str) -> tuple[Tile, ...]:

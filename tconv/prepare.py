@@ -132,10 +132,9 @@ def _faster(launch: Prepared, rival: Prepared) -> Prepared:
     assert other is not None
     assert plan.cost is not None
     assert other.cost is not None
-    if other.kernel not in planning.UNPROVEN:
+    if not other.unproven:
         return rival if other.cost.seconds < plan.cost.seconds else launch
-    other = dataclasses.replace(other, reason=f"not chosen: not seen on hardware yet; {other.cost}")
-    plan = dataclasses.replace(plan, others=(*plan.others, other))
+    plan = dataclasses.replace(plan, others=(*plan.others, other.unchosen()))
     return dataclasses.replace(launch, call=dataclasses.replace(launch.call, plan=plan))
 
 
@@ -253,7 +252,13 @@ def _prepare_gather(
             "CI": ci, "CO": co, "G": p.G, "sxg": ci * s.x.channel, "syg": co * s.y.channel,
             "swg": group, "swi": reduced, "swo": written,
         }  # fmt: skip
-        constants |= {"W_UNIT": inner, "W_VEC": w_vec, "PRECISION": precision(x.dtype), "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+        constants |= {
+            "W_UNIT": inner,
+            "W_VEC": w_vec,
+            "PRECISION": precision(x.dtype, plan),
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+        }
         if plan.kernel == "packed":
             kernel, group = packed, cost.pack(p, pass_, tile)
             integers |= {"PACK": group}
@@ -328,7 +333,7 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
             integers |= {"PACK": group}
             constants |= {"PACKED": group > 1, "TURN": tile.m < min(tile.n, 64)}
         constants |= {
-            "X_VEC": x_vec, "Y_VEC": y_vec, "PRECISION": precision(x.dtype), "BLOCK_K": tile.m, "BLOCK_C": tile.n,
+            "X_VEC": x_vec, "Y_VEC": y_vec, "PRECISION": precision(x.dtype, plan), "BLOCK_K": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip
     programs = cost.tiles_of(p, "wgrad", plan.kernel, tile) * splits
     return prepared(kernel, programs, integers, constants, s.call("wgrad", problem, plan), dw)

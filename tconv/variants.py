@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tconv.arguments import Prepared
-from tconv.configs import BOXES
+from tconv.arguments import Prepared, tensor_cores
+from tconv.configs import BF16X6, BOXES, DOTS, can_cut
 from tconv.device import Device
 from tconv.kernels.reduce import sum_splits
 from tconv.layout import shaped
@@ -55,22 +55,24 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
     differ by a few instructions in the loop).
     """
     for pass_, prepare in launches(problem, dtype, channels_last, device).items():
-        choices: list[tuple[str, bool | None]] = []
+        choices: list[tuple[str, bool | None, str | None]] = []
         for copied in (False, True):
             with force(staged=copied):
                 plan = prepare().call.plan
             assert plan is not None
-            choices += [(kernel, copied) for kernel in plan.kernels]
-        choices += [(kernel, None) for kernel in KERNELS[pass_] if kernel in BOXES and takes_boxes(prepare, kernel)]
-        for kernel, staged in choices:
-            with force(kernel, staged=staged):
+            choices += [(kernel, copied, None) for kernel in plan.kernels]
+            if dtype == torch.float32 and not tensor_cores(dtype) and can_cut(device):
+                choices += [(kernel, copied, BF16X6) for kernel in plan.kernels if kernel in DOTS]
+        choices += [(kernel, None, None) for kernel in KERNELS[pass_] if kernel in BOXES and takes_boxes(prepare, kernel)]
+        for kernel, staged, precision in choices:
+            with force(kernel, staged=staged, precision=precision):
                 try:
                     plan = prepare().call.plan
                 except ValueError:  # a kernel without a tile for this layer
                     continue
             assert plan is not None
             for tile in plan.tiles:
-                with force(kernel, tile, staged=staged):
+                with force(kernel, tile, staged=staged, precision=precision):
                     prepared = prepare()
                 yield _variant(pass_, prepared, dtype)
                 if _also_split(prepared, dtype):
@@ -147,8 +149,8 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
         flags.append(f"row={c['T2']}s{c['S2']}d{c['D2']}p{c['P2']}")
     if c.get("FIELD") == 0:
         flags.append("unpacked")
-    if c.get("PRECISION") == "tf32":
-        flags.append("tf32")
+    if c.get("PRECISION", "ieee") != "ieee":
+        flags.append(c["PRECISION"])
     if split:
         flags.append("split")
     name = " ".join(

@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 
-from tconv.configs import Access, tiles, why_illegal
+from tconv.configs import BF16X6, DOTS, Access, tiles, why_illegal
 from tconv.problem import forward_problem
 from tconv.variants import NAMES, launches, variants
 
@@ -165,6 +165,11 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
         if tensor_cores or dtype.itemsize == 4
         for tile in tiles(kernel, Access(dtype.itemsize, tensor_cores, narrow, flip))
         if not why_illegal(kernel, tile, dtype.itemsize, codegen.ARCHS[arch][3])
+    }
+    legal |= {
+        ("sm_90", kernel, "fp32", str(tile))
+        for kernel, narrow in itertools.product(DOTS, (True, False))
+        for tile in tiles(kernel, Access(4, True, narrow, precision=BF16X6))
     }
     assert {key for key in found if key[1] != "sum_splits"} == legal
     spills = {arch for arch, kernel, name, tile in found if (kernel, name, tile) == ("wgrad", "bf16", "128x64x64 w4 s4")}

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.layers import layers
 from tconv import cost, plan, strips
-from tconv.configs import Access, Tile, tiles
+from tconv.configs import BF16X6, DOTS, Access, Tile, tiles
 from tconv.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
 from tconv.layout import shaped
 from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
@@ -104,7 +104,8 @@ def test_loop_lengths_are_near_those_compiled():
         direct = kernel.startswith(("depthwise", "strip"))
         read = vectors.split("/")[: 1 if kernel == "packed" else 2]  # few of the packed gather's elements are weights
         narrow = "1" in read
-        cores = not direct and (dtype != "fp32" or "tf32" in flags)
+        split = BF16X6 if BF16X6 in flags else ""
+        cores = not direct and (dtype != "fp32" or "tf32" in flags or bool(split))
         if kernel.startswith("strip"):
             size, stride, dilation, padding = map(int, re.search(r"row=(\d+)s(\d+)d(\d+)p(\d+)", flags).groups())
             if row["loop_instructions"] == "0" or size > strips.CHUNK:  # unrolled, or a loop in the loop
@@ -113,9 +114,10 @@ def test_loop_lengths_are_near_those_compiled():
             tile_ = Tile(*map(int, extents), columns=int(columns))
             length = cost.strip_length(p, pass_, tile_, Access(sizes[dtype], False, narrow, inner[0] != "c"))
         else:
-            length = cost.loop_length(kernel, Tile(*map(int, extents)), Access(sizes[dtype], cores, narrow))
-        ratios[kernel, dtype, cores, narrow].append(int(row["loop_instructions"]) / length)
+            length = cost.loop_length(kernel, Tile(*map(int, extents)), Access(sizes[dtype], cores, narrow, precision=split))
+        ratios[kernel, dtype, cores, split, narrow].append(int(row["loop_instructions"]) / length)
     assert {kernel for kernel, *_ in ratios} == set().union(*plan.KERNELS.values()) - {"bias"}
+    assert {kernel for kernel, _, _, split, _ in ratios if split} == set(DOTS)
     for kind, found in ratios.items():
         assert 1 / 1.5 < statistics.median(found) < 1.5, kind
 

@@ -295,6 +295,27 @@ def advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK: tl.
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc + a @ b. PRECISION is what tl.dot is told of fp32 operands, or "bf16x6".
+
+    "bf16x6": of nine products of three pieces each, the six that matter to fp32, least first, in an accumulator of their own:
+    what tensor cores cut off when they add is then of the size of this step's sum, not of all before it.
+    """
+    if PRECISION == "bf16x6":
+        ah, am, al = pieces(a, INTERPRET)
+        bh, bm, bl = pieces(b, INTERPRET)
+        step = tl.zeros(acc.shape, dtype=tl.float32)
+        step = dot(al, bh, step, "ieee", INTERPRET)
+        step = dot(ah, bl, step, "ieee", INTERPRET)
+        step = dot(am, bm, step, "ieee", INTERPRET)
+        step = dot(am, bh, step, "ieee", INTERPRET)
+        step = dot(ah, bm, step, "ieee", INTERPRET)
+        return acc + dot(ah, bh, step, "ieee", INTERPRET)
+    else:
+        return dot(a, b, acc, PRECISION, INTERPRET)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """acc + a @ b. The interpreter's dot multiplies the raw bits of bf16, so there they are widened first."""
     if INTERPRET and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
@@ -303,10 +324,39 @@ def product(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def pieces(v, INTERPRET: tl.constexpr):
+    """fp32 as a sum of three bf16: the 8 leading bits cut off, the next 8 rounded, the rest; exact where |v| >= 2^-110.
+
+    Cut off, not rounded: nothing finite becomes infinite. Rounded, so that middle times low, which is left out, has either
+    sign. What is not finite must meet the whole of the other factor, none of its zero pieces, once: it is the low piece, which
+    meets the high ones only, and 1 or -1 the high one, so that infinity times infinity is met too.
+    """
+    finite = tl.abs(v) < float("inf")
+    bits = v.to(tl.uint32, bitcast=True)
+    high = (bits & tl.where(finite, 0xFFFF0000, 0xBF800000).to(tl.uint32)).to(tl.float32, bitcast=True)
+    rest = v - high
+    bits = rest.to(tl.uint32, bitcast=True) + 0x8000
+    middle = (bits & tl.where(finite, 0xFFFF0000, 0).to(tl.uint32)).to(tl.float32, bitcast=True)
+    low = rest - middle
+    if INTERPRET:  # fp32 that bf16 would hold
+        return high, middle, nearest_bf16(low)
+    else:
+        return high.to(tl.bfloat16), middle.to(tl.bfloat16), low.to(tl.bfloat16)
+
+
+@triton.jit
+def nearest_bf16(v):
+    """The bf16 nearest to v, to even, still in fp32."""
+    bits = v.to(tl.uint32, bitcast=True)
+    kept = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(v == v, kept, v)
+
+
+@triton.jit
 def rounded(acc, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc in the output's type, to nearest even. The interpreter cuts fp32 to bf16 off, so there the bits are rounded first."""
+    """acc in the output's type, to nearest even. The interpreter cuts fp32 to bf16 off, and gets what is smaller than 2^-126
+    wrong, so there the bits are rounded and moved."""
     if INTERPRET and dtype == tl.bfloat16:
-        bits = acc.to(tl.uint32, bitcast=True)
-        kept = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        acc = tl.where(acc == acc, kept, acc)
-    return acc.to(dtype)
+        return (nearest_bf16(acc).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return acc.to(dtype)

@@ -9,11 +9,15 @@ C and the GPU do then. torch.nn's rows include its real CPU kernel on a one-pixe
 row is the least of 25 batches' mean thread time; both libraries run in turn in one process. The breakdown times tconv's
 pieces alone, each called as the layer calls it; what a piece adds to the ones within it is a difference, so its small
 numbers are rough.
+
+The override's table is torch.nn's layer with and without `tconv.enable()`, in turn. Our side of a difference has all of the
+Python and the launches (one forward, three backward), torch's has its real kernels; a call left to torch pays for the detour.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -37,41 +41,62 @@ from tconv.record import note
 BATCHES, CALLS = 25, 200
 
 
-def microseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The least mean time of each call over the batches, the calls taking turns."""
+def microseconds(
+    calls: dict[str, Callable[[], object]],
+    around: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] | None = None,
+) -> dict[str, float]:
+    """The least mean time of each call over the batches, the calls taking turns, each batch within its context if any."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(BATCHES):
         for name, call in calls.items():
-            start = time.thread_time_ns()
-            for _ in range(CALLS):
-                call()
-            best[name] = min(best[name], (time.thread_time_ns() - start) / CALLS / 1000)
+            with around[name]() if around else contextlib.nullcontext():
+                start = time.thread_time_ns()
+                for _ in range(CALLS):
+                    call()
+                best[name] = min(best[name], (time.thread_time_ns() - start) / CALLS / 1000)
     return best
+
+
+def without_grad(layer: Callable[[torch.Tensor], object], x: torch.Tensor) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return layer(x)
+
+    return call
+
+
+def with_backward(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    leaves = (x.clone().requires_grad_(), *layer.parameters())
+    up = torch.ones(1, 1, 4, 4)
+    return lambda: torch.autograd.grad(layer(leaves[0]), leaves, up)
 
 
 def measure() -> dict[str, dict[str, float]]:
     """{row: {"torch.nn": us, "tconv": us}}"""
     x = torch.randn(1, 1, 4, 4)
     layers = {"torch.nn": torch.nn.Conv2d(1, 1, 1), "tconv": tconv.Conv2d(1, 1, 1)}
-
-    def without_grad(layer: torch.nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return layer(x)
-
-        return call
-
-    def with_backward(layer: torch.nn.Module) -> Callable[[], object]:
-        leaves = (x.clone().requires_grad_(), *layer.parameters())
-        up = torch.ones(1, 1, 4, 4)
-        return lambda: torch.autograd.grad(layer(leaves[0]), leaves, up)
-
     rows = {
-        "forward, no_grad": without_grad,
+        "forward, no_grad": lambda layer: without_grad(layer, x),
         "forward, weight gradient recorded": lambda layer: lambda: layer(x),
-        "forward and backward, x, w and b": with_backward,
+        "forward and backward, x, w and b": lambda layer: with_backward(layer, x),
     }
     return {row: microseconds({name: make(layer) for name, layer in layers.items()}) for row, make in rows.items()}
+
+
+def override() -> dict[str, dict[str, float]]:
+    """{row: {"off": us, "on": us}} of torch.nn's layer under the override."""
+    layer, x = torch.nn.Conv2d(1, 1, 1), torch.randn(1, 1, 4, 4)
+    elsewhere = torch.nn.Conv2d(1, 1, 1, device="meta")
+    whole = torch.ones(1, 1, 1, 1, dtype=torch.int64)
+    rows = {
+        "forward, no_grad": without_grad(layer, x),
+        "forward, weight gradient recorded": lambda: layer(x),
+        "forward and backward, x, w and b": with_backward(layer, x),
+        "forward, left to torch (integers)": without_grad(lambda x: torch.conv2d(x, whole), x.long()),
+        "forward, another device's (meta)": without_grad(elsewhere, x.to("meta")),
+    }
+    around = {"off": contextlib.nullcontext, "on": tconv.enabled}
+    return {row: microseconds(dict.fromkeys(around, call), around) for row, call in rows.items()}
 
 
 def breakdown() -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
@@ -141,6 +166,10 @@ def main() -> None:
     print(f"{'':36}{'torch.nn':>10}{'tconv':>10}{'ratio':>8}")
     for row, us in rows.items():
         print(f"{row:36}{us['torch.nn']:10.1f}{us['tconv']:10.1f}{us['tconv'] / us['torch.nn']:8.2f}")
+    overridden = override()
+    print(f"\n{'torch.nn, tconv.enable()':36}{'off':>10}{'on':>10}{'cost':>8}")
+    for row, us in overridden.items():
+        print(f"{row:36}{us['off']:10.1f}{us['on']:10.1f}{us['on'] - us['off']:8.1f}")
     pieces, by_triton = breakdown()
     print(f"\n{'tconv, by pieces timed alone':36}{'forward':>10}{'+ backward':>12}")
     for piece, (forward, both) in pieces.items():
@@ -150,7 +179,10 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({**machine(args.commit), "us": rows, "pieces": pieces, "launch_by_triton": by_triton}, indent=1)
+            json.dumps(
+                {**machine(args.commit), "us": rows, "override": overridden, "pieces": pieces, "launch_by_triton": by_triton},
+                indent=1,
+            )
         )
 
 

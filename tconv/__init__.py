@@ -16,6 +16,7 @@ from tconv.modules import (
     LazyConvTranspose2d,
     LazyConvTranspose3d,
 )
+from tconv.override import disable, enable, enabled
 from tconv.plan import force
 from tconv.precompile import Precompiled, precompile
 from tconv.record import Call, last_calls, recording
@@ -39,6 +40,9 @@ __all__ = [
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
     "Precompiled",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "force",
     "functional",

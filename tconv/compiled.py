@@ -4,16 +4,19 @@ Triton's own dispatch binds, specialises and hashes some fifty arguments anew on
 only the addresses change, so from the second time on the compiled kernel is handed them directly. What it was specialised
 on is compared exactly: the device, which addresses are multiples of 16, Triton's settings. Whatever else may want a say in a
 launch (hooks, the interpreter, AMD's compiler, which looks at sizes too) gets Triton's dispatch, and so do descriptors.
+
+A kernel that cannot be compiled or launched is given up for the life of the process: whoever asks for it is declined.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from triton import knobs
@@ -22,6 +25,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tconv.arguments import INTERPRET, Prepared
+from tconv.plan import forced
 from tconv.record import Declined
 
 Pointers = tuple[torch.Tensor, ...]
@@ -32,17 +36,21 @@ NOBODY: Any = knobs.HookChain()  # type: ignore[var-annotated]
 REASON = "not compiled before the capture of a CUDA graph: call the model once before it, or tconv.precompile()"
 
 _known: set[Any] = set()  # what is compiled, and loaded where it runs
+_failed: dict[Any, str] = {}  # what could not be compiled or launched, and why
 # A kernel is compiled and loaded by one thread at a time: Triton hands out one that is half loaded.
 _first_time = threading.RLock()
 # Triton's interpreter patches its language module while it runs: one launch at a time.
-_alone: contextlib.AbstractContextManager[Any] = threading.RLock() if INTERPRET else contextlib.nullcontext()
+_alone: Any = threading.RLock() if INTERPRET else contextlib.nullcontext()
+for _lock in (_alone, _first_time):  # a fork waits for kernels that other threads compile or interpret; the last one first
+    if hasattr(_lock, "acquire"):
+        os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def run(launch: Prepared, pointers: Pointers) -> None:
     """Launches a kernel on tensors of one device, on torch's current stream there.
 
     Raises:
-        Declined: it would have to be compiled while a CUDA graph is being captured.
+        Declined: it would have to be compiled while a CUDA graph is being captured, or it fails.
     """
     device = pointers[0].get_device()  # -1 is the CPU's
     if device >= 0 and device != torch.cuda.current_device():
@@ -53,7 +61,11 @@ def run(launch: Prepared, pointers: Pointers) -> None:
         either |= address
     key = _specialised(device, pointers) if either & 15 or AMD else device
     go = launch.ready.get(key)
-    if go is None or not go(pointers, addresses):
+    try:
+        done = go is not None and go(pointers, addresses)
+    except Exception as e:
+        _give_up(launch, key, e)
+    if not done:
         _run_first(launch, pointers, device, key)
     return None
 
@@ -70,9 +82,12 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
     """A launch by Triton's dispatch, which compiles what is not compiled yet."""
     with _first_time:
         _decline(launch, device, key)
-        kernel = _by_triton(launch, pointers)
-        if kernel is None and not INTERPRET:
-            raise RuntimeError(f"{launch.kernel.__name__} was not launched: a hook of Triton's did not let it be compiled")
+        try:
+            kernel = _by_triton(launch, pointers)
+            if kernel is None and not INTERPRET:
+                raise RuntimeError("a hook of Triton's did not let it be compiled")
+        except Exception as e:
+            _give_up(launch, key, e)
         _known.add(_variant(launch, key))
         if INTERPRET or AMD or launch.boxes:
             launch.ready[key] = _indirectly(launch)
@@ -84,13 +99,29 @@ def announce(launch: Prepared, device: int) -> None:
     """Says that a launch is to come, on aligned tensors, before work is done for it.
 
     Raises:
-        Declined: it would have to be compiled while a CUDA graph is being captured.
+        Declined: it would have to be compiled while a CUDA graph is being captured, or has failed.
     """
     if not launch.ready:
         _decline(launch, device, _aligned(launch, device))
 
 
+def _give_up(launch: Prepared, key: Any, error: Exception) -> NoReturn:
+    """Raises Declined now and whenever such a launch is asked for again; a forced one's error as it is."""
+    if forced() is not None:
+        raise error
+    text = str(error).strip()[:1000]  # of what a compiler prints, which may be pages
+    reason = f"{launch.kernel.__name__} failed: {type(error).__name__}: {text}"
+    _failed[_variant(launch, key)] = reason
+    launch.ready.pop(key, None)
+    _warn(f"tconv leaves calls to torch whose kernel failed: {reason}")
+    raise Declined(reason) from error
+
+
 def _decline(launch: Prepared, device: int, key: Any) -> None:
+    if _failed:
+        reason = _failed.get(_variant(launch, key))
+        if reason is not None:
+            raise Declined(reason)
     if capturing(device):
         needed = [_variant(launch, key)]
         if launch.total:

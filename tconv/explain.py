@@ -42,7 +42,8 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
     """Which kernel, tiles and reason a layer gets for an input, forward and backward; without arguments, the last calls.
 
     The layer's Python code runs once, with gradients, but no kernel of tconv's is launched and no gradient accumulated:
-    explain single layers or small functions rather than models with state.
+    explain single layers or small functions rather than models with state. Torch's own convolutions are explained too while
+    `enable()` holds.
 
     Args:
         layer: a module or a function such as `tconv.functional.conv2d`; None for what the last calls used.

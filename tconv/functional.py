@@ -119,7 +119,8 @@ def dry_run(device: Device | None = None) -> Iterator[None]:
     """
     token = _dry.set(Dry(device))
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):  # a GPU's backward runs in this thread too
+            yield
     finally:
         _dry.reset(token)
 

@@ -58,13 +58,18 @@ def convolve(
 
     Any strides, one dtype; `shared` is an operand that other launches stage too.
     """
-    return _launch(launch, dry, shared, (x, w), x if b is None else b)  # without a bias its pointer is not read
+    return execute(launch, dry, shared, (x, w), x if b is None else b)  # without a bias its pointer is not read
 
 
 def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: Staged | None = None) -> torch.Tensor:
     """dw [K, C/G, *T] from dy [N, K, *Y] and x [N, C, *X]; the same bits on every run."""
+    return execute(weight_reduction(g, dy, x), g.dry, shared, (dy, x))
+
+
+def weight_reduction(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
+    """The launch of `wgrad` on such tensors."""
     key = ("wgrad", g, dy.stride(), x.stride(), dy.data_ptr() % 16, x.data_ptr() % 16, tensor_cores(x.dtype))
-    return _launch(_lookup(key, lambda: _prepare_wgrad(g, dy, x)), g.dry, shared, (dy, x))
+    return _lookup(key, lambda: _prepare_wgrad(g, dy, x))
 
 
 def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
@@ -73,8 +78,13 @@ def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
 
 def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:
     """db [channels] from the gradient of an output, fprop's or a transposed layer's: its sum over batch and pixels."""
+    return execute(bias_reduction(g, dy), g.dry, None, (dy,))
+
+
+def bias_reduction(g: Geometry, dy: torch.Tensor) -> Prepared:
+    """The launch of `bias_grad` on such a tensor."""
     key = ("bias", g, dy.shape, dy.stride(), dy.data_ptr() % 16)
-    return _launch(_lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy))), g.dry, None, (dy,))
+    return _lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy)))
 
 
 def device_of(t: torch.Tensor) -> Device:
@@ -94,7 +104,7 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
     return found
 
 
-def _launch(
+def execute(
     launch: Prepared, dry: bool, shared: Staged | None, operands: tuple[torch.Tensor, ...], *more: torch.Tensor
 ) -> torch.Tensor:
     """The result, written straight or, where the reduction is cut into splits, through a workspace summed in order.

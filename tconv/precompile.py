@@ -78,7 +78,7 @@ def precompile(
     precision, autocast). Gradients of gradients are left out.
 
     Args:
-        model: a module or a function; its layers tconv's (`replace_`).
+        model: a module or a function; its layers tconv's (`replace_`), or torch's own on a GPU while `enable()` holds.
         args, kwargs: example inputs, real or meta.
         target: what to compile for, "sm_90" or "H200", say, on a machine that need not have one; None for the current GPU,
             on which the kernels are also loaded, so that a CUDA graph can be captured without a call before.

@@ -76,8 +76,8 @@ def assert_ours(calls: list[tconv.Call], *operations: str) -> None:
     assert done == sorted(operations), f"ran {done}, not {sorted(operations)}"
 
 
-def forbid_launches(monkeypatch: Any, error: Exception) -> None:
-    """From here to the test's end, launching any kernel raises that error."""
+def forbid_launches(monkeypatch: Any, error: BaseException) -> None:
+    """From here to the test's end, launching any kernel raises that error; an Exception means that the kernel failed."""
     from tconv.kernels.gather import gather
 
     def launch(*_: Any) -> None:

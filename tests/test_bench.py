@@ -518,3 +518,4 @@ def test_the_command_without_a_gpu_measures_dispatch_only():
     assert status == 0
     assert text.startswith("No GPU here: only Python's share of a call can be measured")
     assert "forward and backward" in text
+    assert "torch.nn, tconv.enable()" in text

@@ -3,6 +3,7 @@
 A dry run (`--tiny`, scripts/gpu.sh --dry-run) takes the real layers through the same code, shrunk for the interpreter.
 """
 
+import contextlib
 import dataclasses
 import warnings
 
@@ -61,8 +62,17 @@ def test_more_than_2_to_the_31_elements(channels_last, groups, device):
         torch.testing.assert_close(all_images, alone, rtol=2e-2, atol=2e-2 * alone.abs().max().item())
 
 
-def test_cuda_graph(device):
-    layer = tconv.Conv2d(64, 64, 3, padding=1).to(device, torch.bfloat16)
+@pytest.mark.parametrize("way", ["layer", "enable"])
+def test_cuda_graph(way, device):
+    layer = (tconv if way == "layer" else torch.nn).Conv2d(64, 64, 3, padding=1).to(device, torch.bfloat16)
+    with tconv.recording() as calls, tconv.enabled() if way == "enable" else contextlib.nullcontext():
+        capture(layer, device)
+    assert calls
+    assert all(call.ours for call in calls)
+
+
+def capture(layer, device):
+    """A layer's graph, forward and backward, gives the same bits as its calls."""
     x = torch.randn(8, 64, 28, 28, device=device, dtype=torch.bfloat16, requires_grad=True)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # compile before capture

@@ -1,4 +1,4 @@
-"""The README's and the docstrings' examples run."""
+"""The README's, the documents' and the docstrings' examples run."""
 
 import contextlib
 import doctest
@@ -6,28 +6,43 @@ import io
 import pathlib
 import re
 
+import pytest
+import torch
+
 import tconv  # noqa: F401 - loads the modules whose docstrings are run
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+PRINTED = {  # what the examples of a document print, among else
+    "README.md": ("torch.nn.Conv2d -> tconv.Conv2d", *["gather"] * 4),
+    "docs/swapping.md": ("fprop: ", "dgrad: ", "wgrad: ", "0: torch.nn.Conv1d -> tconv.Conv1d", "filter_fn"),
+}
 
 
-def test_the_readmes_python_runs_as_it_stands(device):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert blocks
+def blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def test_every_document_with_python_is_run():
+    names = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+    assert {name for name in names if blocks(name)} == set(PRINTED)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_python_runs_as_it_stands(name, device):
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        for block in blocks:
-            exec(block if device == "cpu" else f"import torch; torch.set_default_device({device!r})\n{block}", {})
-    assert "torch.nn.Conv2d -> tconv.Conv2d" in out.getvalue()
-    assert out.getvalue().count("gather") >= 4
+    with contextlib.redirect_stdout(out), torch.device(device):
+        for block in blocks(name):
+            exec(block, {})
+    for text in PRINTED[name]:
+        assert out.getvalue().count(text) >= PRINTED[name].count(text), text
 
 
 def test_docstring_examples():
     import sys
 
     found = 0
-    for name in ("explain", "plan", "record", "swap"):
+    for name in ("explain", "override", "plan", "record", "swap"):
         result = doctest.testmod(sys.modules[f"tconv.{name}"], raise_on_error=False)
         assert result.failed == 0, name
         found += result.attempted
-    assert found >= 5
+    assert found >= 8

@@ -1,4 +1,10 @@
-"""torch's own test inputs for its convolutions: same results, strides, gradients, errors, and the work done by our kernels."""
+"""torch's own test inputs for its convolutions: same results, strides, gradients, errors, and the work done by our kernels.
+
+Both ways in are tested, tconv.functional and torch's own functions under `enable()`. The kernels behind them are the same and
+interpreting them takes the time, so each way gets its dtypes: fp64 and fp16 the one, fp32 and bf16 the other.
+"""
+
+import contextlib
 
 import pytest
 import torch
@@ -15,6 +21,7 @@ torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = 
 
 OPERATORS = {op.name.removeprefix("nn.functional."): op for op in op_db if op.name.startswith("nn.functional.conv")}
 MODULES = {info.name.removeprefix("nn."): info for info in module_db if info.name.startswith(("nn.Conv", "nn.LazyConv"))}
+WAYS = {torch.float64: "function", torch.float16: "function", torch.float32: "enable", torch.bfloat16: "enable"}
 EXACT = [torch.float64, torch.float32]
 HALVES = [torch.float16, torch.bfloat16]
 PASSES = {"conv": "fprop", "conv_transpose": "dgrad"}
@@ -25,8 +32,12 @@ def samples(name, device, dtype):
     return list(OPERATORS[name].sample_inputs(device, dtype))
 
 
-def functions(name):
-    return getattr(tconv.functional, name), getattr(torch.nn.functional, name)
+def functions(name, way="function"):
+    """Ours, which is torch's own under the override, torch's, and the context to call ours in."""
+    torchs = getattr(torch.nn.functional, name)
+    if way == "enable":
+        return torchs, torchs, tconv.enabled
+    return getattr(tconv.functional, name), torchs, contextlib.nullcontext
 
 
 def run(function, sample, dtype=None):
@@ -41,25 +52,25 @@ def test_the_tables_are_torchs():
 
 
 # Interpreted, a backward pass costs up to five times an output, and the kernels' text is one for fp32 and fp64. torch lists
-# each sample batched (even) and unbatched (odd): gradients of all batched ones in fp64, where an error shows best, and of
-# every third unbatched one in fp32.
+# each sample batched (even) and unbatched (odd): gradients of all batched ones in fp64, where an error shows best (of every
+# second one in 3-D, which take longest), and of every fifth one, even and odd in turn, in fp32.
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 @pytest.mark.parametrize("name", parity.OPS)
 def test_samples(name, dtype, device):
-    ours, torchs = functions(name)
+    ours, torchs, context = functions(name, WAYS[dtype])
     kind = name[:-2]
     ran = 0
     for i, sample in enumerate(samples(name, device, dtype)):
         what = f"sample {i}: {sample.summary()}"
         expected, their_leaves = run(torchs, sample)
-        with tconv.recording() as calls:
+        backward = i % (4 if parity.rank(name) == 3 else 2) == 0 if dtype == torch.float64 else i % 5 == 1
+        theirs = parity.gradients(expected, their_leaves) if backward else []
+        with tconv.recording() as calls, context():
             got, leaves = run(ours, sample)
-            parity.assert_same(got, expected, what)
-            backward = i % 2 == 0 if dtype == torch.float64 else i % 6 == 1
-            if backward:
-                theirs = parity.gradients(expected, their_leaves)
-                for k, (g, e) in enumerate(zip(parity.gradients(got, leaves), theirs, strict=True)):
-                    parity.assert_same(g, e, f"gradient {k} of {what}", weight=k == 1)
+            grads = parity.gradients(got, leaves) if backward else []
+        parity.assert_same(got, expected, what)
+        for k, (g, e) in enumerate(zip(grads, theirs, strict=True)):
+            parity.assert_same(g, e, f"gradient {k} of {what}", weight=k == 1)
         if all(t.numel() for t in leaves if t is not None):
             bias = ("bias",) if leaves[2] is not None else ()
             parity.assert_ours(calls, PASSES[kind], *((*BACKWARD[kind], *bias) if backward else ()))
@@ -71,13 +82,13 @@ def test_samples(name, dtype, device):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", parity.OPS)
 def test_half_samples(name, dtype, device):
-    ours, torchs = functions(name)
+    ours, torchs, context = functions(name, WAYS[dtype])
     eps = torch.finfo(dtype).eps
     ran = 0
     for i, sample in enumerate(samples(name, device, dtype)[::3]):
         right = run(torchs, sample, torch.float64)[0]
         eager = run(torchs, sample)[0]
-        with tconv.recording() as calls:
+        with tconv.recording() as calls, context():
             got = run(ours, sample)[0]
         assert (got.dtype, got.shape, got.stride()) == (eager.dtype, eager.shape, eager.stride())
         parity.assert_ours(calls, PASSES[name[:-2]])
@@ -91,7 +102,7 @@ def test_half_samples(name, dtype, device):
 
 @pytest.mark.parametrize("name", parity.OPS)
 def test_dtypes_that_are_left_to_torch(name, device):
-    ours, torchs = functions(name)
+    ours, torchs, _ = functions(name)
     for dtype in (torch.complex64, torch.int64) if device == "cpu" else (torch.complex64,):
         for sample in samples(name, device, dtype)[:4]:
             with tconv.recording() as calls:
@@ -100,19 +111,22 @@ def test_dtypes_that_are_left_to_torch(name, device):
             assert [str(call) for call in calls] == [f"{name}: torch (dtype {dtype})"]
 
 
+@pytest.mark.parametrize("way", ["function", "enable"])
 @pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d"])
-def test_error_samples(name, device):
-    ours, torchs = functions(name)
+def test_error_samples(name, way, device):
+    ours, torchs, context = functions(name, way)
     errors = list(OPERATORS[name].error_inputs_func(OPERATORS[name], device))
     assert len(errors) >= 5
     for error in errors:
         s = error.sample_input
         expected = parity.outcome(lambda s=s: torchs(s.input, *s.args, **s.kwargs))
         assert expected[0] is error.error_type
-        assert parity.outcome(lambda s=s: ours(s.input, *s.args, **s.kwargs)) == expected
+        with context():
+            assert parity.outcome(lambda s=s: ours(s.input, *s.args, **s.kwargs)) == expected
 
 
-# The layers add no arithmetic to what is tested above: one dtype, gradients of the first sample.
+# The layers add no arithmetic to what is tested above: one dtype, gradients of the first sample, and by the override of the
+# second.
 @pytest.mark.parametrize("name", [*parity.LAYERS, *parity.LAZY])
 def test_module_samples(name, device):
     info = MODULES[name]
@@ -136,3 +150,11 @@ def test_module_samples(name, device):
             parity.assert_same(g, theirs[parameter], f"gradient by {parameter}", weight=parameter == "weight")
         assert repr(ours) == repr(torchs)
         torch.testing.assert_close(dict(ours.state_dict()), dict(torchs.state_dict()), rtol=0, atol=0)
+        x = parity.leaf(call.args[0])
+        with tconv.enabled(), tconv.recording() as calls:
+            got = torchs(x, **call.kwargs)
+            grads = parity.parameter_gradients(got, x, torchs) if i == 1 else {}
+        parity.assert_ours(calls, PASSES[kind], *((*BACKWARD[kind], "bias") if i == 1 else ()))
+        parity.assert_same(got, expected)
+        for parameter, g in grads.items():
+            parity.assert_same(g, theirs[parameter], f"gradient by {parameter}", weight=parameter == "weight")

@@ -1,0 +1,189 @@
+"""aten's `_convolution` and `convolution_backward` by tconv's kernels, as they are put in place of torch's (override.py).
+
+They run below autograd, autocast, functorch, modes, tracing and sharding, on strided tensors that have memory: neither a
+context nor a gradient is to be minded here. What a kind of call launches is looked up once, by all that may matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch._C import DisableTorchFunction, _get_cudnn_enabled
+from torch._C import _get_fp32_precision_getter as fp32_precision
+
+from tconv import functional, launch
+from tconv.arguments import Prepared
+from tconv.functional import Dry
+from tconv.layout import FORMATS
+from tconv.plan import forced
+from tconv.problem import Geometry
+from tconv.record import Call, Declined, note
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+Parameters = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
+Launches = tuple[Prepared | None, Prepared | None, Prepared | None]  # of the gradients by x, w and bias
+Found = TypeVar("Found", Prepared, Launches)
+_forward: dict[Any, Prepared | Call] = {}  # a Call is one left to torch
+_backward: dict[Any, Launches | Call] = {}
+
+
+def convolution(
+    torchs: Callable[..., torch.Tensor],
+    keys: Any,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    benchmark: bool,
+    deterministic: bool,
+    cudnn_enabled: bool,
+    allow_tf32: bool,
+) -> torch.Tensor:
+    """aten::_convolution, of torch's own kernel, the keys that it was called with, and its arguments.
+
+    Nothing is tuned and the same bits come every time: `benchmark` and `deterministic` ask for nothing else. No cuDNN is
+    used: `cudnn_enabled` decides on the result's memory format only.
+    """
+    try:
+        with DisableTorchFunction():  # subclasses and function modes have had their say above
+            if x.dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
+                raise Declined(f"allow_tf32={allow_tf32}, the process's setting being another")  # from a traced graph
+            parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
+            key = (
+                transposed, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15,
+                w.shape, w.stride(), w.dtype, w.device, w.data_ptr() & 15,
+                None if b is None else (b.shape, b.stride(), b.dtype, b.device), parameters, cudnn_enabled, allow_tf32,
+            )  # fmt: skip
+            found, dry = _lookup(_forward, key, lambda dry: _prepare_forward(transposed, x, w, b, parameters, dry))
+            if not isinstance(found, Call):
+                return launch.convolve(found, x, w, b, dry)
+    except Declined as e:
+        found = _left("_convolution", e)
+    note(found)
+    return torchs(
+        keys, x, w, b, stride, padding, dilation, transposed, output_padding, groups,
+        benchmark, deterministic, cudnn_enabled, allow_tf32,
+    )  # fmt: skip
+
+
+def convolution_backward(
+    torchs: Callable[..., Gradients],
+    keys: Any,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias_sizes: list[int] | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> Gradients:
+    """aten::convolution_backward, likewise: the gradients by x, w and bias, None for those not asked for."""
+    try:
+        with DisableTorchFunction():
+            parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
+            sizes, mask = None if bias_sizes is None else tuple(bias_sizes), tuple(output_mask)
+            key = (
+                transposed, dy.shape, dy.stride(), dy.dtype, dy.device, dy.data_ptr() & 15,
+                x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, w.shape, w.stride(), w.dtype, w.device,
+                w.data_ptr() & 15, sizes, mask, parameters, _get_cudnn_enabled(),
+                x.dtype is torch.float32 and fp32_precision("cuda", "conv"),
+            )  # fmt: skip
+            found, dry = _lookup(
+                _backward, key, lambda dry: _prepare_backward(transposed, dy, x, w, sizes, mask, parameters, dry)
+            )
+            if not isinstance(found, Call):
+                of_x, of_w, of_b = found
+                shared, pair = launch.Staged(dy), (x, dy) if transposed else (dy, x)
+                return (
+                    launch.convolve(of_x, dy, w, None, dry, shared) if of_x else None,
+                    launch.execute(of_w, dry, shared, pair) if of_w else None,
+                    launch.execute(of_b, dry, None, (dy,)) if of_b else None,
+                )
+    except Declined as e:
+        found = _left("convolution_backward", e)
+    note(found)
+    return torchs(
+        keys, dy, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask
+    )  # fmt: skip
+
+
+def _lookup(
+    memory: dict[Any, Found | Call], key: Any, prepare: Callable[[Dry | None], Found | Call]
+) -> tuple[Found | Call, bool]:
+    """What a kind of call launches, or how it is left to torch, and whether it is a dry one."""
+    dry = functional._dry.get()
+    if dry or forced() is not None:
+        return prepare(dry), dry is not None
+    found = memory.get(key)
+    if found is None:
+        found = prepare(None)
+        functional._remember(memory, key, found)
+    return found, False
+
+
+def _left(operator: str, why: Declined) -> Call:
+    return Call(f"aten::{operator}", None, None, str(why))
+
+
+def _prepare_forward(
+    transposed: bool, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, parameters: Parameters, dry: Dry | None
+) -> Prepared | Call:
+    try:
+        g = _geometry(transposed, x, w, b, parameters, dry)
+    except Declined as e:
+        return _left("_convolution", e)
+    return launch.convolution(transposed, g, x, w, b)
+
+
+def _prepare_backward(
+    transposed: bool,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias_sizes: tuple[int, ...] | None,
+    mask: tuple[bool, ...],
+    parameters: Parameters,
+    dry: Dry | None,
+) -> Launches | Call:
+    try:
+        g = _geometry(transposed, x, w, None, parameters, dry)
+        if dy.shape != g.problem.shape("x" if transposed else "y") or dy.dtype != x.dtype or dy.device != x.device:
+            raise Declined("an output's gradient that does not fit the layer")
+        if mask[2] and bias_sizes != (dy.shape[1],):
+            raise Declined("a bias that does not fit the layer")
+    except Declined as e:
+        return _left("convolution_backward", e)
+    return (
+        launch.convolution(not transposed, g, dy, w, None) if mask[0] else None,
+        launch.weight_reduction(g, *((x, dy) if transposed else (dy, x))) if mask[1] else None,
+        launch.bias_reduction(g, dy) if mask[2] else None,
+    )
+
+
+def _geometry(
+    transposed: bool, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, parameters: Parameters, dry: Dry | None
+) -> Geometry:
+    """The geometry of the function's call that this is, in the memory format that torch's own kernels would give here.
+
+    Torch is asked, for the format depends on the library that would run; compiled graphs were told it, and check.
+    """
+    stride, padding, output_padding, groups, dilation = parameters
+    if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
+        raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
+    g = functional._examine(transposed, w.dim() - 2, x, w, b, stride, padding, output_padding, groups, dilation)
+    backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
+    if x.dim() == 3:
+        x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
+    format = torch._C._conv_determine_backend_memory_format(x, w, backend)
+    return Geometry(g.problem, format == FORMATS[x.dim()], dry is not None, dry.device if dry else None)

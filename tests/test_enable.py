@@ -1,0 +1,896 @@
+"""The override: every way in which torch may come to a convolution ends in our kernels, gives torch's results, and leaves
+torch as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import tconv
+from tconv import compiled, override
+from tests import oracle, parity
+from tests.test_launch import outside
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    yield
+    assert override._depth == 0
+    assert not overridden()
+
+
+def overridden() -> bool:
+    key = "CUDA" if torch.cuda.is_available() else "CPU"
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_convolution", key)
+
+
+def tensors(device, dtype=F64, x=(2, 4, 6, 5), w=(6, 2, 3, 3)):
+    """x, w, b of a 2-D layer of two groups, leaves."""
+    generator = torch.Generator().manual_seed(2)
+    return tuple(
+        torch.randn(shape, generator=generator, dtype=F64).to(device, dtype).requires_grad_() for shape in (x, w, (w[0],))
+    )
+
+
+def conv(x, w, b=None):
+    return F.conv2d(x, w, b, stride=(2, 1), padding=1, groups=2)
+
+
+def same(got, expected, what="result"):
+    """Equal in structure, values and memory format."""
+    if isinstance(expected, dict):
+        got, expected = list(got.values()), list(expected.values())
+    if isinstance(expected, (tuple, list)):
+        assert len(got) == len(expected)
+        for i, (g, e) in enumerate(zip(got, expected, strict=True)):
+            same(g, e, f"{what} {i}")
+    else:
+        parity.assert_same(got, expected, what, weight=True)
+
+
+# --- what a convolution can stand in ---
+
+
+class Standardized(nn.Conv2d):
+    """A third party's layer, whose weight is computed anew and which calls the function itself."""
+
+    def forward(self, x):
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Kept(torch.Tensor):
+    """A subclass that torch's default wraps again."""
+
+
+class Counted(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class Net(nn.Module):
+    """All six layers that matter here: forward, transposed, circular, "same" with an even kernel, 1-D and 3-D."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+        self.b = nn.ConvTranspose2d(6, 3, 2, stride=2, output_padding=1)
+        self.c = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+        self.d = nn.Conv1d(3, 2, 2, padding="same")
+        self.e = nn.Conv3d(1, 2, (2, 1, 2))
+
+    def forward(self, x):
+        y = self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return self.e(self.d(y.flatten(2)).unsqueeze(1).unflatten(3, (-1, y.shape[3])))
+
+
+def net(device):
+    torch.manual_seed(4)
+    return Net().to(device, F64)
+
+
+def losses(function):
+    """The output and the gradients by all leaves of a function of x, w and b."""
+
+    def run(x, w, b):
+        y = function(x, w, b)
+        return y, *torch.autograd.grad(y.square().sum(), [t for t in (x, w, b) if t.requires_grad], allow_unused=True)
+
+    return run
+
+
+def trained(module):
+    def run(x, w, b):
+        m = module(x.device)
+        y = m(x)
+        return y, *torch.autograd.grad(y.square().sum(), (x, *m.parameters()))
+
+    return run
+
+
+def standardized(device):
+    torch.manual_seed(5)
+    return Standardized(4, 6, 3, groups=2).to(device, F64)
+
+
+def parametrized(device):
+    torch.manual_seed(6)
+    layer = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(4, 3, 3, stride=2))
+    return nn.Sequential(layer, nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 2, 1))).to(device, F64).eval()
+
+
+def function_call(x, w, b):
+    m = net(x.device)
+    parameters = {name: p.detach() * 1.5 for name, p in m.named_parameters()}
+    return torch.func.functional_call(m, parameters, (x,))
+
+
+def dual(x, w, b):
+    tangents = [torch.ones_like(t) for t in (x, w, b)]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t.detach(), tangent) for t, tangent in zip((x, w, b), tangents, strict=True)]
+        return forward_ad.unpack_dual(conv(*duals))
+
+
+def forward_over_reverse(x, w, b):
+    tangent = torch.ones_like(x)
+    with forward_ad.dual_level():
+        d = forward_ad.make_dual(x, tangent)
+        (g,) = torch.autograd.grad(conv(d, w).pow(3).sum(), d, create_graph=True)
+        return forward_ad.unpack_dual(g)
+
+
+def twice(x, w, b):
+    gradients = torch.autograd.grad(conv(x, w, b).pow(3).sum(), (x, w, b), create_graph=True)
+    return gradients, torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, w, b))
+
+
+def batched_gradients(x, w, b):
+    y = conv(x, w)
+    return torch.autograd.grad(y, (x, w), torch.stack([torch.ones_like(y), y.detach()]), is_grads_batched=True)
+
+
+def autocast(x, w, b):
+    x, w, b = (t.detach().float().requires_grad_() for t in (x, w, b))
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = conv(x, w, b)
+    assert y.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(y.float().sum(), (x, w, b))
+    assert {g.dtype for g in gradients} == {torch.float32}
+    # The sums differ in order only; a gradient was rounded to bf16 on its way.
+    return y, *(g.bfloat16() for g in gradients)
+
+
+def subclass(x, w, b):
+    kept = x.detach().as_subclass(Kept).requires_grad_()
+    y = conv(kept, w, b)
+    assert type(y) is Kept
+    (g,) = torch.autograd.grad(y.sum(), kept)
+    return y.as_subclass(torch.Tensor), g.as_subclass(torch.Tensor)
+
+
+def function_mode(x, w, b):
+    with Counted() as mode:
+        y = conv(x, w, b)
+        y.square().sum().backward(inputs=(x, w))
+    assert F.conv2d in mode.seen
+    assert not {torch.Tensor.new_empty_strided, torch.empty, torch.Tensor.data_ptr} & set(mode.seen), "saw inside"
+    gradients = x.grad, w.grad
+    x.grad = w.grad = None
+    return y, *gradients
+
+
+def dispatch_mode(x, w, b):
+    with Operators() as mode:
+        y = conv(x, w, b)
+        gradients = torch.autograd.grad(y.sum(), (x, w, b))
+    seen = [f.overloadpacket for f in mode.seen]
+    assert torch.ops.aten.convolution in seen
+    assert torch.ops.aten.convolution_backward in seen
+    assert torch.ops.aten.new_empty_strided not in seen, "saw inside"
+    return y, *gradients
+
+
+def flops(x, w, b):
+    with FlopCounterMode(display=False) as counter:
+        y = conv(x, w, b)
+        gradients = torch.autograd.grad(y.sum(), (x, w, b))
+    assert counter.get_total_flops() == 2 * 3 * y.numel() * 2 * 9 + 2 * y.numel() * 2 * 9  # torch's count, by groups too many
+    return y, *gradients
+
+
+def default_device(x, w, b):
+    with torch.device(x.device):
+        return losses(conv)(x, w, b)
+
+
+def packed_hooks(x, w, b):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        y = conv(x, w, b)
+    return torch.autograd.grad(y.sum(), (x, w, b))
+
+
+def reentrant(x, w, b):
+    checkpoint(conv, x, w, b, use_reentrant=True).square().sum().backward()
+    return x.grad, w.grad, b.grad
+
+
+def per_sample(x, w, b):
+    def loss(w, b, x):
+        return conv(x.unsqueeze(0), w, b).square().sum()
+
+    return torch.vmap(torch.func.grad(loss, (0, 1)), (None, None, 0))(w.detach(), b.detach(), x.detach())
+
+
+def expanded_weights(x, w, b):
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    torch.manual_seed(7)
+    m = nn.Conv2d(4, 6, 3, groups=2).to(x.device, F64)
+    call_for_per_sample_grads(m)(x.detach()).sum().backward()
+    return m.weight.grad_sample, m.bias.grad_sample
+
+
+def hessian(x, w, b):
+    w = w.detach()[:2, :1, :1, :1]
+    return torch.func.hessian(lambda x: F.conv2d(x, w, groups=2).pow(3).sum())(x.detach()[:1, :2, :2, :2])
+
+
+def jacobians(x, w, b):
+    x, w = x.detach()[:1, :2, :3, :3], w.detach()[:2, :1, :2, :2]
+    return tuple(
+        jac(lambda w: F.conv2d(x, w, groups=2).square().flatten())(w) for jac in (torch.func.jacrev, torch.func.jacfwd)
+    )
+
+
+def nested_jvp(x, w, b):
+    x, w = x.detach(), w.detach()
+
+    def once(x):
+        return torch.func.jvp(lambda x: conv(x, w).pow(3), (x,), (torch.ones_like(x),))[1]
+
+    return torch.func.jvp(once, (x,), (torch.ones_like(x),))
+
+
+def inference(x, w, b):
+    with torch.inference_mode():
+        return net(x.device)(x).clone()
+
+
+def scripted(x, w, b):
+    return torch.jit.script(net(x.device))(x)
+
+
+def fx(x, w, b):
+    return torch.fx.symbolic_trace(net(x.device))(x)
+
+
+def views(x, w, b):
+    """Strides of every kind: a conjugate's real view and a negation, expanded weights and gradients, slices."""
+    z = torch.complex(x.detach(), -x.detach()).conj()
+    return losses(conv)(z.imag.requires_grad_(), w[:, :, ::2, :1].expand(6, 2, 2, 3), b[::1].flip(0))
+
+
+CONTEXTS = {
+    "plain": losses(conv),
+    "no grad": lambda x, w, b: conv(x.detach(), w.detach(), b.detach()),
+    "all layers": trained(net),
+    "a third party's subclass": trained(standardized),
+    "parametrized layers": trained(parametrized),
+    "functional_call": function_call,
+    "inference mode": inference,
+    "views": views,
+    "forward mode": dual,
+    "forward over reverse": forward_over_reverse,
+    "double backward": twice,
+    "batched gradients": batched_gradients,
+    "vmap over x": lambda x, w, b: torch.vmap(lambda x: conv(x, w, b))(torch.stack([x, 2 * x])),
+    "vmap over w": lambda x, w, b: torch.vmap(lambda w: conv(x, w))(torch.stack([w, 2 * w])),
+    "vmap over both": lambda x, w, b: torch.vmap(conv)(torch.stack([x, 2 * x]), torch.stack([w, 3 * w])),
+    "vmap(grad)": per_sample,
+    "expanded weights": expanded_weights,
+    "hessian": hessian,
+    "jacobians": jacobians,
+    "jvp of jvp": nested_jvp,
+    "autocast": autocast,
+    "reentrant checkpoint": reentrant,
+    "checkpoint": losses(lambda x, w, b: checkpoint(conv, x, w, b, use_reentrant=False)),
+    "saved tensors' hooks": packed_hooks,
+    "tensor subclass": subclass,
+    "function mode": function_mode,
+    "dispatch mode": dispatch_mode,
+    "default device": default_device,
+    "FlopCounterMode": flops,
+    "FX": fx,
+    "jit.script": scripted,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_contexts(name, device, poisoned):
+    context = CONTEXTS[name]
+    expected = context(*tensors(device))
+    with tconv.enabled(), tconv.recording() as calls:
+        got = context(*tensors(device))
+    same(got, expected)
+    assert calls
+    assert all(call.ours for call in calls), [str(call) for call in calls if not call.ours]
+
+
+# --- graphs ---
+
+
+def small(device):
+    return tensors(device, x=(2, 4, 4, 3))[0].detach()
+
+
+def compiled_by(backend):
+    return lambda device: torch.compile(net(device), backend=backend, fullgraph=True)
+
+
+def traced(device):
+    return torch.jit.trace(net(device), small(device))
+
+
+def exported(device):
+    return torch.export.export(net(device), (small(device),)).module()
+
+
+GRAPHS = {
+    "aot_eager": compiled_by("aot_eager"),
+    "inductor": compiled_by("inductor"),
+    "jit.trace": traced,
+    "export": exported,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_made_before_follow(name, device):
+    """Nothing is compiled anew: the operator in the graph is torch's, and the formats it was told, which it checks, hold."""
+    torch._dynamo.reset()
+    x = small(device).to(memory_format=torch.channels_last).requires_grad_()
+    graph = GRAPHS[name](device)
+
+    def run():
+        y = graph(x)
+        return y, *torch.autograd.grad(y.square().sum(), (x, *graph.parameters()))
+
+    expected = run()
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    with tconv.enabled(), tconv.recording() as calls:
+        got = run()
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames
+    same(got, expected)
+    assert len(calls) >= 5 + 2 * 5  # and biases' and, in a "same" with an even kernel, no more
+    assert all(call.ours for call in calls)
+    with tconv.recording() as calls:
+        again = run()
+    assert calls == []
+    assert all(torch.equal(a, e) for a, e in zip(again, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", [name for name in GRAPHS if name != "inductor"])  # costs seconds, and traces as aot_eager
+def test_graphs_made_under_it_are_torchs(name, device):
+    torch._dynamo.reset()
+    x = small(device)
+    with tconv.enabled():
+        graph = GRAPHS[name](device)
+        with tconv.recording() as calls:
+            under = graph(x)
+    assert calls
+    assert all(call.ours for call in calls)
+    with tconv.recording() as calls:
+        same(graph(x), under)
+    assert calls == []
+
+
+# --- kinds of calls ---
+
+
+CASES = [
+    oracle.Case("uneven groups, strided, an end unread", (2, 4, 6, 5), 6, (3, 2), stride=2, groups=2),
+    oracle.Case("transposed, uneven groups", (2, 4, 3, 2), 6, (3, 2), stride=2, groups=2, output_padding=1, transposed=True),
+    oracle.Case("same, even kernel", (1, 2, 5), 3, (4,), padding="same", dilation=3),
+    oracle.Case("depthwise 3-D", (1, 2, 3, 4, 3), 4, (2, 3, 1), padding=1, groups=2),
+]
+BY_NAME = {"forward": CASES[0], "transposed": CASES[1]}
+
+
+def function(case):
+    return (oracle.TRANSPOSED if case.transposed else oracle.FORWARD)[case.rank]
+
+
+FORMATS = [
+    *((case, torch.float32, channels_last) for case in CASES for channels_last in (False, True)),
+    (CASES[0], F64, True),  # contiguous on CUDA
+    (CASES[1], torch.bfloat16, True),
+    (CASES[2], torch.float16, True),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(("case", "dtype", "channels_last"), FORMATS, ids=str)
+def test_results_and_formats(case, dtype, channels_last, device, poisoned):
+    given = oracle.tensors(case, dtype, device, channels_last)
+    expected = oracle.run(function(case), case, *given)
+    with tconv.enabled(), tconv.recording() as calls:
+        got = oracle.run(function(case), case, *given)
+    same(got, expected)
+    forward, back = ("dgrad", "fprop") if case.transposed else ("fprop", "dgrad")
+    parity.assert_ours(calls, forward, back, "wgrad", "bias")
+
+
+@pytest.mark.parametrize(
+    "needs", [(False, False, False), (True, False, False), (False, True, False), (False, False, True)], ids=str
+)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_only_what_is_asked_for(name, needs, device):
+    case = BY_NAME[name]
+    leaves = [t.requires_grad_(n) for t, n in zip(oracle.tensors(case, torch.float32, device), needs, strict=True)]
+    with tconv.enabled(), tconv.recording() as calls:
+        y = function(case)(*leaves, **case.arguments)
+        if any(needs):
+            y.sum().backward()
+    forward, back = ("dgrad", "fprop") if case.transposed else ("fprop", "dgrad")
+    parity.assert_ours(calls, forward, *(p for p, n in zip((back, "wgrad", "bias"), needs, strict=True) if n))
+    assert [t.grad is not None for t in leaves] == list(needs)
+
+
+def test_the_operators_called_directly(device):
+    """Parameters given once for all dimensions, unread arguments, and what does not fit, which torch refuses itself."""
+    aten = torch.ops.aten
+    x, w, b = (t.detach() for t in tensors(device))
+    dy = torch.ones_like(conv(x, w))
+    sound = (dy, x, w, [6], (2, 1), (1, 1), (1, 1), False, (0, 0), 2)
+    masks = list(itertools.product((False, True), repeat=3))
+
+    def calls():
+        yield lambda: aten.convolution(x, w, b, [2], [1], [1], False, [0], 2)
+        yield lambda: aten._convolution(x, w, b, [2], [1], [1], False, [0], 2, True, True, False, True)
+        yield lambda: aten._convolution(x, w, None, [2, 1], [1, 0], [1, 1], True, [1, 0], 1, False, False, True, True)
+        for mask in masks:
+            yield lambda mask=mask: aten.convolution_backward(*sound, mask)
+        yield lambda: aten.convolution_backward(*sound[:3], None, *sound[4:], (True, True, False))
+        yield lambda: aten.convolution_backward(dy[..., :2], *sound[1:], (True, True, True))
+        yield lambda: aten.convolution_backward(dy.float(), *sound[1:], (True, True, True))
+        yield lambda: aten.convolution(x[0], w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 2)
+        yield lambda: aten.convolution(x, w, b, [1, 1, 1], [0, 0], [1, 1], False, [0, 0], 2)
+        yield lambda: aten.convolution(x, w, b[:5], [1, 1], [0, 0], [1, 1], False, [0, 0], 2)
+        yield lambda: aten.convolution(x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 0)
+
+    for call in calls():
+        expected = parity.outcome(call)
+        with tconv.enabled():
+            got = parity.outcome(call)
+        if isinstance(expected, tuple) and isinstance(expected[0], type):
+            assert got == expected
+        else:
+            same(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.float32], ids=str)
+def test_what_is_left_to_torch(dtype, device):
+    """With torch's own kernels for it, backward included, and recorded."""
+    if dtype == torch.int32 and device != "cpu":
+        pytest.skip("torch convolves integers on the CPU only")
+    empty = (0,) if dtype == torch.float32 else (2,)
+    x, w = torch.ones(*empty, 4, 5, 5, dtype=dtype, device=device), torch.ones(6, 4, 3, 3, dtype=dtype, device=device)
+    x.requires_grad_(dtype.is_floating_point)
+    with tconv.enabled(), tconv.recording() as calls:
+        y = F.conv2d(x, w)
+        if x.requires_grad:
+            y.sum().backward()
+            assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(y, F.conv2d(x, w))
+    operators = ["aten::_convolution", *(["aten::convolution_backward"] if x.requires_grad else [])]
+    if dtype != torch.complex64:  # of which torch makes three real convolutions, and those are ours
+        assert [call.operation for call in calls] == operators
+    else:
+        assert all(call.ours for call in calls)
+        operators = []
+    reason = "a tensor without elements" if x.requires_grad else f"dtype {dtype}"
+    assert all(call.reason == reason for call in calls if operators)
+
+
+def test_other_devices_and_tensors_never_get_here(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer, x = nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)
+    with tconv.enabled(), tconv.recording() as calls:
+        assert layer.to("meta")(x.to("meta")).shape == (2, 6, 3, 3)
+        with FakeTensorMode() as mode:
+            fake = F.conv2d(mode.from_tensor(x), mode.from_tensor(torch.ones(6, 4, 3, 3)))
+        assert fake.shape == (2, 6, 3, 3)
+        if device == "cpu":
+            q = torch.quantize_per_tensor(x, 0.1, 8, torch.quint8)
+            m = torch.ao.nn.quantized.Conv2d(4, 6, 3)
+            assert m(q).shape == (2, 6, 3, 3)
+    assert calls == []
+
+
+def test_mixed_devices_and_dtypes_raise_torchs_error(device):
+    x, w, b = (t.detach() for t in tensors(device))
+    mixed = [(x, w.float()), (x, w, b.float()), (x.half(), w), (x, w.int())]
+    if device != "cpu":
+        mixed += [(x, w.cpu()), (x.cpu(), w), (x, w, b.cpu())]
+    for args in mixed:
+        expected = parity.outcome(lambda args=args: conv(*args))
+        assert isinstance(expected[0], type)
+        with tconv.enabled():
+            assert parity.outcome(lambda args=args: conv(*args)) == expected
+
+
+def test_flags(device):
+    """No cuDNN is used and the same bits come every time; only a traced graph's TF32 may be other than the setting."""
+    x, w, b = (t.detach().float() for t in tensors(device))
+    expected = conv(x, w, b)
+    for flags in ({"enabled": False}, {"benchmark": True}, {"deterministic": True}, {"allow_tf32": False}):
+        with torch.backends.cudnn.flags(**flags), tconv.enabled(), tconv.recording() as calls:
+            parity.assert_same(conv(x, w, b), expected)
+        parity.assert_ours(calls, "fprop")
+    tf32 = torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+    with tconv.enabled(), tconv.recording() as calls:
+        args = (x, w, b, (2, 1), (1, 1), (1, 1), False, (0, 0), 2, False, False, True)
+        for allow in (tf32, not tf32):
+            parity.assert_same(torch.ops.aten._convolution(*args, allow), expected)
+    assert [call.ours for call in calls] == [True, False]
+    assert "allow_tf32" in calls[1].reason
+
+
+def test_explicit_layers_and_the_override(device):
+    """What a layer of tconv's leaves to torch is ours again."""
+    layer, x = tconv.Conv2d(4, 6, 3).to(device), torch.randn(3, 2, 4, 5, 5, device=device)
+    with tconv.enabled(), tconv.recording() as calls:
+        y = torch.vmap(layer)(x)
+    parity.assert_same(y, torch.stack([layer(v) for v in x]))
+    assert [call.operation for call in calls] == ["conv2d", "fprop"]
+    assert [call.ours for call in calls] == [False, True]
+
+
+def test_explain_sees_torchs_layers_under_it(device, monkeypatch):
+    layer, x = nn.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 5, 5, device=device, requires_grad=True)
+    parity.forbid_launches(monkeypatch, pytest.fail.Exception("a kernel was launched"))
+
+    def alone(x):
+        assert not torch._C._is_multithreading_enabled()  # else a GPU's backward would be another thread's, and not dry
+        return layer(x)
+
+    with tconv.enabled():
+        assert tconv.explain(alone, x).ours
+        explanation = tconv.explain(layer, x)
+    assert torch._C._is_multithreading_enabled()
+    assert explanation.ours
+    assert sorted(call.operation for call in explanation.calls) == ["bias", "dgrad", "fprop", "wgrad"]
+
+
+def test_a_forced_plan_is_used_or_raises(device):
+    x, w, b = (t.detach() for t in tensors(device))
+    conv(x, w, b)
+    with tconv.enabled(), tconv.recording() as calls:
+        with tconv.force(kernel="gather"):
+            conv(x, w, b)
+        with tconv.force(kernel="depthwise"), pytest.raises(ValueError, match="forced kernel"):
+            conv(x, w, b)
+    assert [call.plan.kernel for call in calls] == ["gather"]
+
+
+# --- on and off ---
+
+
+def test_nests_and_restores(device):
+    x, w, b = tensors(device)
+    ours = []
+    for step in (None, tconv.enable, tconv.enable, tconv.enable, tconv.disable, tconv.disable, tconv.disable):
+        if step:
+            step()
+        with tconv.recording() as calls:
+            conv(x, w, b)
+        ours.append(len(calls))
+    assert ours == [0, 1, 1, 1, 1, 1, 0]
+
+
+def test_disable_without_enable_raises():
+    with pytest.raises(RuntimeError, match=r"tconv\.disable\(\) without a tconv\.enable\(\)"):
+        tconv.disable()
+    with tconv.enabled():
+        pass
+    with pytest.raises(RuntimeError, match="without"):
+        tconv.disable()
+
+
+def test_a_block_that_raises_restores():
+    with pytest.raises(KeyError), tconv.enabled(), tconv.enabled():
+        raise KeyError
+    assert not overridden()
+
+
+def test_a_backward_follows_what_holds_when_it_runs(device):
+    x, w, b = tensors(device)
+    with tconv.enabled():
+        y = conv(x, w, b).sum()
+    with tconv.recording() as calls:
+        y.backward(retain_graph=True)
+    assert calls == []
+    y = conv(x, w, b).sum()
+    with tconv.enabled(), tconv.recording() as calls:
+        y.backward()
+    parity.assert_ours(calls, "dgrad", "wgrad", "bias")
+
+
+def test_another_librarys_override_is_not_overridden(device):
+    x, w, _ = tensors(device)
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("convolution_backward", lambda *_: (None, w * 0, None), torch.device(device).type.upper())
+        with pytest.raises(RuntimeError, match="already a kernel registered"):
+            tconv.enable()
+        assert not overridden()
+        (g,) = torch.autograd.grad(conv(x, w).sum(), w)
+        assert not g.any()
+    finally:
+        library._destroy()
+    with tconv.enabled(), tconv.recording() as calls:
+        torch.autograd.grad(conv(x, w).sum(), w)
+    parity.assert_ours(calls, "fprop", "wgrad")
+
+
+# --- threads and processes ---
+
+
+def test_threads(device):
+    """Forward and backward, in threads that know nothing of it."""
+    results = []
+
+    def work():
+        results.append(losses(conv)(*tensors(device)))
+
+    work()
+    with tconv.enabled(), tconv.recording() as calls:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for got in results[1:]:
+        same(got, results[0])
+    parity.assert_ours(calls, *["fprop", "dgrad", "wgrad", "bias"] * 3)
+
+
+def test_toggling_in_two_threads_while_others_compute(device):
+    """Torch would free a kernel that a thread is about to enter; tiny integers are left to it, which is quick."""
+    dtype = torch.int64 if device == "cpu" else torch.complex64
+    x, w = torch.ones(1, 1, 3, 3, dtype=dtype, device=device), torch.ones(2, 1, 2, 2, dtype=dtype, device=device)
+    expected, stop, errors = F.conv2d(x, w), threading.Event(), []
+
+    def compute():
+        try:
+            while not stop.is_set():
+                assert torch.equal(F.conv2d(x, w), expected)
+        except BaseException as e:
+            errors.append(e)
+
+    def toggle():
+        try:
+            for _ in range(400):
+                with tconv.enabled(), tconv.enabled():
+                    F.conv2d(x, w)
+        except BaseException as e:
+            errors.append(e)
+
+    computing, toggling = [threading.Thread(target=compute) for _ in range(3)], [threading.Thread(target=toggle) for _ in "ab"]
+    for thread in (*computing, *toggling):
+        thread.start()
+    for thread in toggling:
+        thread.join()
+    stop.set()
+    for thread in computing:
+        thread.join()
+    assert errors == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_child_inherits_it(device):
+    """Also while other threads hold every lock there is; and what the child does stays there."""
+    tensors_, pipe = tensors(device), multiprocessing.get_context("fork").Pipe()
+    stop = threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            with tconv.enabled():
+                losses(conv)(*tensors(device))
+
+    thread = threading.Thread(target=busy)
+    with tconv.enabled():
+        expected = losses(conv)(*tensors_)
+        thread.start()
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(BaseException):
+                    signature = _child(tensors_, expected)
+                    pipe[1].send(signature)
+                os._exit(0)
+            children.append(child)
+        for child in children:
+            assert pipe[0].poll(120), "a child hangs"
+            assert pipe[0].recv() == "ours, then torch's"
+            os.waitpid(child, 0)
+        stop.set()
+        thread.join()
+        with tconv.recording() as calls:
+            conv(*tensors_)
+    parity.assert_ours(calls, "fprop")
+
+
+def _child(leaves, expected):
+    torch.set_num_threads(1)
+    with tconv.recording() as calls:
+        got = losses(conv)(*leaves)
+        parity.assert_ours(calls, "fprop", "dgrad", "wgrad", "bias")
+    same(got, expected)
+    while override._depth:  # the busy thread's, too, which is not here
+        tconv.disable()
+    with tconv.recording() as calls:
+        conv(*leaves)
+    return "ours, then torch's" if not calls else str(calls)
+
+
+def test_no_kernels_no_override():
+    """Without the interpreter and a GPU nothing is registered, nothing of Triton imported, and one warning says why."""
+    code = (
+        "import sys, warnings, torch, tconv\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    tconv.enable()\n"
+        "(warning,) = caught\n"
+        "print(warning.message)\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('aten::_convolution', 'CPU'), 'triton' in sys.modules)\n"
+        "tconv.disable()\n"
+    )
+    if torch.cuda._is_compiled():
+        pytest.skip("this torch knows GPUs")
+    said, registered = outside("-c", code).splitlines()
+    assert said.startswith("tconv.enable() changes nothing here: this torch is built without GPUs, CPU tensors need")
+    assert registered == "False False"
+
+
+# --- faults ---
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Every kernel fails to be launched, until told otherwise."""
+    monkeypatch.setattr(compiled, "_failed", {})
+    compiled._warn.cache_clear()
+    with monkeypatch.context() as now:
+        parity.forbid_launches(now, ValueError("no such instruction"))
+        yield now
+
+
+@pytest.mark.parametrize("way", ["enable", "layer", "function"])
+def test_a_kernel_that_fails_is_torchs(way, device, failing):
+    """One warning for each kernel, torch's results, forward and backward, and not a second attempt."""
+    torch.manual_seed(8)
+    layer = (tconv if way == "layer" else nn).Conv2d(4, 6, 3, device=device, dtype=F64)
+    torchs = nn.Conv2d(4, 6, 3, device=device, dtype=F64)
+    torchs.load_state_dict(layer.state_dict())
+    x = tensors(device)[0]
+
+    def run(m, mine):
+        y = tconv.functional.conv2d(x, m.weight, m.bias) if mine and way == "function" else m(x)
+        return y, *torch.autograd.grad(y.square().sum(), (x, *m.parameters()))
+
+    expected = run(torchs, False)
+    with tconv.enabled() if way == "enable" else contextlib.nullcontext():
+        with tconv.recording() as calls, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            same(run(layer, True), expected)
+            same(run(layer, True), expected)
+        assert not any(call.ours for call in calls)
+        assert all("failed: ValueError: no such instruction" in call.reason for call in calls if call.problem is None)
+        texts = [str(w.message) for w in caught]
+        assert texts
+        assert len(texts) == len(set(texts))
+        assert all(text.startswith("tconv leaves calls to torch whose kernel failed: ") for text in texts)
+        failing.undo()  # given up for good: nothing is compiled again and again
+        with tconv.recording() as calls:
+            same(run(layer, True), expected)
+        assert not calls[0].ours
+        compiled._failed.clear()
+        with tconv.recording() as calls:
+            same(run(layer, True), expected)
+        parity.assert_ours(calls, "fprop", "dgrad", "wgrad", "bias")
+
+
+def test_a_forced_kernel_that_fails_raises(device, failing):
+    x, w, b = tensors(device)
+    for function in (F.conv2d, tconv.functional.conv2d):
+        with tconv.enabled(), tconv.force(kernel="gather"), pytest.raises(ValueError, match="no such instruction"):
+            function(x, w, b, groups=2)
+    assert compiled._failed == {}
+
+
+def test_an_error_within_a_kernel_is_one_of_it(device, monkeypatch):
+    """As the interpreter gives it, which goes on afterwards."""
+    if device != "cpu":
+        pytest.skip("of the interpreter")
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(compiled, "_failed", {})
+    compiled._warn.cache_clear()
+    x, w, b = tensors(device)
+    expected = conv(x, w, b)
+    with monkeypatch.context() as now, tconv.enabled(), tconv.recording() as calls:
+        now.setattr(interpreter.InterpreterBuilder, "create_masked_load", None)
+        with pytest.warns(UserWarning, match="whose kernel failed: gather failed: InterpreterError"):
+            same(conv(x, w, b), expected)
+    assert [call.ours for call in calls] == [False]
+    compiled._failed.clear()
+    with tconv.enabled(), tconv.recording() as calls:
+        same(conv(x, w, b), expected)
+    parity.assert_ours(calls, "fprop")
+
+
+# --- several devices ---
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_dtensor(device, tmp_path):
+    """Its rules are for torch's operators, whose local calls are ours."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    leaves = tensors(device)
+    expected = losses(conv)(*leaves)
+    torch.distributed.init_process_group(
+        "gloo" if device == "cpu" else "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh(device, (1,))
+        placed = [
+            distribute_tensor(t.detach(), mesh, [where]).requires_grad_()
+            for t, where in zip(leaves, (Shard(0), Replicate(), Replicate()), strict=True)
+        ]
+        with tconv.enabled(), tconv.recording() as calls:
+            got = [t.full_tensor() for t in losses(conv)(*placed)]
+    finally:
+        torch.distributed.destroy_process_group()
+    same(got, list(expected))
+    parity.assert_ours(calls, "fprop", "dgrad", "wgrad", "bias")

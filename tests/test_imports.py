@@ -9,7 +9,7 @@ ROOT = pathlib.Path(tconv.__file__).parent
 # Top to bottom; a file may import what stands in a later row.
 ROWS = [
     ("__init__",),
-    ("precompile",),
+    ("precompile", "distributed"),
     ("explain", "swap", "variants"),
     ("modules", "override"),
     ("aten",),

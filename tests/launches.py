@@ -117,7 +117,8 @@ def flat(value: Any) -> list[Any]:
 
 
 def address(value: Any) -> bool:
-    return isinstance(value, int) and value > 2**32
+    """Whether it can be one of torch's; a heap may lie low, and no integer of these layers is so large."""
+    return isinstance(value, int) and value > 2**24 and value % 16 == 0
 
 
 def prepared() -> Any:

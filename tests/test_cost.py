@@ -93,7 +93,7 @@ def test_loop_lengths_are_near_those_compiled():
     """Against the recorded machine code: of every kernel and precision, wide and narrow, the median is within a half."""
     rows = csv.DictReader((BUDGETS / "triton-3.7" / "sm_90.csv").read_text().splitlines()[1:])
     tile = r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: r\d+)?(?: c(\d+))?"
-    pattern = re.compile(rf"(\w+) (\w+) \dd (\w+) {tile} inner=(\S*) vec=(\S+)(.*)")
+    pattern = re.compile(rf"(\w+) (\w+) \dd (\w+) {tile} inner=(\S*) vec=(\S*)(.*)")
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     ratios = collections.defaultdict(list)
     for row in rows:

@@ -404,7 +404,8 @@ def _all_splits(
     if pass_ == "wgrad":
         return _split_counts(reduction(problem, pass_, kernel, tile), tile.k, programs, limit, device, wish)
     named = wish is not None and wish.kernel == "gather" and wish.splits is not None
-    small = programs < FILLED * device.units and not device.interpreted
+    # The largest tiles have no registers for a slice's offsets.
+    small = programs < FILLED * device.units and tile.m * tile.n <= 128 * 128 and not device.interpreted
     if kernel != "gather" or not (named or small) or (wish and wish.splits == 1):
         return (1,)
     return _split_counts(_channels(problem, pass_, kernel)[1], tile.k, programs, limit, device, wish if named else None)

@@ -115,7 +115,7 @@ def test_layer(layer, precision, pass_, provider, layout, device, tiny, limits, 
     except Missing as e:
         line["missing"] = str(e)
         record_property("cell", line)
-        pytest.skip(str(e))
+        pytest.skip(str(e))  # why the provider has none, as its cell says
     except Exception as e:  # a cell that says so; the run goes on
         line["error"] = first_line(e)
         if any(text in str(e) for text in FATAL):

@@ -127,13 +127,13 @@ def test_model(model, step, provider, layout, device, tiny, timed, record_proper
     if not model.there:
         line["missing"] = f"{model.package} is not installed"
         record_property("cell", line)
-        pytest.skip(line["missing"])
+        pytest.skip(line["missing"])  # as its cell says
     try:
         held = Held.get(model, step, device, tiny)
     except Exception as e:  # its own package cannot build or run it here
         line["missing"] = first_line(e)
         record_property("cell", line)
-        pytest.skip(line["missing"])
+        pytest.skip(line["missing"])  # as its cell says
     try:
         net, inputs = prepared(held, step, provider, layout)
         with tconv.recording() as calls:

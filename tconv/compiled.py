@@ -32,7 +32,7 @@ Pointers = tuple[torch.Tensor, ...]
 Go = Callable[[Pointers, list[int]], bool]
 AMD = torch.version.hip is not None
 SMALL = 2**31 - 1  # bytes of storage that AMD's compiler is told of
-NOBODY: Any = knobs.HookChain()  # type: ignore[var-annotated]
+NOBODY: Any = knobs.HookChain()  # type: ignore[var-annotated]  # of hooks of any kind
 REASON = "not compiled before the capture of a CUDA graph: call the model once before it, or tconv.precompile()"
 
 _known: set[Any] = set()  # what is compiled, and loaded where it runs

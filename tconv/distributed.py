@@ -32,7 +32,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tconv import functional, modules
-from tconv.swap import _become, _plain_class
+from tconv.swap import MARK, TORCHS, _become, _plain_class
+from tconv.swap import OURS as SWAPPED
 
 FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
@@ -153,7 +154,7 @@ class _Fetch(torch.autograd.Function):
         return halo.fetch(shard)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch's has no types
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return ctx.halo.give_back(grad), None
 
@@ -167,7 +168,7 @@ class _SumGradient(torch.autograd.Function):
         return t.view_as(t)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch's has no types
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _total(grad, ctx.group), None
 
@@ -180,7 +181,7 @@ class _Sum(torch.autograd.Function):
         return _total(t, group)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch's has no types
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad, None
 
@@ -472,6 +473,7 @@ class ConvTranspose3d(_Transposed, modules.ConvTranspose3d):
 
 
 LAYERS = (Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
+TORCHS.update({layer: getattr(torch.nn, layer.__name__) for layer in LAYERS})  # so that `restore_` knows them
 OURS = {base: layer for layer in LAYERS for base in (getattr(modules, layer.__name__), getattr(torch.nn, layer.__name__))}
 
 
@@ -480,12 +482,15 @@ def replace_(model: torch.nn.Module) -> torch.nn.Module:
 
     Parameters stay as they are: plain ones count as the same on every rank, and so do their gradients. Plain inputs are
     computed as before. Layers of a class of the user's own, and lazy ones before their first call, are left as they are.
+    `tconv.restore_` makes those that were torch.nn's so again.
 
     Returns:
         The same model.
     """
     for module in model.modules():
-        layer = OURS.get(_plain_class(module))
-        if layer is not None:
-            _become(module, layer)
+        before = _plain_class(module)
+        if before in OURS:
+            _become(module, OURS[before])
+            if before in SWAPPED:
+                module.__dict__[MARK] = True
     return model

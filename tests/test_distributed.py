@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor  # noqa: F401 - the ranks' answers name its types
 
+import tconv
 from tconv import distributed
 from tests import on_ranks
 from tests.oracle import Case
@@ -193,3 +194,11 @@ def test_the_example_checks_itself():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "as of one process" in done.stdout
+
+
+def test_what_was_replaced_can_be_restored():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), tconv.Conv1d(2, 3, 3), torch.nn.ConvTranspose3d(2, 3, 3))
+    distributed.replace_(tconv.replace_(model, lambda module, name: name == "2"))
+    assert [type(layer) for layer in model] == [distributed.Conv2d, distributed.Conv1d, distributed.ConvTranspose3d]
+    tconv.restore_(model)
+    assert [type(layer) for layer in model] == [torch.nn.Conv2d, distributed.Conv1d, torch.nn.ConvTranspose3d]

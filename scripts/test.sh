@@ -8,6 +8,8 @@ fi
 if "$PYTHON" -m mypy --version >/dev/null 2>&1; then
     "$PYTHON" -m mypy
 fi
-# One process per core: the interpreter runs on one, and torch's own threads would fight over the rest.
+# One process per core: the interpreter runs on one, and torch's own threads would fight over the rest. `nproc` heeds
+# OMP_NUM_THREADS, so it is asked first.
+processes="${TCONV_TEST_PROCESSES:-$(env -u OMP_NUM_THREADS nproc)}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m pytest -n "${TCONV_TEST_PROCESSES:-$(nproc)}" --dist worksteal "$@"
+exec "$PYTHON" -m pytest -n "$processes" --dist worksteal "$@"

@@ -15,7 +15,8 @@ from torch._C import _get_fp32_precision_getter as fp32_precision
 
 from tconv import functional, launch
 from tconv.arguments import Prepared
-from tconv.functional import Dry
+from tconv.dry import DRY, Dry
+from tconv.kinds import Kinds
 from tconv.layout import FORMATS
 from tconv.plan import forced
 from tconv.problem import Geometry
@@ -25,8 +26,8 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 Parameters = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
 Launches = tuple[Prepared | None, Prepared | None, Prepared | None]  # of the gradients by x, w and bias
 Found = TypeVar("Found", Prepared, Launches)
-_forward: dict[Any, Prepared | Call] = {}  # a Call is one left to torch
-_backward: dict[Any, Launches | Call] = {}
+_forward: Kinds[Any, Prepared | Call] = Kinds()  # a Call is one left to torch
+_backward: Kinds[Any, Launches | Call] = Kinds()
 
 
 def convolution(
@@ -119,16 +120,15 @@ def convolution_backward(
 
 
 def _lookup(
-    memory: dict[Any, Found | Call], key: Any, prepare: Callable[[Dry | None], Found | Call]
+    memory: Kinds[Any, Found | Call], key: Any, prepare: Callable[[Dry | None], Found | Call]
 ) -> tuple[Found | Call, bool]:
     """What a kind of call launches, or how it is left to torch, and whether it is a dry one."""
-    dry = functional._dry.get()
+    dry = DRY.get()
     if dry or forced() is not None:
         return prepare(dry), dry is not None
     found = memory.get(key)
     if found is None:
-        found = prepare(None)
-        functional._remember(memory, key, found)
+        found = memory[key] = prepare(None)
     return found, False
 
 
@@ -181,7 +181,9 @@ def _geometry(
     stride, padding, output_padding, groups, dilation = parameters
     if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
         raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
-    g = functional._examine(transposed, w.dim() - 2, x, w, b, stride, padding, output_padding, groups, dilation)
+    g = functional._examine(
+        functional.Asked(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b
+    )
     backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == 3:
         x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)

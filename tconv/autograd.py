@@ -1,14 +1,7 @@
-"""Three bilinear operations, closed under differentiation, and the bias gradient.
+"""The three operations and the bias gradient as autograd's plain calls: the table of ops.py over launches of kernels.
 
-    operation        in its first argument   in its second
-    fprop(x, w)      dgrad(g, w)             wgrad(g, x)
-    dgrad(dy, w)     fprop(g, w)             wgrad(dy, g)
-    wgrad(dy, x)     fprop(x, g)             dgrad(dy, g)
-
-so gradients of any order are these three again, and only what is asked for is computed. fprop and dgrad are one function
-here, `convolve`, since each is the other read backwards. In a context that a kernel cannot take part in (a functorch
-transform, a batched gradient, a mode, a subclass) an operation is spelled in torch's operators, which differentiate further
-on their own.
+fprop and dgrad are one function here, `convolve`, since each is the other read backwards. In a context that a kernel cannot
+take part in (a functorch transform, a batched gradient, a mode, a subclass) a gradient is made of the registered operators.
 """
 
 from __future__ import annotations
@@ -17,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from tconv import launch
+from tconv import launch, ops
 from tconv.arguments import Prepared
 from tconv.guard import unusual
 from tconv.layout import LIMIT, addressing
@@ -73,14 +67,9 @@ class _Convolve(torch.autograd.Function):
         x, w = ctx.saved_tensors  # also where they are not needed: edited in place, they must raise
         if dy is None:
             return None, None, None, None
-        need_x, need_w, need_b, _ = ctx.needs_input_grad
         transposed, g, _ = ctx.how
-        op, shared = _operations(dy, x, w), launch.Staged(dy)
-        dx = op.convolve(not transposed, dy, w, None, g, shared) if need_x else None
-        dw = None
-        if need_w:
-            dw = op.wgrad(x, dy, g, shared) if transposed else op.wgrad(dy, x, g, shared)
-        return dx, dw, op.bias_grad(dy, g) if need_b else None, None
+        name = "dgrad" if transposed else "fprop"
+        return *ops.gradients(_operations(g, dy, x, w), name, dy, x, w, ctx.needs_input_grad[:3]), None
 
 
 class _Wgrad(torch.autograd.Function):
@@ -96,15 +85,11 @@ class _Wgrad(torch.autograd.Function):
         dy, x = ctx.saved_tensors
         if gw is None:
             return None, None, None
-        need_y, need_x, _ = ctx.needs_input_grad
-        op, g = _operations(gw, dy, x), ctx.geometry
+        g = ctx.geometry
         if addressing(gw).reach > LIMIT:  # as a weight it is addressed in 32 bits
             gw = gw.contiguous()
-        return (
-            op.convolve(False, x, gw, None, g) if need_y else None,
-            op.convolve(True, dy, gw, None, g) if need_x else None,
-            None,
-        )
+        need_y, need_x, _ = ctx.needs_input_grad
+        return ops.gradients(_operations(g, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
 
 
 class _BiasGrad(torch.autograd.Function):
@@ -124,103 +109,46 @@ class _BiasGrad(torch.autograd.Function):
 apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
 
 
-def _operations(*tensors: torch.Tensor) -> type[_Ours] | _Torch:
-    return _UNUSUAL if unusual(*tensors) else _Ours
-
-
-def _or_torch(name: str, ours: Callable[..., torch.Tensor]) -> Any:
-    """An operation by tconv's kernels, or by torch where they decline at the last moment."""
-
-    def operation(*args: Any) -> torch.Tensor:
-        try:
-            return ours(*args)
-        except Declined as e:
-            y: torch.Tensor = getattr(_Torch(str(e)), name)(*args)
-            return y
-
-    return staticmethod(operation)
+def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _Ours | ops.Operators:
+    # Compiled autograd traces backward passes, those of eager forward ones too.
+    return ops.Operators(ops.window(g)) if is_dynamo_compiling() or unusual(dy, *saved) else _Ours(g, dy)
 
 
 class _Ours:
-    """The operations by tconv's kernels."""
-
-    convolve = _or_torch("convolve", convolve)
-    wgrad = _or_torch("wgrad", wgrad)
-    bias_grad = _or_torch("bias_grad", bias_grad)
-
-
-class _Torch:
-    """The same operations in torch's own differentiable operators.
-
-    Torch pads both ends alike and derives y's extents from x's. A problem may pad its ends differently ("same" with an
-    even kernel) or leave the end of x unread, so x is padded and cropped here to exactly what is read, and aten's own
-    padding is zero.
+    """The operations by tconv's kernels, or, where they decline at the last moment, by the operators, which ask again.
 
     Args:
-        reason: why, for the record.
+        g: the geometry.
+        dy: a gradient that several of them take.
     """
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    __slots__ = ("g", "shared")
 
-    def _spelled(self, operator: str, g: Geometry) -> tuple[Any, ...]:
-        """aten's parameters after the tensors."""
-        note(Call(operator, g.problem, None, self.reason))
-        p = g.problem
-        skip = 3 - p.rank
-        return p.S[skip:], (0,) * p.rank, p.D[skip:], False, (0,) * p.rank, p.G
+    def __init__(self, g: Geometry, dy: torch.Tensor) -> None:
+        self.g = g
+        self.shared = launch.Staged(dy)
 
-    @staticmethod
-    def _widths(g: Geometry) -> list[int]:
-        """Extents of what the problem reads, halo included; x's first element is the P-th of it."""
-        p = g.problem
-        return [(y - 1) * s + d * (t - 1) + 1 for y, s, d, t in zip(p.Y, p.S, p.D, p.T, strict=True)][3 - p.rank :]
+    def fprop(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        try:
+            return convolve(False, x, w, None, self.g, self.shared)
+        except Declined:
+            return ops.Operators(ops.window(self.g)).fprop(x, w)
 
-    @staticmethod
-    def _read(x: torch.Tensor, g: Geometry) -> torch.Tensor:
-        """x as the problem reads it."""
-        padding = g.problem.P[3 - g.problem.rank :]
-        for i, (width, before) in enumerate(zip(_Torch._widths(g), padding, strict=True)):
-            x = _window(x, 2 + i, before, 0, width)
-        return x
+    def dgrad(self, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        try:
+            return convolve(True, dy, w, None, self.g, self.shared)
+        except Declined:
+            return ops.Operators(ops.window(self.g)).dgrad(dy, w)
 
-    @staticmethod
-    def _written(dx: torch.Tensor, g: Geometry) -> torch.Tensor:
-        """The gradient of x from that of `_read(x)`."""
-        padding = g.problem.P[3 - g.problem.rank :]
-        for i, (extent, before) in enumerate(zip(g.problem.shape("x")[2:], padding, strict=True)):
-            dx = _window(dx, 2 + i, 0, before, extent)
-        return dx
+    def wgrad(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return wgrad(dy, x, self.g, self.shared)
+        except Declined:
+            return ops.Operators(ops.window(self.g)).wgrad(dy, x)
 
-    def convolve(
-        self, transposed: bool, x: torch.Tensor, w: torch.Tensor, _: None, g: Geometry, shared: object = None
-    ) -> torch.Tensor:
-        if not transposed:
-            y: torch.Tensor = torch.ops.aten.convolution(_Torch._read(x, g), w, None, *self._spelled("aten::convolution", g))
-            return y
-        like = w.new_zeros(()).expand(*g.problem.shape("x")[:2], *_Torch._widths(g))
-        parameters = self._spelled("aten::convolution_backward", g)
-        grads = torch.ops.aten.convolution_backward(x, like, w, None, *parameters, (True, False, False))
-        return _Torch._written(grads[0], g)
-
-    def wgrad(self, dy: torch.Tensor, x: torch.Tensor, g: Geometry, shared: object = None) -> torch.Tensor:
-        like = x.new_zeros(()).expand(g.problem.shape("w"))
-        parameters = self._spelled("aten::convolution_backward", g)
-        grads = torch.ops.aten.convolution_backward(dy, _Torch._read(x, g), like, None, *parameters, (False, True, False))
-        dw: torch.Tensor = grads[1]
-        return dw
-
-    def bias_grad(self, dy: torch.Tensor, g: Geometry) -> torch.Tensor:
-        note(Call("aten::sum", g.problem, None, self.reason))
-        return dy.sum([0, *range(2, dy.dim())])
-
-
-_UNUSUAL = _Torch("a gradient in an unusual context")
-
-
-def _window(t: torch.Tensor, dim: int, before: int, start: int, length: int) -> torch.Tensor:
-    """`length` elements of a dimension from `start` on, after zeros have been put before it, and behind it as needed."""
-    behind = max(0, start + length - before - t.shape[dim])
-    if before or behind:
-        t = torch.nn.functional.pad(t, [0, 0] * (t.dim() - 1 - dim) + [before, behind])
-    return t.narrow(dim, start, length)
+    def bias_grad(self, dy: torch.Tensor) -> torch.Tensor:
+        try:
+            return bias_grad(dy, self.g)
+        except Declined as e:
+            note(Call("aten::sum", self.g.problem, None, str(e)))
+            return ops.Operators(ops.window(self.g)).bias_grad(dy)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from tconv.functional import dry_run
+from tconv.dry import dry_run
 from tconv.record import Call, last_calls, recording
 
 

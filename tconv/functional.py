@@ -8,69 +8,52 @@ own arguments, so that an error is torch's to the letter; `tconv.last_calls()` s
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
-import functools
 import operator
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
 
-from tconv.device import Device
-from tconv.guard import PLAIN, unusual
-from tconv.problem import ConvProblem, Geometry, forward_problem, transposed_problem
+from tconv import ops
+from tconv.dry import DRY
+from tconv.guard import PLAIN, foreign_modes, unusual
+from tconv.kinds import Kinds
+from tconv.layout import LIMIT, result_is_channels_last
+from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
 
 FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REMEMBERED = 4096  # kinds of calls kept; a program whose shapes never repeat starts over
-INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
-_known: dict[Any, Geometry | str] = {}
-_seen: dict[Any, Any] = {}  # (id of weight, of bias, shape of input) -> repeat.Repeat, which checks all: ids may be used again
-_dry: contextvars.ContextVar[Dry | None] = contextvars.ContextVar("tconv_dry", default=None)
+INTERPRETED = ops.interpreted()  # a plain flag, for torch.compile to read
+_known: Kinds[Any, Geometry | str] = Kinds()
+# (id of weight, of bias, shape of input) -> repeat.Repeat, which checks all: ids may be used again.
+_seen: Kinds[Any, Any] = Kinds()
 
 
-@dataclass(frozen=True)
-class Dry:
-    """How calls are made that are not computed.
+class Asked(NamedTuple):
+    """What a caller said beside the tensors, as it was said; the first two name the function."""
 
-    Attributes:
-        device: what to plan for, tensors being anywhere; None for the tensors' own device.
-    """
+    transposed: bool
+    rank: int
+    stride: Any
+    padding: Any
+    output_padding: Any
+    groups: Any
+    dilation: Any
 
-    device: Device | None = None
 
-
-@functools.cache
 def _engine(device: str) -> Any:
     """The kernels' side of the house, imported late, for tensors on that type of device; else Declined."""
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED):
-        raise Declined("CPU tensors need TRITON_INTERPRET=1" if device == "cpu" else f"device {device}")
-    engine = _imported()
-    if isinstance(engine, str):
-        raise Declined(engine)
-    repeat, interpreted = engine
-    if device == "cpu" and not interpreted:
-        raise Declined("TRITON_INTERPRET was set after Triton's kernels were loaded")
+    why = ops.unavailable(device)
+    if why:
+        raise Declined(why)
+    from tconv import repeat
+
     return repeat
-
-
-@functools.cache
-def _imported() -> tuple[Any, bool] | str:
-    """(repeat.py, whether kernels are interpreted), or why they cannot be imported: Triton is missing."""
-    try:
-        from tconv import repeat
-        from tconv.arguments import INTERPRET
-    except ImportError as e:
-        return f"Triton cannot be imported ({e})"
-    return repeat, INTERPRET
 
 
 def convolve(
@@ -92,66 +75,47 @@ def convolve(
         others: as torch takes them.
     """
     if is_dynamo_compiling():
-        return None
+        return _operator(Asked(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
     try:
-        if type(x) in PLAIN and _dry.get() is None:
-            seen = _seen.get((id(w), id(b), x.shape))
+        if type(x) in PLAIN and DRY.get() is None:
+            try:
+                seen = _seen.get((id(w), id(b), x.shape))
+            except TypeError:  # symbolic extents have no hash
+                seen = None
             if seen is not None:
                 y: torch.Tensor | None = seen.again(
                     transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation
                 )
                 if y is not None:
                     return y
-        if is_compiling():
-            return None
-        return _convolve(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
+        return _convolve(Asked(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
     except Declined as e:
         note(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
 
 
-@contextlib.contextmanager
-def dry_run(device: Device | None = None) -> Iterator[None]:
-    """Calls made in the block, by this thread, and their backward passes, are planned and recorded but not computed.
-
-    Args:
-        device: plan for this one, and take tensors on any device, such as "meta".
-    """
-    token = _dry.set(Dry(device))
-    try:
-        with torch.autograd.set_multithreading_enabled(False):  # a GPU's backward runs in this thread too
-            yield
-    finally:
-        _dry.reset(token)
-
-
-def _convolve(
-    transposed: bool,
-    rank: int,
-    x: Any,
-    w: Any,
-    b: Any,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    groups: Any,
-    dilation: Any,
-) -> torch.Tensor:
+def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
     tensors: tuple[Any, ...] = (x, w) if b is None else (x, w, b)
     for t in tensors:
+        if isinstance(t, Proxy):
+            return _traced(t.tracer, asked, x, w, b)
         if not isinstance(t, torch.Tensor):
             raise Declined(f"a {type(t).__name__} where a tensor was expected")
-    dry = _dry.get()
+    dry = DRY.get()
     device = "cuda" if dry and dry.device else x.device.type
     repeat = _engine(device)
     why = unusual(*tensors)
+    if why and not (dry and dry.device):
+        found = _operator(asked, x, w, b)
+        if found is not None:
+            return found
     if why:
         raise Declined(why)
-    call = transposed, rank, stride, padding, output_padding, groups, dilation
     autocast = torch.is_autocast_enabled(device)
     if autocast:
-        tensors = _autocast(tensors, torch.get_autocast_dtype(device))
+        tensors = ops.lower(device, *tensors)
         x, w, b = tensors if b is not None else (*tensors, None)
+    transposed, rank, stride, padding, output_padding, groups, dilation = asked
     if type(groups) is not int:  # True and 1.0 equal 1, as keys too
         raise Declined(f"groups={groups!r}")
     stride, output_padding, dilation = _parameter(stride), _parameter(output_padding), _parameter(dilation)
@@ -164,25 +128,19 @@ def _convolve(
     known = _known.get(key)
     if known is None:
         try:
-            known = _examine(transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation)
+            known = _examine(asked, x, w, b)
         except Declined as e:
             known = str(e)
-        _remember(_known, key, known)
+        _known[key] = known
     if isinstance(known, str):
         raise Declined(known)
     batched = x.dim() == rank + 2
     if dry:
         known = dataclasses.replace(known, dry=True, device=dry.device)
-    elif batched and not autocast and repeat.possible(call, *tensors):
-        _remember(_seen, (id(w), id(b), x.shape), repeat.Repeat(call, known, x, w, b))
+    elif batched and not autocast and repeat.possible(asked, *tensors):
+        _seen[id(w), id(b), x.shape] = repeat.Repeat(asked, known, x, w, b)
     y: torch.Tensor = repeat.autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)
     return y if batched else y.squeeze(0)
-
-
-def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(memory) >= REMEMBERED:
-        memory.clear()
-    memory[key] = value
 
 
 def _parameter(value: Any) -> int | tuple[int, ...]:
@@ -203,11 +161,6 @@ def _index(value: Any) -> int:
         raise Declined(f"a parameter that is a {type(value).__name__}") from None
 
 
-def _autocast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Floating tensors in autocast's dtype, but for fp64; differentiable, so gradients arrive in the parameters' dtype."""
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
-
-
 def _per_dimension(value: int | tuple[int, ...], rank: int, name: str) -> tuple[int, ...]:
     """A parameter as one int per dimension: an int, or a sequence of one or `rank` of them."""
     values = value if isinstance(value, tuple) else (value,)
@@ -218,49 +171,98 @@ def _per_dimension(value: int | tuple[int, ...], rank: int, name: str) -> tuple[
     return values
 
 
-def _examine(
-    transposed: bool,
-    rank: int,
-    x: Any,
-    w: Any,
-    b: Any,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    groups: int,
-    dilation: Any,
-) -> Geometry:
-    """Everything torch checks, and what our kernels need: the geometry of a call that both accept, else Declined."""
-    from tconv.layout import LIMIT, addressing, result_is_channels_last
+def _operator(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor | None:
+    """By the registered operator, which every context of torch understands; None where torch's own is to be called.
 
-    if x.dtype not in DTYPES:
+    Nothing is asked here that torch.compile could not trace or that would bind a graph to one size.
+    """
+    tensors = (x, w) if b is None else (x, w, b)
+    for t in tensors:
+        if not isinstance(t, torch.Tensor) or not _understood(t):
+            return None
+    device = x.device.type
+    if device != "cuda" and not (device == "cpu" and INTERPRETED):
+        return None
+    if torch._C._len_torch_function_stack() and not is_dynamo_compiling() and foreign_modes():
+        return None
+    tracing = None if is_dynamo_compiling() else torch._C._get_tracing_state()
+    if tracing:  # torch.jit.trace would take the extents that are asked for below for the graph's
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        autocast = torch.is_autocast_enabled(device)
+        h = _check(asked, x, w, b, autocast)
+    except Declined:
+        return None
+    finally:
+        if tracing:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+    run: Any = torch.ops.tconv.dgrad if asked.transposed else torch.ops.tconv.fprop
+    batched = x.dim() == asked.rank + 2
+    y: torch.Tensor = run(x if batched else x.unsqueeze(0), w, b, *h)
+    return y if batched else y.squeeze(0)
+
+
+def _traced(tracer: Any, asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
+    """What stands in for the result where torch.fx traces: a call of the public function."""
+    transposed, rank, stride, padding, output_padding, groups, dilation = asked
+    how = (stride, padding, output_padding, groups, dilation) if transposed else (stride, padding, dilation, groups)
+    call: torch.Tensor = tracer.create_proxy("call_function", PUBLIC[transposed][rank], (x, w, b, *how), {})
+    return call
+
+
+def _understood(t: torch.Tensor) -> bool:
+    """Whether a tensor is dense, and of torch's own making: another subclass may know aten's operators alone."""
+    return (
+        (type(t) in PLAIN or type(t).__module__.startswith("torch._subclasses"))
+        and t.layout is torch.strided
+        and not t.is_nested
+    )
+
+
+def _check(asked: Asked, x: Any, w: Any, b: Any, autocast: bool = False) -> ops.Window:
+    """Everything torch checks: the window of a call that it accepts, else Declined."""
+    transposed, rank, stride, padding, output_padding, groups, dilation = asked
+    if type(groups) is not int:
+        raise Declined("groups that are no int")
+    if x.dtype not in ops.DTYPES:
         raise Declined(f"dtype {x.dtype}")
     for t in (w, b):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise Declined("tensors of several dtypes or devices")
+        if t is not None and (t.device != x.device or t.dtype != x.dtype):
+            wide = torch.float64 in (t.dtype, x.dtype)
+            if not autocast or wide or t.device != x.device or t.dtype not in ops.DTYPES:
+                raise Declined("tensors of several dtypes or devices")
     if w.dim() != rank + 2 or x.dim() not in (rank + 1, rank + 2):
         raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
-    s, d = _per_dimension(stride, rank, "stride"), _per_dimension(dilation, rank, "dilation")
-    op = _per_dimension(output_padding, rank, "output_padding")
+    s, d = _per_dimension(_parameter(stride), rank, "stride"), _per_dimension(_parameter(dilation), rank, "dilation")
+    op = _per_dimension(_parameter(output_padding), rank, "output_padding")
     if groups < 1 or min(s) < 1 or min(d) < 1 or min(op) < 0 or max(groups, *s, *d, *op) > LIMIT:
         raise Declined("a stride, dilation, output_padding or number of groups out of range")
     if x.numel() == 0 or w.numel() == 0:
         raise Declined("a tensor without elements")
-    x = x if x.dim() == rank + 2 else x.unsqueeze(0)
     c, k = (w.shape[0], w.shape[1] * groups) if transposed else (w.shape[1] * groups, w.shape[0])
-    if x.shape[1] != c or w.shape[0] % groups or (b is not None and tuple(b.shape) != (k,)):
+    if x.shape[-1 - rank] != c or w.shape[0] % groups or (b is not None and (b.dim() != 1 or b.shape[0] != k)):
         raise Declined("channels, groups and weight that do not fit together")
     pads = _padding(padding, rank, transposed, w.shape[2:], s, d)
+    before, after = [p for p, _ in pads], [p for _, p in pads]
     if transposed:
-        if any(o >= max(si, di) for o, si, di in zip(op, s, d, strict=True)):
-            raise Declined("output_padding not smaller than stride or dilation")
-        problem = transposed_problem(x.shape, w.shape, s, [p for p, _ in pads], op, d, groups)
-    else:
-        problem = forward_problem(x.shape, w.shape, s, pads, d, groups)
-    if min(problem.X) < 1 or min(problem.Y) < 1:
-        raise Declined("an output without elements")
-    if addressing(w).reach > LIMIT or (b is not None and k * b.stride(0) > LIMIT) or _overflows(problem, LIMIT):
-        raise Declined("a weight, or coordinates or programs, that 32 bits cannot count")
+        for o, si, di in zip(op, s, d, strict=True):
+            if o >= max(si, di):
+                raise Declined("output_padding not smaller than stride or dilation")
+        after = [p - o for p, o in zip(after, op, strict=True)]
+    h = ops.Window(s, before, after, d, groups)
+    for e, t, si, p, q, di in zip(x.shape[-rank:], w.shape[2:], s, before, after, d, strict=True):
+        if ((e - 1) * si + di * (t - 1) + 1 - p - q if transposed else e + p + q - di * (t - 1)) < 1:
+            raise Declined("an output without elements")
+    return h
+
+
+def _examine(asked: Asked, x: Any, w: Any, b: Any) -> Geometry:
+    """Everything torch checks, and what our kernels need: the geometry of a call that both accept, else Declined."""
+    h = _check(asked, x, w, b)
+    x = x if x.dim() == asked.rank + 2 else x.unsqueeze(0)
+    problem = ops.problem_of("dgrad" if asked.transposed else "fprop", x, w, h)
+    if ops.too_large(problem, w, b):
+        raise Declined(ops.TOO_LARGE)
     return Geometry(problem, result_is_channels_last(x, w))
 
 
@@ -273,17 +275,10 @@ def _padding(
             raise Declined(f"padding={padding!r}")
         totals = [d * (t - 1) if padding == "same" else 0 for d, t in zip(dilation, taps, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
-    pads = _per_dimension(padding, rank, "padding")
+    pads = _per_dimension(_parameter(padding), rank, "padding")
     if min(pads) < 0:
         raise Declined("negative padding")
     return [(p, p) for p in pads]
-
-
-def _overflows(p: ConvProblem, limit: int) -> bool:
-    """Whether a coordinate, or the number of programs of a strided dgrad, may not fit 32 bits."""
-    far = max(*p.X, *p.Y, *p.P, *p.T) * max(*p.S, *p.D)
-    programs = p.phases("dgrad") * p.C * (p.N * max(p.X) // 16 + 1)
-    return max(far, max(p.S) * max(p.D), programs) > limit
 
 
 def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
@@ -364,3 +359,4 @@ def _parses(parse: Callable[..., Any], args: Any, kwargs: Any) -> bool:
 
 conv1d, conv2d, conv3d = _public(1, False), _public(2, False), _public(3, False)
 conv_transpose1d, conv_transpose2d, conv_transpose3d = _public(1, True), _public(2, True), _public(3, True)
+PUBLIC = {1: conv1d, 2: conv2d, 3: conv3d}, {1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d}

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+STRANGE = "not a plain strided tensor"
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
@@ -28,12 +29,17 @@ def unusual(*tensors: Any) -> str | None:
         try:
             pointer = t.data_ptr()
         except RuntimeError:  # no memory of its own
-            return "a batched gradient" if torch._C._functorch.is_legacy_batchedtensor(t) else "not a plain strided tensor"
+            return "a batched gradient" if torch._C._functorch.is_legacy_batchedtensor(t) else STRANGE
         if t.is_neg() or (pointer == 0 and t._is_zerotensor()):
-            return "not a plain strided tensor"
+            return STRANGE
     return None
 
 
 def function_modes() -> bool:
     """Whether a function mode is active other than torch.set_default_device's, which a convolution does not concern."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def foreign_modes() -> bool:
+    """Whether a function mode is active that is not torch's own, as tracing's are: it is to see torch's function."""
+    return any(not type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]

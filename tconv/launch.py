@@ -16,13 +16,13 @@ from tconv import plan as planning
 from tconv.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.compiled import announce, run
 from tconv.device import INTERPRETER, Device, cuda_device
+from tconv.kinds import Kinds
 from tconv.layout import shaped, to_channels_last
 from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import Geometry
 from tconv.record import note
 
-REMEMBERED = 4096  # kinds of calls kept; a program whose shapes never repeat starts over
-_prepared: dict[Any, Prepared] = {}
+_prepared: Kinds[Any, Prepared] = Kinds()
 _collections: list[list[Prepared]] = []
 _lock = threading.Lock()
 
@@ -98,8 +98,6 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
         return make()
     found = _prepared.get(key)
     if found is None:
-        if len(_prepared) >= REMEMBERED:
-            _prepared.clear()
         found = _prepared[key] = make()
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx import Proxy
 
 from tconv.functional import convolve
 from tconv.guard import PLAIN
@@ -23,8 +24,6 @@ class _Forward(torch.nn.modules.conv._ConvNd):
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rank, x, padding = len(self.kernel_size), input, self.padding
         if self.padding_mode != "zeros":
-            if not isinstance(input, torch.Tensor):  # an FX proxy, say: torch's own code is traceable
-                return super()._conv_forward(input, weight, bias)  # type: ignore[misc, no-any-return]
             x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO
         y = convolve(False, rank, x, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
         return super()._conv_forward(input, weight, bias) if y is None else y  # type: ignore[misc]
@@ -35,7 +34,7 @@ class _Transposed(torch.nn.modules.conv._ConvTransposeNd):
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         y = None
-        if isinstance(input, torch.Tensor) and isinstance(self.padding, tuple) and self.padding_mode == "zeros":
+        if isinstance(input, (torch.Tensor, Proxy)) and isinstance(self.padding, tuple) and self.padding_mode == "zeros":
             rank = len(self.kernel_size)
             weight, bias = _parameters(self, input)
             output_padding = self._output_padding(

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tconv.device import ARCHITECTURES, DEVICES, Device, cuda_device
-from tconv.functional import dry_run
+from tconv.dry import dry_run
 from tconv.record import recording
 
 

@@ -207,10 +207,9 @@ def test_layers_share_compile_time_constants():
 
 
 def test_nothing_is_kept_without_bound(device, monkeypatch):
-    from tconv import functional, launch
+    from tconv import functional, kinds, launch
 
-    monkeypatch.setattr(functional, "REMEMBERED", 3)
-    monkeypatch.setattr(launch, "REMEMBERED", 3)
+    monkeypatch.setattr(kinds, "REMEMBERED", 3)
     w = torch.nn.Parameter(torch.randn(2, 2, 1, device=device))
     for n in range(1, 9):
         TF.conv1d(torch.randn(1, 2, n, device=device), w)

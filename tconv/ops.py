@@ -1,0 +1,435 @@
+"""The three bilinear operations as operators of torch, for every context that a plain call of a kernel cannot stand in:
+torch.compile and export, functorch's transforms, forward-mode differentiation, dispatch modes, tracing.
+
+    operator         in its first argument   in its second
+    fprop(x, w)      dgrad(g, w)             wgrad(g, x)
+    dgrad(dy, w)     fprop(g, w)             wgrad(dy, g)
+    wgrad(dy, x)     fprop(x, g)             dgrad(dy, g)
+
+Closed under differentiation, and under vmap by folding the batch into N, K, C or the groups. All take one window of plain
+numbers: stride, the padding `before` the first element of x and `after` its last, dilation, groups. dgrad and wgrad read
+the extent that their tensors do not show off it, X = (Y - 1)*S + D*(T - 1) + 1 - before - after, so there `after` is exact:
+the padding less what the last step leaves unread, perhaps negative. What hangs on addresses or flags is decided within the
+operators, when they run; a problem that the kernels decline is then torch's to compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from tconv.dry import DRY
+from tconv.kinds import Kinds
+from tconv.layout import LIMIT, addressing, result_is_channels_last, shaped
+from tconv.problem import ConvProblem, Geometry, forward_problem
+from tconv.record import Call, Declined, note
+
+MaybeTensor = torch.Tensor | None
+NAMES = ("fprop", "dgrad", "wgrad")
+WINDOW = "int[] stride, SymInt[] before, SymInt[] after, int[] dilation, SymInt groups, bool? channels_last=None"
+SCHEMAS = {
+    "fprop": f"(Tensor x, Tensor w, Tensor? b, {WINDOW}) -> Tensor",
+    "dgrad": f"(Tensor dy, Tensor w, Tensor? b, {WINDOW}) -> Tensor",
+    "wgrad": f"(Tensor dy, Tensor x, Tensor? b, {WINDOW}) -> Tensor",
+}
+TOO_LARGE = "a weight, or coordinates or programs, that 32 bits cannot count"
+INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_library: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped-call]
+_known: Kinds[Any, Geometry | str] = Kinds()
+
+
+class Window(NamedTuple):
+    """How taps meet elements, one number per spatial dimension.
+
+    Attributes:
+        stride, before, after, dilation, groups: see above.
+        channels_last: memory format of the result; None for the one torch would give a layer's.
+    """
+
+    stride: Sequence[int]
+    before: Sequence[int]
+    after: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    channels_last: bool | None = None
+
+
+def window(g: Geometry) -> Window:
+    """The exact window of a problem."""
+    p, skip = g.problem, 3 - g.problem.rank
+    loose = Window(p.S[skip:], p.P[skip:], p.P[skip:], p.D[skip:], p.G, g.channels_last)
+    return _exact(loose, p.X[skip:], p.Y[skip:], p.T[skip:])
+
+
+def _exact(h: Window, x: Sequence[int], y: Sequence[int], taps: Sequence[int]) -> Window:
+    """The window with the padding behind x that is read."""
+    parts = zip(x, y, taps, h.stride, h.before, h.dilation, strict=True)
+    return h._replace(after=[(b - 1) * s + d * (t - 1) + 1 - a - before for a, b, t, s, before, d in parts])
+
+
+def _extents(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of x and w."""
+    spatial = list(zip(a.shape[2:], b.shape[2:], h.stride, h.before, h.after, h.dilation, strict=True))
+    if name == "fprop":
+        return tuple(a.shape), tuple(b.shape)
+    if name == "dgrad":
+        x = [(y - 1) * s + d * (t - 1) + 1 - before - after for y, t, s, before, after, d in spatial]
+        return (a.shape[0], b.shape[1] * h.groups, *x), tuple(b.shape)
+    taps = [(x + before + after - 1 - (y - 1) * s) // d + 1 for y, x, s, before, after, d in spatial]
+    return tuple(b.shape), (a.shape[1], b.shape[1] // h.groups, *taps)
+
+
+def _result(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> tuple[int, ...]:
+    """Shape of an operator's result."""
+    x, w = _extents(name, a, b, h)
+    if name != "fprop":
+        return x if name == "dgrad" else w
+    parts = zip(x[2:], w[2:], *h[:4], strict=True)
+    y = [(e + before + after - d * (t - 1) - 1) // s + 1 for e, t, s, before, after, d in parts]
+    return x[0], w[0], *y
+
+
+def _format(a: torch.Tensor, b: torch.Tensor, h: Window) -> bool:
+    return result_is_channels_last(a, b) if h.channels_last is None else h.channels_last
+
+
+def problem_of(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> ConvProblem:
+    x, w = _extents(name, a, b, h)
+    return forward_problem(x, w, h.stride, list(zip(h.before, h.after, strict=True)), h.dilation, h.groups)
+
+
+def too_large(p: ConvProblem, w: torch.Tensor | None, b: MaybeTensor) -> bool:
+    """Whether a coordinate, a weight, or the number of programs of a strided dgrad, may not fit 32 bits."""
+    far = max(*p.X, *p.Y, *p.P, *p.T) * max(*p.S, *p.D)
+    programs = p.phases("dgrad") * p.C * (p.N * max(p.X) // 16 + 1)
+    weights = [0 if w is None else addressing(w).reach, 0 if b is None else b.shape[0] * b.stride(0)]
+    return max(far, max(p.S) * max(p.D), programs, *weights) > LIMIT
+
+
+# What the operators do
+
+
+@functools.cache
+def unavailable(device: str) -> str | None:
+    """Why the kernels cannot run for tensors on that type of device, or None; loads them, so it is asked late."""
+    if device != "cuda" and not (device == "cpu" and interpreted()):
+        return "CPU tensors need TRITON_INTERPRET=1" if device == "cpu" else f"device {device}"
+    try:
+        from tconv.arguments import INTERPRET
+    except ImportError as e:
+        return f"Triton cannot be imported ({e})"
+    if device == "cpu" and not INTERPRET:
+        return "TRITON_INTERPRET was set after Triton's kernels were loaded"
+    return None
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in INTERPRETED
+
+
+def _fake(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
+    h = Window(*rest)
+    like = shaped(_result(name, a, b, h), _format(a, b, h), a.dtype)
+    return a.new_empty_strided(like.shape, like.stride())
+
+
+def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
+    """By the kernels, or by torch where they decline."""
+    h = Window(*rest)
+    key = (
+        name, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device), *map(tuple, h[:4]), *h[4:],
+    )  # fmt: skip
+    known = _known.get(key)
+    if known is None:
+        known = _known[key] = _examine(name, a, b, bias, h)
+    try:
+        if isinstance(known, str):
+            raise Declined(known)
+        if DRY.get():
+            known = dataclasses.replace(known, dry=True)
+        from tconv import launch
+
+        if name == "wgrad":
+            return launch.wgrad(known, a, b)
+        return launch.convolve(launch.convolution(name == "dgrad", known, a, b, bias), a, b, bias, known.dry)
+    except Declined as e:
+        return _by_torch(name, a, b, bias, h, str(e))
+
+
+def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window) -> Geometry | str:
+    """The geometry of a call, or why it is torch's; ValueError if the tensors do not fit together."""
+    (n, c, *_), w = _extents(name, a, b, h)
+    y = _result(name, a, b, h) if name == "fprop" else tuple(a.shape)
+    channels = w[0] if name == "fprop" else c
+    if (n, c, y[1]) != (y[0], w[1] * h.groups, w[0]) or w[0] % h.groups or (bias is not None and bias.shape != (channels,)):
+        raise ValueError(f"{name}: tensors of {[*a.shape]} and {[*b.shape]} do not fit {h}")
+    if min(*a.shape, *b.shape, *_result(name, a, b, h)) < 1:
+        return "a tensor without elements"
+    if any(t is not None and (t.dtype != a.dtype or t.device != a.device) for t in (b, bias)):
+        return "tensors of several dtypes or devices"
+    if a.dtype not in DTYPES:
+        return f"dtype {a.dtype}"
+    problem = problem_of(name, a, b, h)
+    if problem.shape("y") != y:
+        raise ValueError(f"{name}: tensors of {[*a.shape]} and {[*b.shape]} do not fit {h}")
+    if too_large(problem, None if name == "wgrad" else b, bias):
+        return TOO_LARGE
+    return unavailable(a.device.type) or Geometry(problem, _format(a, b, h))
+
+
+def _by_torch(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, reason: str) -> torch.Tensor:
+    """The same in aten's operators.
+
+    Torch pads both ends alike and derives y's extents from x's. A window may pad its ends differently or leave the end of x
+    unread, so x is padded and cropped here to exactly what is read, and aten's own padding is zero.
+    """
+    shape = _result(name, a, b, h)
+    (_, _, *extents), w = _extents(name, a, b, h)
+    y = shape[2:] if name == "fprop" else a.shape[2:]
+    h = _exact(h, extents, y, w[2:])
+    ends = [n for pair in zip(reversed(h.before), reversed(h.after), strict=True) for n in pair]
+    parameters = h.stride, [0] * len(y), h.dilation, False, [0] * len(y), h.groups
+    note(Call("aten::convolution" if name == "fprop" else "aten::convolution_backward", None, None, reason))
+    if name == "fprop":
+        out = torch.ops.aten.convolution(torch.constant_pad_nd(a, ends), b, bias, *parameters)
+    elif name == "dgrad":
+        read = [e + before + after for e, before, after in zip(extents, h.before, h.after, strict=True)]
+        like = b.new_zeros(()).expand(*shape[:2], *read)
+        out = torch.ops.aten.convolution_backward(a, like, b, None, *parameters, (True, False, False))[0]
+        out = torch.constant_pad_nd(out, [-n for n in ends])
+        if bias is not None:
+            out = out + bias.view(-1, *(1,) * len(y))
+    else:
+        like = b.new_zeros(()).expand(shape)
+        padded = torch.constant_pad_nd(b, ends)
+        out = torch.ops.aten.convolution_backward(a, padded, like, None, *parameters, (False, True, False))[1]
+    strides = shaped(shape, _format(a, b, h), a.dtype).stride()
+    return a.new_empty_strided(shape, strides).copy_(out)
+
+
+# Differentiation
+
+
+def _call(name: str, *args: Any) -> torch.Tensor:
+    y: torch.Tensor = OPERATORS[name](*args)
+    return y
+
+
+class Operators:
+    """The operations as operators, for `gradients`.
+
+    Args:
+        h: the exact window.
+    """
+
+    def __init__(self, h: Window) -> None:
+        self.h = h
+
+    def fprop(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return _call("fprop", x, w, None, *self.h)
+
+    def dgrad(self, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return _call("dgrad", dy, w, None, *self.h)
+
+    def wgrad(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return _call("wgrad", dy, x, None, *self.h)
+
+    def bias_grad(self, dy: torch.Tensor) -> torch.Tensor:
+        return dy.sum([0, *range(2, dy.dim())])
+
+
+def gradients(op: Any, name: str, g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, needs: Sequence[bool]) -> tuple[Any, ...]:
+    """Gradients of an operation's arguments a, b and bias that are needed, by the operations of `op`."""
+    need_a, need_b, need_bias = needs
+    da = db = None
+    if name == "fprop":
+        da, db = op.dgrad(g, b) if need_a else None, op.wgrad(g, a) if need_b else None
+    elif name == "dgrad":
+        da, db = op.fprop(g, b) if need_a else None, op.wgrad(a, g) if need_b else None
+    else:
+        da, db = op.fprop(b, g) if need_a else None, op.dgrad(a, g) if need_b else None
+    return da, db, op.bias_grad(g) if need_bias else None
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Any, name: str, a: Any, b: Any, bias: Any, h: Window) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.how = name, h
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        with contextlib.ExitStack() as stack:
+            if torch._C._are_functorch_transforms_active():
+                _outer_levels(stack)  # whose modes `apply` has switched off
+            stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+            y: torch.Tensor = OPERATORS[name].redispatch(keys & torch._C._after_autograd_keyset, a, b, bias, *h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        if g is None:
+            return (None,) * 6
+        name, h = ctx.how
+        x, y, w = {"fprop": (a, g, b), "dgrad": (g, a, b), "wgrad": (b, a, g)}[name]
+        h = _exact(h, x.shape[2:], y.shape[2:], w.shape[2:])._replace(channels_last=_format(a, b, h))
+        return None, None, *gradients(Operators(h), name, g, a, b, ctx.needs_input_grad[2:5]), None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, __: Any, da: MaybeTensor, db: MaybeTensor, dbias: MaybeTensor, ___: Any) -> MaybeTensor:
+        (name, h), (a, b) = ctx.how, ctx.saved_tensors
+        op = OPERATORS[name]
+        with contextlib.ExitStack() as stack:
+            if torch._C._are_functorch_transforms_active():
+                _outer_levels(stack)
+                a, b = (torch._VF._unpack_dual(t, level=0)[0] for t in (a, b))  # type: ignore[attr-defined]
+            terms = []
+            if da is not None:
+                terms.append(op(da, b, dbias, *h))
+            if db is not None:
+                terms.append(op(a, db, None if terms else dbias, *h))
+            if not terms and dbias is not None:
+                shape = _result(name, a, b, h)
+                terms.append(dbias.view(-1, *(1,) * (len(shape) - 2)).expand(shape))
+            return sum(terms[1:], terms[0]) if terms else None
+
+
+def _outer_levels(stack: contextlib.ExitStack) -> None:
+    """Without this second derivatives are silently wrong."""
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+
+
+_apply = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Differentiable)
+
+
+def _autograd(name: str, keys: Any, a: Any, b: Any, bias: Any, *rest: Any) -> torch.Tensor:
+    h = Window(*rest)
+    if torch._C._len_torch_dispatch_stack():
+        count_flops()
+    y: torch.Tensor
+    if torch._C._are_functorch_transforms_active():
+        with enable_single_level_autograd_function():  # type: ignore[no-untyped-call]
+            y = _apply(keys, name, a, b, bias, h)
+    elif forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, bias))
+    ):
+        y = _apply(keys, name, a, b, bias, h)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = OPERATORS[name].redispatch(keys & torch._C._after_autograd_keyset, a, b, bias, *h)
+    return y
+
+
+# vmap: (axis of the argument, whether groups divide it), of the result too, for a batch of the first argument, of the second
+# and of both, which then is more groups.
+FIRST = {"fprop": ((0, False), (0, False)), "dgrad": ((0, False), (0, False)), "wgrad": ((1, True), (0, True))}
+SECOND = {"fprop": ((0, True), (1, True)), "dgrad": ((1, False), (1, True)), "wgrad": ((1, True), (1, False))}
+BOTH = {"fprop": (1, 0, 1), "dgrad": (1, 0, 1), "wgrad": (1, 1, 0)}
+
+
+def _vmap(name: str, info: Any, dims: Any, a: Any, b: Any, bias: Any, *rest: Any) -> tuple[torch.Tensor, int]:
+    h, size = Window(*rest), info.batch_size
+    at_a, at_b, at_bias = dims[:3]
+    inside = bias if at_bias is None and at_b is None else None
+    axis, groups = 0, 1
+    if at_a is not None and at_b is not None:
+        axis_a, axis_b, axis = BOTH[name]
+        a, b, h = _fold(a, at_a, axis_a, 1), _fold(b, at_b, axis_b, 1), h._replace(groups=h.groups * size)
+    elif at_a is not None:
+        (axis_a, divided), (axis, result) = FIRST[name]
+        a, groups = _fold(a, at_a, axis_a, h.groups if divided else 1), h.groups if result else 1
+    elif at_b is not None:
+        (axis_b, divided), (axis, result) = SECOND[name]
+        b, groups = _fold(b, at_b, axis_b, h.groups if divided else 1), h.groups if result else 1
+    y = OPERATORS[name](a, b, inside, *h)
+    if at_a is None and at_b is None:
+        y = y.unsqueeze(0).expand(size, *y.shape)
+    else:
+        y = y.unflatten(axis, (groups, size, y.shape[axis] // (groups * size))).movedim(axis + 1, 0)  # type: ignore[no-untyped-call]
+        y = y.flatten(axis + 1, axis + 2)
+    if bias is not None and inside is None:
+        shape = (1, bias.shape[0]) if at_bias is None else (size, 1, bias.shape[1 - at_bias])
+        bias = bias if at_bias is None else bias.movedim(at_bias, 0)
+        y = y + bias.reshape(*shape, *(1,) * (y.dim() - 3))
+    return y, 0
+
+
+def _fold(t: torch.Tensor, dim: int, axis: int, groups: int) -> torch.Tensor:
+    """A tensor with its batch put into an axis, within each group."""
+    t = t.movedim(dim, 0)
+    split: torch.Tensor = t.unflatten(axis + 1, (groups, t.shape[axis + 1] // groups))  # type: ignore[no-untyped-call]
+    return split.movedim(0, axis + 1).flatten(axis, axis + 2)
+
+
+def _autocast(name: str, device: str, key: Any, a: Any, b: Any, bias: Any, *rest: Any) -> torch.Tensor:
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        tensors = lower(device, a, b, bias)
+        y: torch.Tensor = OPERATORS[name](*tensors, *rest)
+    return y
+
+
+def lower(device: str, *tensors: MaybeTensor) -> tuple[Any, ...]:
+    """Floating tensors in autocast's dtype, but for fp64; differentiable, so gradients arrive in the parameters' dtype."""
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def count_flops() -> None:
+    """Tell torch's FlopCounterMode, which is loaded late since it loads Triton, and the active ones, which have copies."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    packets = {getattr(torch.ops.tconv, name): _FLOPS[name] for name in NAMES}
+    if not packets.keys() <= counter.flop_registry.keys():
+        for packet, formula in packets.items():
+            counter.register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+        if registry is not None:
+            registry.update({packet: counter.flop_registry[packet] for packet in packets})
+
+
+def _flops(pass_: str) -> Any:
+    def formula(a: Any, b: Any, bias: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+        """Two per product: outputs (of the layer) times a filter's elements."""
+        y, w = {"fprop": (out_shape, b), "dgrad": (a, b), "wgrad": (a, out_shape)}[pass_]
+        count: int = 2 * math.prod(y) * math.prod(w[1:])
+        return count
+
+    return formula
+
+
+_FLOPS = {name: _flops(name) for name in NAMES}
+
+
+def _register(name: str) -> Any:
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _library.define(name + SCHEMAS[name], tags=tags)
+
+    def bound(f: Any, *more: Any) -> Any:
+        return lambda *args: f(name, *more, *args)
+
+    torch.library.register_fake(f"tconv::{name}", bound(_fake), lib=_library)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, bound(_run), key)
+        _library.impl(name, bound(_autocast, key.lower(), getattr(torch._C.DispatchKey, f"Autocast{key}")), f"Autocast{key}")
+    _library.impl(name, bound(_autograd), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"tconv::{name}", bound(_vmap), lib=_library)
+    return getattr(torch.ops.tconv, name).default
+
+
+OPERATORS: dict[str, Any] = {name: _register(name) for name in NAMES}

@@ -5,6 +5,7 @@ The mesh of the first so many ranks; the others have no part in a question and a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from typing import Any
@@ -150,13 +151,18 @@ def small_model() -> nn.Module:
     )
 
 
-def trained(kind: str) -> Any:
-    """Two steps of two ranks, each on half of the batch, by DDP or FSDP2: parameters as of one process on all of it."""
+def trained(kind: str, way: str) -> Any:
+    """Two steps of two ranks, each on half of the batch, by DDP or FSDP2: parameters as of one process on all of it.
+
+    tconv's kernels are reached by its layers, `replace_`, or by the override, `enable()`.
+    """
     m = mesh(2)
     if outside(m):
         return None
     dtype = torch.bfloat16 if kind == "fsdp bf16" else torch.float64
-    reference, model = small_model(), tconv.replace_(small_model())
+    reference, model = small_model(), small_model()
+    if way == "replace_":
+        tconv.replace_(model)
     if dtype == torch.float64:
         reference, model = reference.double(), model.double()
     x = torch.randn(4, 2, 7, 6, dtype=next(model.parameters()).dtype)
@@ -175,7 +181,8 @@ def trained(kind: str) -> Any:
         for _ in range(2):
             for net, optimizer, data in zip((reference, model), optimizers, (x, mine), strict=True):
                 optimizer.zero_grad()
-                net(data).square().mean().backward()
+                with tconv.enabled() if way == "enable()" and net is model else contextlib.nullcontext():
+                    net(data).square().mean().backward()
                 optimizer.step()
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-3}
     for (name, right), found in zip(reference.named_parameters(), model.parameters(), strict=True):

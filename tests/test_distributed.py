@@ -101,9 +101,10 @@ def test_a_model_on_a_sharded_volume(ranks, rank, shape, x_at):
             assert calls == 20  # five layers: forward, input, weight and bias
 
 
+@pytest.mark.parametrize("way", ["replace_", "enable()"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp bf16"])
-def test_training_on_two_ranks_is_training_on_one(ranks, kind):
-    answers = [a for a in ranks(on_ranks.trained, kind) if a is not None]
+def test_training_on_two_ranks_is_training_on_one(ranks, kind, way):
+    answers = [a for a in ranks(on_ranks.trained, kind, way) if a is not None]
     assert len(answers) == 2
     for calls, left in answers:
         assert left == []

@@ -77,6 +77,18 @@ def test_graphs_made_before_follow(name, device):
     assert all(torch.equal(a, e) for a, e in zip(again, expected, strict=True))
 
 
+def test_compiled_autograd(device):
+    """A backward pass traced with torch's operator in it."""
+    torch._dynamo.reset()
+    leaves = tensors(device)
+    expected = losses(conv)(*leaves)[1:]
+    by = torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True))
+    with tconv.enabled(), tconv.recording() as calls, by:
+        conv(*leaves).square().sum().backward()
+    same([t.grad for t in leaves], list(expected))
+    parity.assert_ours(calls, "fprop", "dgrad", "wgrad", "bias")
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", [name for name in GRAPHS if name != "inductor"])  # costs seconds, and traces as aot_eager
 def test_graphs_made_under_it_are_torchs(name, device):

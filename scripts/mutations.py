@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Breaks the kernels one way at a time, in a copy of the tree, and shows that the tests notice.
+"""Breaks the kernels, and what calls them, one way at a time, in a copy of the tree, and shows that the tests notice.
 
 python scripts/mutations.py             # every mutation; exit status 1 if one survives
 python scripts/mutations.py --only tap  # those whose name matches
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Mutation:
-    """One edit that makes a kernel wrong, and the tests that should see it."""
+    """One edit that makes results wrong, and the tests that should see it."""
 
     name: str
     file: str
@@ -68,6 +68,17 @@ MUTATIONS = [
     Mutation("a piece of fp32 dropped", "kernels/common.py", "step = dot(al, bh, step", "step = dot(al * 0, bh, step", "sums", "test_split_precision.py"),
     Mutation("an infinity in every piece", "kernels/common.py", "tl.where(finite, 0xFFFF0000, 0xBF800000)", "tl.where(finite, 0xFFFF0000, 0xFFFF0000)", "infinity", "test_split_precision.py"),
     Mutation("32-bit offsets everywhere", "prepare.py", "p.N * math.prod(s.extents) + tile.m) > LIMIT", "0) < 0", "beyond"),
+    Mutation("a batch of weights across the groups", "ops.py", '"fprop": ((0, True), (1, True))', '"fprop": ((0, False), (1, True))', "test_vmap", "test_transforms.py"),
+    Mutation("a batch of gradients across the groups", "ops.py", '"wgrad": ((1, True), (0, True))', '"wgrad": ((1, False), (0, True))', "vjp", "test_transforms.py"),
+    Mutation("outer levels of transforms left off", "ops.py", "    stack.enter_context(torch.enable_grad())", "    pass", "test_transforms", "test_transforms.py"),
+    Mutation("outer levels of forward mode left off", "ops.py", "stack.enter_context(forward_ad._set_fwd_grad_enabled(True))", "pass", "second", "test_transforms.py"),
+    Mutation("the bias' tangent lost", "ops.py", "op(da, b, dbias, *h)", "op(da, b, None, *h)", "forward_mode or jvp", "test_transforms.py"),
+    Mutation("a gradient of what is not read", "ops.py", "h = _exact(h, x.shape[2:], y.shape[2:], w.shape[2:])._replace", "h = h._replace", "unread", "test_transforms.py"),
+    Mutation("output padding forgotten by the operator", "functional.py", "[p - o for p, o", "[p - 0 * o for p, o", "test_vmap", "test_transforms.py"),
+    Mutation("torch's stand-in not cropped", "ops.py", "out = torch.constant_pad_nd(out, [-n for n in ends])", "pass", "decline", "test_contexts.py"),
+    Mutation("halo gradients kept where they arose", "distributed.py", "take[r].add_(piece)", "pass", "test_space and not dtype", "test_distributed.py"),
+    Mutation("a halo one element short", "distributed.py", "(b - 1) * stride - before + span + 1", "(b - 1) * stride - before + max(span, 1)", "test_space and not dtype", "test_distributed.py"),
+    Mutation("a weight's gradient of one rank alone", "distributed.py", "return _total(grad, ctx.group), None", "return grad, None", "test_space and not dtype", "test_distributed.py"),
 ]  # fmt: skip
 
 

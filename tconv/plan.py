@@ -118,7 +118,7 @@ def force(
 
     Args:
         kernel: name of a kernel; passes that do not know it plan freely.
-        tile: block extents for those passes.
+        tile: block extents for those passes, a `tconv.configs.Tile`.
         splits: parts of the reduction. More than one are for wgrad and the bias gradient; for fprop and dgrad, most of
             which have too few channels for that, only together with `kernel="gather"`.
         staged: whether operands whose channels lie apart are first copied to channels last, where a kernel can gain by it.
@@ -133,6 +133,8 @@ def force(
     global _forced
     if kernel is not None and not any(kernel in known for known in KERNELS.values()):
         raise ValueError(f"kernel must be one of {sorted(set().union(*KERNELS.values()))}, got {kernel!r}")
+    if tile is not None and not isinstance(tile, Tile):
+        raise TypeError(f"tile must be a tconv.configs.Tile, got {tile!r}")
     if precision not in (None, "ieee", BF16X6):
         raise ValueError(f"precision must be 'ieee' or {BF16X6!r}, got {precision!r}")
     before, _forced = _forced, Forced(kernel, tile, splits, staged, precision)

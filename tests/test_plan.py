@@ -155,6 +155,12 @@ def test_a_forced_plan_that_cannot_run_raises(forced, message, device):
         TF.conv2d(x, w).sum().backward()
 
 
+def test_a_tile_that_is_none_is_refused_at_once():
+    message = r"tile must be a tconv\.configs\.Tile, got \(16, 16\)"
+    with pytest.raises(TypeError, match=message), tconv.force(tile=(16, 16)):
+        pass
+
+
 def test_shared_memory_bounds_a_tile():
     assert why_illegal("gather", GEMM_16[2], 2, H200) is None
     assert "bytes of shared memory" in why_illegal("gather", GEMM_16[2], 2, SMALL)

@@ -14,6 +14,7 @@ import tconv  # noqa: F401 - loads the modules whose docstrings are run
 ROOT = pathlib.Path(__file__).parent.parent
 PRINTED = {  # what the examples of a document print, among else
     "README.md": ("torch.nn.Conv2d -> tconv.Conv2d", *["gather"] * 4),
+    "docs/distributed.md": ("(Shard(dim=2),)", "fprop: gather"),
     "docs/explain.md": ("fprop: gather", "dgrad: gather", "wgrad: wgrad", "bias: bias"),
     "docs/kernels.md": ("fprop: gather",),
     "docs/swapping.md": ("fprop: ", "dgrad: ", "wgrad: ", "0: torch.nn.Conv1d -> tconv.Conv1d", "filter_fn"),

@@ -35,9 +35,11 @@ def read(kernel: Any) -> dict[str, Any]:
 
 def _lanes(ttgir: str) -> list[int]:
     """The axis along which neighbouring threads lie, of each access to a two-dimensional tile in global memory."""
-    orders = dict(re.findall(r"^(#\w+) = #ttg\.blocked<.*order = \[(\d)", ttgir, re.MULTILINE))
+    orders = {name: int(axis) for name, axis in re.findall(r"^(#\w+) = #ttg\.blocked<.*order = \[(\d)", ttgir, re.MULTILINE)}
+    for name, step in re.findall(r"^(#\w+) = #ttg\.linear<.*lane = \[\[(\d+, \d+)\]", ttgir, re.MULTILINE):
+        orders[name] = int(step.startswith("0,"))  # from one lane to the next
     access = r"(?:tt\.load|tt\.store|async_copy_global_to_local) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>"
-    return [int(orders[layout]) for layout in re.findall(access, ttgir)]
+    return [orders[layout] for layout in re.findall(access, ttgir)]
 
 
 def _disassembled(kernel: Any) -> tuple[str, str]:
@@ -72,6 +74,7 @@ def _nvidia(usage: str, sass: str) -> dict[str, Any]:
         # An operand that wgmma takes from registers, or tcgen05 from tensor memory, was brought there from shared memory.
         "register_detour": bool(_count(lines, r"\bHGMMA\S* R\d+, R\d+|\bUTC\w*MMA\S* tmem\[\w+\], gdesc")),
         "tma_loads": _count(lines, "UTMALDG"),
+        "tma_stores": _count(lines, "UTMASTG"),
         **_accesses(copies, loads, stores),
         "loop_instructions": len(inside),
     }
@@ -95,6 +98,7 @@ def _amd(text: str) -> dict[str, Any]:
         **_mma(kinds),
         "register_detour": False,
         "tma_loads": 0,
+        "tma_stores": 0,
         **_accesses(*(
             [_amd_bytes(m[1]) for line in where if (m := re.search(access % kind, line))]
             for where, kind in ((copied, "load"), (loads, "load"), (lines, "store"))

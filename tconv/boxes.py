@@ -60,19 +60,24 @@ def prepare_boxes(
     plan = planning.choose(p, pass_, planning.Operands(x.element_size(), tensor_cores(x.dtype)), device, only="tma")
     tile = plan.tile
     box, _ = cost.box_of(p, pass_, tile.m)
+    box_y = _tensor(y, (p.N, *s.extents, s.wrote), s.y)
+    if (transposed and max(p.S) > 1) or (p.G > 1 and s.co % tile.n):  # a phase's pixels lie apart; the next group's channels
+        box_y = None
     integers = {
         "N": p.N, "CI": s.ci, "CO": s.co, "G": p.G, **window(p), **triple("Y", s.extents),
         **strides("sy", s.y), "syg": s.co * s.y.channel, "sb": b.stride(0) if b is not None else 0,
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "TRANSPOSED": transposed, "RANK": p.rank, "Y_UNIT": s.y.unit, "Y_VEC": wide(y, s.y, s.co), "HAS_BIAS": b is not None,
-        "WIDE": s.y.reach > LIMIT, "PRECISION": precision(x.dtype, plan), "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        "TRANSPOSED": transposed, "RANK": p.rank, "Y_BOX": box_y is not None, "Y_UNIT": s.y.unit, "Y_VEC": wide(y, s.y, s.co),
+        "HAS_BIAS": b is not None, "WIDE": s.y.reach > LIMIT, "PRECISION": precision(x.dtype, plan),
+        "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         **dict(zip(("BN", "B0", "B1", "B2"), box, strict=True)), **numerics(x.dtype), **options(tile),
     }  # fmt: skip
     programs = cost.tiles_of(p, pass_, "tma", tile)
     launch = prepared(tma, programs, integers, constants, s.call(pass_, problem, plan), y)
     weights = (1, 1, 1, tile.k, tile.n) if transposed else (1, 1, 1, tile.n, tile.k)
-    return dataclasses.replace(launch, boxes=((*box_x, (*box, tile.k)), (*box_w, weights), None, None))
+    written = box_y and (*box_y, (*box, tile.n))
+    return dataclasses.replace(launch, boxes=((*box_x, (*box, tile.k)), (*box_w, weights), None, written))
 
 
 def prepare_wgrad_boxes(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:

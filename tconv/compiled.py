@@ -22,6 +22,7 @@ import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tconv.arguments import INTERPRET, Prepared
@@ -200,9 +201,18 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
+def stand_ins(launch: Prepared) -> tuple[Any, ...]:
+    """What JITFunction.warmup takes for a kernel's pointers and descriptors; of these only the box counts."""
+    boxes = launch.boxes or (None,) * len(launch.pointers)
+    return tuple(
+        dtype if box is None else TensorDescriptor(MockTensor(dtype), [1] * 5, [16] * 4 + [1], list(box[2]))
+        for dtype, box in zip(launch.pointers, boxes, strict=True)
+    )
+
+
 def load(launch: Prepared, device: int) -> None:
     """Makes a kernel ready on the current device for aligned tensors, without launching it; compiles it if need be."""
     with _first_time:
-        kernel = launch.kernel.warmup(*launch.pointers, *launch.integers, grid=launch.grid, **launch.constants)
+        kernel = launch.kernel.warmup(*stand_ins(launch), *launch.integers, grid=launch.grid, **launch.constants)
         kernel.run  # noqa: B018 - a property, which loads it
         _known.add(_variant(launch, _aligned(launch, device)))

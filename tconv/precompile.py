@@ -179,13 +179,15 @@ def rehearse(
 
 
 def _task(launch: Any, backend: str) -> Task:
+    from tconv.compiled import stand_ins
+
     plan, kernel = launch.call.plan, launch.kernel
     dtypes = " ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in launch.pointers))
     name = f"{launch.call.operation} {kernel.__name__} {plan.tile} {dtypes}"
     # What an integer is does not count, but for whether 32 bits hold it.
     integers = tuple(0 if -(2**31) <= i < 2**31 else 2**40 for i in launch.integers)
     constants = {k: v for k, v in launch.constants.items() if k != "maxnreg" or backend == "cuda"}
-    return Task(name, (kernel.module, kernel.__name__), (*launch.pointers, *integers), constants)
+    return Task(name, (kernel.module, kernel.__name__), (*stand_ins(launch), *integers), constants)
 
 
 # --- worker processes ---

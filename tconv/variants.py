@@ -144,7 +144,7 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
     inner = {True: "c", False: "p", "": "-"}
     marks = [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
     vectors = [str(c[k]) for k in VECTORS if k in c]
-    flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE") if c.get(k)]
+    flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE", "Y_BOX") if c.get(k)]
     if "COLUMNS" in c:
         flags.append(f"row={c['T2']}s{c['S2']}d{c['D2']}p{c['P2']}")
     if c.get("FIELD") == 0:

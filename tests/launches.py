@@ -14,6 +14,7 @@ import pytest
 import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tconv
 from bench import stub
@@ -332,6 +333,30 @@ def precompiled() -> None:
         assert hits, name
         assert all(hits), f"{name}: {hits.count(False)} of {len(hits)} kernels were compiled anew"
         assert len(used) == again.found, f"{name}: {len(used)} kernels used, {again.found} precompiled"
+
+
+def boxes() -> None:
+    """Descriptors are compiled ahead, and loaded, as a call would have them."""
+    from tconv.device import DEVICES
+    from tconv.precompile import rehearse
+
+    layer, x = tconv.Conv2d(64, 128, 3, padding=1).half(), torch.empty(2, 64, 8, 8, dtype=torch.float16, device="meta")
+    with tconv.force(kernel="tma"):
+        x, layer = x.to(memory_format=torch.channels_last), layer.to(memory_format=torch.channels_last)
+        done = tconv.precompile(layer, x, target="sm_90", jobs=1, backward=False, progress=False)
+        assert (done.compiled, done.failed, done.left) == (1, (), ()), done
+        launches, _ = rehearse(layer, (x,), {}, DEVICES["H100"], backward=False)
+        again = tconv.precompile(layer, torch.cat([x, x]), target="sm_90", jobs=1, backward=False, progress=False)
+        assert (again.compiled, again.found) == (0, 1), again
+    (wanted,) = launches
+    assert [box is not None for box in wanted.boxes] == [True, True, False, True]
+    hits: list[bool] = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+        compiled.load(wanted, -1)
+        real = [TensorDescriptor(torch.empty(1 << 20, dtype=torch.float16), *box) for box in wanted.boxes if box]
+        wanted.kernel.warmup(*real[:2], torch.float16, real[2], *wanted.integers, grid=wanted.grid, **wanted.constants)
+    assert hits == [True], f"{hits}: what a call would ask for is not what was compiled"
 
 
 class Nested(torch.nn.Module):

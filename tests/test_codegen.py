@@ -23,10 +23,11 @@ from tconv.variants import NAMES, launches, variants
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
 import codegen
 import codegen_budget as budget
+import machine_code
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 GEMM = r"(gather|wgrad) [123]d bf16 128x\d+x64 .*inner=cc[io]? vec=8/8(/8 even| split)$"
-TMA = r"tma [123]d bf16 128x(128|256)x64 .*inner=c vec=8$|tma_wgrad [123]d bf16 128x128x64 .*split$"
+TMA = r"tma [123]d bf16 128x(128|256)x64 .*inner=c vec=8( y_box)?$|tma_wgrad [123]d bf16 128x128x64 .*split$"
 DIRECT = r"(depthwise|strip)(_wgrad)? [123]d bf16 .*inner=cc vec=8/8( row=\S+)?( split)?$"
 VERSION = budget.short(triton.__version__)
 ROW = {
@@ -81,9 +82,21 @@ def test_boxes_go_from_shared_memory_straight_to_the_tensor_cores():
         assert not row["register_detour"], row
         assert row["tma_loads"] > 0, row
         assert row["async_copies"] == row["loads"] == row["spills"] == row["stack_bytes"] == 0, row
-        assert row["store_bytes"] == (4 if row["name"].startswith("wgrad") else 16), (
-            row
-        )  # a weight's layout is told at run time
+        boxed = row["name"].endswith("y_box")
+        assert (row["tma_stores"] > 0) is boxed, row
+        width = 4 if row["name"].startswith("wgrad") else 0 if boxed else 16  # a weight's layout is told at run time
+        assert row["store_bytes"] == width, row
+    assert {row["name"].split()[0] for row in boxes if row["tma_stores"]} == {"fprop", "dgrad"}
+
+
+def test_lanes_are_read_off_either_way_a_layout_is_spelled():
+    ttgir = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}>
+#linear = #ttg.linear<{register = [[0, 1], [0, 2]], lane = [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0]], warp = [[32, 0]]}>
+    %1 = tt.load %0 : tensor<64x8x!tt.ptr<bf16>, #blocked>
+    tt.store %3, %2 : tensor<64x4x!tt.ptr<f32>, #linear>
+"""
+    assert machine_code._lanes(ttgir) == [1, 0]
 
 
 def test_in_the_default_layout_neighbouring_threads_take_neighbouring_pixels():

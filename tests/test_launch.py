@@ -32,10 +32,11 @@ def outside(*command, **environment):
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="the stub is of a CUDA device")
 @pytest.mark.parametrize(
-    "name", ["arguments", "guards", "devices", "threads", "capture", "splits_in_capture", "precompiled", "nested", "loaded"]
+    "name",
+    ["arguments", "guards", "devices", "threads", "capture", "splits_in_capture", "precompiled", "boxes", "nested", "loaded"],
 )
 def test_compiled(name, tmp_path):
-    environment = {"TRITON_CACHE_DIR": str(tmp_path)} if name in ("precompiled", "nested") else {}
+    environment = {"TRITON_CACHE_DIR": str(tmp_path)} if name in ("precompiled", "boxes", "nested") else {}
     assert outside("-m", "tests.launches", name, **environment).splitlines()[-1] == "done"
 
 

@@ -10,8 +10,10 @@ import tconv
 from tconv import functional as TF
 from tconv.configs import Tile, why_illegal
 from tconv.cost import box_of, pixel_extents, run_of
-from tconv.device import DEVICES
+from tconv.device import DEVICES, INTERPRETER
+from tconv.dry import dry_run
 from tconv.explain import Explanation
+from tconv.launch import collecting
 from tconv.prepare import prepare_gather
 from tconv.problem import forward_problem
 from tconv.record import Call
@@ -193,6 +195,32 @@ def test_a_misaligned_address_and_refused_copies_are_errors(device):
         TF.conv2d(x, w)
     with tconv.force(kernel="tma", staged=False), pytest.raises(ValueError, match="contiguous channels"):
         TF.conv2d(x.contiguous(), w)
+
+
+WRITTEN = {
+    "channels last": (oracle.Case("", (2, 16, 5, 6), 24, (3, 3), padding=1), True, True),
+    "the default layout": (oracle.Case("", (2, 16, 5, 6), 24, (3, 3), padding=1), False, False),
+    "phases": (oracle.Case("", (2, 16, 5, 6), 24, (3, 3), stride=2, transposed=True), True, False),
+    "groups of whole tiles": (oracle.Case("", (2, 32, 5, 6), 64, (3, 3), groups=2), True, True),
+    "groups of parts of tiles": (oracle.Case("", (2, 32, 5, 6), 48, (3, 3), groups=2), True, False),
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_a_box_is_written_only_where_it_is_all_ours(what, device, poisoned):
+    """Two groups would race for the channels of one box, which no result in the interpreter would show."""
+    if torch.device(device).type == "cuda":
+        pytest.skip("hardware wants larger tiles")
+    case, channels_last, boxed = WRITTEN[what]
+    x, w, b = oracle.tensors(case, torch.float32, device, channels_last)
+    function = getattr(TF, f"conv{'_transpose' if case.transposed else ''}2d")
+    with tconv.force(kernel="tma", tile=Tile(16, 16, 16)), torch.no_grad():
+        y = function(x, w, b, **case.arguments)
+        with dry_run(INTERPRETER), collecting() as launches:
+            function(x, w, b, **case.arguments)
+    assert [(p.boxes[3] is not None, p.constants["Y_BOX"]) for p in launches] == [(boxed, boxed)]
+    right = getattr(torch.nn.functional, function.__name__)(x.double(), w.double(), b.double(), **case.arguments)
+    torch.testing.assert_close(y.double(), right, rtol=1e-4, atol=1e-4)
 
 
 def test_what_no_device_before_hopper_has():

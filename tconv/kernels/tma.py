@@ -9,7 +9,8 @@ and no word of bits in the loop, which walks taps inside and channels outside as
 The box is the second operand of the product, acc[channels, pixels]: as the first one it would travel through registers on
 its way from shared memory to the tensor cores. Weights come as they lie, [K, T, R, S, C]: fprop takes a box [k, c], dgrad
 [k, c] too and turns it in the product. Channels past the end read zero in both operands, so nothing is multiplied by what
-lies behind them.
+lies behind them. Where what is written is a box too (unit stride, channels last, no group's channels cut off) it is stored
+as one, and the accelerator leaves out what lies outside; elsewhere through pointers, wherever it belongs.
 
 Of wgrad, both operands are boxes of the same pixels, of dy and, shifted by a tap, of x. They are runs along one axis (RUN: the
 images or a dimension), which is put next to the channels: from a box of several pixel extents the product's first operand
@@ -25,13 +26,14 @@ from tconv.kernels.common import beside, decode, kernel, lead, multiple, phase, 
 
 @kernel
 def tma(
-    x_desc, w_desc, b_ptr, y_ptr,
+    x_desc, w_desc, b_ptr,
+    y_ptr,  # or, where Y_BOX, its descriptor
     N, CI, CO, G,
     Y0, Y1, Y2, T0, T1, T2,  # extents: written, taps
     S0, S1, S2, D0, D1, D2, P0, P1, P2,  # stride, dilation, leading padding
     g0, g1, g2,  # gcd(S, D)
     syn, syg, syc, sy0, sy1, sy2, sb,
-    TRANSPOSED: tl.constexpr, RANK: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr,
+    TRANSPOSED: tl.constexpr, RANK: tl.constexpr, Y_BOX: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr,
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BN: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,  # the box: images, and pixels per dimension
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -136,10 +138,15 @@ def tma(
     if HAS_BIAS:
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
         acc += trail(bias.to(ACC), True)
-    y_step = 1 if Y_UNIT else syc.to(OFFSET)
-    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET)
-    yp = beside(yp, lead(y_offset, True) + trail(o * y_step, True), Y_UNIT, True)
-    tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, True) & trail(o < multiple(CO, Y_VEC), True))
+    if Y_BOX:
+        box = rounded(acc, y_ptr.dtype, INTERPRET).T.reshape(BN, B0, B1, B2, BLOCK_N)
+        y_ptr.store([image, origin[0], origin[1], origin[2], group * CO + o_first], box)
+    else:
+        y_step = 1 if Y_UNIT else syc.to(OFFSET)
+        yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET)
+        yp = beside(yp, lead(y_offset, True) + trail(o * y_step, True), Y_UNIT, True)
+        mask = lead(live, True) & trail(o < multiple(CO, Y_VEC), True)
+        tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @triton.jit

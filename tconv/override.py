@@ -83,6 +83,8 @@ def enabled() -> Iterator[None]:
 
 def _override() -> torch.library.Library:
     """Registers our kernels for the devices that tconv has some for; warns if there is none."""
+    # Torch 2.11 warns of what is meant here. The filter stays: taking it back is not safe in threads.
+    warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     reasons = []
     try:

@@ -18,6 +18,7 @@ from tconv.arguments import Prepared
 from tconv.dry import DRY, Dry
 from tconv.kinds import Kinds
 from tconv.layout import FORMATS
+from tconv.ops import DTYPES
 from tconv.plan import forced
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
@@ -57,7 +58,7 @@ def convolution(
             if x.dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
                 raise Declined(f"allow_tf32={allow_tf32}, the process's setting being another")  # from a traced graph
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
-            key = (
+            key = x.dtype if x.dtype not in DTYPES else (
                 transposed, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15,
                 w.shape, w.stride(), w.dtype, w.device, w.data_ptr() & 15,
                 None if b is None else (b.shape, b.stride(), b.dtype, b.device), parameters, cudnn_enabled, allow_tf32,
@@ -94,7 +95,7 @@ def convolution_backward(
         with DisableTorchFunction():
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
             sizes, mask = None if bias_sizes is None else tuple(bias_sizes), tuple(output_mask)
-            key = (
+            key = x.dtype if x.dtype not in DTYPES else (
                 transposed, dy.shape, dy.stride(), dy.dtype, dy.device, dy.data_ptr() & 15,
                 x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, w.shape, w.stride(), w.dtype, w.device,
                 w.data_ptr() & 15, sizes, mask, parameters, _get_cudnn_enabled(),
@@ -179,6 +180,8 @@ def _geometry(
     Torch is asked, for the format depends on the library that would run; compiled graphs were told it, and check.
     """
     stride, padding, output_padding, groups, dilation = parameters
+    if x.dtype not in DTYPES:  # which is all that is known of such a call
+        raise Declined(f"dtype {x.dtype}")
     if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
         raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
     g = functional._examine(

@@ -77,7 +77,7 @@ def check_wgrad(case, x, w, b, **forced):
     return plans[0]
 
 
-@pytest.mark.parametrize("case", [c for c in cases.ALL if not strided(c)], ids=str)
+@pytest.mark.parametrize("case", [c for c in cases.ALL if not strided(c) and "large kernel" not in c.reason], ids=str)
 def test_every_weight_gradient_of_unit_stride(case, device, poisoned):
     wide = widened(case, device)
     check_wgrad(wide, *oracle.tensors(wide, torch.bfloat16, device, channels_last=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.layers import Layer
 from bench.providers import LAYOUTS, PRECISIONS
+from tconv.cost import phase_taps
 from tconv.device import Device
 from tconv.layout import shaped
 from tconv.plan import Plan
@@ -38,9 +39,11 @@ def cells(chosen: list[Layer], precisions: list[str], device: Device) -> Iterato
                 for pass_, plan in plans(layer, precision, layout, device).items():
                     cost = plan.cost
                     assert cost is not None
+                    walked = sum(phase_taps(layer.problem, plan.pass_))  # by all phases, each tap being of one of them
                     yield {
                         "layer": layer.name, "family": layer.family, "precision": precision, "pass": pass_,
                         "provider": "tconv", "layout": layout, "predicted": True, "ms": cost.seconds * 1e3,
                         "tflops": cost.flops / cost.seconds / 1e12, "gbs": cost.bytes / cost.seconds / 1e9,
                         "bound": cost.bound, "tile_waste": cost.tile_waste, "wave_waste": cost.wave_waste, "plan": str(plan),
+                        "wasted_taps": walked - layer.problem.taps,
                     }  # fmt: skip

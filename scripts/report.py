@@ -5,7 +5,8 @@
     python scripts/report.py --summary FOLDER                      # a short table of one run, to the terminal
 
 Of several records of a GPU the newest is reported, and the change since the one before it. --readme also writes the table
-into README.md, between its two report marks. Files that are cut or foreign are named and skipped.
+into README.md, between its two report marks, and predictions into docs/predicted.md with their picture. Files that are cut or
+foreign are named and skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import collections
 import json
 import math
 import pathlib
+import shutil
 import sys
 from typing import Any
 
@@ -57,6 +59,8 @@ def main() -> int:
     print(f"\nwritten to {args.out}")
     if args.readme:
         write_readme(ROOT / "README.md", short)
+        for name, old in () if runs else (("predicted.md", "tables.md"), ("roofline-predicted.png",) * 2):
+            shutil.copyfile(args.out / old, ROOT / "docs" / name)
     return 0
 
 
@@ -232,15 +236,21 @@ def predicted(args: argparse.Namespace) -> tuple[str, str]:
         "device allows (1 is the roofline):"
     )
     short = "\n\n".join([head, family_table(found, "roof", "predicted share")])
-    lines = ["| layer | pass | layout | predicted us | TFLOP/s | GB/s | bound by | tiles | waves |", "|---" * 9 + "|"]
+    lines = ["| layer | pass | layout | predicted us | TFLOP/s | GB/s | bound by | wasted: taps | tiles | waves |"]
+    lines += ["|---" * 10 + "|"]
     lines += [
         f"| {c['layer']} | {c['pass']} | {c['layout']} | {c['ms'] * 1e3:.1f} | {c['tflops']:.1f} | {c['gbs']:.0f} | "
-        f"{c['bound']} | {c['tile_waste']:.0%} | {c['wave_waste']:.0%} |" for c in found
+        f"{c['bound']} | {c['wasted_taps']} | {c['tile_waste']:.0%} | {c['wave_waste']:.0%} |" for c in found
     ]  # fmt: skip
     title = f"PREDICTED by the cost model, {device.name}, {args.precision}: nothing here was measured"
     pictures.roofline(found, dataclasses.asdict(device.limits), title, args.out / "roofline-predicted.png")
     pictures.shares(found, title, args.out / "shares-predicted.png")
-    return "\n\n".join(["# Predictions", short, "\n".join(lines)]), short
+    wasted = (
+        "Wasted are taps that meet no pixel of their phase, what tiles compute beyond the result's edges, and the part of the "
+        "last wave that idles. A layer's two layouts are the user's: what is copied first is in the time."
+    )
+    picture = "![share of the roofline by layer](roofline-predicted.png)"
+    return "\n\n".join(["# Predictions", short, picture, wasted, "\n".join(lines)]), short
 
 
 def summary(records: dict[str, Record]) -> list[str]:

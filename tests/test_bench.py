@@ -455,6 +455,10 @@ def test_without_records_predictions_are_labelled(tmp_path):
     assert "PREDICTED by the cost model for an H200, bf16; nothing here was measured" in text
     for layer in layers():
         assert f"| {layer.name} | wgrad | channels_last |" in text
+    assert (tmp_path / "out" / "tables.md").read_text() == (ROOT / "docs" / "predicted.md").read_text(), "report.py --readme"
+    rows = [line.split(" | ") for line in text.splitlines() if " | contiguous | " in line or " | channels_last | " in line]
+    assert len(rows) == 6 * len(layers())
+    assert {row[7] for row in rows} == {"0"}, "a tap is multiplied that meets nothing"
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"roofline-predicted.png", "shares-predicted.png"}
 
 

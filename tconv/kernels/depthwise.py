@@ -147,10 +147,11 @@ def depthwise_wgrad(
         gv = tl.load(yq, mask=lead(live, FLIP) & trail(mask_k, FLIP), other=0.0).to(ACC)
         for u in tl.static_range(TAPS):
             past, tap = decode(tap_low + u, T, 3)
-            ok = live & (past == 0)
+            ok = live
             dx = past * 0
             for d in tl.static_range(3 - RANK, 3):
-                ok &= inside(h[d] + tap[d] * D[d], X[d])
+                extent = tl.where(past == 0, X[d], 0) if d == 2 else X[d]
+                ok &= inside(h[d] + tap[d] * D[d], extent)
                 dx += (tap[d] * D[d]).to(OFFSET) * sx[d]
             xq = beside(xp, tl.multiple_of(lead(xo, FLIP), [X_VEC, X_VEC]) + dx, X_UNIT, FLIP)
             xv = tl.load(xq, mask=lead(ok, FLIP) & trail(mask_k, FLIP), other=0.0).to(ACC)
@@ -162,4 +163,4 @@ def depthwise_wgrad(
         past, tap = decode(tap_low + u, T, 3)
         out = dw_ptr + split.to(tl.int64) * sws + (tap[0] * sw0 + tap[1] * sw1 + tap[2] * sw2) + k * swk
         total = tl.sum(accs[u], axis=1 if FLIP else 0)
-        tl.store(out, rounded(total, dw_ptr.dtype.element_ty, INTERPRET), mask=mask_k & (past == 0))
+        tl.store(out, rounded(total, dw_ptr.dtype.element_ty, INTERPRET), mask=k < tl.where(past == 0, K, 0))

@@ -188,7 +188,7 @@ def gather(
         done += tl.where(wrap, BLOCK_K, 0)
 
     if HAS_BIAS:
-        once = (o < CO) & (split == 0) if SPLIT else o < CO
+        once = o < (tl.where(split == 0, CO, 0) if SPLIT else CO)
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=once, other=0.0)
         acc += trail(bias.to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)

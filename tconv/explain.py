@@ -41,8 +41,9 @@ def _lines(call: Call) -> list[str]:
 def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Explanation:
     """Which kernel, tiles and reason a layer gets for an input, forward and backward; without arguments, the last calls.
 
-    The layer's Python code runs once, with gradients, but no kernel of tconv's is launched and no gradient accumulated:
-    explain single layers or small functions rather than models with state. Torch's own convolutions are explained too while
+    The layer's Python code runs once, with gradients, but no kernel of tconv's is launched and no gradient accumulated.
+    Results are left unset and buffers are the model's own: a batch norm in training mode would take up garbage into its
+    running statistics, so explain single layers, or models in eval mode. Torch's own convolutions are explained too while
     `enable()` holds.
 
     Args:

@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 from tconv.dry import dry_run
 from tconv.record import Call, last_calls, recording
 
+NONE = "no call of tconv: make the layers tconv's by replace_, or all convolutions by enable()"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -29,7 +31,7 @@ class Explanation:
         return bool(self.calls) and all(call.ours for call in self.calls)
 
     def __str__(self) -> str:
-        return "\n".join(line for call in self.calls for line in _lines(call)) or "no call of tconv"
+        return "\n".join(line for call in self.calls for line in _lines(call)) or NONE
 
 
 def _lines(call: Call) -> list[str]:

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 BLUE, ORANGE, GREY, GREEN = "#dbe8f8", "#fde3cf", "#ececec", "#dff0dd"
 ROWS = [
     ("swap.replace_   modules.Conv2d, ConvTranspose3d, Lazy…", "your model: Parameters, hooks and state_dict stay", BLUE),
-    ("functional.conv2d", "cheap guard, one dictionary lookup; else torch's own function", BLUE),
+    ("functional.conv2d", "cheap guard, one lookup; torch.compile, vmap, ...: by registered operators (ops)", BLUE),
     ("autograd: fprop · dgrad · wgrad", "three bilinear operations, each other's derivatives", BLUE),
     ("launch", "allocates the result, in torch's memory format; a bounded workspace", ORANGE),
     (
@@ -23,7 +23,9 @@ ROWS = [
 KERNELS = [
     ("gather", "fprop, dgrad:\nimplicit GEMM\nin phases"),
     ("wgrad", "implicit GEMM\nsplit over pixels"),
-    ("depthwise", "all three passes,\nwithout tl.dot"),
+    ("packed", "both of them\nfor few channels"),
+    ("depthwise", "all three passes,\nby strips if it can;\nwithout tl.dot"),
+    ("tma", "boxes, on Hopper;\nforced only"),
     ("reduce", "splits in order;\nbias gradient"),
 ]
 
@@ -50,9 +52,9 @@ def main():
         y -= gap
     y -= 1.12
     for i, (title, text) in enumerate(KERNELS):
-        box(ax, 1.68 * i, y, 1.56, 1.12, GREEN, title, text)
+        box(ax, 1.54 * i, y, 1.45, 1.12, GREEN, title, text)
     ax.text(
-        3.3,
+        4.6,
         y - 0.18,
         "Triton: compiled for the GPU, or interpreted on the CPU",
         ha="center",
@@ -64,7 +66,9 @@ def main():
         ax, 7.05, 4.06, 2.1, 1.34, GREY, "torch", "what tconv does not take,\nwith your own arguments:\nits results, its errors"
     )
     ax.annotate("", (7.05, 5.06), (6.6, 5.06), arrowprops={"arrowstyle": "-|>", "color": "#555555", "lw": 1.1})
-    box(ax, 7.05, 1.72, 2.1, 1.34, GREY, "record", "every call, ours or torch's:\nexplain, last_calls,\nrecording")
+    box(ax, 7.05, 3.12, 2.1, 0.84, BLUE, "enable, aten", "torch's own operators,\nwhoever calls them")
+    ax.annotate("", (6.6, 3.3), (7.05, 3.3), arrowprops={"arrowstyle": "-|>", "color": "#555555", "lw": 1.1})
+    box(ax, 7.05, 1.72, 2.1, 1.24, GREY, "record", "every call, ours or torch's:\nexplain, last_calls,\nrecording")
     ax.annotate("", (7.05, 2.42), (6.6, 2.42), arrowprops={"arrowstyle": "-|>", "color": "#555555", "lw": 1.1})
     ax.set_xlim(-0.05, 9.2)
     ax.set_ylim(y - 0.35, 6.45)

@@ -28,7 +28,14 @@ else
     wanted="$(sha256sum requirements.txt | cut -d' ' -f1)"
     if [ ! -x "$PYTHON" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "Making .venv and installing requirements.txt into it (torch is large: some minutes the first time)"
-        [ -x "$PYTHON" ] || python3 -m venv .venv
+        [ -x "$PYTHON" ] || {
+            python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" || {
+                echo "requirements.txt wants Python 3.11 or newer, python3 is $(python3 --version 2>&1):" \
+                    "put a newer one first on PATH, or activate an environment that has torch and Triton" >&2
+                exit 1
+            }
+            python3 -m venv .venv
+        }
         "$PYTHON" -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
         echo "$wanted" > "$stamp"
     fi

@@ -1,4 +1,15 @@
-"""Convolutions for PyTorch, written by hand in Triton: drop-ins for torch.nn's six layers and their lazy forms."""
+"""Convolutions for PyTorch, written by hand in Triton: drop-ins for torch.nn's six layers and their lazy forms.
+
+    replace_, restore_                the convolutions of one model become tconv's, and torch's again
+    enable, disable, enabled          the same of every convolution of the process that runs on a GPU
+    Conv2d and its likes, functional  layers and functions to be written where they are wanted
+    last_calls, recording, explain    what ran, or would run, and why; what was left to torch, and why
+    precompile                        compiles ahead what a model will launch
+    force                             plans by hand, for tests and measurements
+    tconv.distributed                 convolutions of DTensors; imported by its name
+
+The README and docs/ say more.
+"""
 
 from tconv import functional
 from tconv.explain import Explanation, explain

@@ -1,7 +1,7 @@
 """What a kernel is told besides its pointers: a pass's geometry, strides and constants by the names that kernels use.
 
 Only shapes, strides, dtype and alignment are read, so tensors without storage do. Integers are never specialised
-(kernels/common.py): layers that share dtype, rank, layout and tile share one compiled kernel.
+(kernels/common.py): layers that share dtype, rank, layout, tile and alignment share one compiled kernel.
 """
 
 from __future__ import annotations

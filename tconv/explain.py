@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 from tconv.dry import dry_run
 from tconv.record import Call, last_calls, recording
 
+NONE = "no call of tconv: make the layers tconv's by replace_, or all convolutions by enable()"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -29,7 +31,7 @@ class Explanation:
         return bool(self.calls) and all(call.ours for call in self.calls)
 
     def __str__(self) -> str:
-        return "\n".join(line for call in self.calls for line in _lines(call)) or "no call of tconv"
+        return "\n".join(line for call in self.calls for line in _lines(call)) or NONE
 
 
 def _lines(call: Call) -> list[str]:
@@ -41,8 +43,9 @@ def _lines(call: Call) -> list[str]:
 def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Explanation:
     """Which kernel, tiles and reason a layer gets for an input, forward and backward; without arguments, the last calls.
 
-    The layer's Python code runs once, with gradients, but no kernel of tconv's is launched and no gradient accumulated:
-    explain single layers or small functions rather than models with state. Torch's own convolutions are explained too while
+    The layer's Python code runs once, with gradients, but no kernel of tconv's is launched and no gradient accumulated.
+    Results are left unset and buffers are the model's own: a batch norm in training mode would take up garbage into its
+    running statistics, so explain single layers, or models in eval mode. Torch's own convolutions are explained too while
     `enable()` holds.
 
     Args:

@@ -31,10 +31,12 @@ _kept: collections.deque[Any] = collections.deque(maxlen=4096)
 
 
 def enable() -> None:
-    """Makes every convolution of the process tconv's, in all threads and in children forked later, until `disable()`.
+    """Makes every convolution of the process that runs on a GPU tconv's, in all threads and in children forked later, until
+    `disable()`. Those on CPUs too where `TRITON_INTERPRET=1` was set before Triton was imported.
 
     Calls nest: the override ends with the `disable()` that matches the first `enable()`. Layers, functions and compiled
-    graphs follow at once, in both directions, and a backward pass follows what holds when it runs.
+    graphs follow at once, in both directions, and a backward pass follows what holds when it runs. Without Triton, or in a
+    torch that is built without GPUs, it warns and changes nothing.
 
     Raises:
         RuntimeError: another library has replaced torch's convolutions in the same way.

@@ -71,12 +71,12 @@ class Plan:
 
     @property
     def unproven(self) -> bool:
-        """Whether no hardware has run it yet."""
+        """Whether it rests on a mechanism that no hardware has been seen to do yet."""
         return self.kernel in UNPROVEN or self.precision in UNPROVEN
 
     def unchosen(self) -> Plan:
         """An unproven plan as a chosen one lists it."""
-        return replace(self, reason=f"not chosen: not seen on hardware yet; {self.cost}")
+        return replace(self, reason=f"not chosen: a mechanism not seen on hardware yet; {self.cost}")
 
     def __str__(self) -> str:
         precision = f" {self.precision}" if self.precision else ""
@@ -117,7 +117,7 @@ def force(
     It holds for the whole process: backward passes run on threads of autograd's own.
 
     Args:
-        kernel: name of a kernel; passes that do not know it plan freely.
+        kernel: name of a kernel, one of KERNELS; passes that do not know it plan freely.
         tile: block extents for those passes, a `tconv.configs.Tile`.
         splits: parts of the reduction. More than one are for wgrad and the bias gradient; for fprop and dgrad, most of
             which have too few channels for that, only together with `kernel="gather"`.

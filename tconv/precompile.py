@@ -75,7 +75,8 @@ def precompile(
     The model's Python code runs once, but no kernel of tconv's: on its own tensors if all are on a GPU, else on meta
     tensors in their place, which know shapes, strides and dtypes only. Tensors are taken to be aligned as torch allocates
     them, the results' gradients to be laid out as the results, and plans to be those of the moment (`torch.backends`' fp32
-    precision, autocast). Gradients of gradients are left out.
+    precision, autocast). Gradients of gradients are left out. On a GPU convolutions' results are left unset and buffers are
+    the model's own: a batch norm in training mode would take up garbage into its running statistics, so call `eval()` first.
 
     Args:
         model: a module or a function; its layers tconv's (`replace_`), or torch's own on a GPU while `enable()` holds.

@@ -44,9 +44,8 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
     """Which kernel, tiles and reason a layer gets for an input, forward and backward; without arguments, the last calls.
 
     The layer's Python code runs once, with gradients, but no kernel of tconv's is launched and no gradient accumulated.
-    Results are left unset and buffers are the model's own: a batch norm in training mode would take up garbage into its
-    running statistics, so explain single layers, or models in eval mode. Torch's own convolutions are explained too while
-    `enable()` holds.
+    Results are left unset; buffers that it changes, such as a batch norm's statistics, are copies. Torch's own convolutions
+    are explained too while `enable()` holds.
 
     Args:
         layer: a module or a function such as `tconv.functional.conv2d`; None for what the last calls used.
@@ -69,7 +68,8 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
             y = layer(*leaves, **named)
         else:  # with stand-ins for its parameters: nobody's hooks run
             parameters = {k: _leaf(p) if p.requires_grad else p.detach() for k, p in parameters.items()}
-            y = torch.func.functional_call(layer, parameters, tuple(leaves), named)
+            buffers = {k: b.detach().clone() for k, b in layer.named_buffers()}
+            y = torch.func.functional_call(layer, {**parameters, **buffers}, tuple(leaves), named)
         wanted = [t for t in (*leaves, *named.values(), *parameters.values()) if _real(t) and t.requires_grad]
         if _real(y) and y.requires_grad and any(call.ours for call in calls):
             torch.autograd.grad(y, wanted, torch.empty_like(y), allow_unused=True)

@@ -18,7 +18,14 @@ from tconv.guard import PLAIN
 ZERO = (0,)  # per dimension
 
 
-class _Forward(torch.nn.modules.conv._ConvNd):
+class _NoScript:
+    """TorchScript would read the Python of a layer, and say at length what of it it does not know."""
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError("torch.jit.script cannot take tconv's layers: tconv.restore_(model) first, or trace it")
+
+
+class _Forward(_NoScript, torch.nn.modules.conv._ConvNd):
     """What Conv1d, Conv2d and Conv3d share."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -29,7 +36,7 @@ class _Forward(torch.nn.modules.conv._ConvNd):
         return super()._conv_forward(input, weight, bias) if y is None else y  # type: ignore[misc]
 
 
-class _Transposed(torch.nn.modules.conv._ConvTransposeNd):
+class _Transposed(_NoScript, torch.nn.modules.conv._ConvTransposeNd):
     """What ConvTranspose1d, ConvTranspose2d and ConvTranspose3d share."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:

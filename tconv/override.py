@@ -45,10 +45,15 @@ def enable() -> None:
         >>> enable()
         >>> disable()
     """
+    _begin(4)
+
+
+def _begin(stacklevel: int) -> None:
+    """`enable()`, for a caller so many frames up from where a warning is given."""
     global _depth, _library
     with _lock:
         if _depth == 0:
-            _library = _override()
+            _library = _override(stacklevel)
         _depth += 1
 
 
@@ -76,14 +81,14 @@ def enabled() -> Iterator[None]:
         >>> with enabled():
         ...     y = torch.nn.functional.conv1d(torch.ones(1, 1, 3), torch.ones(1, 1, 2))
     """
-    enable()
+    _begin(5)  # contextlib is between
     try:
         yield
     finally:
         disable()
 
 
-def _override() -> torch.library.Library:
+def _override(stacklevel: int) -> torch.library.Library:
     """Registers our kernels for the devices that tconv has some for; warns if there is none."""
     # Torch 2.11 warns of what is meant here. The filter stays: taking it back is not safe in threads.
     warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
@@ -99,7 +104,7 @@ def _override() -> torch.library.Library:
         library._destroy()  # type: ignore[no-untyped-call]
         raise
     if len(reasons) == 2:
-        warnings.warn(f"tconv.enable() changes nothing here: {', '.join(dict.fromkeys(reasons))}", stacklevel=3)
+        warnings.warn(f"tconv.enable() changes nothing here: {', '.join(dict.fromkeys(reasons))}", stacklevel=stacklevel)
     return library
 
 

@@ -75,8 +75,8 @@ def precompile(
     The model's Python code runs once, but no kernel of tconv's: on its own tensors if all are on a GPU, else on meta
     tensors in their place, which know shapes, strides and dtypes only. Tensors are taken to be aligned as torch allocates
     them, the results' gradients to be laid out as the results, and plans to be those of the moment (`torch.backends`' fp32
-    precision, autocast). Gradients of gradients are left out. On a GPU convolutions' results are left unset and buffers are
-    the model's own: a batch norm in training mode would take up garbage into its running statistics, so call `eval()` first.
+    precision, autocast). Gradients of gradients are left out. Convolutions' results are left unset; buffers that the model
+    changes, such as a batch norm's statistics, are copies.
 
     Args:
         model: a module or a function; its layers tconv's (`replace_`), or torch's own on a GPU while `enable()` holds.
@@ -165,7 +165,7 @@ def rehearse(
 
     with recording() as calls, collecting() as launches, torch.inference_mode(False), torch.enable_grad(), dry_run(device):
         args, kwargs = tree_map(stand_in, (args, kwargs))
-        names = {k: stand_in(v) if isinstance(v, torch.nn.Parameter) else stand_in(v).detach() for k, v in held.items()}
+        names = {k: stand_in(v) if isinstance(v, torch.nn.Parameter) else stand_in(v).detach().clone() for k, v in held.items()}
         try:
             y = torch.func.functional_call(module, names, args, kwargs) if module else model(*args, **kwargs)
         except Exception as e:

@@ -465,15 +465,20 @@ def test_no_kernels_no_override():
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    tconv.enable()\n"
-        "(warning,) = caught\n"
-        "print(warning.message)\n"
+        "    tconv.disable()\n"
+        "    with tconv.enabled():\n"
+        "        pass\n"
+        "    tconv.enable()\n"
+        "print(caught[0].message)\n"
+        "print([w.filename for w in caught])\n"
         "print(torch._C._dispatch_has_kernel_for_dispatch_key('aten::_convolution', 'CPU'), 'triton' in sys.modules)\n"
         "tconv.disable()\n"
     )
     if torch.cuda._is_compiled():
         pytest.skip("this torch knows GPUs")
-    said, registered = outside("-c", code).splitlines()
+    said, where, registered = outside("-c", code).splitlines()
     assert said.startswith("tconv.enable() changes nothing here: this torch is built without GPUs, CPU tensors need")
+    assert where == str(["<string>"] * 3), "a warning points at the line that enables"
     assert registered == "False False"
 
 

@@ -99,6 +99,16 @@ def test_nothing_is_left_behind(device):
     parity.assert_same(layer(x), torch.nn.functional.conv2d(x, layer.weight, layer.bias))  # kernels run again
 
 
+def test_a_batch_norm_in_training_keeps_its_statistics(device):
+    """What it would take up is whatever memory holds."""
+    layer, x = conv2d(device)
+    norm = torch.nn.BatchNorm2d(layer.out_channels, device=device)
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    assert tconv.explain(torch.nn.Sequential(layer, norm), x).ours
+    for key, value in norm.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 def test_kernels_run_again_after_a_layer_has_raised(device):
     layer, x = conv2d(device)
     with pytest.raises(RuntimeError, match="expected input"):

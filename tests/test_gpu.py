@@ -133,6 +133,14 @@ def test_what_was_precompiled_is_captured_without_a_call(device):
         assert torch.equal(got, right)
 
 
+def test_precompile_leaves_the_statistics_of_a_batch_norm(device):
+    model = torch.nn.Sequential(tconv.Conv2d(16, 24, 3), torch.nn.BatchNorm2d(24)).to(device)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert not tconv.precompile(model, torch.randn(2, 16, 9, 9, device=device), progress=False).failed
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 def test_direct_launches_give_the_bits_of_tritons_own(device):
     layer = tconv.Conv2d(16, 32, 3).to(device)
     x = torch.randn(2, 16, 20, 20, device=device)

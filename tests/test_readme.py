@@ -25,9 +25,23 @@ def blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
+def documents():
+    return [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+
+
 def test_every_document_with_python_is_run():
-    names = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-    assert {name for name in names if blocks(name)} == set(PRINTED)
+    assert {name for path in documents() if blocks(name := str(path.relative_to(ROOT)))} == set(PRINTED)
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_what_a_document_names_is_there(path):
+    text = path.read_text()
+    links = [path.parent / link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
+    files = [ROOT / name for name in re.findall(r"\b(?:tconv|bench|scripts|tests|docs)/[\w/-]+\.\w+", text)]
+    tests = [ROOT / "tests" / name for name in re.findall(r"(?<!/)\btest_\w+\.py", text)]
+    headings = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)}
+    assert [found for found in (*links, *files, *tests) if not found.exists()] == []
+    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= headings
 
 
 @pytest.mark.parametrize("name", PRINTED)

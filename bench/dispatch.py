@@ -111,7 +111,7 @@ def breakdown() -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
     functional._seen.clear()
     torch.autograd.grad(layer(x), leaves, up)
     (seen,) = functional._seen.values()
-    _, geometry, prepared = seen.how
+    geometry, prepared = seen.how.g, seen.how.prepared
     y = launch.convolve(prepared, x, w, b, False)
 
     forward = microseconds(

@@ -23,12 +23,10 @@ from tconv.plan import forced
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
 
-Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 Parameters = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
-Launches = tuple[Prepared | None, Prepared | None, Prepared | None]  # of the gradients by x, w and bias
-Found = TypeVar("Found", Prepared, Launches)
+Found = TypeVar("Found", Prepared, launch.Backward)
 _forward: Kinds[Any, Prepared | Call] = Kinds()  # a Call is one left to torch
-_backward: Kinds[Any, Launches | Call] = Kinds()
+_backward: Kinds[Any, launch.Backward | Call] = Kinds()
 
 
 def convolution(
@@ -76,7 +74,7 @@ def convolution(
 
 
 def convolution_backward(
-    torchs: Callable[..., Gradients],
+    torchs: Callable[..., launch.Gradients],
     keys: Any,
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -89,7 +87,7 @@ def convolution_backward(
     output_padding: list[int],
     groups: int,
     output_mask: list[bool],
-) -> Gradients:
+) -> launch.Gradients:
     """aten::convolution_backward, likewise: the gradients by x, w and bias, None for those not asked for."""
     try:
         with DisableTorchFunction():
@@ -105,13 +103,7 @@ def convolution_backward(
                 _backward, key, lambda dry: _prepare_backward(transposed, dy, x, w, sizes, mask, parameters, dry)
             )
             if not isinstance(found, Call):
-                of_x, of_w, of_b = found
-                shared, pair = launch.Staged(dy), (x, dy) if transposed else (dy, x)
-                return (
-                    launch.convolve(of_x, dy, w, None, dry, shared) if of_x else None,
-                    launch.execute(of_w, dry, shared, pair) if of_w else None,
-                    launch.execute(of_b, dry, None, (dy,)) if of_b else None,
-                )
+                return launch.gradients(found, transposed, dy, x, w, dry)
     except Declined as e:
         found = _left("convolution_backward", e)
     note(found)
@@ -156,7 +148,7 @@ def _prepare_backward(
     mask: tuple[bool, ...],
     parameters: Parameters,
     dry: Dry | None,
-) -> Launches | Call:
+) -> launch.Backward | Call:
     try:
         g = _geometry(transposed, x, w, None, parameters, dry)
         if dy.shape != g.problem.shape("x" if transposed else "y") or dy.dtype != x.dtype or dy.device != x.device:
@@ -165,11 +157,7 @@ def _prepare_backward(
             raise Declined("a bias that does not fit the layer")
     except Declined as e:
         return _left("convolution_backward", e)
-    return (
-        launch.convolution(not transposed, g, dy, w, None) if mask[0] else None,
-        launch.weight_reduction(g, *((x, dy) if transposed else (dy, x))) if mask[1] else None,
-        launch.bias_reduction(g, dy) if mask[2] else None,
-    )
+    return launch.backward(transposed, g, dy, x, w, mask)
 
 
 def _geometry(

@@ -10,17 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _get_fp32_precision_getter as fp32_precision
 from torch.compiler import is_dynamo_compiling
 
 from tconv import launch, ops
 from tconv.arguments import Prepared
-from tconv.guard import unusual
+from tconv.guard import moment_differs, same, unusual
 from tconv.layout import LIMIT, addressing
+from tconv.plan import forced
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
 
 MaybeTensor = torch.Tensor | None
-How = tuple[bool, Geometry, Prepared]  # whether transposed, and the launch of the forward pass
+KEPT = 4  # layouts of gradients for which a layer's backward is worked out to be kept
 
 
 def convolve(
@@ -29,8 +31,55 @@ def convolve(
     """fprop of a problem, x -> y, or, transposed, its dgrad, x being dy; differentiable in x, w and b."""
     prepared = launch.convolution(transposed, g, x, w, b)
     if _differentiable(x, w, b):
-        return apply_convolve(x, w, b, (transposed, g, prepared))
+        return apply_convolve(x, w, b, How(transposed, g, prepared))
     return launch.convolve(prepared, x, w, b, g.dry, shared)
+
+
+class How:
+    """How a forward pass is launched, and its backward if it has been before.
+
+    Attributes:
+        transposed, g, prepared: the forward pass.
+        left: how often a backward is still to be worked out so that it can be repeated; none of a call that will not be.
+        again: the last one so kept.
+    """
+
+    __slots__ = ("again", "g", "left", "prepared", "transposed")
+
+    def __init__(self, transposed: bool, g: Geometry, prepared: Prepared, repeated: bool = False) -> None:
+        self.transposed, self.g, self.prepared = transposed, g, prepared
+        self.left = KEPT if repeated else 0
+        self.again: _Again | None = None
+
+
+class _Again:
+    """A backward that is launched again for a gradient that lies as one did before.
+
+    What may differ is compared as by repeat.py for the forward pass, and the gradients that are needed.
+    """
+
+    __slots__ = ("launches", "needs", "precision", "same", "transposed")
+
+    def __init__(self, how: How, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: tuple[bool, ...]) -> None:
+        self.launches = launch.backward(how.transposed, how.g, dy, x, w, needs)
+        self.transposed, self.needs = how.transposed, needs
+        self.precision = fp32_precision("cuda", "conv")
+        self.same = same(dy, x, w)
+
+    def __call__(self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: tuple[bool, ...]) -> launch.Gradients | None:
+        """The gradients, or None if the call differs."""
+        if (
+            needs != self.needs
+            or torch.is_grad_enabled()
+            or not self.same(dy, x, w)
+            or (dy.data_ptr() | x.data_ptr() | w.data_ptr()) & 15
+            or moment_differs(self.precision)
+        ):
+            return None
+        try:
+            return launch.gradients(self.launches, self.transposed, dy, x, w, dry=False)
+        except Declined:  # the long way says which, and why
+            return None
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry, shared: launch.Staged | None = None) -> torch.Tensor:
@@ -59,17 +108,25 @@ class _Convolve(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
         ctx.how = how
-        _, g, prepared = how
-        return launch.convolve(prepared, x, w, b, g.dry)
+        return launch.convolve(how.prepared, x, w, b, how.g.dry)
 
     @staticmethod
     def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, w = ctx.saved_tensors  # also where they are not needed: edited in place, they must raise
         if dy is None:
             return None, None, None, None
-        transposed, g, _ = ctx.how
-        name = "dgrad" if transposed else "fprop"
-        return *ops.gradients(_operations(g, dy, x, w), name, dy, x, w, ctx.needs_input_grad[:3]), None
+        how, needs = ctx.how, ctx.needs_input_grad[:3]
+        traced = is_dynamo_compiling()  # by compiled autograd, backward passes of eager forward ones too
+        if not traced and how.again is not None:
+            found = how.again(dy, x, w, needs)
+            if found is not None:
+                return *found, None
+        operations = _operations(how.g, dy, x, w)
+        grads = ops.gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
+        if not traced and how.left and type(operations) is _Ours and not torch.is_grad_enabled() and forced() is None:
+            how.left -= 1
+            how.again = _Again(how, dy, x, w, needs)
+        return *grads, None
 
 
 class _Wgrad(torch.autograd.Function):
@@ -110,7 +167,6 @@ apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad,
 
 
 def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _Ours | ops.Operators:
-    # Compiled autograd traces backward passes, those of eager forward ones too.
     return ops.Operators(ops.window(g)) if is_dynamo_compiling() or unusual(dy, *saved) else _Ours(g, dy)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _get_fp32_precision_getter as fp32_precision
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C import _len_torch_function_stack as any_function_modes
+from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+
+from tconv.plan import forced
 
 STRANGE = "not a plain strided tensor"
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -17,7 +24,7 @@ def unusual(*tensors: Any) -> str | None:
     """Why a kernel must not be run, or None."""
     if torch._C._are_functorch_transforms_active():
         return "inside a functorch transform"
-    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and function_modes()):
+    if dispatch_modes() or (any_function_modes() and function_modes()):
         return "inside a dispatch or function mode"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
@@ -33,6 +40,32 @@ def unusual(*tensors: Any) -> str | None:
         if t.is_neg() or (pointer == 0 and t._is_zerotensor()):
             return STRANGE
     return None
+
+
+def same(*tensors: torch.Tensor) -> Callable[..., bool]:
+    """Torch's own native check, which guards the graphs of torch.compile, of whether tensors are like these.
+
+    Type, dtype, device, shape, strides, requires_grad and dispatch keys, those of the thread's state included: autocast,
+    functorch, tracing, inference mode; sparse, batched, negated and zero tensors.
+    """
+    make: Any = TensorGuards  # whose stub leaves the tensors out
+    check: Callable[..., bool] = make(
+        *tensors,
+        dynamic_dims_sizes=[[*t.shape] for t in tensors],
+        dynamic_dims_strides=[[*t.stride()] for t in tensors],
+    ).check
+    return check
+
+
+def moment_differs(precision: str) -> bool:
+    """Whether what no tensor tells asks for the long way: modes, forward-mode differentiation, another precision of fp32."""
+    return bool(
+        dispatch_modes()
+        or (any_function_modes() and function_modes())
+        or forward_ad._current_level >= 0
+        or fp32_precision("cuda", "conv") != precision
+        or forced() is not None
+    )
 
 
 def function_modes() -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import Geometry
 from tconv.record import note
 
+Backward = tuple[Prepared | None, Prepared | None, Prepared | None]  # of the gradients by x, w and bias
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 _prepared: Kinds[Any, Prepared] = Kinds()
 _collections: list[list[Prepared]] = []
 _lock = threading.Lock()
@@ -85,6 +87,28 @@ def bias_reduction(g: Geometry, dy: torch.Tensor) -> Prepared:
     """The launch of `bias_grad` on such a tensor."""
     key = ("bias", g, dy.shape, dy.stride(), dy.data_ptr() % 16)
     return _lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy)))
+
+
+def backward(
+    transposed: bool, g: Geometry, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: Sequence[bool]
+) -> Backward:
+    """The launches of a layer's gradients by x, w and bias, as far as they are needed."""
+    return (
+        convolution(not transposed, g, dy, w, None) if needs[0] else None,
+        weight_reduction(g, *((x, dy) if transposed else (dy, x))) if needs[1] else None,
+        bias_reduction(g, dy) if needs[2] else None,
+    )
+
+
+def gradients(launches: Backward, transposed: bool, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, dry: bool) -> Gradients:
+    """The gradients by x, w and bias of such launches."""
+    of_x, of_w, of_b = launches
+    shared, pair = Staged(dy), (x, dy) if transposed else (dy, x)
+    return (
+        convolve(of_x, dy, w, None, dry, shared) if of_x else None,
+        execute(of_w, dry, shared, pair) if of_w else None,
+        execute(of_b, dry, None, (dy,)) if of_b else None,
+    )
 
 
 def device_of(t: torch.Tensor) -> Device:

@@ -10,13 +10,9 @@ from typing import Any
 
 import torch
 from torch._C import _get_fp32_precision_getter as fp32_precision
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch._C import _len_torch_function_stack as any_function_modes
-from torch._C._dynamo.guards import TensorGuards
-from torch.autograd import forward_ad
 
 from tconv import autograd, launch
-from tconv.guard import function_modes
+from tconv.guard import moment_differs, same
 from tconv.plan import forced
 from tconv.problem import Geometry
 
@@ -49,16 +45,10 @@ class Repeat:
     def __init__(self, call: tuple[Any, ...], g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> None:
         tensors = (x, w) if b is None else (x, w, b)
         self.call = call
-        self.how: autograd.How = call[0], g, launch.convolution(call[0], g, x, w, b)
+        self.how = autograd.How(call[0], g, launch.convolution(call[0], g, x, w, b), repeated=True)
         self.precision = fp32_precision("cuda", "conv")
         self.differentiable = any(t.requires_grad for t in tensors)
-        # Type, dtype, device, shape, strides, requires_grad and dispatch keys, those of the thread's state included:
-        # autocast, functorch, tracing, inference mode; sparse, batched, negated and zero tensors.
-        self.same = TensorGuards(  # type: ignore[call-arg]  # torch's stub leaves the tensors out
-            *tensors,
-            dynamic_dims_sizes=[[*t.shape] for t in tensors],  # type: ignore[misc]
-            dynamic_dims_strides=[[*t.stride()] for t in tensors],  # type: ignore[misc]
-        ).check
+        self.same = same(*tensors)
 
     def again(
         self,
@@ -85,14 +75,9 @@ class Repeat:
             or rank is not rank_
             or not (self.same(x, w) if b is None else self.same(x, w, b))
             or (x.data_ptr() | w.data_ptr()) & 15
-            or dispatch_modes()
-            or (any_function_modes() and function_modes())
-            or forward_ad._current_level >= 0
-            or fp32_precision("cuda", "conv") != self.precision
-            or forced() is not None
+            or moment_differs(self.precision)
         ):
             return None
         if self.differentiable and torch.is_grad_enabled():
             return autograd.apply_convolve(x, w, b, self.how)
-        _, _, prepared = self.how
-        return launch.convolve(prepared, x, w, b, dry=False)
+        return launch.convolve(self.how.prepared, x, w, b, dry=False)

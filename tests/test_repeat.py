@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tconv
-from tconv import functional, variants
+from tconv import autograd, functional, variants
 from tconv.configs import Tile
 from tests import parity
 
@@ -256,3 +256,126 @@ def test_a_subclass_may_compute_its_weight(device):
     plain = tconv.Conv2d(2, 2, 3, bias=False, device=device)
     plain.load_state_dict(layer.state_dict())
     torch.testing.assert_close(layer(x), 2 * plain(x))
+
+
+# --- backward ---
+
+
+def grad(y, leaves, dy, **more):
+    return torch.autograd.grad(y, leaves, dy, **more)
+
+
+def backward_within(context):
+    def change(y, leaves, dy):
+        with context(dy):
+            return grad(y, leaves, dy)
+
+    return change
+
+
+def with_gradient(make):
+    return lambda y, leaves, dy: grad(y, leaves, make(dy))
+
+
+def second_derivative(y, leaves, dy):
+    first = grad(y, leaves, dy.requires_grad_(), create_graph=True)
+    return grad([(g**2).sum() for g in first], (*leaves[:2], dy))
+
+
+def weight_edited(y, leaves, dy):
+    with torch.no_grad():
+        leaves[1].add_(1)
+    return grad(y, leaves, dy)
+
+
+def weight_of_other_strides(y, leaves, dy):
+    leaves[1].data = leaves[1].data.to(memory_format=torch.channels_last)
+    return grad(y, leaves, dy)
+
+
+BACKWARD = {
+    "the input's alone": lambda y, leaves, dy: grad(y, leaves[:1], dy),
+    "the weight's alone": lambda y, leaves, dy: grad(y, leaves[1:2], dy),
+    "the bias' alone": lambda y, leaves, dy: grad(y, leaves[2:], dy),
+    "twice": lambda y, leaves, dy: (*grad(y, leaves, dy, retain_graph=True), *grad(y, leaves, 2 * dy)),
+    "another layout": with_gradient(lambda dy: dy.to(memory_format=torch.channels_last)),
+    "an expanded gradient": with_gradient(lambda dy: dy[:1, :1, :1, :1].expand(dy.shape)),
+    "a misaligned gradient": with_gradient(misaligned),
+    "a negated gradient": with_gradient(torch._neg_view),
+    "a zero gradient": with_gradient(lambda dy: torch._efficientzerotensor(dy.shape, device=dy.device)),
+    "a subclass": with_gradient(lambda dy: dy.as_subclass(Wrapped)),
+    "batched gradients": lambda y, leaves, dy: grad(y, leaves, torch.stack([dy, 2 * dy]), is_grads_batched=True),
+    "a second derivative": second_derivative,
+    "a dispatch mode": backward_within(lambda dy: FlopCounterMode(display=False)),
+    "a function mode": backward_within(lambda dy: Passing()),
+    "autocast": backward_within(lambda dy: torch.autocast(dy.device.type, torch.bfloat16)),
+    "a forced plan": backward_within(lambda dy: tconv.force(tile=TILE)),
+    "another precision": backward_within(lambda dy: variants.float32_precision(True)),
+    "forward mode": backward_within(lambda dy: forward_ad.dual_level()),
+    "weights edited before": weight_edited,
+    "weights of other strides": weight_of_other_strides,
+}
+
+
+def trained(layer, x, change):
+    leaves = (x, *layer.parameters())
+    return change(layer(x), leaves, torch.linspace(-1, 1, 96, device=x.device).view(2, 3, 4, 4))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", BACKWARD)
+def test_a_change_is_noticed_in_backward(name, device, monkeypatch):
+    layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
+    warm, cold = copy.deepcopy(layer), copy.deepcopy(layer)
+    with variants.float32_precision(False):
+        with monkeypatch.context() as m:
+            m.setattr(autograd, "KEPT", 0)
+            for _ in range(2):
+                trained(cold, x, grad)
+            expected, record = observed(lambda layer, x: trained(layer, x.detach().requires_grad_(), BACKWARD[name]), cold, x)
+        functional._seen.clear()
+        for _ in range(3):
+            trained(warm, x, grad)
+        (seen,) = functional._seen.values()
+        assert seen.how.again is not None
+        got, again = observed(lambda layer, x: trained(layer, x.detach().requires_grad_(), BACKWARD[name]), warm, x)
+    assert again == record
+    if not isinstance(expected, tuple) or not isinstance(expected[0], torch.Tensor):
+        assert got == expected
+    else:
+        for g, right in zip(got, expected, strict=True):
+            assert type(g) is type(right)
+            parity.assert_same(g, right)
+
+
+@pytest.mark.parametrize("name", parity.LAYERS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_repeated_backward_takes_the_short_way(name, bias, device, monkeypatch):
+    layer = getattr(tconv, name)(2, 2, 3, bias=bias, device=device)
+    x = torch.randn(1, 2, *(5,) * parity.rank(name), device=device, requires_grad=True)
+
+    def step():
+        y = layer(x)
+        return torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
+
+    step()
+    with tconv.recording() as long:
+        first = step()
+    monkeypatch.delattr(autograd, "_operations")
+    with tconv.recording() as short:
+        second = step()
+    assert all(map(torch.equal, first, second))
+    assert list(map(str, short)) == list(map(str, long))
+    assert len(short) == (4 if bias else 3)
+
+
+def test_layouts_that_keep_changing_are_not_kept_for_ever(device):
+    """A new layout costs what comparing costs, a few times only."""
+    layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
+    functional._seen.clear()
+    layer(x)
+    for i in range(2 * autograd.KEPT):
+        dy = torch.ones(2, 3, 4, 4, device=device)
+        grad(layer(x), x, dy if i % 2 else dy.to(memory_format=torch.channels_last))
+    (seen,) = functional._seen.values()
+    assert seen.how.left == 0

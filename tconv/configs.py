@@ -114,8 +114,8 @@ TMA_WGRAD_16 = (
 TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 BIAS = (Tile(1, 64, 64, 4, 3),)
 # (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where they take the
-# place of accumulators. On Blackwell 12 more of 2,512 variants spill, one within its loop; without their tiles it would be
-# predicted to lose more.
+# place of accumulators. 12 more of Blackwell's 2,512 variants spill, one within its loop, and 4 of Ampere's: without their
+# tiles both would be predicted to lose more.
 SPILLING = {
     8: {
         *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (*GEMM_16[:2], GEMM_16[3], GEMM_16[5])),
@@ -123,6 +123,8 @@ SPILLING = {
         ("gather", GEMM_16[6]),
         ("gather", GEMM_32[1]),
         ("depthwise", DIRECT_NARROW[1]),
+        ("packed", PACKED_16[1]),
+        ("packed_wgrad", PACKED_WGRAD_16[2]),
     },
     10: {
         *(("wgrad", tile) for tile in (GEMM_16[3], GEMM_16[5], GEMM_64[0])),

@@ -190,6 +190,22 @@ def test_flops(case, device):
     assert counter.get_total_flops() == 3 * 2 * pixels * k * w[0].numel()
 
 
+def test_flops_in_inference_mode(case, device, monkeypatch):
+    """As elsewhere, also by the first call that is counted at all."""
+    from torch.utils import flop_counter
+
+    torchs = {f: formula for f, formula in flop_counter.flop_registry.items() if not str(f).startswith("tconv.")}
+    x, w, b = oracle.tensors(case, torch.float64, device)
+    f = getattr(TF, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+    counts = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        monkeypatch.setattr(flop_counter, "flop_registry", dict(torchs))
+        with mode(), flop_counter.FlopCounterMode(display=False) as counter:
+            f(x, w, b, **case.arguments)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_fake_tensors(case, device):
     from torch._subclasses import FakeTensorMode
 

@@ -196,6 +196,8 @@ def _operator(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor | None:
     finally:
         if tracing:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+    if not is_dynamo_compiling() and torch._C._len_torch_dispatch_stack():
+        ops.count_flops()  # as the operator's autograd does, which inference_mode passes over
     run: Any = torch.ops.tconv.dgrad if asked.transposed else torch.ops.tconv.fprop
     batched = x.dim() == asked.rank + 2
     y: torch.Tensor = run(x if batched else x.unsqueeze(0), w, b, *h)

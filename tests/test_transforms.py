@@ -55,6 +55,24 @@ def test_vmap(case, dims, device):
     compare(case, device, what)
 
 
+def test_vmap_of_no_samples(case, device):
+    """Nothing for each, and gradients of zeros for what they share. Torch gets the shape wrong, and raises for weights."""
+    x, w, b = oracle.tensors(case, torch.float64, device)
+    function = getattr(TF, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+
+    def f(x, w):
+        return function(x, w, b, **case.arguments)
+
+    def loss(x, w):
+        return f(x, w).sum()
+
+    shape, xs, ws = f(x, w).shape, x[None][:0], w[None][:0]
+    for dims, tensors in (((0, None), (xs, w)), ((None, 0), (x, ws)), ((0, 0), (xs, ws))):
+        assert vmap(f, dims)(*tensors).shape == (0, *shape)
+    assert [g.shape for g in vmap(grad(loss, (0, 1)))(xs, ws)] == [xs.shape, ws.shape]
+    assert torch.equal(grad(lambda w: vmap(loss, (0, None))(xs, w).sum())(w), torch.zeros_like(w))
+
+
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 1)], ids=str)
 def test_vmap_of_vjp(case, dims, device):
     """wgrad and dgrad with either argument batched."""
@@ -170,6 +188,22 @@ def test_flops(case, device):
     pixels = x[:, 0].numel() if case.transposed else y[:, 0].numel()
     k = w.shape[0]
     assert counter.get_total_flops() == 3 * 2 * pixels * k * w[0].numel()
+
+
+def test_flops_in_inference_mode(case, device, monkeypatch):
+    """As elsewhere, also by the first call that is counted at all."""
+    from torch.utils import flop_counter
+
+    torchs = {f: formula for f, formula in flop_counter.flop_registry.items() if not str(f).startswith("tconv.")}
+    x, w, b = oracle.tensors(case, torch.float64, device)
+    f = getattr(TF, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+    counts = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        monkeypatch.setattr(flop_counter, "flop_registry", dict(torchs))
+        with mode(), flop_counter.FlopCounterMode(display=False) as counter:
+            f(x, w, b, **case.arguments)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_fake_tensors(case, device):

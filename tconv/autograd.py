@@ -67,7 +67,11 @@ class _Again:
         self.same = same(dy, x, w)
 
     def __call__(self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: tuple[bool, ...]) -> launch.Gradients | None:
-        """The gradients, or None if the call differs."""
+        """The gradients, or None if the call differs.
+
+        Raises:
+            Declined: a kernel cannot be launched; which one, the long way says.
+        """
         if (
             needs != self.needs
             or torch.is_grad_enabled()
@@ -76,10 +80,7 @@ class _Again:
             or moment_differs(self.precision)
         ):
             return None
-        try:
-            return launch.gradients(self.launches, self.transposed, dy, x, w, dry=False)
-        except Declined:  # the long way says which, and why
-            return None
+        return launch.gradients(self.launches, self.transposed, dy, x, w, dry=False)
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry, shared: launch.Staged | None = None) -> torch.Tensor:
@@ -115,10 +116,13 @@ class _Convolve(torch.autograd.Function):
         x, w = ctx.saved_tensors  # also where they are not needed: edited in place, they must raise
         if dy is None:
             return None, None, None, None
-        how, needs = ctx.how, ctx.needs_input_grad[:3]
+        how, needs = ctx.how, ops.wanted(ctx, ctx.needs_input_grad[:3])
         traced = is_dynamo_compiling()  # by compiled autograd, backward passes of eager forward ones too
         if not traced and how.again is not None:
-            found = how.again(dy, x, w, needs)
+            try:
+                found = how.again(dy, x, w, needs)
+            except Declined:
+                found, how.again, how.left = None, None, 0  # or what does launch would be launched twice, every time
             if found is not None:
                 return *found, None
         operations = _operations(how.g, dy, x, w)
@@ -145,7 +149,7 @@ class _Wgrad(torch.autograd.Function):
         g = ctx.geometry
         if addressing(gw).reach > LIMIT:  # as a weight it is addressed in 32 bits
             gw = gw.contiguous()
-        need_y, need_x, _ = ctx.needs_input_grad
+        need_y, need_x = ops.wanted(ctx, ctx.needs_input_grad[:2])
         return ops.gradients(_operations(g, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
 
 

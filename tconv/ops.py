@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tconv.dry import DRY
@@ -264,6 +265,27 @@ def gradients(op: Any, name: str, g: torch.Tensor, a: torch.Tensor, b: torch.Ten
     return da, db, op.bias_grad(g) if need_bias else None
 
 
+def wanted(ctx: Any, needs: Sequence[bool]) -> tuple[bool, ...]:
+    """Which of the gradients that may be needed, as the forward pass knew it, the backward pass that runs now asks for.
+
+    torch.autograd.grad(y, x) is not after the weight's, for one.
+
+    Args:
+        needs: ctx.needs_input_grad of the tensors among the arguments, from the first one on.
+    """
+    if is_dynamo_compiling():
+        return tuple(needs)
+    nodes = ctx.next_functions
+    return tuple([need and _executes(nodes[i][0]) for i, need in enumerate(needs)])
+
+
+def _executes(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf's, whose gradient is what is asked for
+        return True
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, name: str, a: Any, b: Any, bias: Any, h: Window) -> torch.Tensor:
@@ -286,7 +308,7 @@ class _Differentiable(torch.autograd.Function):
         name, h = ctx.how
         x, y, w = {"fprop": (a, g, b), "dgrad": (g, a, b), "wgrad": (b, a, g)}[name]
         h = _exact(h, x.shape[2:], y.shape[2:], w.shape[2:])._replace(channels_last=_format(a, b, h))
-        return None, None, *gradients(Operators(h), name, g, a, b, ctx.needs_input_grad[2:5]), None
+        return None, None, *gradients(Operators(h), name, g, a, b, wanted(ctx, ctx.needs_input_grad[2:5])), None
 
     @staticmethod
     def jvp(ctx: Any, _: Any, __: Any, da: MaybeTensor, db: MaybeTensor, dbias: MaybeTensor, ___: Any) -> MaybeTensor:

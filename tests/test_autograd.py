@@ -264,3 +264,30 @@ def test_a_zero_tensor_gradient(xwb):
         return torch.autograd.grad(y, (x, w, b), torch._efficientzerotensor(y.shape, device=y.device))
 
     assert_same(both(f, *xwb))
+
+
+ASKED = {
+    "x": (lambda y, x, layer: torch.autograd.grad(y, x), ["dgrad"]),
+    "w": (lambda y, x, layer: torch.autograd.grad(y, layer.weight), ["wgrad"]),
+    "b": (lambda y, x, layer: torch.autograd.grad(y, layer.bias), ["bias"]),
+    "x and w": (lambda y, x, layer: torch.autograd.grad(y, (x, layer.weight)), ["dgrad", "wgrad"]),
+    "x, accumulated": (lambda y, x, layer: y.backward(inputs=[x]), ["dgrad"]),
+    "all": (lambda y, x, layer: y.backward(), ["dgrad", "wgrad", "bias"]),
+    "x, differentiably": (lambda y, x, layer: torch.autograd.grad(y, x, create_graph=True), ["dgrad"]),
+}
+
+
+@pytest.mark.parametrize("before", [lambda x: x, lambda x: 2 * x], ids=["leaf", "inner"])
+@pytest.mark.parametrize("what", ASKED)
+def test_only_the_gradients_that_are_asked_for_are_computed(what, before, device):
+    """A gradient penalty, say, is not after the weights'."""
+    layer, x = tconv.Conv2d(2, 3, 3, device=device), torch.randn(1, 2, 5, 5, device=device, requires_grad=True)
+    ask, passes = ASKED[what]
+    for _ in range(3):  # the long way, and the short one of repeated calls
+        y = layer(before(x)).sum()
+        with tconv.recording() as calls:
+            ask(y, x, layer)
+        assert [c.operation for c in calls] == passes
+        with tconv.recording() as calls:  # by the operators, which have no pass for the bias
+            torch.func.grad(lambda v: layer(before(v)).sum())(x)
+        assert [c.operation for c in calls] == ["fprop", "dgrad"]

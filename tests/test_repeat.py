@@ -10,8 +10,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tconv
-from tconv import autograd, functional, variants
+from tconv import autograd, functional, launch, variants
 from tconv.configs import Tile
+from tconv.record import Declined
 from tests import parity
 
 TILE = Tile(16, 16, 16)
@@ -367,6 +368,31 @@ def test_a_repeated_backward_takes_the_short_way(name, bias, device, monkeypatch
     assert all(map(torch.equal, first, second))
     assert list(map(str, short)) == list(map(str, long))
     assert len(short) == (4 if bias else 3)
+
+
+@pytest.mark.filterwarnings("ignore:tconv leaves calls to torch")
+def test_a_kernel_that_fails_is_not_tried_again_and_again(device, monkeypatch):
+    """Else the other gradients would be computed twice in every step."""
+    layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
+    functional._seen.clear()
+    for _ in range(3):
+        right = trained(layer, x, grad)
+    (seen,) = functional._seen.values()
+    launches, run = [], launch.run
+
+    def failing(prepared, pointers):
+        launches.append(prepared.call.operation)
+        if prepared.call.operation == "wgrad":
+            raise Declined("it fails")
+        run(prepared, pointers)
+
+    monkeypatch.setattr(launch, "run", failing)
+    for _ in range(2):
+        launches.clear()
+        for got, g in zip(trained(layer, x, grad), right, strict=True):
+            parity.assert_same(got, g)
+    assert seen.how.again is None
+    assert launches.count("dgrad") == 1
 
 
 def test_layouts_that_keep_changing_are_not_kept_for_ever(device):

@@ -80,7 +80,7 @@ MUTATIONS = [
     Mutation("torch's stand-in not cropped", "ops.py", "out = torch.constant_pad_nd(out, [-n for n in ends])", "pass", "decline", "test_contexts.py"),
     Mutation("gradients that were needed before", "autograd.py", "needs != self.needs", "needs is None", "backward", "test_repeat.py"),
     Mutation("a gradient that lay otherwise before", "autograd.py", "or not self.same(dy, x, w)", "", "backward", "test_repeat.py"),
-    Mutation("gradients that nobody asks for", "ops.py", "need and _executes(nodes[i][0])", "need", "asked_for", "test_autograd.py"),
+    Mutation("gradients that nobody asks for", "ops.py", "found[i] and _executes(nodes[i][0])", "found[i]", "asked_for", "test_autograd.py"),
     Mutation("halo gradients kept where they arose", "distributed.py", "take[r].add_(piece)", "pass", "test_space and not dtype", "test_distributed.py"),
     Mutation("a halo one element short", "distributed.py", "(b - 1) * stride - before + span + 1", "(b - 1) * stride - before + max(span, 1)", "test_space and not dtype", "test_distributed.py"),
     Mutation("a weight's gradient of one rank alone", "distributed.py", "return _total(grad, ctx.group), None", "return grad, None", "test_space and not dtype", "test_distributed.py"),

@@ -47,6 +47,8 @@ SCHEMAS = {
 TOO_LARGE = "a weight, or coordinates or programs, that 32 bits cannot count"
 INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # what gathers a leaf's gradient
+_asks_for_leaves = -2  # the last backward pass that was seen to; -1 is none
 _library: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped-call]
 _known: Kinds[Any, Geometry | str] = Kinds()
 
@@ -268,21 +270,29 @@ def gradients(op: Any, name: str, g: torch.Tensor, a: torch.Tensor, b: torch.Ten
 def wanted(ctx: Any, needs: Sequence[bool]) -> tuple[bool, ...]:
     """Which of the gradients that may be needed, as the forward pass knew it, the backward pass that runs now asks for.
 
-    torch.autograd.grad(y, x) is not after the weight's, for one.
+    torch.autograd.grad(y, x) is not after the weight's, for one. The engine knows, but tells of a leaf whose gradient is
+    asked for by an exception, which takes longer than a launch: after one of them a pass is taken to ask for all its leaves'.
 
     Args:
         needs: ctx.needs_input_grad of the tensors among the arguments, from the first one on.
     """
     if is_dynamo_compiling():
         return tuple(needs)
-    nodes = ctx.next_functions
-    return tuple([need and _executes(nodes[i][0]) for i, need in enumerate(needs)])
+    nodes, found = ctx.next_functions, [*needs]
+    for i in reversed(range(len(found))):  # the input last, which may be a leaf where no other is asked for
+        found[i] = found[i] and _executes(nodes[i][0])
+    return tuple(found)
 
 
 def _executes(node: Any) -> bool:
+    global _asks_for_leaves
+    task = torch._C._current_graph_task_id()
+    if task == _asks_for_leaves and type(node) is ACCUMULATE:
+        return True
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # a leaf's, whose gradient is what is asked for
+    except RuntimeError:
+        _asks_for_leaves = task
         return True
 
 

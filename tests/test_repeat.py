@@ -255,7 +255,7 @@ def test_a_subclass_may_compute_its_weight(device):
 
     layer, x = Doubled(2, 2, 3, bias=False, device=device), torch.randn(1, 2, 5, 5, device=device)
     plain = tconv.Conv2d(2, 2, 3, bias=False, device=device)
-    plain.load_state_dict(layer.state_dict())
+    layer.load_state_dict(plain.state_dict())  # its own were never initialised, but twice what they were
     torch.testing.assert_close(layer(x), 2 * plain(x))
 
 

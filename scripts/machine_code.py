@@ -38,6 +38,8 @@ def _lanes(ttgir: str) -> list[int]:
     orders = {name: int(axis) for name, axis in re.findall(r"^(#\w+) = #ttg\.blocked<.*order = \[(\d)", ttgir, re.MULTILINE)}
     for name, step in re.findall(r"^(#\w+) = #ttg\.linear<.*lane = \[\[(\d+, \d+)\]", ttgir, re.MULTILINE):
         orders[name] = int(step.startswith("0,"))  # from one lane to the next
+    for name, turned in re.findall(r"^(#\w+) = #ttg\.amd_mfma<.*isTransposed = (\w+)", ttgir, re.MULTILINE):
+        orders[name] = int(turned == "false")  # a lane holds a column, or turned round a row
     access = r"(?:tt\.load|tt\.store|async_copy_global_to_local) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>"
     return [orders[layout] for layout in re.findall(access, ttgir)]
 

@@ -141,7 +141,7 @@ def _no_boxes(pass_: str, s: Sides, dtype: torch.dtype, device: Device) -> str |
         return "wgmma turns operands of 2 bytes an element only"
     if not device.interpreted and dtype == torch.float64:
         return "wgmma knows no fp64"
-    least = 16 if device.interpreted else min(t.k for t in tiles("tma", Access(dtype.itemsize, True)))
+    least = 16 if device.interpreted else min(t.k for t in tiles("tma", Access(dtype.itemsize, True), device))
     if pass_ != "wgrad" and p.G > 1 and s.ci % least:
         return f"boxes would reach into the next group: {s.ci} channels per group are no multiple of {least}"
     wish = planning.forced()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tconv.device import Device
 
@@ -113,9 +113,8 @@ TMA_WGRAD_16 = (
 )
 TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 BIAS = (Tile(1, 64, 64, 4, 3),)
-# (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where they take the
-# place of accumulators. 12 more of Blackwell's 2,512 variants spill, one within its loop, and 4 of Ampere's: without their
-# tiles both would be predicted to lose more.
+# What spills, as (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where
+# they take the place of accumulators.
 SPILLING = {
     8: {
         *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (*GEMM_16[:2], GEMM_16[3], GEMM_16[5])),
@@ -133,6 +132,26 @@ SPILLING = {
         ("packed_wgrad", PACKED_WGRAD_16[1]),
     },
 }
+# The same where leaving the tile out would be predicted to lose speed, and what is taken instead: ptxas spills a few registers
+# of some variants for room for one more program, and does not where it is given a limit. AMD's wavefronts are twice as wide.
+INSTEAD = {
+    0: {
+        ("gather", FMA_32[1]): replace(FMA_32[1], warps=4),
+        ("packed", PACKED_FMA[0]): replace(PACKED_FMA[0], warps=4),
+        ("packed", PACKED_32[1]): replace(PACKED_32[1], warps=4),
+    },
+    8: {
+        ("gather", GEMM_16[4]): replace(GEMM_16[4], registers=255),
+        ("packed", PACKED_16[3]): replace(PACKED_16[3], registers=96),
+    },
+    10: {
+        ("gather", GEMM_16[2]): replace(GEMM_16[2], registers=255),
+        **{(kernel, GEMM_32[1]): replace(GEMM_32[1], registers=255) for kernel in ("gather", "wgrad")},
+        **{(kernel, FMA_32[1]): replace(FMA_32[1], registers=240) for kernel in ("gather", "wgrad")},  # 255: fp64, which spills
+        ("wgrad", GEMM_32_NARROW[0]): replace(GEMM_32_NARROW[0], registers=168),
+        ("packed", PACKED_16[0]): replace(PACKED_16[0], registers=128),
+    },
+}
 
 
 def can_cut(device: Device) -> bool:
@@ -140,8 +159,13 @@ def can_cut(device: Device) -> bool:
     return device.interpreted or device.generation == 9
 
 
-def tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
-    """Every tile that a planner on a GPU may choose for a kernel that so meets its operands."""
+def tiles(kernel: str, access: Access, device: Device) -> tuple[Tile, ...]:
+    """Every tile that a planner on a GPU may choose for a kernel that so meets its operands, if `why_illegal` agrees."""
+    instead = INSTEAD.get(device.generation, {})
+    return tuple(instead.get((kernel, tile), tile) for tile in _tiles(kernel, access))
+
+
+def _tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
     itemsize, tensor_cores, narrow = access.itemsize, access.tensor_cores, access.narrow
     if kernel == "strip":
         return () if itemsize == 8 else STRIP_FLIP if access.flip else STRIP_16 if itemsize == 2 else STRIP_32

@@ -190,14 +190,15 @@ class Operands:
         cores = self.tensor_cores or precision == BF16X6
         return Access(self.itemsize, cores, narrow, large=self.large, precision=precision)
 
-    def tiles(self, problem: ConvProblem, pass_: str, kernel: str, precision: str = "") -> tuple[Tile, ...]:
+    def tiles(self, problem: ConvProblem, pass_: str, kernel: str, device: Device, precision: str = "") -> tuple[Tile, ...]:
         """Every tile with which a kernel can take them."""
         best = self.access(problem, pass_, kernel, precision=precision)
-        found = tiles(kernel, best)
+        found = tiles(kernel, best, device)
         if not kernel.startswith("packed"):
             return found
-        every = dict.fromkeys((*found, *tiles(kernel, replace(best, narrow=True))))
-        return tuple(tile for tile in every if tile in tiles(kernel, self.access(problem, pass_, kernel, tile, precision)))
+        every = dict.fromkeys((*found, *tiles(kernel, replace(best, narrow=True), device)))
+        met = {tile: self.access(problem, pass_, kernel, tile, precision) for tile in every}
+        return tuple(tile for tile in every if tile in tiles(kernel, met[tile], device))
 
 
 def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None = None) -> Plan:
@@ -224,7 +225,7 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
     kernels = (only,) if only else _kernels(problem, pass_)
     for kernel, precision in [(k, precision) for k in kernels for precision in operands.precisions(k, device)]:
         illegal = _illegal(problem, pass_, kernel, itemsize, device, precision)
-        legal = _legal_tiles(wish, operands.tiles(problem, pass_, kernel, precision), illegal)
+        legal = _legal_tiles(wish, operands.tiles(problem, pass_, kernel, device, precision), illegal)
         for tile in legal:
             access = operands.access(problem, pass_, kernel, tile, precision)
             parts = _all_splits(problem, pass_, kernel, tile, itemsize, device, wish)
@@ -251,9 +252,10 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     """
     wish, limit = _wish("bias"), WORKSPACE // (channels * max(4, itemsize))
     n = pow2(channels, 1, 1024)
-    one = (Tile(1, n, pow2(pixels, 1, (1 << 18) // n)),) if device.interpreted else tiles("bias", Access(itemsize, False))
+    interpreted = (Tile(1, n, pow2(pixels, 1, (1 << 18) // n)),)
+    found = interpreted if device.interpreted else tiles("bias", Access(itemsize, False), device)
     plans = []
-    legal = _legal_tiles(wish, one, lambda tile: why_illegal("bias", tile, itemsize, device))
+    legal = _legal_tiles(wish, found, lambda tile: why_illegal("bias", tile, itemsize, device))
     for tile in legal:
         parts = _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, wish)
         for splits in parts:

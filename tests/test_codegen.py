@@ -89,14 +89,17 @@ def test_boxes_go_from_shared_memory_straight_to_the_tensor_cores():
     assert {row["name"].split()[0] for row in boxes if row["tma_stores"]} == {"fprop", "dgrad"}
 
 
-def test_lanes_are_read_off_either_way_a_layout_is_spelled():
+def test_lanes_are_read_off_however_a_layout_is_spelled():
     ttgir = """
 #blocked = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}>
 #linear = #ttg.linear<{register = [[0, 1], [0, 2]], lane = [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0]], warp = [[32, 0]]}>
+#mma = #ttg.amd_mfma<{version = 3, warpsPerCTA = [4, 1], instrShape = [16, 16, 16], isTransposed = true}>
     %1 = tt.load %0 : tensor<64x8x!tt.ptr<bf16>, #blocked>
     tt.store %3, %2 : tensor<64x4x!tt.ptr<f32>, #linear>
+    tt.store %5, %4 : tensor<64x4x!tt.ptr<f32>, #mma>
 """
-    assert machine_code._lanes(ttgir) == [1, 0]
+    assert machine_code._lanes(ttgir) == [1, 0, 0]
+    assert machine_code._lanes(ttgir.replace("= true", "= false")) == [1, 0, 1]
 
 
 def test_in_the_default_layout_neighbouring_threads_take_neighbouring_pixels():
@@ -133,6 +136,26 @@ def test_within_the_budget(rows):
     known = [row for row in rows if re.search(budget.scope(VERSION, "sm_90"), row["name"])]
     assert known
     assert budget.regressions(known, {"sm_90": budget.load(VERSION, "sm_90")}) == []
+
+
+@pytest.mark.skipif(VERSION != "3.7", reason="other versions have a record of sm_90 only")
+def test_every_architecture_compiles_and_is_read():
+    archs = sorted(set(codegen.ARCHS) - {"sm_90"})
+    chosen = [word for arch in archs for word in ("--arch", arch)]
+    pattern = r"fprop gather 2d bf16 (64x64|128x128)x64 .*inner=cci .*even$"
+    done = gate(*chosen, "--quick", "--only", pattern, "--check", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row["arch"]: row["mma_kind"] for row in json.loads(done.stdout)["variants"]}
+    assert found == {"gfx942": "mfma_f32_32x32x8_bf16", "sm_80": "HMMA", "sm_100": "UTCHMMA"}
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHS)
+def test_the_record_knows_no_spill(arch):
+    """Of Triton 3.7, which tiles are chosen by; of others the README says what spills."""
+    known = budget.load("3.7", arch)
+    assert budget.scope("3.7", arch) == ""  # every variant
+    assert len(known) > 2000
+    assert [name for name, row in known.items() if row["spills"] or row["loop_spills"] or row["stack_bytes"]] == []
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +199,13 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
         for arch, kernel, (dtype, name) in itertools.product(codegen.ARCHS, kernels, NAMES.items())
         for tensor_cores, narrow, flip in itertools.product((True, False), repeat=3)
         if tensor_cores or dtype.itemsize == 4
-        for tile in tiles(kernel, Access(dtype.itemsize, tensor_cores, narrow, flip))
+        for tile in tiles(kernel, Access(dtype.itemsize, tensor_cores, narrow, flip), codegen.ARCHS[arch][3])
         if not why_illegal(kernel, tile, dtype.itemsize, codegen.ARCHS[arch][3])
     }
     legal |= {
         ("sm_90", kernel, "fp32", str(tile))
         for kernel, narrow in itertools.product(DOTS, (True, False))
-        for tile in tiles(kernel, Access(4, True, narrow, precision=BF16X6))
+        for tile in tiles(kernel, Access(4, True, narrow, precision=BF16X6), codegen.ARCHS["sm_90"][3])
     }
     assert {key for key in found if key[1] != "sum_splits"} == legal
     spills = {arch for arch, kernel, name, tile in found if (kernel, name, tile) == ("wgrad", "bf16", "128x64x64 w4 s4")}

@@ -225,7 +225,7 @@ def test_the_planner_takes_what_is_predicted_fastest(pass_):
         p = layer.problem
         best = plan.choose(p, pass_, plan.Operands(2, True), device)
         assert all(best.cost.seconds <= other.cost.seconds for other in best.others)
-        for tile in tiles(best.kernel, Access(2, True)):
+        for tile in tiles(best.kernel, Access(2, True), device):
             try:
                 with plan.force(kernel=best.kernel, tile=tile):
                     forced = plan.choose(p, pass_, plan.Operands(2, True), device)

@@ -9,8 +9,8 @@ import torch
 import tconv
 from tconv import cost, plan
 from tconv import functional as TF
-from tconv.configs import GEMM_16, Access, Tile, tiles, why_illegal
-from tconv.device import INTERPRETER, Device
+from tconv.configs import GEMM_16, INSTEAD, Access, Tile, tiles, why_illegal
+from tconv.device import ARCHITECTURES, INTERPRETER, Device
 from tconv.problem import forward_problem, transposed_problem
 
 H200 = Device("H200", 132, 232448)
@@ -131,7 +131,20 @@ def test_packs_are_all_groups_or_a_power_of_two():
 
 def test_no_gpu_tile_lacks_a_device_that_can_run_it():
     for kernel, itemsize, tc, narrow in itertools.product(("gather", "wgrad"), (2, 4, 8), (True, False), (True, False)):
-        assert all(why_illegal(kernel, t, itemsize, H200) is None for t in tiles(kernel, Access(itemsize, tc, narrow)))
+        assert all(why_illegal(kernel, t, itemsize, H200) is None for t in tiles(kernel, Access(itemsize, tc, narrow), H200))
+
+
+@pytest.mark.parametrize("generation", INSTEAD)
+def test_where_a_tile_spills_another_is_taken(generation):
+    device = next(d for *_, d in ARCHITECTURES.values() if d.generation == generation)
+    for (kernel, tile), other in INSTEAD[generation].items():
+        precisions = itertools.product((2, 4, 8), (True, False), (True, False))
+        found = [access for access in itertools.starmap(Access, precisions) if tile in tiles(kernel, access, H200)]
+        assert found
+        for access in found:
+            assert other in tiles(kernel, access, device)
+            assert tile not in tiles(kernel, access, device)
+            assert why_illegal(kernel, other, access.itemsize, device) is None
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_what_cannot_be_forced():
 
 def test_every_kernel_with_a_dot_has_tiles_for_it():
     for kernel, narrow in itertools.product(DOTS, (False, True)):
-        found = tiles(kernel, Access(4, True, narrow, precision=BF16X6))
+        found = tiles(kernel, Access(4, True, narrow, precision=BF16X6), H200)
         assert found
         assert all(tile.n >= 64 <= tile.m for tile in found)  # wgmma's least rows, whichever way round
     assert set(DOTS) < set().union(*planning.KERNELS.values())

@@ -160,7 +160,8 @@ def prepared(
         reach = sum((n - 1) * s for n, s in zip(result.shape, result.stride(), strict=True))
         assert reach == result.numel() - 1, "slices are summed as they lie, without gaps"
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-        pointers, ends = (*pointers[:-1], accumulator), {"INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4}
+        ends = {"VEC": vector(0, dtype.itemsize, result.numel()), "INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4}
+        pointers = *pointers[:-1], accumulator
         grid, whole = (math.ceil(result.numel() / 1024),), (result.shape, result.stride())
         total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(accumulator, dtype))
     form = result.shape, result.stride()

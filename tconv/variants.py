@@ -77,7 +77,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
                 yield _variant(pass_, prepared, dtype)
                 if _also_split(prepared, dtype):
                     yield _variant(pass_, prepared, dtype, split=True)
-    yield _sum_splits(dtype)
+    yield from (_sum_splits(dtype, vec) for vec in (1, 2, 4, 8) if vec * dtype.itemsize <= 16)
 
 
 def launches(
@@ -170,11 +170,11 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
     return Variant(name, prepared.kernel, signature, constants, options, direct)
 
 
-def _sum_splits(dtype: torch.dtype) -> Variant:
+def _sum_splits(dtype: torch.dtype, vec: int) -> Variant:
     """The sum of a split reduction's workspace, as launch.py launches it."""
     workspace = "*fp64" if dtype == torch.float64 else "*fp32"
     signature = {"ws_ptr": workspace, "out_ptr": "*" + NAMES[dtype], "numel": "i32", "splits": "i32"}
-    constants = {"INTERPRET": False, "BLOCK": 1024}
+    constants = {"VEC": vec, "INTERPRET": False, "BLOCK": 1024}
     signature |= dict.fromkeys(constants, "constexpr")
-    name = f"sum sum_splits 0d {NAMES[dtype]} 1024 w4 s3"
+    name = f"sum sum_splits 0d {NAMES[dtype]} 1024 w4 s3 vec={vec}"
     return Variant(name, sum_splits, signature, constants, {"num_warps": 4, "num_stages": 3}, True)

@@ -126,6 +126,16 @@ def test_direct_kernels_read_and_write_16_bytes_at_a_time(rows):
             assert row["store_bytes"] == 16, row
 
 
+def test_sums_of_splits_read_and_write_16_bytes_at_a_time():
+    widest = r"^sum sum_splits 0d ((bf|fp)16 .* vec=8|fp32 .* vec=4|fp64 .* vec=2)$"
+    done = gate("--quick", "--only", widest, "--jobs", "1", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    sums = {row["name"].split()[3]: row for row in json.loads(done.stdout)["variants"]}
+    assert sums.keys() >= {"bf16", "fp16", "fp32"}
+    for row in sums.values():
+        assert row["load_bytes"] == row["store_bytes"] == 16, row
+
+
 def test_nothing_spills(rows):
     assert [row["name"] for row in rows if row["spills"] or row["stack_bytes"]] == []
 

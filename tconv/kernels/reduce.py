@@ -6,8 +6,9 @@ from tconv.kernels.common import beside, decode, kernel, lead, multiple, rounded
 
 
 @kernel
-def sum_splits(ws_ptr, out_ptr, numel, splits, INTERPRET: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = sum over s of ws[s, i], s ascending, in the workspace's type; rounded once to out's."""
+def sum_splits(ws_ptr, out_ptr, numel, splits, VEC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = sum over s of ws[s, i], s ascending, in the workspace's type; rounded once to out's. VEC divides numel."""
+    numel = multiple(numel, VEC)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < numel
     acc = tl.load(ws_ptr + i, mask=mask, other=0.0)

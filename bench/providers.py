@@ -19,7 +19,7 @@ import tconv
 from bench.layers import Layer
 from tconv import autograd
 from tconv.arguments import INTERPRET
-from tconv.layout import result_is_channels_last, to_channels_last
+from tconv.layout import result_is_channels_last, shaped
 from tconv.problem import Geometry
 
 PASSES = ("fprop", "dgrad", "wgrad", "step")
@@ -45,7 +45,13 @@ class Operands:
 
     def in_layout(self, layout: str) -> Operands:
         """The same numbers in another layout."""
-        put = to_channels_last if layout == "channels_last" else torch.Tensor.contiguous
+
+        def put(t: torch.Tensor) -> torch.Tensor:
+            form = shaped(t.shape, layout == "channels_last", t.dtype)
+            if t.stride() == form.stride():
+                return t
+            return torch.empty_strided(form.shape, form.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
         return Operands(self.layer, layout, put(self.x), put(self.w), self.b, put(self.dy))
 
     @property

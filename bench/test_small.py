@@ -16,6 +16,10 @@ SPLIT = [
     ("depthwise_wgrad", oracle.Case("split depthwise", (2, 8, 9, 9), 8, (3, 3), padding=1, groups=8), Tile(4, 8, 16)),
     ("gather", oracle.Case("split channels", (2, 24, 9, 9), 20, (3, 3), stride=2, padding=1), Tile(16, 16, 16)),
 ]
+STAGED = [
+    oracle.Case("copies", (2, 24, 9, 9), 20, (3, 3), stride=2, padding=1),
+    oracle.Case("copies of 16 bytes", (2, 16, 4, 8), 24, (1, 3), padding=(0, 1)),
+]
 
 
 def on_device(case, device):
@@ -33,6 +37,12 @@ def on_device(case, device):
 @pytest.mark.parametrize("case", cases.FEW, ids=str)
 def test_small_case(case, dtype, channels_last, device):
     check(case, dtype, channels_last, device)
+
+
+@pytest.mark.parametrize("case", STAGED, ids=str)
+def test_small_copies(case, device):
+    with tconv.force(staged=True):
+        check(case, torch.float16, False, device)
 
 
 @pytest.mark.parametrize(("kernel", "case", "tile"), SPLIT, ids=str)

@@ -26,7 +26,7 @@ KERNELS = [
     ("packed", "both of them\nfor few channels"),
     ("depthwise", "all three passes,\nby strips if it can;\nwithout tl.dot"),
     ("tma", "boxes, on Hopper;\nforced only"),
-    ("reduce", "splits in order;\nbias gradient"),
+    ("reduce, stage", "splits in order;\nbias gradient;\ncopies"),
 ]
 
 

@@ -64,7 +64,7 @@ def _nvidia(usage: str, sass: str) -> dict[str, Any]:
     resources = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1)
     kinds = collections.Counter(re.findall(MMA, sass))
     lines, inside = _nvidia_code(sass, MMA if kinds else r"\b(FFMA|DFMA|FMUL|HFMA2|FADD|DADD)")
-    loads = [_nvidia_bytes(m[1]) for line in inside if (m := re.search(r"\bLDG\.E(\S*)", line))]
+    loads = [_nvidia_bytes(m[1]) for line in inside or lines if (m := re.search(r"\bLDG\.E(\S*)", line))]
     stores = [_nvidia_bytes(m[1]) for line in lines if (m := re.search(r"\bSTG\.E(\S*)", line))]
     copies = [_nvidia_bytes(m[1]) for line in lines if (m := re.search(r"\bLDGSTS(\S*)", line))]
     return {
@@ -91,7 +91,7 @@ def _amd(text: str) -> dict[str, Any]:
     lines, inside = _amd_code(text, "v_mfma" if kinds else r"\bv_(pk_)?(fma|mul|add|fmac)_f")
     access = r"\b(?:global|buffer)_%s_(\w+)"
     copied = [line for line in lines if re.search(r"\blds\b", line)]
-    loads = [line for line in inside if line not in copied]
+    loads = [line for line in inside or lines if line not in copied]
     return {
         "registers": note("vgpr_count"),
         "spills": note("vgpr_spill_count"),  # scalar registers spill to vector ones, not to memory
@@ -159,7 +159,8 @@ def _mma(kinds: collections.Counter[str]) -> dict[str, Any]:
 
 
 def _accesses(copies: list[int], loads: list[int], stores: list[int]) -> dict[str, int]:
-    """Numbers and widths in bytes: the narrowest asynchronous copy, the mean load of the main loop, the mean store."""
+    """Numbers and widths in bytes: the narrowest asynchronous copy, the mean load of the main loop (of all, if
+    there is none), the mean store."""
     return {
         "async_copies": len(copies),
         "async_copy_bytes": min(copies, default=0),

@@ -41,7 +41,7 @@ class Prepared:
         call: what `last_calls` will say.
         shape, strides: of the result.
         splits: slices of a workspace that the kernel fills; 1 if it writes the result itself.
-        staged: which of the two operands are copied to channels last first; empty for none.
+        copies: per operand that may be staged the launch that copies it to channels last first, or None; empty for none.
         pointers: dtypes of what the kernel's pointers point to.
         total: the launch that adds the slices; None if there is one.
         ready: how it is launched where it has been before (compiled.py).
@@ -56,7 +56,7 @@ class Prepared:
     shape: torch.Size
     strides: tuple[int, ...]
     splits: int = 1
-    staged: tuple[bool, ...] = ()
+    copies: tuple[Prepared | None, ...] = ()
     pointers: tuple[torch.dtype, ...] = ()
     total: Prepared | None = None
     boxes: tuple[Box | None, ...] = ()

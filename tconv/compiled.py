@@ -124,9 +124,8 @@ def _decline(launch: Prepared, device: int, key: Any) -> None:
         if reason is not None:
             raise Declined(reason)
     if capturing(device):
-        needed = [_variant(launch, key)]
-        if launch.total:
-            needed.append(_variant(launch.total, _aligned(launch.total, device)))
+        others = [part for part in (*launch.copies, launch.total) if part]
+        needed = [_variant(launch, key), *(_variant(part, _aligned(part, device)) for part in others)]
         if not _known.issuperset(needed):
             _warn(f"tconv leaves calls to torch whose kernels were {REASON}")
             raise Declined(REASON)

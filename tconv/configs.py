@@ -20,7 +20,7 @@ class Tile:
         m, n, k: gather, tma: pixels, written channels, reduced channels. wgrad, tma_wgrad: K, C, pixels (packed kernels:
             K and C of several groups, C or reduced channels times taps). depthwise: pixels, channels, 1.
             depthwise_wgrad: taps, channels, pixels. strip: strips, channels, 1. strip_wgrad: rows of the filter, channels,
-            strips. bias: 1, channels, pixels.
+            strips. bias: 1, channels, pixels. stage: pixels, channels, 1.
         warps: warps per program.
         stages: depth of the loop's software pipeline.
         registers: what a thread may use at most on NVIDIA; 0 leaves it to ptxas, which then sometimes spills a few for room
@@ -113,6 +113,8 @@ TMA_WGRAD_16 = (
 )
 TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 BIAS = (Tile(1, 64, 64, 4, 3),)
+# Copies: 8 KiB, in both directions runs of 128 bytes or more unless channels are few.
+STAGE = {size: tuple(Tile(8192 // size // n, n, 1, 4, 1) for n in (64, 32, 16, 8, 4)) for size in (2, 4, 8)}
 # What spills, as (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where
 # they take the place of accumulators.
 SPILLING = {
@@ -175,6 +177,8 @@ def _tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
         return () if itemsize == 8 else STRIP_WGRAD_16 if itemsize == 2 else STRIP_WGRAD_32
     if kernel == "bias":
         return BIAS
+    if kernel == "stage":
+        return STAGE[itemsize]
     if kernel == "depthwise":
         return DIRECT_64 if itemsize == 8 else DIRECT_NARROW if narrow else DIRECT
     if kernel == "depthwise_wgrad":

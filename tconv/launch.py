@@ -17,7 +17,7 @@ from tconv.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.compiled import announce, run
 from tconv.device import INTERPRETER, Device, cuda_device
 from tconv.kinds import Kinds
-from tconv.layout import shaped, to_channels_last
+from tconv.layout import shaped
 from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import Geometry
 from tconv.record import note
@@ -139,7 +139,7 @@ def execute(
     if dry:
         _collect(launch)
     else:
-        if launch.staged:
+        if launch.copies:
             operands = _stage(launch, shared, *operands)
         if launch.total is None:
             run(launch, (*operands, *more, out))
@@ -154,20 +154,27 @@ def execute(
 def _stage(launch: Prepared, shared: Staged | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The operands of a launch, those that it wants so copied to channels last."""
     announce(launch, operands[0].get_device())
-    return tuple(_copy(t, shared) if staged else t for t, staged in zip(operands, launch.staged, strict=True))
+    return tuple(_copy(copy, t, shared) if copy else t for copy, t in zip(launch.copies, operands, strict=True))
 
 
-def _copy(t: torch.Tensor, shared: Staged | None) -> torch.Tensor:
+def _copy(copy: Prepared, t: torch.Tensor, shared: Staged | None) -> torch.Tensor:
     if shared is None or t is not shared.tensor:
-        return to_channels_last(t)
+        return to_channels_last(copy, t)
     if shared.copy is None:
-        shared.copy = to_channels_last(t)
+        shared.copy = to_channels_last(copy, t)
     return shared.copy
+
+
+def to_channels_last(copy: Prepared, t: torch.Tensor) -> torch.Tensor:
+    """A tensor as that launch copies it."""
+    made = t.new_empty_strided(copy.shape, copy.strides)
+    run(copy, (t, made))
+    return made
 
 
 def _collect(launch: Prepared) -> None:
     for launches in _collections:
-        launches += [launch] if launch.total is None else [launch, launch.total]
+        launches += [part for part in (*launch.copies, launch, launch.total) if part]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._prims_common import suggest_memory_format
@@ -46,13 +46,6 @@ def shaped(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> tor
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[len(shape)])
 
 
-def to_channels_last(t: torch.Tensor) -> torch.Tensor:
-    """A channels_last copy; of rank 1 as the squeezed rank 2."""
-    if t.dim() == 3:
-        return to_channels_last(t.unsqueeze(2)).squeeze(2)
-    return t.clone(memory_format=FORMATS[t.dim()])
-
-
 @dataclass(frozen=True)
 class Addressing:
     """A rank-lifted tensor's strides: (outer, channel, three spatial ones), zero where the extent is one.
@@ -78,6 +71,21 @@ def addressing(t: torch.Tensor) -> Addressing:
     reach = sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
     a, b, c = [0] * (5 - len(strides)) + strides[2:]
     return Addressing(strides[0], strides[1], (a, b, c), strides[1] == 1, reach)
+
+
+def flattened(a: Addressing, extents: Sequence[int]) -> tuple[Addressing, tuple[int, int, int], int]:
+    """A tensor's addressing and three extents with dimensions merged that lie one behind the other, and how many are left.
+
+    A merged extent still fits 32 bits. What is left comes last, extents of one before it.
+    """
+    kept: list[tuple[int, int]] = []
+    for extent, stride in zip(extents, a.spatial, strict=True):
+        if kept and kept[-1][1] == extent * stride and kept[-1][0] * extent <= LIMIT:
+            kept[-1] = kept[-1][0] * extent, stride
+        elif extent != 1:
+            kept.append((extent, stride))
+    (e0, s0), (e1, s1), (e2, s2) = [(1, 0)] * (3 - len(kept)) + kept
+    return replace(a, spatial=(s0, s1, s2)), (e0, e1, e2), max(1, len(kept))
 
 
 def vector(pointer: int, itemsize: int, *multiples: int) -> int:

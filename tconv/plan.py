@@ -42,8 +42,8 @@ class Plan:
     """How one pass of a problem is run.
 
     Attributes:
-        pass_: "fprop", "dgrad", "wgrad" or "bias" (the bias gradient).
-        kernel: "bias" or one of the others in KERNELS.
+        pass_: "fprop", "dgrad", "wgrad", "bias" (the bias gradient) or "stage" (an operand's copy to channels last).
+        kernel: "bias", "stage" or one of the others in KERNELS.
         tile: block extents and launch options.
         splits: parts into which the reduction is cut, added in a fixed order afterwards.
         reason: one line for `explain`.
@@ -262,6 +262,16 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
             cost = None if device.interpreted else predict_bias(channels, pixels, tile, splits, itemsize, device)
             plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost, kernels=("bias",), tiles=legal, parts=parts))
     return plans[0] if device.interpreted else _fastest(plans, wish)
+
+
+def choose_stage(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
+    """The plan for a copy to channels last: the widest tile that is not wider than the channels need."""
+    if device.interpreted:
+        n = pow2(channels, 1, 1024)
+        return Plan("stage", "stage", Tile(pow2(pixels, 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
+    found = tiles("stage", Access(itemsize, False), device)
+    tile = next((t for t in found if t.n <= pow2(channels, 1, found[0].n)), found[-1])
+    return Plan("stage", "stage", tile, 1, f"for {channels} channels", kernels=("stage",), tiles=found)
 
 
 def _fastest(plans: list[Plan], wish: Forced | None) -> Plan:

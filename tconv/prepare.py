@@ -34,9 +34,10 @@ from tconv.kernels.depthwise import depthwise, depthwise_wgrad
 from tconv.kernels.gather import gather
 from tconv.kernels.packed import packed, packed_wgrad
 from tconv.kernels.reduce import sum_pixels
+from tconv.kernels.stage import stage
 from tconv.kernels.strip import strip, strip_wgrad
 from tconv.kernels.wgrad import wgrad
-from tconv.layout import LIMIT, Addressing, addressing, shaped, vector
+from tconv.layout import LIMIT, Addressing, addressing, flattened, shaped, vector
 from tconv.plan import Operands, pow2
 from tconv.problem import ConvProblem, lift
 from tconv.record import Call
@@ -88,19 +89,38 @@ def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepa
     """The bias gradient of an output's gradient g [N, channels, *extents]: fprop's or a transposed layer's."""
     channels, extents = g.shape[1], lift(g.shape[2:], 1)
     pixels = g.shape[0] * math.prod(extents)
-    plan, a = planning.choose_bias(channels, pixels, g.element_size(), device), addressing(g)
+    plan = planning.choose_bias(channels, pixels, g.element_size(), device)
+    a, extents, rank = flattened(addressing(g), extents)
     tile = plan.tile
     integers = {
         "N": g.shape[0], "C": channels, **triple("Y", extents), **strides("sy", a),
         "chunk": planning.chunk(pixels, tile.k, plan.splits),
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "RANK": problem.rank, "Y_UNIT": a.unit, "Y_VEC": wide(g, a, channels), "WIDE": max(a.reach, pixels + tile.k) > LIMIT,
-        "BLOCK_P": tile.k, "BLOCK_C": tile.n, **numerics(g.dtype), **options(tile),
+        "RANK": rank, "Y_UNIT": a.unit, "Y_VEC": min(_lanes(g, a, channels, extents).vec, tile.k),
+        "WIDE": max(a.reach, pixels + tile.k) > LIMIT, "BLOCK_P": tile.k, "BLOCK_C": tile.n,
+        **numerics(g.dtype), **options(tile),
     }  # fmt: skip
     call = Call("bias", problem, plan, plan.reason)
     db, programs = shaped((channels,), False, g.dtype), math.ceil(channels / tile.n) * plan.splits
     return prepared(sum_pixels, programs, integers, constants, call, db)
+
+
+def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -> Prepared:
+    """The copy of an operand of a problem to channels last."""
+    a, extents, rank = flattened(addressing(t), lift(t.shape[2:], 1))
+    images, channels = t.shape[:2]
+    pixels = images * math.prod(extents)
+    plan = planning.choose_stage(channels, pixels, t.element_size(), device)
+    tile = plan.tile
+    integers = {"N": images, "C": channels, **triple("X", extents), **strides("sx", a)}
+    constants: dict[str, Any] = {
+        "RANK": rank, "X_VEC": _lanes(t, a, channels, extents).vec, "Y_VEC": vector(0, t.element_size(), channels),
+        "WIDE": max(a.reach, t.numel(), pixels + tile.m) > LIMIT, "BLOCK_P": tile.m, "BLOCK_C": tile.n, **options(tile),
+    }  # fmt: skip
+    programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n)
+    call = Call("stage", problem, plan, plan.reason)
+    return prepared(stage, programs, integers, constants, call, shaped(t.shape, True, t.dtype))
 
 
 def _best(
@@ -171,7 +191,8 @@ def _copied(prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tens
         total = cost.with_copies(total, copied, sum(apart), device)
         reason = f"{reason}; with the copies {total.seconds * 1e6:.1f} us"
     staged = tuple(name for name, a in zip(names, apart, strict=True) if a)
-    return dataclasses.replace(_replanned(launch, cost=total, reason=reason, staged=staged), staged=apart)
+    copies = tuple(prepare_copy(launch.call.problem, t, device) if a else None for t, a in zip(operands, apart, strict=True))
+    return dataclasses.replace(_replanned(launch, cost=total, reason=reason, staged=staged), copies=copies)
 
 
 def _apart(t: torch.Tensor) -> bool:

@@ -50,7 +50,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
     """Every variant that the passes of a layer may use on a device, without bias and with aligned tensors.
 
     That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split,
-    fprop's and dgrad's where the layer is small enough to be split.
+    fprop's and dgrad's where the layer is small enough to be split; and the copies of operands to channels last.
     The shape of a box is no part of a name: of the layers that share one, the first stands for all (boxes of 128 pixels
     differ by a few instructions in the loop).
     """
@@ -75,6 +75,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
                 with force(kernel, tile, staged=staged, precision=precision):
                     prepared = prepare()
                 yield _variant(pass_, prepared, dtype)
+                yield from (_variant("stage", copy, dtype) for copy in prepared.copies if copy)
                 if _also_split(prepared, dtype):
                     yield _variant(pass_, prepared, dtype, split=True)
     yield from (_sum_splits(dtype, vec) for vec in (1, 2, 4, 8) if vec * dtype.itemsize <= 16)
@@ -142,7 +143,8 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
     assert plan is not None
     direct = "PRECISION" not in c  # without tl.dot
     inner = {True: "c", False: "p", "": "-"}
-    marks = [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
+    marks = ["p"] if pass_ == "stage" else []
+    marks += [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
     vectors = [str(c[k]) for k in VECTORS if k in c]
     flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE", "Y_BOX") if c.get(k)]
     if "COLUMNS" in c:

@@ -95,7 +95,7 @@ def arguments() -> None:
             assert all(address(flat(a)[i]) and address(flat(b)[i]) for i in differ), [(flat(a)[i], flat(b)[i]) for i in differ]
     assert kernels == {
         "gather", "packed", "depthwise", "strip",
-        "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits",
+        "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits", "stage",
     }, kernels  # fmt: skip
     # The same tensors, so that nothing at all may differ.
     layer, x = LAYERS["dense"]()
@@ -296,14 +296,15 @@ def splits_in_capture() -> None:
     (p,) = (p for p in launch._prepared.values() if p.total is not None and p.call.operation == "wgrad")
     compiled._known -= {v for v in compiled._known if v[0] is p.total.kernel}
     p.ready.clear()
-    launched.clear()
+    by_triton.clear()
     compiled.capturing = lambda device: True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with tconv.recording() as calls:
             step(layer, x)
     assert [c.operation for c in calls if not c.ours and "backward" in c.operation] == ["aten::convolution_backward"]
-    assert len(launched) < 5
+    assert by_triton == [], "launched for the first time in a capture"
+    assert not p.ready
 
 
 def precompiled() -> None:
@@ -322,7 +323,7 @@ def precompiled() -> None:
         assert not done.left, done
         again = tconv.precompile(layer, x, target="sm_90", jobs=1, progress=False)
         assert (again.compiled, again.found) == (0, done.compiled + done.found), again
-        for kernel in {part.kernel for p in launch._prepared.values() for part in (p, p.total) if part}:
+        for kernel in {part.kernel for p in launch._prepared.values() for part in (p, *p.copies, p.total) if part}:
             kernel.device_caches.clear()
         launch._prepared.clear()
         hits.clear()
@@ -404,11 +405,14 @@ def loaded() -> None:
     layer, x = LAYERS["dense"]()
     launches, left = rehearse(layer, (x,), {}, DEVICES["H100"])
     assert left == ()
-    assert len(launches) == 6
+    kernels = [p.kernel.__name__ for p in launches]
+    assert [k for k in kernels if k != "stage"] == ["gather", "gather", "wgrad", "sum_splits", "sum_pixels", "sum_splits"]
+    assert kernels.count("stage") == 4  # x and w, dy and w
     for p in launches:
         compiled.load(p, -1)
     names = [name for name, _ in driver.loaded]
-    assert len(names) == len({p.kernel for p in launches}) + 1, names  # gather twice: fprop and dgrad
+    # gather twice: fprop and dgrad; stage twice more: x, dy and w differ in how many pixels are read at a time
+    assert len(names) == len({*kernels}) + 3, names
     compiled.capturing = lambda device: True
     compile_ = JITFunction._do_compile
     JITFunction._do_compile = lambda *_: exit("compiled in a capture")

@@ -106,7 +106,7 @@ def test_a_backward_in_a_capture_leaves_what_is_not_compiled_to_torch(name, devi
 
 @pytest.mark.filterwarnings("ignore:tconv leaves calls to torch")
 def test_what_a_capture_leaves_to_torch_copies_nothing_first(device, captured):
-    captured.setattr(launch, "to_channels_last", lambda t: pytest.fail("a copy that nobody reads"))
+    captured.setattr(launch, "to_channels_last", lambda copy, t: pytest.fail("a copy that nobody reads"))
     layer, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 5, 6, device=device, requires_grad=True)
     with tconv.force(staged=True), tconv.recording() as calls:
         layer(x).sum().backward()
@@ -139,7 +139,7 @@ def test_after_the_capture_calls_are_ours_again(device, captured):
 def test_a_backward_copies_dy_to_channels_last_once(transposed, device, monkeypatch, poisoned):
     copied = []
     copy = launch.to_channels_last
-    monkeypatch.setattr(launch, "to_channels_last", lambda t: copied.append(t) or copy(t))
+    monkeypatch.setattr(launch, "to_channels_last", lambda by, t: copied.append(t) or copy(by, t))
     name = "ConvTranspose2d" if transposed else "Conv2d"
     ours, torchs = parity.twins(name, 5, 6, 3, stride=2, device=device)
     x = torch.randn(2, 5, 9, 8, device=device)
@@ -164,8 +164,8 @@ def test_a_copy_is_not_kept(device, monkeypatch):
     copies = []
     copy = launch.to_channels_last
 
-    def watched(t):
-        made = copy(t)
+    def watched(by, t):
+        made = copy(by, t)
         copies.append(weakref.ref(made))
         return made
 

@@ -218,7 +218,7 @@ def test_a_box_is_written_only_where_it_is_all_ours(what, device, poisoned):
         y = function(x, w, b, **case.arguments)
         with dry_run(INTERPRETER), collecting() as launches:
             function(x, w, b, **case.arguments)
-    assert [(p.boxes[3] is not None, p.constants["Y_BOX"]) for p in launches] == [(boxed, boxed)]
+    assert [(p.boxes[3] is not None, p.constants["Y_BOX"]) for p in launches if p.boxes] == [(boxed, boxed)]
     right = getattr(torch.nn.functional, function.__name__)(x.double(), w.double(), b.double(), **case.arguments)
     torch.testing.assert_close(y.double(), right, rtol=1e-4, atol=1e-4)
 

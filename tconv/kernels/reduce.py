@@ -26,18 +26,19 @@ def sum_pixels(
     """out[split, c] = sum over the split's pixels of dy[n, c, j]."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FLIP: tl.constexpr = not Y_UNIT
-    Y = (Y0, Y1, Y2)
-    sy = (multiple(sy0, Y_VEC), multiple(sy1, Y_VEC), multiple(sy2, Y_VEC))
+    P_VEC: tl.constexpr = Y_VEC if FLIP else 1
+    Y = (Y0, Y1, multiple(Y2, P_VEC))
+    sy = (multiple(sy0, Y_VEC), multiple(sy1, Y_VEC), 1 if P_VEC > 1 else multiple(sy2, Y_VEC // P_VEC))
     tiles_c = tl.cdiv(C, BLOCK_C)
     split = tl.program_id(0) // tiles_c
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = c < multiple(C, Y_VEC)
+    mask_c = c < multiple(C, Y_VEC // P_VEC)
     pixels = N.to(OFFSET)
     for d in tl.static_range(3 - RANK, 3):
         pixels *= Y[d]
-    low = split.to(OFFSET) * chunk
-    left = tl.minimum(chunk, pixels - low).to(tl.int32)
-    channel = c if Y_UNIT else c * syc.to(OFFSET)
+    low = split.to(OFFSET) * multiple(chunk, P_VEC)
+    left = multiple(tl.minimum(chunk, pixels - low).to(tl.int32), P_VEC)
+    channel = c if Y_UNIT else c * multiple(syc, Y_VEC).to(OFFSET)
     if FLIP:
         acc = tl.zeros((BLOCK_C, BLOCK_P), dtype=ACC)
     else:
@@ -50,7 +51,7 @@ def sum_pixels(
         for d in tl.static_range(3 - RANK, 3):
             offset += j[d].to(OFFSET) * sy[d]
         mask = lead(live, FLIP) & trail(mask_c, FLIP)
-        yp = beside(dy_ptr, lead(offset, FLIP) + trail(channel, FLIP), Y_UNIT, FLIP)
+        yp = beside(dy_ptr, lead(offset, FLIP) + trail(channel, FLIP), Y_UNIT or P_VEC > 1, FLIP)
         acc += tl.load(yp, mask=mask, other=0.0).to(ACC)
     total = tl.sum(acc, axis=1 if FLIP else 0)
     tl.store(out_ptr + split * C + c, rounded(total, out_ptr.dtype.element_ty, INTERPRET), mask=mask_c)

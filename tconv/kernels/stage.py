@@ -1,0 +1,36 @@
+"""Copies to channels last, for kernels whose operands have contiguous channels."""
+
+import triton.language as tl
+
+from tconv.kernels.common import beside, decode, kernel, lead, multiple, trail
+
+
+@kernel
+def stage(
+    x_ptr, y_ptr, N, C, X0, X1, X2, sxn, sxc, sx0, sx1, sx2,
+    RANK: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y[p, c] = x[n, c, j] for the p-th pixel (n, j): read along pixels, written along channels, turned on the way.
+
+    X_VEC pixels lie side by side, Y_VEC divides C.
+    """
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    X = (X0, X1, multiple(X2, X_VEC))
+    sx = (multiple(sx0, X_VEC), multiple(sx1, X_VEC), 1 if X_VEC > 1 else sx2)
+    pixels = N.to(OFFSET)
+    for d in tl.static_range(3 - RANK, 3):
+        pixels *= X[d]
+    C = multiple(C, Y_VEC)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    p = (tl.program_id(0) // tiles_c).to(OFFSET) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    image, j = decode(p, X, RANK)
+    offset = image.to(OFFSET) * multiple(sxn, X_VEC)
+    for d in tl.static_range(3 - RANK, 3):
+        offset += j[d].to(OFFSET) * sx[d]
+    channel = c.to(OFFSET) * multiple(sxc, X_VEC)
+    mask = lead(p < pixels, True) & trail(c < C, True)
+    read = tl.load(beside(x_ptr, lead(offset, True) + trail(channel, True), X_VEC > 1, True), mask=mask)
+    mask = lead(p < pixels, False) & trail(c < C, False)
+    tl.store(y_ptr + lead(p * C, False) + trail(c, False), tl.trans(read), mask=mask)

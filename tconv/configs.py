@@ -70,13 +70,15 @@ GEMM_16 = (
     Tile(128, 32, 32, 4, 4), Tile(64, 32, 64, 4, 4),  # for 32 channels and fewer
 )  # fmt: skip
 GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3, 255), Tile(64, 128, 32, 4, 3))
-# CUDA cores (true fp32) and fp64. Where 128 registers are enough they leave room for two programs per multiprocessor.
+# CUDA cores (true fp32) and fp64. Where 128 registers are enough they leave room for two programs per multiprocessor. In fp32
+# 32 products a thread need 1.2 instructions each, 16 need 1.3, eight 1.6; four warps of 168 registers go three times into a
+# multiprocessor, eight once.
 GEMM_64 = (Tile(64, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 128))
-FMA_32 = (Tile(128, 64, 16, 8, 2, 255), Tile(64, 32, 16, 8, 2, 128))
+FMA_32 = (Tile(64, 64, 16, 4, 2, 255), Tile(64, 32, 16, 4, 2, 255))
 # Element by element, accesses go through registers and keep an address each: larger tiles spill up to 470 of them.
 GEMM_16_NARROW = (Tile(64, 64, 32, 8, 2),)
 GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
-FMA_32_NARROW = (Tile(64, 32, 16, 8, 2, 128),)
+FMA_32_NARROW = (Tile(64, 32, 16, 8, 2, 128),)  # the gather's, for which four warps spill
 # In pieces, which pass through registers: larger tiles spill, and element by element four warps do.
 PIECES_32 = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
 PIECES_32_NARROW = (Tile(64, 64, 32, 8, 2),)
@@ -85,7 +87,7 @@ PACKED_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 
 PACKED_WGRAD_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(16, 128, 64, 8, 3))
 PACKED_WGRAD_16_NARROW = (Tile(64, 64, 64, 8, 3), Tile(16, 64, 64, 8, 3))
 PACKED_32 = (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2))
-PACKED_FMA = (Tile(64, 32, 16, 8, 2, 255),)
+PACKED_FMA = FMA_32[1:]
 PACKED_64 = (Tile(32, 32, 16, 8, 2, 255),)
 # Direct kernels, [pixels, channels]: 32 fp32 accumulators per thread, half as many where addresses are not shared.
 DIRECT = (Tile(64, 64, 1, 4, 3), Tile(128, 32, 1, 4, 3), Tile(256, 16, 1, 4, 3))
@@ -138,8 +140,7 @@ SPILLING = {
 # of some variants for room for one more program, and does not where it is given a limit. AMD's wavefronts are twice as wide.
 INSTEAD = {
     0: {
-        ("gather", FMA_32[1]): replace(FMA_32[1], warps=4),
-        ("packed", PACKED_FMA[0]): replace(PACKED_FMA[0], warps=4),
+        ("gather", FMA_32_NARROW[0]): replace(FMA_32_NARROW[0], warps=4),
         ("packed", PACKED_32[1]): replace(PACKED_32[1], warps=4),
     },
     8: {
@@ -149,7 +150,8 @@ INSTEAD = {
     10: {
         ("gather", GEMM_16[2]): replace(GEMM_16[2], registers=255),
         **{(kernel, GEMM_32[1]): replace(GEMM_32[1], registers=255) for kernel in ("gather", "wgrad")},
-        **{(kernel, FMA_32[1]): replace(FMA_32[1], registers=240) for kernel in ("gather", "wgrad")},  # 255: fp64, which spills
+        ("gather", FMA_32[0]): replace(FMA_32[0], registers=168),
+        ("gather", FMA_32_NARROW[0]): replace(FMA_32_NARROW[0], registers=240),
         ("wgrad", GEMM_32_NARROW[0]): replace(GEMM_32_NARROW[0], registers=168),
         ("packed", PACKED_16[0]): replace(PACKED_16[0], registers=128),
     },
@@ -197,7 +199,7 @@ def _tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
     if itemsize == 8:
         return GEMM_64
     if itemsize == 4 and not tensor_cores:
-        return FMA_32_NARROW if narrow else FMA_32
+        return FMA_32 if not narrow else FMA_32_NARROW if kernel == "gather" else FMA_32[1:]
     if itemsize == 4:
         return GEMM_32_NARROW if narrow else GEMM_32
     return GEMM_16_NARROW if narrow else GEMM_16 if access.large else GEMM_16[2:]

@@ -333,7 +333,9 @@ def _gemm_work(
             steps = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
     length = loop_length(kernel, tile, access)
     shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize  # of its pipeline
-    warps = 8 if access.precision == BF16X6 else 16  # for which there are registers
+    # Warps for which there are registers: pieces take many, and so do addresses one by one beside fp32 products.
+    many = access.precision == BF16X6 or (access.narrow and not access.tensor_cores and kernel != "gather")
+    warps = 8 if many else 16
     resident = min(device.shared_bytes // shared, warps // tile.warps)
     return _Work(steps, 2 * tile.m * tile.n * tile.k, length, itemsize * tile.k * (tile.m + tile.n), resident)
 

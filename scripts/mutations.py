@@ -57,6 +57,8 @@ MUTATIONS = [
     Mutation("a split's last pixels lost", "kernels/wgrad.py", "tl.cdiv(left, BLOCK_P)", "(left // BLOCK_P)", "split"),
     Mutation("a digit without its carry", "kernels/common.py", "(B[1] + 1) * S[1]", "B[1] * S[1]", "tails or split"),
     Mutation("wgrad of the wrong tap", "kernels/wgrad.py", "tap[d] * D[d] - P[d]", "(T[d] - 1 - tap[d]) * D[d] - P[d]", EVERY),
+    Mutation("operands in their own places", "launch.py", "        if launch.swapped:", "        if launch.swapped and not launch.copies:", "change_places", "test_simplify.py"),
+    Mutation("changed places with the old dilation", "simplify.py", "D=_negative(p.D))", "D=p.D)", "change_places or moves", "test_simplify.py"),
     Mutation("the multiplier ignored", "kernels/depthwise.py", "o * M if TRANSPOSED else o // M", "o * M if TRANSPOSED else o", EVERY),
     Mutation("a depthwise tap dropped", "kernels/depthwise.py", "n_taps[2] * repeats", "tl.maximum(n_taps[2] - 1, 1) * repeats", EVERY),
     Mutation("tap block's tail kept", "kernels/depthwise.py", "mask=k < tl.where(past == 0, K, 0)", "mask=k < tl.where(past >= 0, K, 0)", "split"),
@@ -95,7 +97,7 @@ def survives(mutation: Mutation) -> bool:
     """Whether the tests still pass with the mutation, in a copy of the tree."""
     with tempfile.TemporaryDirectory() as directory:
         copy = pathlib.Path(directory)
-        for part in ("tconv", "tests", "pyproject.toml"):
+        for part in ("tconv", "tests", "bench", "pyproject.toml"):
             source = ROOT / part
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
         target = copy / "tconv" / mutation.file

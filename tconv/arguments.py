@@ -42,6 +42,7 @@ class Prepared:
         shape, strides: of the result.
         splits: slices of a workspace that the kernel fills; 1 if it writes the result itself.
         copies: per operand that may be staged the launch that copies it to channels last first, or None; empty for none.
+        swapped: whether the kernel takes its operands, dy and x of a wgrad, in each other's place (simplify.py).
         pointers: dtypes of what the kernel's pointers point to.
         total: the launch that adds the slices; None if there is one.
         ready: how it is launched where it has been before (compiled.py).
@@ -57,6 +58,7 @@ class Prepared:
     strides: tuple[int, ...]
     splits: int = 1
     copies: tuple[Prepared | None, ...] = ()
+    swapped: bool = False
     pointers: tuple[torch.dtype, ...] = ()
     total: Prepared | None = None
     boxes: tuple[Box | None, ...] = ()
@@ -86,7 +88,7 @@ class Sides:
     Attributes:
         p: the problem computed.
         rules: the rewrites that made it so.
-        x, w, y: how what is read, the weight, and what is written are addressed; of wgrad x, dw and dy.
+        x, w, y: how what is read, the weight, and what is written are addressed; of wgrad x, dw and dy, or dy, dw and x.
         read, wrote: channels of what is read and of what is written; of wgrad those of x and dy.
         extents: those of what is written.
     """
@@ -99,6 +101,11 @@ class Sides:
     read: int
     wrote: int
     extents: tuple[int, int, int]
+
+    @property
+    def swapped(self) -> bool:
+        """Whether a wgrad's x stands for dy and its dy for x."""
+        return "swap" in self.rules
 
     @property
     def ci(self) -> int:
@@ -131,6 +138,8 @@ def sides(
     before = [addressing(t) for t in (big, w, small)]
     big_, w_, small_ = (Strides(a.outer, a.channel, a.spatial) for a in before)
     form = simplify(Form(problem, big_, w_, small_), pass_, channels_stay)
+    if "swap" in form.rules:
+        before.reverse()
     a_big, aw, a_small = [
         dataclasses.replace(a, outer=s.outer, channel=s.channel, spatial=s.spatial, unit=s.channel == 1)
         for a, s in zip(before, (form.x, form.w, form.y), strict=True)
@@ -148,6 +157,7 @@ def prepared(
     constants: dict[str, Any],
     call: Call,
     result: torch.Tensor,
+    swapped: bool = False,
 ) -> Prepared:
     """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over.
 
@@ -165,7 +175,7 @@ def prepared(
         grid, whole = (math.ceil(result.numel() / 1024),), (result.shape, result.stride())
         total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(accumulator, dtype))
     form = result.shape, result.stride()
-    return Prepared(kernel, (programs,), integers, constants, call, *form, splits, pointers=pointers, total=total)
+    return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
 
 
 def triple(prefix: str, values: Sequence[int]) -> dict[str, int]:
@@ -211,7 +221,7 @@ def wide(t: torch.Tensor, a: Addressing, *channels: int) -> int:
 
 def halo(problem: ConvProblem, a: Addressing) -> int:
     """How far past a tensor's ends a read that will be masked may point, in elements."""
-    taps = (t * d + p + s for t, d, p, s in zip(problem.T, problem.D, problem.P, problem.S, strict=True))
+    taps = (abs(t * d) + abs(p) + s for t, d, p, s in zip(problem.T, problem.D, problem.P, problem.S, strict=True))
     return sum(t * s for t, s in zip(taps, a.spatial, strict=True))
 
 

@@ -88,6 +88,8 @@ def prepare_wgrad_boxes(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
     """
     s = sides("wgrad", problem, x, dw, dy)
     p = s.p
+    if s.swapped:
+        dy, x = x, dy
     why = _no_boxes("wgrad", s, x.dtype, device)
     if why:
         raise Unfit(f"forced plan cannot run: {why}")
@@ -107,7 +109,7 @@ def prepare_wgrad_boxes(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
         "BLOCK_K": tile.m, "BLOCK_C": tile.n, "BLOCK_P": tile.k, **numerics(x.dtype), **options(tile),
     }  # fmt: skip
     programs = cost.tiles_of(p, "wgrad", "tma_wgrad", tile) * plan.splits
-    launch = prepared(tma_wgrad, programs, integers, constants, s.call("wgrad", problem, plan), dw)
+    launch = prepared(tma_wgrad, programs, integers, constants, s.call("wgrad", problem, plan), dw, s.swapped)
     boxes = ((*box_y, (1, 1, 1, tile.k, tile.m)), (*box_x, (1, 1, 1, tile.k, tile.n)), None)
     return dataclasses.replace(launch, boxes=boxes)
 

@@ -141,6 +141,8 @@ def execute(
     else:
         if launch.copies:
             operands = _stage(launch, shared, *operands)
+        if launch.swapped:
+            operands = operands[::-1]
         if launch.total is None:
             run(launch, (*operands, *more, out))
         else:

@@ -22,12 +22,12 @@ from tconv.cost import (
 )
 from tconv.device import Device
 from tconv.problem import ConvProblem
+from tconv.simplify import FEW
 from tconv.strips import Strips, strips_of, why_not
 
 INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # bytes that a reduction's splits may take at most
 FILLED = 2  # waves from which on fprop and dgrad are not split: there is little left to fill
-FEW = 32  # channels per group up to which a packed kernel is considered
 KERNELS = {
     "fprop": ("gather", "packed", "depthwise", "strip", "tma"),
     "dgrad": ("gather", "packed", "depthwise", "strip", "tma"),

@@ -300,6 +300,8 @@ def _prepare_gather(
 def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
     s = sides("wgrad", problem, x, dw, dy)
     p, c, k = s.p, s.ci, s.co
+    if s.swapped:
+        dy, x = x, dy
     x_vec, y_vec = wide(x, s.x, c), wide(dy, s.y, k)
     if p.depthwise:  # tiles span groups
         direct_x, direct_y = wide(x, s.x, p.K) if p.multiplier == 1 else 1, wide(dy, s.y, p.K)
@@ -357,7 +359,7 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
             "X_VEC": x_vec, "Y_VEC": y_vec, "PRECISION": precision(x.dtype, plan), "BLOCK_K": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip
     programs = cost.tiles_of(p, "wgrad", plan.kernel, tile) * splits
-    return prepared(kernel, programs, integers, constants, s.call("wgrad", problem, plan), dw)
+    return prepared(kernel, programs, integers, constants, s.call("wgrad", problem, plan), dw, s.swapped)
 
 
 @dataclass(frozen=True)

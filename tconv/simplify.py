@@ -5,6 +5,7 @@
     spread  where the taps, not the channels, are contiguous, they become the channels, and the channels a dimension of taps
     merge   two dimensions, the inner one pointwise, become one: T' = T, D' = D*X, P' = P*X of the outer one
     batch   a pointwise outermost dimension becomes part of the batch
+    swap    wgrad of few output channels: x and dy change places, so that taps lengthen those and x is read once for all
 
 Nothing is copied: a problem and the strides of x, w and y go in, others come out, and every product x[i]*w[j] added into y[k]
 stays itself (tests/test_simplify.py enumerates them). So fprop and wgrad follow at once, dgrad where the rewritten x is the
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from tconv.problem import ConvProblem, Triple
 
 PHASE = 128  # pixels at least that a phase must have to be worth programs of its own
+FEW = 32  # channels per group that count as few
 FAR = 2**30  # coordinates beyond this are left as they are: kernels count them in 32 bits
 
 
@@ -60,7 +62,7 @@ def simplify(form: Form, pass_: str, channels_stay: bool = False) -> Form:
         channels_stay: whether x's channels must stay as they are: a bias is added to them in a transposed forward.
     """
     rules: list[tuple[str, Callable[[Form, int, str], Form | None]]] = [
-        ("fold", _fold), ("slice", _slice), ("merge", _merge), ("batch", _batch), ("spread", _spread),
+        ("fold", _fold), ("slice", _slice), ("merge", _merge), ("batch", _batch), ("spread", _spread), ("swap", _swap),
     ]  # fmt: skip
     if channels_stay:
         rules = [(name, rule) for name, rule in rules if name in ("slice", "merge", "batch")]
@@ -167,6 +169,20 @@ def _batch(f: Form, d: int, pass_: str) -> Form | None:
     q = dataclasses.replace(p, N=p.N * n, X=_put(p.X, d, 1), Y=_put(p.Y, d, 1))
     x, y = (Strides(t.spatial[d], t.channel, _put(t.spatial, d, 0)) for t in (f.x, f.y))
     return Form(q, x, f.w, y)
+
+
+def _swap(f: Form, d: int, pass_: str) -> Form | None:
+    """By unit strides x and dy stand to each other as dy and x: from j - P + t*D = i follows i + P - t*D = j."""
+    p = f.p
+    few = p.K <= FEW and 2 * p.K <= p.C
+    if pass_ != "wgrad" or p.G > 1 or p.taps == 1 or max(p.S) > 1 or not few:
+        return None
+    q = dataclasses.replace(p, C=p.K, K=p.C, X=p.Y, Y=p.X, P=_negative(p.P), D=_negative(p.D))
+    return Form(q, f.y, Strides(f.w.channel, f.w.outer, f.w.spatial), f.x)
+
+
+def _negative(v: Triple) -> Triple:
+    return -v[0], -v[1], -v[2]
 
 
 def _tapless(p: ConvProblem, d: int, C: int) -> ConvProblem:

@@ -9,6 +9,7 @@ import torch
 
 import tconv
 from tconv import functional as TF
+from tconv.configs import Tile
 from tconv.device import DEVICES
 from tconv.layout import addressing, shaped
 from tconv.plan import force
@@ -25,7 +26,7 @@ def form(p, layout="contiguous"):
 
 
 def products(f):
-    """Offsets (x, w, y) of every product of a problem, counted."""
+    """Offsets (x, w, y) of every product of a problem, counted; where x and y have changed places, by what they were."""
     p, found = f.p, collections.Counter()
     c, k = p.C // p.G, p.K // p.G
     for n, g, ki, ci in itertools.product(range(p.N), range(p.G), range(k), range(c)):
@@ -36,7 +37,7 @@ def products(f):
                     x = n * f.x.outer + (g * c + ci) * f.x.channel + sum(map(math.prod, zip(i, f.x.spatial, strict=True)))
                     w = (g * k + ki) * f.w.outer + ci * f.w.channel + sum(map(math.prod, zip(t, f.w.spatial, strict=True)))
                     y = n * f.y.outer + (g * k + ki) * f.y.channel + sum(map(math.prod, zip(j, f.y.spatial, strict=True)))
-                    found[x, w, y] += 1
+                    found[(y, w, x) if "swap" in f.rules else (x, w, y)] += 1
     return found
 
 
@@ -59,6 +60,8 @@ def conv(x, k, kernel, stride=1, padding=0, dilation=1, groups=1):
     return forward_problem(x, (k, x[1] // groups, *kernel), s, [(v, v) for v in p], d, groups)
 
 
+FEW_FRAMES = conv((2, 6, 3, 4, 5), 2, (3, 1, 1), padding=(1, 0, 0))
+FEW = conv((2, 6, 5, 5), 3, (3, 2), padding=1)
 # Problem, layout, pass, what must come out: rules, rank, (N, C, X).
 TEMPORAL = conv((2, 3, 4, 5, 6), 4, (3, 1, 1), padding=(1, 0, 0))
 FRAMES = conv((2, 3, 4, 5, 6), 4, (1, 3, 3), padding=(0, 1, 1))
@@ -82,6 +85,11 @@ KNOWN = [
     ("leftover pixels stay unread", conv((1, 3, 9, 9), 4, (4, 4), 4), "channels_last", "fprop", {"fold"}, (1, 12, 18)),
     ("leftover pixels are written by dgrad", conv((1, 3, 9, 9), 4, (4, 4), 4), "channels_last", "dgrad", set(), (1, 3, 81)),
     ("a dense kernel stays", conv((2, 3, 6, 6), 4, (3, 3), padding=1), "channels_last", "fprop", set(), (2, 3, 36)),
+    ("few output channels", FEW, "channels_last", "wgrad", {"swap"}, (2, 3, 30)),
+    ("few output frames", FEW_FRAMES, "contiguous", "wgrad", {"merge", "swap"}, (2, 2, 60)),
+    ("not so few", conv((2, 6, 5, 5), 4, (3, 2), padding=1), "channels_last", "wgrad", set(), (2, 6, 25)),
+    ("few output channels of a stride", conv((2, 6, 5, 5), 3, (3, 3), (1, 2)), "channels_last", "wgrad", set(), (2, 6, 25)),
+    ("few output channels, not by wgrad", FEW, "channels_last", "fprop", set(), (2, 6, 25)),
     ("groups stay apart", conv((2, 4, 8, 8), 4, (4, 4), 4, groups=2), "channels_last", "fprop", set(), (2, 4, 64)),
 ]  # fmt: skip
 
@@ -111,6 +119,7 @@ def test_no_product_moves(layout, pass_):
     assert {"merge", "fold"} <= set(seen)
     assert layout == "contiguous" or "batch" in seen
     assert layout == "channels_last" or "spread" in seen
+    assert ("swap" in seen) == (pass_ == "wgrad")
 
 
 def test_random_pointwise_and_tiled_dimensions():
@@ -157,6 +166,48 @@ def test_one_output_along_a_dimension(transposed, poisoned):
     assert ["slice" in call.plan.reason for call in calls if call.operation == "dgrad"] == [True]
 
 
+FEW_OUTPUTS = [
+    oracle.Case("odd extents", (2, 5, 7, 9), 2, (3, 3), padding=1),
+    oracle.Case("dilated, without padding", (1, 6, 9, 8), 1, (3, 2), dilation=(2, 3)),
+    oracle.Case("padding beyond the kernel", (2, 4, 15), 2, (3,), padding=4),
+    oracle.Case("uneven padding", (2, 9, 6, 5), 3, (4, 2), padding="same"),
+    oracle.Case("three dimensions", (1, 8, 4, 5, 6), 3, (2, 3, 2), padding=(1, 0, 2)),
+    oracle.Case("merged as well", (2, 8, 5, 4, 6), 3, (3, 1, 1), padding=(1, 0, 0)),
+    oracle.Case("transposed, of few inputs", (2, 2, 6, 7), 6, (3, 3), padding=1, dilation=(1, 2), transposed=True),
+    oracle.Case("accesses of 16 bytes", (2, 32, 8, 8), 16, (3, 3), padding=1),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "forced"),
+    [
+        (torch.float64, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"kernel": "packed_wgrad", "tile": Tile(16, 16, 16), "splits": 2}),
+        (torch.float32, {"kernel": "wgrad", "staged": True}),
+        (torch.float16, {"kernel": "packed_wgrad", "staged": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", FEW_OUTPUTS, ids=str)
+def test_operands_change_places(case, dtype, forced, channels_last, device, poisoned):
+    ours = getattr(TF, f"conv_transpose{case.rank}d" if case.transposed else f"conv{case.rank}d")
+    with tconv.recording() as calls, force(**forced):
+        oracle.check(ours, case, *oracle.tensors(case, dtype, device, channels_last))
+    assert ["swap" in call.plan.reason for call in calls if call.operation == "wgrad"] == [True]
+
+
+def test_operands_change_places_in_boxes(device, poisoned):
+    case = oracle.Case("few outputs", (2, 32, 8, 16), 16, (3, 3), padding=1)
+    x, w, b = oracle.tensors(case, torch.float16, device, channels_last=True)
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tensor memory accelerator")
+    with tconv.recording() as calls, force(kernel="tma_wgrad"):
+        oracle.check(TF.conv2d, case, x, w, b)
+    assert [("swap" in c.plan.reason, c.plan.kernel) for c in calls if c.operation == "wgrad"] == [(True, "tma_wgrad")]
+
+
 def test_channels_that_a_bias_is_added_to_stay():
     p = conv((2, 3, 4, 4), 4, (4, 4))
     for layout in ("contiguous", "channels_last"):
@@ -170,5 +221,6 @@ def test_every_layer_is_left_with_its_operations():
     for case, pass_, layout in itertools.product(CASES, PASSES, ("contiguous", "channels_last")):
         p = problem(case)
         f = simplify(form(p, layout), pass_)
-        assert flops(f.p) == flops(p), case
+        pixels = math.prod(p.X) / math.prod(p.Y) if "swap" in f.rules else 1  # whose every tap is counted
+        assert flops(f.p) == flops(p) * pixels, case
         assert f.p.rank <= p.rank or "spread" in f.rules

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from tconv.dry import dry_run
 from tconv.record import Call, last_calls, recording
 
-NONE = "no call of tconv: make the layers tconv's by replace_, or all convolutions by enable()"
+NONE = "no call of tconv: make the layers tconv's by replace_, or all convolutions on a GPU by enable()"
 
 
 @dataclass(frozen=True)

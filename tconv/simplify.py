@@ -172,11 +172,18 @@ def _batch(f: Form, d: int, pass_: str) -> Form | None:
 
 
 def _swap(f: Form, d: int, pass_: str) -> Form | None:
-    """By unit strides x and dy stand to each other as dy and x: from j - P + t*D = i follows i + P - t*D = j."""
+    """By unit strides x and dy stand to each other as dy and x: from j - P + t*D = i follows i + P - t*D = j.
+
+    Every pixel of x is then multiplied, by zero where it meets no dy. One that no tap meets must not be: it may be infinite.
+    """
     p = f.p
     few = p.K <= FEW and 2 * p.K <= p.C
     if pass_ != "wgrad" or p.G > 1 or p.taps == 1 or max(p.S) > 1 or not few:
         return None
+    for x, y, t, before, dilation in zip(p.X, p.Y, p.T, p.P, p.D, strict=True):
+        gaps = t > 1 and y < dilation
+        if gaps or before < 0 or y + (t - 1) * dilation - before < x:
+            return None
     q = dataclasses.replace(p, C=p.K, K=p.C, X=p.Y, Y=p.X, P=_negative(p.P), D=_negative(p.D))
     return Form(q, f.y, Strides(f.w.channel, f.w.outer, f.w.spatial), f.x)
 

@@ -62,6 +62,7 @@ def conv(x, k, kernel, stride=1, padding=0, dilation=1, groups=1):
 
 FEW_FRAMES = conv((2, 6, 3, 4, 5), 2, (3, 1, 1), padding=(1, 0, 0))
 FEW = conv((2, 6, 5, 5), 3, (3, 2), padding=1)
+FEW_APART = conv((2, 6, 9, 5), 2, (3, 2), dilation=(4, 1))
 # Problem, layout, pass, what must come out: rules, rank, (N, C, X).
 TEMPORAL = conv((2, 3, 4, 5, 6), 4, (3, 1, 1), padding=(1, 0, 0))
 FRAMES = conv((2, 3, 4, 5, 6), 4, (1, 3, 3), padding=(0, 1, 1))
@@ -89,6 +90,8 @@ KNOWN = [
     ("few output frames", FEW_FRAMES, "contiguous", "wgrad", {"merge", "swap"}, (2, 2, 60)),
     ("not so few", conv((2, 6, 5, 5), 4, (3, 2), padding=1), "channels_last", "wgrad", set(), (2, 6, 25)),
     ("few output channels of a stride", conv((2, 6, 5, 5), 3, (3, 3), (1, 2)), "channels_last", "wgrad", set(), (2, 6, 25)),
+    ("few output channels, x cropped", conv((2, 6, 5, 5), 3, (2, 2), padding=-1), "channels_last", "wgrad", set(), (2, 6, 25)),
+    ("few output channels, pixels that no tap meets", FEW_APART, "channels_last", "wgrad", set(), (2, 6, 45)),
     ("few output channels, not by wgrad", FEW, "channels_last", "fprop", set(), (2, 6, 25)),
     ("groups stay apart", conv((2, 4, 8, 8), 4, (4, 4), 4, groups=2), "channels_last", "fprop", set(), (2, 4, 64)),
 ]  # fmt: skip
@@ -191,11 +194,25 @@ FEW_OUTPUTS = [
     ids=str,
 )
 @pytest.mark.parametrize("case", FEW_OUTPUTS, ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_operands_change_places(case, dtype, forced, channels_last, device, poisoned):
     ours = getattr(TF, f"conv_transpose{case.rank}d" if case.transposed else f"conv{case.rank}d")
     with tconv.recording() as calls, force(**forced):
         oracle.check(ours, case, *oracle.tensors(case, dtype, device, channels_last))
     assert ["swap" in call.plan.reason for call in calls if call.operation == "wgrad"] == [True]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_not_finite_stays_in_its_channel_when_operands_change_places(device):
+    """A corner meets one of the taps; the others multiply it by zero."""
+    x, w, dy = (torch.randn(shape, device=device) for shape in ((1, 4, 6, 6), (2, 4, 3, 3), (1, 2, 4, 4)))
+    x[0, 1, 0, 0] = torch.inf
+    w.requires_grad_()
+    with tconv.recording() as calls:
+        (dw,) = torch.autograd.grad(TF.conv2d(x, w), w, dy)
+    assert any("swap" in call.plan.reason for call in calls)
+    assert not dw[:, 1].isfinite().any()
+    assert dw[:, [0, 2, 3]].isfinite().all()
 
 
 def test_operands_change_places_in_boxes(device, poisoned):

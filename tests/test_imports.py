@@ -23,9 +23,9 @@ ROWS = [
     ("boxes",),
     ("arguments",),
     ("record", "dry", "guard"),
-    ("plan", "layout", "simplify"),
+    ("plan", "layout"),
     ("cost",),
-    ("configs", "kernels", "strips"),
+    ("configs", "kernels", "simplify", "strips"),
     ("problem", "kinds"),
     ("device",),
 ]

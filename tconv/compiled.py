@@ -82,7 +82,7 @@ def _specialised(device: int, pointers: Pointers) -> Any:
 def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> None:
     """A launch by Triton's dispatch, which compiles what is not compiled yet."""
     with _first_time:
-        _decline(launch, device, key)
+        _decline(device, (launch, key), *_sum(launch, device))
         try:
             kernel = _by_triton(launch, pointers)
             if kernel is None and not INTERPRET:
@@ -96,14 +96,28 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
             launch.ready[key] = _directly(launch, kernel, device)
 
 
-def announce(launch: Prepared, device: int) -> None:
-    """Says that a launch is to come, on aligned tensors, before work is done for it.
+def announce(launch: Prepared, operands: Pointers, more: Pointers) -> None:
+    """Says that a launch of several parts is to come, before work is done for it: copies of operands, sums of splits.
+
+    Args:
+        operands: what may be copied first.
+        more: the kernel's other pointers.
 
     Raises:
-        Declined: it would have to be compiled while a CUDA graph is being captured, or has failed.
+        Declined: a part would have to be compiled while a CUDA graph is being captured, or has failed.
     """
-    if not launch.ready:
-        _decline(launch, device, _aligned(launch, device))
+    if launch.ready and (launch.total is None or launch.total.ready):
+        return
+    device = operands[0].get_device()
+    parts, given = [], []
+    for copy, t in zip(launch.copies or (None,) * len(operands), operands, strict=True):
+        made = torch.empty_strided(copy.shape, copy.strides, dtype=t.dtype, device="meta") if copy else t
+        given.append(made)
+        if copy:
+            parts.append((copy, _specialised(device, (t, made))))
+    if launch.swapped:
+        given.reverse()
+    _decline(device, *parts, (launch, _specialised(device, (*given, *more))), *_sum(launch, device))
 
 
 def _give_up(launch: Prepared, key: Any, error: Exception) -> NoReturn:
@@ -118,17 +132,21 @@ def _give_up(launch: Prepared, key: Any, error: Exception) -> NoReturn:
     raise Declined(reason) from error
 
 
-def _decline(launch: Prepared, device: int, key: Any) -> None:
+def _decline(device: int, *parts: tuple[Prepared, Any]) -> None:
+    """Raises Declined if one of these launches, by what they are specialised on, has failed or cannot be compiled now."""
     if _failed:
-        reason = _failed.get(_variant(launch, key))
-        if reason is not None:
-            raise Declined(reason)
-    if capturing(device):
-        others = [part for part in (*launch.copies, launch.total) if part]
-        needed = [_variant(launch, key), *(_variant(part, _aligned(part, device)) for part in others)]
-        if not _known.issuperset(needed):
-            _warn(f"tconv leaves calls to torch whose kernels were {REASON}")
-            raise Declined(REASON)
+        for part in parts:
+            reason = _failed.get(_variant(*part))
+            if reason is not None:
+                raise Declined(reason)
+    if capturing(device) and not _known.issuperset([_variant(*part) for part in parts]):
+        _warn(f"tconv leaves calls to torch whose kernels were {REASON}")
+        raise Declined(REASON)
+
+
+def _sum(launch: Prepared, device: int) -> list[tuple[Prepared, Any]]:
+    """The launch that sums another's splits, if there are any, and what it is specialised on."""
+    return [(launch.total, _aligned(launch.total, device))] if launch.total else []
 
 
 def _aligned(launch: Prepared, device: int) -> Any:

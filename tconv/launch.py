@@ -139,6 +139,8 @@ def execute(
     if dry:
         _collect(launch)
     else:
+        if launch.copies or launch.total:
+            announce(launch, operands, (*more, out))
         if launch.copies:
             operands = _stage(launch, shared, *operands)
         if launch.swapped:
@@ -155,7 +157,6 @@ def execute(
 
 def _stage(launch: Prepared, shared: Staged | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The operands of a launch, those that it wants so copied to channels last."""
-    announce(launch, operands[0].get_device())
     return tuple(_copy(copy, t, shared) if copy else t for copy, t in zip(launch.copies, operands, strict=True))
 
 

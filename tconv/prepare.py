@@ -179,7 +179,8 @@ def _staged(
 
 def _copied(prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor], device: Device) -> Prepared:
     """A launch on channels_last copies of the operands whose channels lie apart, and its cost with them."""
-    apart = tuple(map(_apart, operands))
+    # A weight is addressed in 32 bits. One that is expanded may lie within them as it is, and beyond as a copy.
+    apart = tuple(_apart(t) and (name != "w" or t.numel() <= LIMIT) for name, t in zip(names, operands, strict=True))
     launch = prepare(*(shaped(t.shape, True, t.dtype) if a else t for t, a in zip(operands, apart, strict=True)))
     if not any(apart):
         return launch

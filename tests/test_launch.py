@@ -15,6 +15,7 @@ import torch
 
 import tconv
 from tconv import compiled, functional, launch
+from tconv.configs import Tile
 from tests import parity
 
 ROOT = pathlib.Path(tconv.__file__).parents[1]
@@ -113,6 +114,18 @@ def test_what_a_capture_leaves_to_torch_copies_nothing_first(device, captured):
     assert [c.ours for c in calls] == [False]
 
 
+@pytest.mark.parametrize("forced", [{"staged": True}, {"kernel": "gather", "tile": Tile(16, 16, 16), "splits": 2}], ids=str)
+def test_a_capture_takes_what_is_not_aligned(forced, device, captured):
+    layer, one = tconv.Conv2d(32, 40, 3, device=device), torch.randn(2 * 32 * 5 * 6 + 1, device=device)
+    x = one[1:].view(2, 32, 5, 6)  # whose copy is none of the weight's kind
+    with torch.no_grad(), tconv.force(**forced), tconv.recording() as calls:
+        with captured.context() as before:
+            before.setattr(compiled, "capturing", lambda device: False)
+            layer(x)
+        layer(x)
+    assert [c.ours for c in calls] == [True, True]
+
+
 @pytest.mark.filterwarnings("ignore:tconv leaves calls to torch")
 def test_gradients_of_gradients_in_a_capture(device, captured):
     x, w = (torch.randn(s, device=device, dtype=torch.float64).requires_grad_() for s in ((2, 3, 6), (4, 3, 3)))
@@ -155,6 +168,31 @@ def test_a_backward_copies_dy_to_channels_last_once(transposed, device, monkeypa
     other = parity.leaf(x)
     for key, value in parity.parameter_gradients(torchs(other), other, torchs).items():
         parity.assert_same(gradients[key], value, key, weight=True)
+
+
+FAILING = {
+    "a copy": ({"staged": True}, lambda kernel, constants: kernel == "stage" and constants["X_VEC"] == 1),  # the weight's
+    "a sum of splits": ({"kernel": "gather", "tile": Tile(16, 16, 16), "splits": 2}, lambda kernel, _: kernel == "sum_splits"),
+}
+
+
+@pytest.mark.parametrize("part", FAILING)
+def test_no_part_is_launched_of_what_has_failed(part, device, captured):
+    forced, fails = FAILING[part]
+    captured.setattr(compiled, "capturing", lambda device: False)
+    layer, x = tconv.Conv2d(32, 6, 3, device=device), torch.randn(2, 32, 6, 6, device=device)
+    launched, run = [], launch.run
+    captured.setattr(launch, "run", lambda by, pointers: launched.append(by) or run(by, pointers))
+    with torch.no_grad(), tconv.force(**forced), tconv.recording() as calls:
+        layer(x)
+        assert len(launched) == (3 if part == "a copy" else 2)
+        launched.clear()
+        failed = {v: "it fails" for v in compiled._known if fails(v[0].__name__, dict(v[3]))}
+        captured.setattr(compiled, "_failed", failed)
+        layer(x)
+    assert len(failed) == 1
+    assert [(c.ours, c.reason) for c in calls[1:]] == [(False, "it fails")]
+    assert launched == []
 
 
 def test_a_copy_is_not_kept(device, monkeypatch):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tconv.device import DEVICES, INTERPRETER
 from tconv.launch import device_of, to_channels_last
 from tconv.layout import FORMATS, LIMIT, addressing, flattened
-from tconv.prepare import prepare_copy
-from tconv.problem import lift
+from tconv.plan import force
+from tconv.prepare import prepare_copy, prepare_gather
+from tconv.problem import forward_problem, lift
 
 TENSORS = {
     "less than a tile": lambda rand: rand(2, 5, 7, 9),
@@ -69,6 +70,24 @@ def test_the_interpreter_copies_in_one_tile(device, poisoned):
 def test_accesses_are_as_wide_as_pixels_and_channels_allow(shape, dtype, read, written):
     constants = prepare_copy(None, torch.empty(shape, dtype=dtype, device="meta"), DEVICES["H100"]).constants
     assert (constants["RANK"], constants["X_VEC"], constants["Y_VEC"]) == (1, read, written)
+
+
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad"])
+def test_a_weight_that_32_bits_address_as_it_is_only_is_not_copied(pass_):
+    """Expanded, it is small, and its copy is not; what is read beside it is copied all the same."""
+    p = forward_problem((1, 16384, 32, 32), (16384, 16384, 3, 3), (1, 1), [(1, 1)] * 2, (1, 1), 1)
+    x = torch.empty(p.shape("x"), dtype=torch.half, device="meta")
+    w = torch.empty(1 << 20, dtype=torch.half, device="meta")
+    expanded, small = w.as_strided(p.shape("w"), (9, 0, 3, 1)), w.as_strided((16384, 4096, 3, 3), (9, 0, 3, 1))
+    assert expanded.numel() > LIMIT >= addressing(expanded).reach
+    assert prepare_gather(pass_, p, x, expanded, None, x, DEVICES["H100"]).call.plan.staged == ()
+    with force(staged=True):
+        assert prepare_gather(pass_, p, x, expanded, None, x, DEVICES["H100"]).call.plan.staged == (
+            ("dy" if pass_ == "dgrad" else "x"),
+        )
+        fewer = forward_problem((1, 4096, 32, 32), small.shape, (1, 1), [(1, 1)] * 2, (1, 1), 1)
+        operands = (x, x[:, :4096]) if pass_ == "dgrad" else (x[:, :4096], x)
+        assert "w" in prepare_gather(pass_, fewer, operands[0], small, None, operands[1], DEVICES["H100"]).call.plan.staged
 
 
 def test_few_channels_get_tiles_of_few():

@@ -84,7 +84,9 @@ PIECES_32 = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
 PIECES_32_NARROW = (Tile(64, 64, 32, 8, 2),)
 # The packed kernels. Element by element, pixels of 128 with 16 or 32 channels spill.
 PACKED_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 8, 3), Tile(128, 16, 64, 8, 3))
-PACKED_WGRAD_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(16, 128, 64, 8, 3))
+PACKED_WGRAD_16 = (
+    Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), *(Tile(m, 128, 64, 8, 3) for m in (16, 32, 64)),
+)  # fmt: skip
 PACKED_WGRAD_16_NARROW = (Tile(64, 64, 64, 8, 3), Tile(16, 64, 64, 8, 3))
 PACKED_32 = (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2))
 PACKED_FMA = FMA_32[1:]
@@ -146,6 +148,7 @@ INSTEAD = {
     8: {
         ("gather", GEMM_16[4]): replace(GEMM_16[4], registers=255),
         ("packed", PACKED_16[3]): replace(PACKED_16[3], registers=96),
+        ("packed_wgrad", PACKED_WGRAD_16[1]): replace(PACKED_WGRAD_16[1], registers=255),
     },
     10: {
         ("gather", GEMM_16[2]): replace(GEMM_16[2], registers=255),

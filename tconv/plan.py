@@ -324,7 +324,8 @@ def _kernels(problem: ConvProblem, pass_: str) -> tuple[str, ...]:
     dot, packs, direct, strip = KERNELS[pass_][:4]
     if problem.depthwise:
         return (direct, dot) if problem.multiplier > 1 else (strip, direct, dot)
-    gains = min(problem.C, problem.K) <= FEW * problem.G and (problem.taps > 1 or problem.G > 1)
+    few = FEW * (2 if pass_ == "wgrad" else 1)  # its packed tiles are wider than a tap of so many channels
+    gains = min(problem.C, problem.K) <= few * problem.G and (problem.taps > 1 or problem.G > 1)
     return (dot, packs) if gains and not _unfit(problem, pass_, packs) else (dot,)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import tconv
 from tconv import functional as TF
-from tconv.configs import Tile
+from tconv.configs import PACKED_WGRAD_16, Tile
 from tests import cases, oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -187,6 +187,16 @@ def test_packs_of_few_output_channels_are_columns_of_the_product(case, device, p
     for channels_last, dtype in ((False, torch.float64), (True, torch.bfloat16)):
         with tconv.force(kernel="packed_wgrad", tile=Tile(16, 64, 32)):
             check(case, *oracle.tensors(case, dtype, device, channels_last))
+
+
+@pytest.mark.parametrize("k", [24, 72])
+@pytest.mark.parametrize("tile", PACKED_WGRAD_16, ids=str)
+def test_a_tile_of_several_taps_of_many_channels(tile, k, device, poisoned):
+    """With a GPU's tiles: output channels that leave one half empty, or want two, and columns that end within one."""
+    case = oracle.Case("several taps in a tile", (2, 24, 9, 7), k, (3, 3), stride=(1, 2), padding=1)
+    with tconv.force(kernel="packed_wgrad", tile=tile, splits=2):
+        calls = check(case, *oracle.tensors(case, torch.bfloat16, device, channels_last=True))
+    assert {c.plan.tile for c in calls if c.operation == "wgrad"} == {tile}
 
 
 @pytest.mark.parametrize("kernel", PACKED)

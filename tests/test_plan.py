@@ -115,7 +115,8 @@ def test_few_channels_are_packed_and_only_they():
     assert kernels(conv((32, 128, 56, 56), (128, 4, 3, 3), padding=1, groups=32)) == packed
     stem = conv((32, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3)
     assert kernels(stem) == packed
-    assert kernels(conv((32, 64, 56, 56), (64, 64, 3, 3), padding=1)) == ["gather", "gather", "wgrad"]
+    assert kernels(conv((32, 64, 56, 56), (64, 64, 3, 3), padding=1)) == ["gather", "gather", "packed_wgrad"]
+    assert kernels(conv((32, 96, 56, 56), (96, 96, 3, 3), padding=1)) == ["gather", "gather", "wgrad"]
     with tconv.force(kernel="gather"):
         assert plan.choose(stem, "fprop", plan.Operands(2, True), H200).cost.seconds > 0
     with tconv.force(kernel="packed"), pytest.raises(ValueError, match="counts at most 32768 taps times channels"):
@@ -219,10 +220,10 @@ def test_layers_share_compile_time_constants():
 
     tile = Tile(64, 64, 64, 4, 4)
     with tconv.force(tile=tile, splits=1):
-        first = constants((8, 64, 56, 56), (64, 64, 3, 3), padding=1)
+        first = constants((8, 192, 56, 56), (128, 192, 3, 3), padding=1)
         assert first == constants((1, 128, 7, 9), (192, 128, 2, 2))
-        assert first == constants((3, 256, 31, 17), (128, 128, 5, 2), stride=3, padding=4, dilation=2, groups=2)
-        assert first != constants((8, 60, 56, 56), (64, 60, 3, 3))
+        assert first == constants((3, 256, 31, 17), (256, 128, 5, 2), stride=3, padding=4, dilation=2, groups=2)
+        assert first != constants((8, 124, 56, 56), (128, 124, 3, 3))
 
 
 def test_nothing_is_kept_without_bound(device, monkeypatch):

@@ -57,6 +57,8 @@ MUTATIONS = [
     Mutation("a split's last pixels lost", "kernels/wgrad.py", "tl.cdiv(left, BLOCK_P)", "(left // BLOCK_P)", "split"),
     Mutation("a digit without its carry", "kernels/common.py", "(B[1] + 1) * S[1]", "B[1] * S[1]", "tails or split"),
     Mutation("wgrad of the wrong tap", "kernels/wgrad.py", "tap[d] * D[d] - P[d]", "(T[d] - 1 - tap[d]) * D[d] - P[d]", EVERY),
+    Mutation("a frame's last tap taken for missing it", "kernels/common.py", "high // step + 1, n_taps[0]", "high // step, n_taps[0]", "test_frames"),
+    Mutation("taps of other frames, with the first one's weight", "kernels/common.py", "t_first[0] + first * (S0 // g0)", "t_first[0]", "test_frames"),
     Mutation("operands in their own places", "launch.py", "        if launch.swapped:", "        if launch.swapped and not launch.copies:", "change_places", "test_simplify.py"),
     Mutation("changed places with the old dilation", "simplify.py", "D=_negative(p.D))", "D=p.D)", "change_places or moves", "test_simplify.py"),
     Mutation("the multiplier ignored", "kernels/depthwise.py", "o * M if TRANSPOSED else o // M", "o * M if TRANSPOSED else o", EVERY),

@@ -141,6 +141,16 @@ def phase_taps(p: ConvProblem, pass_: str) -> list[int]:
 
 
 @functools.lru_cache(1024)
+def frames_met(p: ConvProblem) -> float:
+    """Of the first dimension's taps the share that a 3-D dgrad walks whose tiles stay in a frame (kernels/gather.py)."""
+    if p.rank < 3:
+        return 1.0
+    x, y, stride, before, dilation = p.X[0], p.Y[0], p.S[0], p.P[0], p.D[0]
+    met = sum(0 <= j * stride - before + t * dilation < x for t in range(p.T[0]) for j in range(y))
+    return met / (math.ceil(x / stride) * p.T[0])
+
+
+@functools.lru_cache(1024)
 def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int, int], int]:
     """The box [images, 3 extents] of `block` pixels, powers of two, that covers the largest phase of fprop or dgrad in the
     fewest pieces, and over all phases their number. Of equal ones the one longest in the last dimension.
@@ -328,6 +338,8 @@ def _gemm_work(
         # A tap belongs to one phase of a dgrad, so over the phases each counts once.
         reduced, per_phase = (p.C if pass_ == "fprop" else p.K) // p.G, tiles // p.phases(pass_)
         steps = per_phase * p.taps * _split_steps(reduced, tile.k, splits)
+        if kernel == "gather" and pass_ == "dgrad" and tile.m * math.prod(p.S[1:]) <= math.prod(p.X[1:]):
+            steps = math.ceil(steps * frames_met(p))
         if kernel == "packed":
             reduced *= pack(p, pass_, tile)
             steps = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))

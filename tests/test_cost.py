@@ -211,6 +211,19 @@ def test_a_split_gather_worked_by_hand():
     assert c.executed == 3 * 3 * 2 * 16**3  # three taps over both phases, a block of each part
 
 
+def test_frames_that_taps_do_not_meet_are_not_counted():
+    """Four frames written as six: of 6 x 3 pairs of frame and tap 4 x 3 meet, and tiles of 16 stay in frames of 64 pixels."""
+    p = forward_problem((1, 16, 6, 8, 8), (16, 16, 3, 3, 3), (1, 1, 1), [(0, 0), (1, 1), (1, 1)], (1, 1, 1), 1)
+    c = cost.predict(p, "dgrad", "gather", Tile(16, 16, 16, 4, 2), 1, Access(2, True), HAND)
+    assert (c.programs, c.executed) == (24, 24 * 27 * 2 // 3 * 2 * 16**3)
+    assert c.tile_waste == 0
+    beyond = cost.predict(p, "dgrad", "gather", Tile(128, 16, 16, 4, 2), 1, Access(2, True), HAND)
+    assert beyond.executed == 3 * 27 * 2 * 128 * 16 * 16
+    strided = forward_problem((1, 16, 7, 8, 8), (16, 16, 3, 3, 3), (2, 1, 1), [(1, 1)] * 3, (1, 1, 1), 1)
+    # Outputs 0 to 3 by taps 0 to 2 meet frames -1 to 7 but for -1 and 7; four outputs of each of two phases were counted.
+    assert cost.frames_met(strided) == (4 * 3 - 2) / (4 * 3)
+
+
 def test_depthwise_is_counted_by_its_taps():
     p = forward_problem((1, 32, 9, 9), (32, 1, 3, 3), (1, 1), [(1, 1)] * 2, (1, 1), 32)
     c = cost.predict(p, "fprop", "depthwise", Tile(64, 32, 1, 4, 2), 1, Access(2, True), HAND)

@@ -1,5 +1,6 @@
 """Output and every gradient of every case against fp64, from buffers full of NaN, in every dtype and layout."""
 
+import dataclasses
 import math
 
 import pytest
@@ -279,6 +280,43 @@ def test_offsets_beyond_32_bits(which, device):
         launch.run(prepared, (read, w, read, got))
     assert prepared.constants["WIDE"]
     torch.testing.assert_close(got.cpu(), right[which])
+
+
+FRAMES = [
+    oracle.Case("outer frames meet few taps", (2, 3, 6, 4, 4), 5, (3, 3, 3), padding=(0, 1, 1)),
+    oracle.Case("frames in phases", (1, 3, 9, 4, 4), 5, (5, 1, 3), stride=(2, 1, 1), padding=(1, 0, 1)),
+    oracle.Case("a factor of stride and dilation", (1, 3, 12, 4, 8), 5, (3, 3, 2), stride=(4, 1, 2), dilation=(2, 1, 1)),
+    oracle.Case("taps more frames apart than there are", (1, 3, 5, 4, 4), 5, (3, 3, 3), padding=(7, 1, 1), dilation=(7, 1, 1)),
+    oracle.Case("frames that meet nothing", (1, 3, 8, 4, 4), 5, (2, 2, 2), stride=(5, 1, 1)),
+    oracle.Case(
+        "a transposed layer's bias, in frames that meet nothing", (1, 3, 2, 4, 4), 5, (2, 3, 3), stride=(4, 1, 1),
+        padding=(0, 1, 1), output_padding=(3, 0, 0), transposed=True,
+    ),
+    oracle.Case("tiles of several frames and images", (3, 3, 4, 3, 3), 5, (3, 2, 2), padding=(2, 1, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", FRAMES, ids=str)
+def test_frames(case, channels_last, splits, device, poisoned):
+    """Tiles that stay in a frame, of which a dgrad walks those taps only that meet one."""
+    case = dataclasses.replace(case, x=(case.x[0], case.x[1] * 8, *case.x[2:]), k=case.k * 4)  # 20 and 24 are two steps
+    with tconv.force(kernel="gather", tile=Tile(16, 16, 16), splits=splits if splits > 1 else None):
+        check(case, *oracle.tensors(case, torch.float64, device, channels_last))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_tap_that_meets_no_frame_is_not_walked(device):
+    """It is infinite, and would make NaN of the zeros that it meets."""
+    w, dy = (torch.ones(shape, device=device, dtype=torch.float64) for shape in ((16, 16, 3, 3, 3), (1, 16, 4, 4, 4)))
+    w[:, :, 0] = 0
+    right = F.conv_transpose3d(dy, w, padding=(0, 1, 1))
+    w[:, :, 0] = torch.inf
+    with tconv.force(kernel="gather", tile=Tile(16, 16, 16)):
+        dx = TF.conv_transpose3d(dy, w, padding=(0, 1, 1))
+    assert not dx[:, :, :4].isfinite().any()
+    assert torch.equal(dx[:, :, 4:], right[:, :, 4:])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -23,6 +23,7 @@ from tconv.kernels.common import (
     inside,
     kernel,
     lead,
+    met_frames,
     multiple,
     outside_word,
     product,
@@ -74,6 +75,8 @@ def gather(
     )  # fmt: skip
     if past:
         return
+    if TRANSPOSED and RANK == 3:
+        n_taps, t_first, h, x_offset = met_frames(live, n_taps, t_first, h, x_offset, X0, S0, D0, g0, sx[0])
 
     x_tap = ()  # from one tap met to the next: coordinates read
     w_offset = group * multiple(swg, W_VEC)

@@ -27,6 +27,8 @@ from tconv.simplify import Form, Strides, simplify
 
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 INTERPRET = isinstance(sum_splits, InterpretedFunction)  # Triton decided so when the kernels were loaded
+# A product and a sum become one instruction. Said explicitly, for the compiler's default changes with Triton 3.10.
+FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def prepared(
         reach = sum((n - 1) * s for n, s in zip(result.shape, result.stride(), strict=True))
         assert reach == result.numel() - 1, "slices are summed as they lie, without gaps"
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-        ends = {"VEC": vector(0, dtype.itemsize, result.numel()), "INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4}
+        ends = {"VEC": vector(0, dtype.itemsize, result.numel()), "INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4} | FUSED
         pointers = *pointers[:-1], accumulator
         grid, whole = (math.ceil(result.numel() / 1024),), (result.shape, result.stride())
         total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(accumulator, dtype))
@@ -208,7 +210,7 @@ def precision(dtype: torch.dtype, plan: Plan) -> str:
 
 def options(tile: Tile) -> dict[str, int]:
     """Launch options."""
-    found = {"num_warps": tile.warps, "num_stages": tile.stages}
+    found = {"num_warps": tile.warps, "num_stages": tile.stages, **FUSED}
     if tile.registers and not torch.version.hip:  # AMD's compiler knows no such option
         found["maxnreg"] = tile.registers
     return found

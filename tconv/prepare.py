@@ -254,8 +254,8 @@ def _prepare_gather(
         "TRANSPOSED": transposed, "RANK": p.rank, "X_UNIT": s.x.unit, "Y_UNIT": s.y.unit, "HAS_BIAS": b is not None,
         # The first tap's offset may lie in the halo, before a later one brings it back.
         "WIDE": max(s.x.reach + halo(p, s.x), s.y.reach, p.N * math.prod(s.extents) + tile.m) > LIMIT,
-        # Pixels that lie side by side in the result are the accumulator's columns; but wgmma's rows are 64 at least.
-        "FLIP": not s.y.unit and (size > 2 or tile.n >= 64 or plan.kernel == "depthwise"),
+        # Pixels that lie side by side in memory are the accumulator's columns; but wgmma's rows are 64 at least.
+        "FLIP": not (s.x.unit and s.y.unit) and (size > 2 or tile.n >= 64 or plan.kernel == "depthwise"),
         "BLOCK_M": tile.m, **numerics(x.dtype), **options(tile),
     }  # fmt: skip
     if plan.kernel == "strip":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tconv.arguments import Prepared, tensor_cores
+from tconv.arguments import FUSED, Prepared, tensor_cores
 from tconv.configs import BF16X6, BOXES, DOTS, can_cut
 from tconv.device import Device
 from tconv.kernels.reduce import sum_splits
@@ -19,7 +19,7 @@ from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.problem import ConvProblem
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 VECTORS = ("X_VEC", "W_VEC", "Y_VEC")
 # What a split reduction writes to a workspace instead.
 RESULT = {"fprop": "y_ptr", "dgrad": "y_ptr", "wgrad": "dw_ptr", "bias": "out_ptr"}
@@ -179,4 +179,4 @@ def _sum_splits(dtype: torch.dtype, vec: int) -> Variant:
     constants = {"VEC": vec, "INTERPRET": False, "BLOCK": 1024}
     signature |= dict.fromkeys(constants, "constexpr")
     name = f"sum sum_splits 0d {NAMES[dtype]} 1024 w4 s3 vec={vec}"
-    return Variant(name, sum_splits, signature, constants, {"num_warps": 4, "num_stages": 3}, True)
+    return Variant(name, sum_splits, signature, constants, {"num_warps": 4, "num_stages": 3, **FUSED}, True)

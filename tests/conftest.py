@@ -9,6 +9,10 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
+    from tests import hints
+
+    hints.install()
+
 torch.set_num_threads(1)  # tests run in parallel, one process per core
 
 

@@ -16,6 +16,12 @@ import inspect
 import triton
 import triton.language as tl
 
+# FLIP for a tile of addresses whose channels are not contiguous. Its pixels mostly are, but not all: across the ends of rows
+# and between the phases of a strided dgrad they are not, so the compiler must not be told so (Triton 3.9 computes the second
+# of two neighbours' addresses from the first). Without a contiguous axis, Triton 3.6 gives neighbouring threads the first axis
+# of the tile and later versions the last one. The pixels are put there, and the loaded or stored tile is `turned`.
+APART = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
+
 
 def kernel(fn):
     """`triton.jit` for a kernel that is launched: none of its integers is specialised."""
@@ -46,15 +52,9 @@ def trail(v, FLIP: tl.constexpr):
 
 
 @triton.jit
-def beside(base, offsets, UNIT: tl.constexpr, FLIP: tl.constexpr):
-    """base + offsets, pointers to a tile: where its channels are not contiguous (UNIT), neighbouring threads take its pixels.
-
-    Compilers cannot see that most of those lie side by side. Left without a hint, Triton 3.6 lines threads up along the first
-    axis and 3.7 along the last, whichever it is. What is said of two neighbours widens no access: that takes a known
-    divisibility too.
-    """
-    tile = base + offsets
-    return tile if UNIT else tl.max_contiguous(tile, [1, 2] if FLIP else [2, 1])
+def turned(tile, FROM: tl.constexpr, TO: tl.constexpr):
+    """A tile that was built with FLIP=FROM, as one with FLIP=TO."""
+    return tile if FROM == TO else tile.T
 
 
 @triton.jit

@@ -11,8 +11,8 @@ pixel digits are those of gather.py and wgrad.py.
 import triton.language as tl
 
 from tconv.kernels.common import (
+    APART,
     advance,
-    beside,
     decode,
     inside,
     kernel,
@@ -21,6 +21,7 @@ from tconv.kernels.common import (
     rounded,
     split_pixels,
     trail,
+    turned,
     written_pixels,
 )
 
@@ -46,6 +47,8 @@ def depthwise(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     gcds = (g0, g1, g2)
+    X_FLIP: tl.constexpr = FLIP if X_UNIT else APART
+    Y_FLIP: tl.constexpr = FLIP if Y_UNIT else APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sw = (sw0, sw1, sw2)
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
@@ -68,7 +71,7 @@ def depthwise(
         read = o
         w_row = o
     x_step = 1 if X_UNIT else sxc.to(OFFSET)
-    xp = beside(x_ptr, lead(x_offset, FLIP) + trail(read * x_step, FLIP), X_UNIT, FLIP)
+    xp = x_ptr + (lead(x_offset, X_FLIP) + trail(read * x_step, X_FLIP))
     if FLIP:
         acc = tl.zeros((BLOCK_C, BLOCK_M), dtype=ACC)
     else:
@@ -87,14 +90,15 @@ def depthwise(
             ok &= inside(h[d] + tap[d] * step, X[d])
             dx += (tap[d] * step).to(OFFSET) * sx[d]
             wo += (t_first[d] + tap[d] * (S[d] // gcds[d] if TRANSPOSED else 1)) * sw[d]
-        xv = tl.load(xp + dx, mask=lead(ok, FLIP) & trail(mask_o, FLIP), other=0.0).to(ACC)
+        xv = tl.load(xp + dx, mask=lead(ok, X_FLIP) & trail(mask_o, X_FLIP), other=0.0)
         wv = tl.load(w_ptr + w_row * swk + wo, mask=mask_o, other=0.0).to(ACC)
-        acc += xv * trail(wv, FLIP)
+        acc += turned(xv, X_FLIP, FLIP).to(ACC) * trail(wv, FLIP)
     if HAS_BIAS:
         acc += trail(tl.load(b_ptr + o * sb, mask=mask_o, other=0.0).to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
-    yp = beside(y_ptr, lead(y_offset, FLIP) + trail(o * y_step, FLIP), Y_UNIT, FLIP)
-    tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(mask_o, FLIP))
+    yp = y_ptr + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
+    y = turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
+    tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(mask_o, Y_FLIP))
 
 
 @kernel
@@ -111,7 +115,8 @@ def depthwise_wgrad(
 ):  # fmt: skip
     """A program owns TAPS taps of a channel tile and one split of the pixels; dy is loaded once for all of its taps."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    FLIP: tl.constexpr = not Y_UNIT
+    FLIP: tl.constexpr = False if Y_UNIT else APART
+    X_FLIP: tl.constexpr = FLIP if X_UNIT else APART
     X = (X0, X1, X2)
     Y = (Y0, Y1, Y2)
     T = (T0, T1, T2)
@@ -135,7 +140,7 @@ def depthwise_wgrad(
     mask_k = k < multiple(multiple(K, Y_VEC), X_VEC)
     read = k // M if MULTIPLIED else k
     yp = dy_ptr + trail(k if Y_UNIT else k * syc.to(OFFSET), FLIP)
-    xp = x_ptr + trail(read if X_UNIT else read * sxc.to(OFFSET), FLIP)
+    xp = x_ptr + trail(read if X_UNIT else read * sxc.to(OFFSET), X_FLIP)
     if FLIP:
         zero = tl.zeros((BLOCK_C, BLOCK_P), dtype=ACC)
     else:
@@ -143,7 +148,7 @@ def depthwise_wgrad(
     accs = (zero,) * TAPS
     for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
         live = p < left
-        yq = beside(yp, tl.multiple_of(lead(yo, FLIP), [Y_VEC, Y_VEC]), Y_UNIT, FLIP)
+        yq = yp + tl.multiple_of(lead(yo, FLIP), [Y_VEC, Y_VEC])
         gv = tl.load(yq, mask=lead(live, FLIP) & trail(mask_k, FLIP), other=0.0).to(ACC)
         for u in tl.static_range(TAPS):
             past, tap = decode(tap_low + u, T, 3)
@@ -153,9 +158,9 @@ def depthwise_wgrad(
                 extent = tl.where(past == 0, X[d], 0) if d == 2 else X[d]
                 ok &= inside(h[d] + tap[d] * D[d], extent)
                 dx += (tap[d] * D[d]).to(OFFSET) * sx[d]
-            xq = beside(xp, tl.multiple_of(lead(xo, FLIP), [X_VEC, X_VEC]) + dx, X_UNIT, FLIP)
-            xv = tl.load(xq, mask=lead(ok, FLIP) & trail(mask_k, FLIP), other=0.0).to(ACC)
-            accs = accs[:u] + (accs[u] + gv * xv,) + accs[u + 1 :]
+            xq = xp + (tl.multiple_of(lead(xo, X_FLIP), [X_VEC, X_VEC]) + dx)
+            xv = tl.load(xq, mask=lead(ok, X_FLIP) & trail(mask_k, X_FLIP), other=0.0)
+            accs = accs[:u] + (accs[u] + gv * turned(xv, X_FLIP, FLIP).to(ACC),) + accs[u + 1 :]
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 

@@ -19,7 +19,7 @@ are compared.
 import triton.language as tl
 
 from tconv.kernels.common import (
-    beside,
+    APART,
     inside,
     kernel,
     lead,
@@ -30,6 +30,7 @@ from tconv.kernels.common import (
     rounded,
     tap_word,
     trail,
+    turned,
     written_pixels,
 )
 
@@ -60,6 +61,9 @@ def gather(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     gcds = (g0, g1, g2)
+    X_FLIP: tl.constexpr = FLIP if X_UNIT else APART
+    W_FLIP: tl.constexpr = FLIP if W_UNIT != "" else APART
+    Y_FLIP: tl.constexpr = FLIP if Y_UNIT else APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
@@ -100,9 +104,8 @@ def gather(
     # Rows of the weight past the last one are clamped, not masked: what they give is never stored. Never the
     # contiguous axis, which would lose its wide loads.
     ow = o if W_UNIT == "o" else tl.minimum(o, CO - 1)
-    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET)
-    xp = beside(xp, lead(x_offset, FLIP) + trail(c * x_step, FLIP), X_UNIT, FLIP)
-    wp = beside(w_ptr + w_offset, lead(c * w_step_i, FLIP) + trail(ow * w_step_o, FLIP), W_UNIT != "", FLIP)
+    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + (lead(x_offset, X_FLIP) + trail(c * x_step, X_FLIP))
+    wp = w_ptr + w_offset + (lead(c * w_step_i, W_FLIP) + trail(ow * w_step_o, W_FLIP))
 
     # --- carried counters: what each dimension adds when its tap advances, and when it wraps ---
     fx = ()
@@ -150,18 +153,20 @@ def gather(
             for d in tl.static_range(FIRST, 3):
                 ok &= inside(h[d] + counter[d] * x_tap[d], X[d])
         if EVEN:
-            xv = tl.load(xp + dx, mask=lead(ok, FLIP), other=0.0)
+            xv = tl.load(xp + dx, mask=lead(ok, X_FLIP), other=0.0)
             if W_UNIT == "o":
-                wv = tl.load(wp + dw, mask=trail(o < written, FLIP), other=0.0)
+                wv = tl.load(wp + dw, mask=trail(o < written, W_FLIP), other=0.0)
             else:
                 wv = tl.load(wp + dw)
         else:
             tail = c < reduced - done
-            xv = tl.load(xp + dx, mask=lead(ok, FLIP) & trail(tail, FLIP), other=0.0)
+            xv = tl.load(xp + dx, mask=lead(ok, X_FLIP) & trail(tail, X_FLIP), other=0.0)
             if W_UNIT == "o":
-                wv = tl.load(wp + dw, mask=trail(o < written, FLIP) & lead(tail, FLIP), other=0.0)
+                wv = tl.load(wp + dw, mask=trail(o < written, W_FLIP) & lead(tail, W_FLIP), other=0.0)
             else:
-                wv = tl.load(wp + dw, mask=lead(tail, FLIP), other=0.0)
+                wv = tl.load(wp + dw, mask=lead(tail, W_FLIP), other=0.0)
+        xv = turned(xv, X_FLIP, FLIP)
+        wv = turned(wv, W_FLIP, FLIP)
         if FLIP:
             acc = product(wv, xv, acc, PRECISION, INTERPRET)
         else:
@@ -195,6 +200,6 @@ def gather(
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=once, other=0.0)
         acc += trail(bias.to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
-    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET)
-    yp = beside(yp, lead(y_offset, FLIP) + trail(o * y_step, FLIP), Y_UNIT, FLIP)
-    tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(o < written, FLIP))
+    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
+    y = turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
+    tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(o < written, Y_FLIP))

@@ -9,8 +9,8 @@ stored. So a NaN or an infinity in one group meets those zeros and shows in the 
 import triton.language as tl
 
 from tconv.kernels.common import (
+    APART,
     advance,
-    beside,
     inside,
     kernel,
     lead,
@@ -23,6 +23,7 @@ from tconv.kernels.common import (
     split_pixels,
     tap_word,
     trail,
+    turned,
     written_pixels,
 )
 
@@ -54,6 +55,9 @@ def packed(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     gcds = (g0, g1, g2)
+    X_FLIP: tl.constexpr = FLIP if X_UNIT else APART
+    W_FLIP: tl.constexpr = FLIP if W_UNIT != "" else APART
+    Y_FLIP: tl.constexpr = FLIP if Y_UNIT else APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
@@ -102,8 +106,8 @@ def packed(
         mask_o = o < multiple(CO, W_VEC if W_UNIT == "o" else 1)
         w_row = (o if W_UNIT == "o" else tl.minimum(o, CO - 1)) * w_step_o
     x_first = multiple(group * CI, X_VEC) if X_UNIT else group * CI
-    xp = x_ptr + x_first.to(OFFSET) * x_step + lead(x_offset, FLIP)
-    wp = w_ptr + w_first + trail(w_row, FLIP)
+    xp = x_ptr + x_first.to(OFFSET) * x_step + lead(x_offset, X_FLIP)
+    wp = w_ptr + w_first + trail(w_row, W_FLIP)
 
     # --- GEMM_K: (tap, channel) flattened, each column decoded by multiplications ---
     R = multiple(PACK * CI, RUN)
@@ -139,20 +143,20 @@ def packed(
             dw += t0 * aw[0]
         if FIELD:
             select = tl.where(within, tap_word((t0, t1, t2), RANK, FIELD), PAST)
-            ok = (lead(bits, FLIP) & trail(select, FLIP)) == 0
+            ok = (lead(bits, X_FLIP) & trail(select, X_FLIP)) == 0
         else:
             tap = (t0, t1, t2)
-            ok = lead(live, FLIP) & trail(within, FLIP)
+            ok = lead(live, X_FLIP) & trail(within, X_FLIP)
             for d in tl.static_range(FIRST, 3):
-                ok &= inside(lead(h[d], FLIP) + trail(tap[d] * x_tap[d], FLIP), X[d])
+                ok &= inside(lead(h[d], X_FLIP) + trail(tap[d] * x_tap[d], X_FLIP), X[d])
         if PACKED:
-            keep = inside(lead(c, FLIP) - trail(low, FLIP), diagonal) & lead(k < total, FLIP)
+            keep = inside(lead(c, W_FLIP) - trail(low, W_FLIP), diagonal) & lead(k < total, W_FLIP)
         elif W_UNIT == "o":
-            keep = trail(mask_o, FLIP) & lead(within, FLIP)
+            keep = trail(mask_o, W_FLIP) & lead(within, W_FLIP)
         else:
-            keep = lead(within, FLIP)
-        xv = tl.load(beside(xp, trail(dx, FLIP), X_UNIT, FLIP), mask=ok, other=0.0)
-        wv = tl.load(beside(wp, lead(dw, FLIP), W_UNIT != "", FLIP), mask=keep, other=0.0)
+            keep = lead(within, W_FLIP)
+        xv = turned(tl.load(xp + trail(dx, X_FLIP), mask=ok, other=0.0), X_FLIP, FLIP)
+        wv = turned(tl.load(wp + lead(dw, W_FLIP), mask=keep, other=0.0), W_FLIP, FLIP)
         if FLIP:
             acc = product(wv, xv, acc, PRECISION, INTERPRET)
         else:
@@ -163,8 +167,9 @@ def packed(
         acc += trail(bias.to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
     y_first = multiple(group * CO, Y_VEC) if Y_UNIT else group * CO
-    yp = beside(y_ptr + y_first.to(OFFSET) * y_step, lead(y_offset, FLIP) + trail(o * y_step, FLIP), Y_UNIT, FLIP)
-    tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=lead(live, FLIP) & trail(o < written, FLIP))
+    yp = y_ptr + y_first.to(OFFSET) * y_step + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
+    y = turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
+    tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(o < written, Y_FLIP))
 
 
 @kernel
@@ -193,6 +198,8 @@ def packed_wgrad(
     S = (S0, S1, S2)
     D = (D0, D1, D2)
     B = (B0, B1, B2, Bn)
+    X_FLIP: tl.constexpr = False if X_UNIT else APART
+    Y_FLIP: tl.constexpr = False if Y_UNIT else APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
     sw = (sw0, sw1, sw2)
@@ -237,35 +244,33 @@ def packed_wgrad(
     p = tl.arange(0, BLOCK_P)
     y_first = multiple(group * K, Y_VEC) if Y_UNIT else group * K.to(OFFSET) * syc
     x_first = multiple(group * C, X_VEC) if X_UNIT else group * C.to(OFFSET) * sxc
-    yp = dy_ptr + y_first + trail(k if Y_UNIT else k * syc.to(OFFSET), not Y_UNIT)
-    xp = x_ptr + x_first + trail(x_c, not X_UNIT)
+    yp = dy_ptr + y_first + trail(k if Y_UNIT else k * syc.to(OFFSET), Y_FLIP)
+    xp = x_ptr + x_first + trail(x_c, X_FLIP)
     if TURN:
         acc = tl.zeros((BLOCK_C, BLOCK_K), dtype=ACC)
     else:
         acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
     for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
         live = p < left
-        ok = lead(live, not X_UNIT) & trail(mask_c, not X_UNIT)
+        ok = lead(live, X_FLIP) & trail(mask_c, X_FLIP)
         for d in tl.static_range(FIRST, 3):
-            ok &= inside(lead(h[d], not X_UNIT) + trail(shift[d], not X_UNIT), X[d])
-        yq = beside(yp, tl.multiple_of(lead(yo, not Y_UNIT), [Y_VEC, Y_VEC]), Y_UNIT, not Y_UNIT)  # as in wgrad.py
-        xq = beside(xp, tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC]), X_UNIT, not X_UNIT)
-        gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
+            ok &= inside(lead(h[d], X_FLIP) + trail(shift[d], X_FLIP), X[d])
+        yq = yp + tl.multiple_of(lead(yo, Y_FLIP), [Y_VEC, Y_VEC])  # as in wgrad.py
+        xq = xp + tl.multiple_of(lead(xo, X_FLIP), [X_VEC, X_VEC])
+        gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)
         xv = tl.load(xq, mask=ok, other=0.0)
         if TURN:
-            acc = product(xv.T if X_UNIT else xv, gv if Y_UNIT else gv.T, acc, PRECISION, INTERPRET)
+            acc = product(turned(xv, X_FLIP, True), turned(gv, Y_FLIP, False), acc, PRECISION, INTERPRET)
         else:
-            acc = product(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, PRECISION, INTERPRET)
+            acc = product(turned(gv, Y_FLIP, True), turned(xv, X_FLIP, False), acc, PRECISION, INTERPRET)
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
-    if TURN:
-        acc = acc.T
-    kept = mask_k[:, None] & mask_c[None, :]
+    kept = lead(mask_c, APART) & trail(mask_k, APART)
     row = (group * K + k).to(tl.int64) * swk
     if PACKED:
         low = k // K * C  # the first of the channels that k's group reads
-        kept &= inside(c[None, :] - low[:, None], C)
+        kept &= inside(lead(c, APART) - trail(low, APART), C)
         row -= low * swc.to(tl.int64)
-    out = beside(dw_ptr + split.to(tl.int64) * sws, row[:, None] + w_c[None, :], False, True)
-    tl.store(out, rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), mask=kept)
+    out = dw_ptr + split.to(tl.int64) * sws + (lead(w_c, APART) + trail(row, APART))
+    tl.store(out, turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), not TURN, APART), mask=kept)

@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from tconv.kernels.common import beside, decode, kernel, lead, multiple, rounded, trail
+from tconv.kernels.common import APART, decode, kernel, lead, multiple, rounded, trail
 
 
 @kernel
@@ -25,8 +25,8 @@ def sum_pixels(
 ):  # fmt: skip
     """out[split, c] = sum over the split's pixels of dy[n, c, j]."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    FLIP: tl.constexpr = not Y_UNIT
-    P_VEC: tl.constexpr = Y_VEC if FLIP else 1
+    P_VEC: tl.constexpr = 1 if Y_UNIT else Y_VEC
+    FLIP: tl.constexpr = False if Y_UNIT else P_VEC > 1 or APART
     Y = (Y0, Y1, multiple(Y2, P_VEC))
     sy = (multiple(sy0, Y_VEC), multiple(sy1, Y_VEC), 1 if P_VEC > 1 else multiple(sy2, Y_VEC // P_VEC))
     tiles_c = tl.cdiv(C, BLOCK_C)
@@ -51,7 +51,6 @@ def sum_pixels(
         for d in tl.static_range(3 - RANK, 3):
             offset += j[d].to(OFFSET) * sy[d]
         mask = lead(live, FLIP) & trail(mask_c, FLIP)
-        yp = beside(dy_ptr, lead(offset, FLIP) + trail(channel, FLIP), Y_UNIT or P_VEC > 1, FLIP)
-        acc += tl.load(yp, mask=mask, other=0.0).to(ACC)
+        acc += tl.load(dy_ptr + (lead(offset, FLIP) + trail(channel, FLIP)), mask=mask, other=0.0).to(ACC)
     total = tl.sum(acc, axis=1 if FLIP else 0)
     tl.store(out_ptr + split * C + c, rounded(total, out_ptr.dtype.element_ty, INTERPRET), mask=mask_c)

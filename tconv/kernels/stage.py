@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from tconv.kernels.common import beside, decode, kernel, lead, multiple, trail
+from tconv.kernels.common import APART, decode, kernel, lead, multiple, trail, turned
 
 
 @kernel
@@ -16,6 +16,7 @@ def stage(
     X_VEC pixels lie side by side, Y_VEC divides C.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    X_FLIP: tl.constexpr = X_VEC > 1 or APART
     X = (X0, X1, multiple(X2, X_VEC))
     sx = (multiple(sx0, X_VEC), multiple(sx1, X_VEC), 1 if X_VEC > 1 else sx2)
     pixels = N.to(OFFSET)
@@ -30,7 +31,7 @@ def stage(
     for d in tl.static_range(3 - RANK, 3):
         offset += j[d].to(OFFSET) * sx[d]
     channel = c.to(OFFSET) * multiple(sxc, X_VEC)
-    mask = lead(p < pixels, True) & trail(c < C, True)
-    read = tl.load(beside(x_ptr, lead(offset, True) + trail(channel, True), X_VEC > 1, True), mask=mask)
+    mask = lead(p < pixels, X_FLIP) & trail(c < C, X_FLIP)
+    read = tl.load(x_ptr + (lead(offset, X_FLIP) + trail(channel, X_FLIP)), mask=mask)
     mask = lead(p < pixels, False) & trail(c < C, False)
-    tl.store(y_ptr + lead(p * C, False) + trail(c, False), tl.trans(read), mask=mask)
+    tl.store(y_ptr + lead(p * C, False) + trail(c, False), turned(read, X_FLIP, False), mask=mask)

@@ -21,7 +21,7 @@ times zero is not zero. So its length divides the output's extent; past the last
 import triton
 import triton.language as tl
 
-from tconv.kernels.common import beside, decode, kernel, lead, multiple, phase, product, rounded, trail
+from tconv.kernels.common import APART, decode, kernel, lead, multiple, phase, product, rounded, trail, turned
 
 
 @kernel
@@ -143,10 +143,10 @@ def tma(
         y_ptr.store([image, origin[0], origin[1], origin[2], group * CO + o_first], box)
     else:
         y_step = 1 if Y_UNIT else syc.to(OFFSET)
-        yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET)
-        yp = beside(yp, lead(y_offset, True) + trail(o * y_step, True), Y_UNIT, True)
-        mask = lead(live, True) & trail(o < multiple(CO, Y_VEC), True)
-        tl.store(yp, rounded(acc, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        Y_FLIP: tl.constexpr = True if Y_UNIT else APART
+        yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
+        mask = lead(live, Y_FLIP) & trail(o < multiple(CO, Y_VEC), Y_FLIP)
+        tl.store(yp, turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), True, Y_FLIP), mask=mask)
 
 
 @triton.jit
@@ -238,5 +238,7 @@ def tma_wgrad(
 
     k = k_first + tl.arange(0, BLOCK_K)
     c = c_first + tl.arange(0, BLOCK_C)
-    out = beside(dw_ptr + dw_offset, k[:, None] * swk.to(tl.int64) + c[None, :] * swc.to(tl.int64), False, True)
-    tl.store(out, rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), mask=(k < K)[:, None] & (c < C)[None, :])
+    # As in wgrad.py.
+    out = dw_ptr + dw_offset + (lead(c * swc.to(tl.int64), APART) + trail(k * swk.to(tl.int64), APART))
+    dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
+    tl.store(out, dw, mask=lead(c < C, APART) & trail(k < K, APART))

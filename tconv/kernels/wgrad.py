@@ -11,7 +11,20 @@ added with carries, so the loop has no division.
 
 import triton.language as tl
 
-from tconv.kernels.common import advance, beside, decode, inside, kernel, lead, multiple, product, rounded, split_pixels, trail
+from tconv.kernels.common import (
+    APART,
+    advance,
+    decode,
+    inside,
+    kernel,
+    lead,
+    multiple,
+    product,
+    rounded,
+    split_pixels,
+    trail,
+    turned,
+)
 
 
 @kernel
@@ -38,6 +51,8 @@ def wgrad(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     B = (B0, B1, B2, Bn)
+    X_FLIP: tl.constexpr = False if X_UNIT else APART
+    Y_FLIP: tl.constexpr = False if Y_UNIT else APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
     sw = (sw0, sw1, sw2)
@@ -71,11 +86,10 @@ def wgrad(
     c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_k = k < multiple(K, Y_VEC)
     mask_c = c < multiple(C, X_VEC)
-    # Tiles are [pixels, channels] where channels are contiguous, else [channels, pixels].
     y_c = k if Y_UNIT else k * syc.to(OFFSET)
     x_c = c if X_UNIT else c * sxc.to(OFFSET)
-    yp = dy_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + trail(y_c, not Y_UNIT)
-    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + trail(x_c, not X_UNIT)
+    yp = dy_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + trail(y_c, Y_FLIP)
+    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + trail(x_c, X_FLIP)
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
     for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
         live = p < left
@@ -83,14 +97,15 @@ def wgrad(
         for d in tl.static_range(FIRST, 3):
             ok &= inside(h[d], X[d])
         # Triton 3.9 does not see by itself what carried offsets are multiples of, and would load 2 bytes at a time.
-        yq = beside(yp, tl.multiple_of(lead(yo, not Y_UNIT), [Y_VEC, Y_VEC]), Y_UNIT, not Y_UNIT)
-        xq = beside(xp, tl.multiple_of(lead(xo, not X_UNIT), [X_VEC, X_VEC]), X_UNIT, not X_UNIT)
-        gv = tl.load(yq, mask=lead(live, not Y_UNIT) & trail(mask_k, not Y_UNIT), other=0.0)
-        xv = tl.load(xq, mask=lead(ok, not X_UNIT) & trail(mask_c, not X_UNIT), other=0.0)
-        acc = product(gv.T if Y_UNIT else gv, xv if X_UNIT else xv.T, acc, PRECISION, INTERPRET)
+        yq = yp + tl.multiple_of(lead(yo, Y_FLIP), [Y_VEC, Y_VEC])
+        xq = xp + tl.multiple_of(lead(xo, X_FLIP), [X_VEC, X_VEC])
+        gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)
+        xv = tl.load(xq, mask=lead(ok, X_FLIP) & trail(mask_c, X_FLIP), other=0.0)
+        acc = product(turned(gv, Y_FLIP, True), turned(xv, X_FLIP, False), acc, PRECISION, INTERPRET)
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
     # Input channels lie nearer to each other than output channels, or side by side.
-    out = beside(dw_ptr + dw_offset, k[:, None] * swk.to(tl.int64) + c[None, :] * swc.to(tl.int64), False, True)
-    tl.store(out, rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), mask=mask_k[:, None] & mask_c[None, :])
+    out = dw_ptr + dw_offset + (lead(c * swc.to(tl.int64), APART) + trail(k * swk.to(tl.int64), APART))
+    dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
+    tl.store(out, dw, mask=lead(mask_c, APART) & trail(mask_k, APART))

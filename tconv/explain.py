@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.nn.parameter import is_lazy
-
-from tconv.dry import dry_run
-from tconv.record import Call, last_calls, recording
+from tconv.record import Call, last_calls
+from tconv.rehearsal import check_callable, rehearse
 
 NONE = "no call of tconv: make the layers tconv's by replace_, or all convolutions on a GPU by enable()"
 
@@ -58,30 +55,7 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
         >>> print(tconv.explain(tconv.Conv2d(3, 8, 3, device="meta"), torch.empty(1, 3, 8, 8, device="meta")))
         conv2d: torch (device meta)
     """
-    if layer is None:
+    if layer is None and not args and not kwargs:
         return Explanation(last_calls())
-    with recording() as calls, torch.inference_mode(False), torch.enable_grad(), dry_run():
-        leaves = [_leaf(a) for a in args]
-        named = {k: _leaf(v) for k, v in kwargs.items()}
-        parameters: dict[str, torch.Tensor] = dict(layer.named_parameters()) if isinstance(layer, torch.nn.Module) else {}
-        if any(map(is_lazy, parameters.values())) or not isinstance(layer, torch.nn.Module):
-            y = layer(*leaves, **named)
-        else:  # with stand-ins for its parameters: nobody's hooks run
-            parameters = {k: _leaf(p) if p.requires_grad else p.detach() for k, p in parameters.items()}
-            buffers = {k: b.detach().clone() for k, b in layer.named_buffers()}
-            y = torch.func.functional_call(layer, {**parameters, **buffers}, tuple(leaves), named)
-        wanted = [t for t in (*leaves, *named.values(), *parameters.values()) if _real(t) and t.requires_grad]
-        if _real(y) and y.requires_grad and any(call.ours for call in calls):
-            torch.autograd.grad(y, wanted, torch.empty_like(y), allow_unused=True)
-    return Explanation(tuple(calls))
-
-
-def _leaf(value: Any) -> Any:
-    """A stand-in for a floating tensor that asks for a gradient; other values as they are."""
-    if not _real(value):
-        return value
-    return (value.clone() if value.is_inference() else value).detach().requires_grad_()
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    check_callable("explain", "layer", layer)
+    return Explanation(tuple(rehearse(layer, args, kwargs)))  # type: ignore[arg-type]

@@ -1,0 +1,207 @@
+"""Calls a model, and the backward pass of what it returns, without computing a convolution and without leaving a trace.
+
+`explain` and `precompile` do this. The model's own Python code runs, with stand-ins for every tensor that can be found in
+it and in its inputs; state.py finds them, and sets back whatever the code changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from tconv.device import Device
+from tconv.dry import dry_run
+from tconv.guard import PLAIN
+from tconv.record import Call, recording_apart
+from tconv.state import Place, Reached, exchanged, reach, tensors, thread_kept
+
+COPIED = 1 << 30  # bytes of parameters up to which they are copied; a model of more would need its memory twice
+
+
+def check_callable(function: str, name: str, model: Any) -> None:
+    """TypeError unless a model can be called with inputs."""
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        raise TypeError(
+            f"{function}: {name} must be a module or a function, got the class {model.__name__}: make a module of it"
+        )
+    if not callable(model):
+        raise TypeError(f"{function}: {name} must be a module or a function, got {type(model).__name__}")
+
+
+def rehearse(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: Device | None = None,
+    backward: bool = True,
+) -> list[Call]:
+    """The calls that a model's call and its backward pass would make.
+
+    Args:
+        model: a module or a function.
+        args, kwargs: its inputs, in any containers and objects. Every floating tensor among them asks for its gradient, a
+            Parameter only if it does so itself.
+        device: plan for this one; tensors that are not all on a GPU are replaced by meta tensors then. None for the
+            tensors' own.
+        backward: whether to go backward too, from every tensor of the result that has a gradient, by inputs and parameters.
+    Raises:
+        RuntimeError: the model does not run on meta tensors. What else it raises comes as it is.
+    """
+    while isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        model = model.module  # whose gradients would be exchanged with other processes, or whose replicas are other modules
+    args_, kwargs_ = list(args), dict(kwargs)
+    found = reach(([args_, kwargs_], Place.INPUT), (model, Place.MODEL))
+    meta = device is not None and not _on_gpu(found)
+    stand_ins = StandIns(meta, found)
+    with contextlib.ExitStack() as during:
+        calls = during.enter_context(recording_apart())
+        during.enter_context(thread_kept())
+        during.enter_context(dry_run(device))
+        if "torch._dynamo" in sys.modules:  # a compiled model: nothing is compiled for this, and no recorded graph replayed
+            during.enter_context(torch.compiler.set_stance("force_eager"))
+        during.enter_context(exchanged(found, stand_ins))
+        try:
+            result = model(*args_, **kwargs_)
+        except Exception as e:
+            if not meta:
+                raise
+            raise RuntimeError(f"precompile: the model does not run on meta tensors: {type(e).__name__}: {e}") from e
+        if backward and any(call.ours for call in calls):
+            leaves = stand_ins.leaves + [p for module in (*found.modules, *found.scripted) for p in module.parameters()]
+            _backward(tensors([result]), leaves)
+    return calls
+
+
+def _on_gpu(found: Reached) -> bool:
+    """Whether inputs, parameters and buffers are all on a GPU."""
+    held = {id(t) for module in found.modules for t in (*module.parameters(), *module.buffers())}
+    counted = [t for t, place in found.tensors if place is Place.INPUT or id(t) in held]
+    return bool(counted) and all(t.is_cuda for t in counted)
+
+
+class StandIns:
+    """Makes the tensors that a model sees in place of its own and its inputs'.
+
+    None shares memory with what it stands for, so that the model may write to it. Exceptions are the parameters of a large
+    model, tensors that only objects of other classes hold, and tensor subclasses that cannot be cloned.
+
+    Args:
+        meta: whether to make meta tensors.
+        found: all tensors that are to be replaced.
+    """
+
+    def __init__(self, meta: bool, found: Reached) -> None:
+        self.meta = meta
+        parameters = [t for t, _ in found.tensors if isinstance(t, torch.nn.Parameter) and not is_lazy(t)]
+        self.shared = sum(p.nbytes for p in parameters) > COPIED
+        self.leaves: list[torch.Tensor] = []
+
+    def __call__(self, t: torch.Tensor, place: Place) -> torch.Tensor:
+        if is_lazy(t):
+            return _lazy(t, "meta" if self.meta else t.data.device)
+        parameter = isinstance(t, torch.nn.Parameter)
+        if place is Place.ELSEWHERE and not parameter and not self.meta:
+            return t
+        differentiable = t.is_floating_point() or t.is_complex()
+        asks = t.requires_grad if parameter or place is not Place.INPUT else differentiable
+        if self.meta and (t.dim() or asks):  # a scalar's value is asked for: BatchNorm's number of batches, say
+            new = _meta(t)
+        elif parameter and self.shared and not t.is_inference():
+            new = t.detach()
+        else:
+            new = _copy(t)
+        if parameter:
+            new = torch.nn.Parameter(new, requires_grad=asks)
+            new.__dict__.update(vars(t))
+            if asks:
+                self.leaves.append(new)
+        elif asks:
+            new = self._asking(new, place)
+        return new
+
+    def _asking(self, t: torch.Tensor, place: Place) -> torch.Tensor:
+        """A tensor made to ask for its gradient. An input may be written to, which a leaf of autograd's graph may not."""
+        if place is not Place.INPUT or type(t) is not torch.Tensor:
+            self.leaves.append(t.requires_grad_())
+            return t
+        leaf = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape).requires_grad_()
+        self.leaves.append(leaf)
+        followed: torch.Tensor = _Follows.apply(leaf, t)  # type: ignore[no-untyped-call]
+        return followed
+
+
+class _Follows(torch.autograd.Function):
+    """A tensor as it is, as if it had been computed from a leaf of its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(t)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+def _lazy(t: Any, device: Any) -> torch.Tensor:
+    """Another uninitialized parameter or buffer, for the model to initialize."""
+    more = {"persistent": t.persistent} if isinstance(t, torch.nn.parameter.UninitializedBuffer) else {}
+    new: torch.Tensor = type(t)(requires_grad=t.requires_grad, device=device, dtype=t.data.dtype, **more)
+    return new
+
+
+def _meta(t: torch.Tensor) -> torch.Tensor:
+    if type(t) in PLAIN and t.layout is torch.strided:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return t.detach().to("meta")
+
+
+def _copy(t: torch.Tensor) -> torch.Tensor:
+    """The same elements elsewhere: with the same strides, and at an address that the same powers of two divide, up to 16."""
+    t = t.detach()
+    if type(t) not in PLAIN or t.layout is not torch.strided or t.is_quantized:
+        return t.clone()
+    if t.is_neg() or t.is_conj():  # whose elements are not what memory holds
+        return t
+    if t.is_meta or not t.numel():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    offset = t.data_ptr() % 16 // t.itemsize
+    memory = torch.empty(offset + reach, dtype=t.dtype, device=t.device)
+    memory[offset:].copy_(t.as_strided((reach,), (1,)))
+    return memory.as_strided(t.shape, t.stride(), offset).detach()  # a view would have its history from `memory`
+
+
+# --- backward ---
+
+
+def _backward(results: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
+    """Goes backward from all results that a graph leads to. Nobody's `grad` changes but the stand-ins'."""
+    results = [t for t in results if t.grad_fn is not None]
+    leaves = list({id(t): t for t in leaves if not is_lazy(t) and t.requires_grad}.values())
+    if not results or not leaves:
+        return
+    upstream = [torch.empty_like(t) for t in results]
+    if not _has_reentrant_checkpoint(results):
+        torch.autograd.grad(results, leaves, upstream, allow_unused=True)
+        return
+    torch.autograd.backward(results, upstream)  # a reentrant checkpoint refuses to be told of leaves
+
+
+def _has_reentrant_checkpoint(results: list[torch.Tensor]) -> bool:
+    """By the name that torch's and others' autograd function has."""
+    stack: list[Any] = [t.grad_fn for t in results]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        stack += new
+    return False

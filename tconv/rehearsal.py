@@ -80,8 +80,8 @@ def rehearse(
 def _on_gpu(found: Reached) -> bool:
     """Whether inputs, parameters and buffers are all on a GPU."""
     held = {id(t) for module in found.modules for t in (*module.parameters(), *module.buffers())}
-    counted = [t for t, place in found.tensors if place is Place.INPUT or id(t) in held]
-    return bool(counted) and all(t.is_cuda for t in counted)
+    counted = [t for t, place in found.tensors if (place is Place.INPUT or id(t) in held) and (is_lazy(t) or t.dim())]
+    return bool(counted) and all(t.is_cuda for t in counted)  # scalars on the CPU may take part in what a GPU computes
 
 
 class StandIns:
@@ -109,8 +109,9 @@ class StandIns:
             return t
         differentiable = t.is_floating_point() or t.is_complex()
         asks = t.requires_grad if parameter or place is not Place.INPUT else differentiable
-        if self.meta and (t.dim() or asks):  # a scalar's value is asked for: BatchNorm's number of batches, say
-            new = _meta(t)
+        if self.meta:
+            # The values of scalars are asked for: of BatchNorm's number of batches, say.
+            new = _meta(t) if t.dim() or asks or t.is_meta else t.detach().to("cpu", copy=True)
         elif parameter and self.shared and not t.is_inference():
             new = t.detach()
         else:
@@ -187,10 +188,14 @@ def _backward(results: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
     if not results or not leaves:
         return
     upstream = [torch.empty_like(t) for t in results]
-    if not _has_reentrant_checkpoint(results):
-        torch.autograd.grad(results, leaves, upstream, allow_unused=True)
-        return
-    torch.autograd.backward(results, upstream)  # a reentrant checkpoint refuses to be told of leaves
+    try:
+        if _has_reentrant_checkpoint(results):
+            torch.autograd.backward(results, upstream)  # such a checkpoint refuses to be told of leaves
+        else:
+            torch.autograd.grad(results, leaves, upstream, allow_unused=True)
+    except RuntimeError as e:
+        if "backward through the graph a second time" not in str(e):
+            raise  # else the model has gone backward itself, as a training step does
 
 
 def _has_reentrant_checkpoint(results: list[torch.Tensor]) -> bool:

@@ -120,27 +120,30 @@ def _holders(value: Any, place: Place, root: bool) -> tuple[Place, list[Holder]]
         return place, [Holder(lambda: [(0, value.__self__), (1, getattr(value, "__func__", None))], lambda items: None)]
     if isinstance(value, functools.partial):
         return place, [_partial(value)]
-    attributes = _attributes(value)
     if isinstance(value, dict):
-        return place, [_dictionary(value), *([_dictionary(attributes)] if attributes else [])]
+        return place, [_dictionary(value), *_attributes(value)]
     if isinstance(value, (list, deque)):
-        return place, [_sequence(value)]
+        return place, [_sequence(value), *_attributes(value)]
     if isinstance(value, set):
         return place, [_set(value)]
-    if attributes is None or any(isinstance(v, LIVE) for v in attributes.values()):
-        return place, []
-    return Place.ELSEWHERE if place is Place.MODEL and not root else place, [_dictionary(attributes)]
+    return Place.ELSEWHERE if place is Place.MODEL and not root else place, _attributes(value)
 
 
-def _attributes(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object of a class that is nobody's library's, or None."""
+def _attributes(value: Any) -> list[Holder]:
+    """The attributes and slots of an object of a class that is no library's, unless other threads may be using it."""
     if isinstance(value, (type, types.ModuleType)):
-        return None
+        return []
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     if name.partition(".")[0] in LIBRARIES and not name.startswith(ENTERED):
-        return None
-    found = getattr(value, "__dict__", None)
-    return found if type(found) is dict else None
+        return []
+    holders, members = [], [m for c in type(value).__mro__ for m in vars(c).values() if type(m) is types.MemberDescriptorType]
+    with contextlib.suppress(AttributeError):
+        attributes = object.__getattribute__(value, "__dict__")
+        if type(attributes) is dict:
+            holders.append(_dictionary(attributes))
+    if members:
+        holders.append(_slots(value, members))
+    return [] if any(isinstance(v, LIVE) for holder in holders for _, v in holder.read()) else holders
 
 
 # --- holders ---
@@ -181,6 +184,23 @@ def _set(values: set[Any]) -> Holder:
         set.update(values, [k for k, _ in items])
 
     return Holder(lambda: [(v, v) for v in set.__iter__(values)], write)
+
+
+def _slots(value: Any, members: list[Any]) -> Holder:
+    def read() -> Items:
+        items = []
+        for member in members:
+            with contextlib.suppress(AttributeError):  # not set
+                items.append((member, member.__get__(value)))
+        return items
+
+    def write(items: Items) -> None:
+        for member, _ in read():
+            member.__delete__(value)
+        for member, v in items:
+            member.__set__(value, v)
+
+    return Holder(read, write)
 
 
 def _partial(p: functools.partial[Any]) -> Holder:
@@ -244,14 +264,19 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def exchanged(found: Reached, of: Callable[[torch.Tensor, Place], torch.Tensor]) -> Iterator[None]:
     """While the block runs, all holders have stand-ins for their tensors; after it they hold what they did before.
 
+    The tensors themselves keep their `grad`, which is put aside meanwhile.
+
     Args:
         of: the stand-in for a tensor, which may be the tensor itself. Asked once per tensor.
     """
-    gradients = [(t, t.grad) for t, _ in found.tensors if _is_leaf(t)]
+    own = [t for t, _ in found.tensors] + [p for module in found.scripted for p in module.parameters()]
+    gradients = [(t, t.grad) for t in own if _collects(t)]
     scripted = [(b, b.detach().clone()) for module in found.scripted for b in module.buffers()]
     states = [(g, g.get_state()) for g in found.generators]
     stand_ins = {id(t): of(t, place) for t, place in found.tensors}
     try:
+        for t, _ in gradients:  # so that an optimizer's step in the block does nothing
+            t.grad = None
         for holder, items, _ in found.holders:
             new = [(k, _with(v, stand_ins)) for k, v in items]
             if not _same(new, items):
@@ -271,7 +296,8 @@ def exchanged(found: Reached, of: Callable[[torch.Tensor, Place], torch.Tensor])
                 buffer.copy_(value)
 
 
-def _is_leaf(t: torch.Tensor) -> bool:
+def _collects(t: torch.Tensor) -> bool:
+    """Whether gradients are accumulated in a tensor's `grad`."""
     return not torch.nn.parameter.is_lazy(t) and t.is_leaf and t.requires_grad
 
 

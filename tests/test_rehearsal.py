@@ -5,8 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import gc
 import random
+import threading
 import types
+import weakref
 from typing import Any, NamedTuple
 
 import numpy
@@ -17,6 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import tconv
+from tconv import rehearsal
 from tconv.device import DEVICES
 from tconv.precompile import rehearse
 from tests import parity
@@ -465,6 +469,12 @@ class Frozen:
     x: Any
 
 
+@dataclasses.dataclass(slots=True)
+class Slots:
+    x: Any
+    more: Any = dataclasses.field(init=False)
+
+
 class Output(collections.OrderedDict):
     """As transformers' ModelOutput, which lets nobody add or take away."""
 
@@ -493,6 +503,7 @@ CONTAINERS = {
     "dict": lambda x: {"a": [{"b": x}], "c": "d"},
     "named tuple": lambda x: Pair(x),
     "dataclass": lambda x: Batch([x]),
+    "slots": Slots,
     "frozen dataclass": lambda x: Frozen({"x": x}),
     "ordered dict": lambda x: collections.OrderedDict(a=1, x=x),
     "model output": lambda x: Output.of(x=x),
@@ -509,6 +520,8 @@ def find(value):
         return value
     if isinstance(value, (str, int, type(None))):
         return None
+    if isinstance(value, Slots):
+        return value.x
     inside = value.values() if isinstance(value, (dict, User)) else value
     inside = inside if isinstance(value, (dict, User, list, tuple, collections.deque)) else vars(value).values()
     return next((t for v in inside if (t := find(v)) is not None), None)
@@ -556,6 +569,82 @@ def test_a_model_may_take_its_inputs_apart(how, device):
 
     batch = {"x": x, "y": [1]}
     assert sorted(unchanged(lambda: how(model, batch), layer, batch)) == PASSES
+
+
+class Tracked:
+    """In use by other threads, by the look of it."""
+
+    def __init__(self):
+        self.lock, self.count = threading.Lock(), 0
+
+
+@both
+def test_what_belongs_to_others_is_not_touched(how, device):
+    """An object with a lock is left alone; of one of another class the tensors are shared, not copied, where they are real."""
+    layer, x, tracked = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 6, 7, device=device), Tracked()
+    layer.tracker, layer.trainer = tracked, types.SimpleNamespace(data=torch.ones(3, device=device), steps=0)
+    data = layer.trainer.data
+
+    def model(x):
+        layer.tracker.count += 1
+        layer.trainer.steps += 1
+        assert how is rehearsed or layer.trainer.data is data
+        return layer(x) + layer.trainer.data[0]
+
+    assert sorted(how(model, x)) == PASSES
+    assert (tracked.count, layer.trainer.steps) == (1, 0)
+    assert layer.trainer.data is data
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_parameters_of_a_large_model_are_shared(copied, device, monkeypatch):
+    layer, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 6, 7, device=device)
+    monkeypatch.setattr(rehearsal, "COPIED", layer.weight.nbytes + layer.bias.nbytes - (not copied))
+    own = layer.weight.data_ptr(), layer.bias.data_ptr()
+
+    def model(x):
+        raise Seen(
+            layer.weight.data_ptr() == own[0], layer.bias.data_ptr() == own[1], type(layer.weight), layer.weight is weight()
+        )
+
+    weight = weakref.ref(layer.weight)
+    with pytest.raises(Seen) as seen:
+        tconv.explain(model, x)
+    assert seen.value.args == (not copied, not copied, nn.Parameter, False)
+    assert layer.weight is weight()
+    assert sorted(unchanged(lambda: explained(layer, x), layer, x)) == PASSES
+
+
+def test_a_training_step_trains_nothing(device):
+    layer, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 6, 7, device=device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    layer.weight.grad = torch.ones_like(layer.weight)
+
+    def step(x):
+        loss = layer(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    expected = ["bias", "fprop", "wgrad", "dgrad"]
+    assert sorted(unchanged(lambda: explained(step, x), layer, x)) == sorted(expected)
+    assert sorted(unchanged(lambda: rehearsed(step, x), layer, x)) == sorted(expected)
+
+
+@both
+def test_autocast_keeps_no_casts_of_stand_ins(how, device):
+    """Nor by them the stand-ins, for as long as the user's block lasts."""
+
+    def alive():
+        gc.collect()
+        return sum(type(o) is nn.Parameter for o in gc.get_objects())
+
+    model = nn.Sequential(tconv.Conv2d(4, 6, 3), nn.Linear(5, 5)).to(device)
+    x, before = torch.randn(2, 4, 6, 7, device=device), alive()
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16):
+        assert sorted(unchanged(lambda: how(model, x), model, x)) == PASSES
+        assert alive() == before
 
 
 @both

@@ -54,10 +54,23 @@ def rehearse(
     """
     while isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         model = model.module  # whose gradients would be exchanged with other processes, or whose replicas are other modules
-    args_, kwargs_ = list(args), dict(kwargs)
-    found = reach(([args_, kwargs_], Place.INPUT), (model, Place.MODEL))
+    inputs = [list(args), dict(kwargs)]
+    found = reach((inputs, Place.INPUT), (model, Place.MODEL))
     meta = device is not None and not _on_gpu(found)
-    stand_ins = StandIns(meta, found)
+    asking = StandIns(meta, found, ask=True)
+    try:
+        return _attempt(model, inputs, found, asking, device, backward)
+    except Exception:
+        if not asking.asked:
+            raise
+    # The model may refuse inputs that ask for gradients, which the caller's do not: it may hand them to NumPy, say.
+    return _attempt(model, inputs, found, StandIns(meta, found, ask=False), device, backward)
+
+
+def _attempt(
+    model: Callable[..., Any], inputs: list[Any], found: Reached, stand_ins: StandIns, device: Device | None, backward: bool
+) -> list[Call]:
+    """`rehearse` with such stand-ins for what was found in a model and in its inputs, [args, kwargs]."""
     with contextlib.ExitStack() as during:
         calls = during.enter_context(recording_apart())
         during.enter_context(thread_kept())
@@ -66,9 +79,9 @@ def rehearse(
             during.enter_context(torch.compiler.set_stance("force_eager"))
         during.enter_context(exchanged(found, stand_ins))
         try:
-            result = model(*args_, **kwargs_)
+            result = model(*inputs[0], **inputs[1])
         except Exception as e:
-            if not meta:
+            if not stand_ins.meta:
                 raise
             raise RuntimeError(f"precompile: the model does not run on meta tensors: {type(e).__name__}: {e}") from e
         if backward and any(call.ours for call in calls):
@@ -93,10 +106,15 @@ class StandIns:
     Args:
         meta: whether to make meta tensors.
         found: all tensors that are to be replaced.
+        ask: whether floating tensors among the inputs ask for their gradients even if the caller's own do not.
+
+    Attributes:
+        leaves: of the graph, but for parameters of modules that have not been there yet.
+        asked: whether an input asks for its gradient whose own does not.
     """
 
-    def __init__(self, meta: bool, found: Reached) -> None:
-        self.meta = meta
+    def __init__(self, meta: bool, found: Reached, ask: bool) -> None:
+        self.meta, self.ask, self.asked = meta, ask, False
         parameters = [t for t, _ in found.tensors if isinstance(t, torch.nn.Parameter) and not is_lazy(t)]
         self.shared = sum(p.nbytes for p in parameters) > COPIED
         self.leaves: list[torch.Tensor] = []
@@ -107,8 +125,9 @@ class StandIns:
         parameter = isinstance(t, torch.nn.Parameter)
         if place is Place.ELSEWHERE and not parameter and not self.meta:
             return t
-        differentiable = t.is_floating_point() or t.is_complex()
-        asks = t.requires_grad if parameter or place is not Place.INPUT else differentiable
+        asks = t.requires_grad
+        if self.ask and place is Place.INPUT and not parameter and not asks:
+            self.asked |= (asks := t.is_floating_point() or t.is_complex())
         if self.meta:
             # The values of scalars are asked for: of BatchNorm's number of batches, say.
             new = _meta(t) if t.dim() or asks or t.is_meta else t.detach().to("cpu", copy=True)
@@ -127,7 +146,7 @@ class StandIns:
 
     def _asking(self, t: torch.Tensor, place: Place) -> torch.Tensor:
         """A tensor made to ask for its gradient. An input may be written to, which a leaf of autograd's graph may not."""
-        if place is not Place.INPUT or type(t) is not torch.Tensor:
+        if place is not Place.INPUT or type(t) is not torch.Tensor or not self.ask:
             self.leaves.append(t.requires_grad_())
             return t
         leaf = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape).requires_grad_()

@@ -660,6 +660,22 @@ def test_which_inputs_ask_for_gradients(how, device):
     assert sorted(how(lambda i, x: layer(x)[i], torch.tensor([1], device=device), x)) == ["dgrad", "fprop"]
 
 
+REFUSED = {
+    "NumPy": lambda x: torch.from_numpy(x.numpy()),
+    "requires_grad": lambda x: x[:, :].requires_grad_(False),
+    "a setter": lambda x: setattr(y := x[:, None], "requires_grad", True) or y[:, 0],  # as wav2vec 2.0 does
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_model_that_takes_no_inputs_that_ask_for_gradients(why, device):
+    if device != "cpu":
+        pytest.skip("of a tensor on the CPU")
+    layer, x = nn.Sequential(tconv.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), torch.randn(2, 4, 6, 7)
+    operations = unchanged(lambda: explained(lambda x: layer(REFUSED[why](x)), x), layer, x)
+    assert sorted(operations) == (PASSES if why == "a setter" else ["bias", "fprop", "wgrad"])
+
+
 STRIDED = {
     "expanded": lambda: torch.randn(1, 4, 1, 7).expand(2, 4, 6, 7),
     "channels last": lambda: torch.randn(2, 4, 6, 7).to(memory_format=torch.channels_last),

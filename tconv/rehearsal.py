@@ -80,13 +80,12 @@ def _attempt(
         during.enter_context(exchanged(found, stand_ins))
         try:
             result = model(*inputs[0], **inputs[1])
+            if backward and any(call.ours for call in calls):
+                _backward(tensors([result]))
         except Exception as e:
             if not stand_ins.meta:
                 raise
             raise RuntimeError(f"precompile: the model does not run on meta tensors: {type(e).__name__}: {e}") from e
-        if backward and any(call.ours for call in calls):
-            leaves = stand_ins.leaves + [p for module in (*found.modules, *found.scripted) for p in module.parameters()]
-            _backward(tensors([result]), leaves)
     return calls
 
 
@@ -109,7 +108,6 @@ class StandIns:
         ask: whether floating tensors among the inputs ask for their gradients even if the caller's own do not.
 
     Attributes:
-        leaves: of the graph, but for parameters of modules that have not been there yet.
         asked: whether an input asks for its gradient whose own does not.
     """
 
@@ -117,7 +115,6 @@ class StandIns:
         self.meta, self.ask, self.asked = meta, ask, False
         parameters = [t for t, _ in found.tensors if isinstance(t, torch.nn.Parameter) and not is_lazy(t)]
         self.shared = sum(p.nbytes for p in parameters) > COPIED
-        self.leaves: list[torch.Tensor] = []
 
     def __call__(self, t: torch.Tensor, place: Place) -> torch.Tensor:
         if is_lazy(t):
@@ -138,21 +135,18 @@ class StandIns:
         if parameter:
             new = torch.nn.Parameter(new, requires_grad=asks)
             new.__dict__.update(vars(t))
-            if asks:
-                self.leaves.append(new)
+        elif asks and not t.requires_grad and type(new) is torch.Tensor:
+            new = _written(new)
         elif asks:
-            new = self._asking(new, place)
+            new.requires_grad_()
         return new
 
-    def _asking(self, t: torch.Tensor, place: Place) -> torch.Tensor:
-        """A tensor made to ask for its gradient. An input may be written to, which a leaf of autograd's graph may not."""
-        if place is not Place.INPUT or type(t) is not torch.Tensor or not self.ask:
-            self.leaves.append(t.requires_grad_())
-            return t
-        leaf = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape).requires_grad_()
-        self.leaves.append(leaf)
-        followed: torch.Tensor = _Follows.apply(leaf, t)  # type: ignore[no-untyped-call]
-        return followed
+
+def _written(t: torch.Tensor) -> torch.Tensor:
+    """A tensor that has a gradient and can nevertheless be written to, as an input can that asks for none."""
+    leaf = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape).requires_grad_()
+    new: torch.Tensor = _Follows.apply(leaf, t)  # type: ignore[no-untyped-call]
+    return new
 
 
 class _Follows(torch.autograd.Function):
@@ -200,32 +194,32 @@ def _copy(t: torch.Tensor) -> torch.Tensor:
 # --- backward ---
 
 
-def _backward(results: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
-    """Goes backward from all results that a graph leads to. Nobody's `grad` changes but the stand-ins'."""
+def _backward(results: list[torch.Tensor]) -> None:
+    """Goes backward from all results that have a graph, to all of its leaves, whose `grad` stays as it is."""
     results = [t for t in results if t.grad_fn is not None]
-    leaves = list({id(t): t for t in leaves if not is_lazy(t) and t.requires_grad}.values())
-    if not results or not leaves:
+    if not results:
         return
+    nodes = _nodes(results)
     upstream = [torch.empty_like(t) for t in results]
     try:
-        if _has_reentrant_checkpoint(results):
-            torch.autograd.backward(results, upstream)  # such a checkpoint refuses to be told of leaves
+        if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+            # A reentrant checkpoint, torch's or somebody's, refuses to be told of leaves. All those are stand-ins that lie
+            # within it, or else they could not have been found from the model.
+            torch.autograd.backward(results, upstream)
         else:
+            leaves = [node.variable for node in nodes if hasattr(node, "variable")]
             torch.autograd.grad(results, leaves, upstream, allow_unused=True)
     except RuntimeError as e:
         if "backward through the graph a second time" not in str(e):
             raise  # else the model has gone backward itself, as a training step does
 
 
-def _has_reentrant_checkpoint(results: list[torch.Tensor]) -> bool:
-    """By the name that torch's and others' autograd function has."""
-    stack: list[Any] = [t.grad_fn for t in results]
-    seen = set(stack)
+def _nodes(results: list[torch.Tensor]) -> list[Any]:
+    """The nodes of the graph that led to results."""
+    nodes: dict[Any, None] = dict.fromkeys(t.grad_fn for t in results)
+    stack = [*nodes]
     while stack:
-        node = stack.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        new = {n for n, _ in node.next_functions if n is not None} - seen
-        seen |= new
+        new = [n for n, _ in stack.pop().next_functions if n is not None and n not in nodes]
+        nodes |= dict.fromkeys(new)
         stack += new
-    return False
+    return [*nodes]

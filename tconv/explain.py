@@ -40,18 +40,22 @@ def _lines(call: Call) -> list[str]:
 def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Explanation:
     """Which kernel, tiles and reason a layer gets for an input, forward and backward; without arguments, the last calls.
 
-    The layer's Python code runs once, with gradients, but no kernel of tconv's is launched and no gradient accumulated.
-    Results are left unset; buffers that it changes, such as a batch norm's statistics, are copies. Torch's own convolutions
-    are explained too while `enable()` holds.
+    The layer's Python code runs, but no kernel of tconv's is launched: results of convolutions are left unset. The code sees
+    stand-ins for the tensors of the layer and of its inputs, and what it changes is set back: buffers, attributes, random
+    numbers, lazy layers (docs/explain.md). The backward pass starts from every tensor of the result that has a gradient.
+    Torch's own convolutions are explained too while `enable()` holds. `last_calls` and `recording` do not see any of it.
 
     Args:
         layer: a module or a function such as `tconv.functional.conv2d`; None for what the last calls used.
-        args, kwargs: its inputs.
+        args, kwargs: its inputs, in containers and objects of any kind. Floating tensors among them ask for their gradients
+            as if they had `requires_grad`; a Parameter only if it has.
     Returns:
         An `Explanation`; its text has one line per pass.
+    Raises:
+        TypeError: a layer that is neither a module nor a function. What the layer itself raises comes as it is.
 
     Example:
-        >>> import tconv
+        >>> import torch, tconv
         >>> print(tconv.explain(tconv.Conv2d(3, 8, 3, device="meta"), torch.empty(1, 3, 8, 8, device="meta")))
         conv2d: torch (device meta)
     """

@@ -69,24 +69,26 @@ def precompile(
 ) -> Precompiled:
     """Compiles every kernel that a model launches for such inputs, forward and backward, so that no call has to wait.
 
-    The model's Python code runs once, but no kernel of tconv's: on its own tensors if all are on a GPU, else on meta
-    tensors in their place, which know shapes, strides and dtypes only. Tensors are taken to be aligned as torch allocates
-    them, the results' gradients to be laid out as the results, and plans to be those of the moment (`torch.backends`' fp32
-    precision, autocast). Gradients of gradients are left out. Convolutions' results are left unset; buffers that the model
-    changes, such as a batch norm's statistics, are copies.
+    The model's Python code runs, but no kernel of tconv's: on copies of its own tensors if all are on a GPU, else on meta
+    tensors in their place, which know shapes, strides and dtypes only. What the code changes is set back, and lazy layers
+    stay lazy, as with `explain` (docs/explain.md). Tensors are taken to be aligned as torch allocates them, the results'
+    gradients to be laid out as the results, and plans to be those of the moment (`torch.backends`' fp32 precision,
+    autocast). Gradients of gradients are left out.
 
     Args:
         model: a module or a function; its layers tconv's (`replace_`), or torch's own on a GPU while `enable()` holds.
-        args, kwargs: example inputs, real or meta.
+        args, kwargs: example inputs, real or meta, in containers and objects of any kind.
         target: what to compile for, "sm_90" or "H200", say, on a machine that need not have one; None for the current GPU,
             on which the kernels are also loaded, so that a CUDA graph can be captured without a call before.
         backward: whether also for gradients, those of all inputs.
         jobs: worker processes; None for one per core, at most one per kernel.
         progress: whether to show a bar (tqdm); None where there is a terminal.
     Returns:
-        How many were compiled and how many already there. In the interpreter there is nothing to compile.
+        How many were compiled and how many already there. A named target is compiled for in the interpreter, too; without
+        one nothing is compiled there.
     Raises:
-        ValueError: a target that is not known.
+        TypeError: a model that cannot be called, or a target that is no name.
+        ValueError: a target that is not known, or `jobs` below 1.
         RuntimeError: no GPU and no target, no Triton, or a model that does not run on meta tensors.
     """
     rehearsal.check_callable("precompile", "model", model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -99,8 +99,8 @@ def _on_gpu(found: Reached) -> bool:
 class StandIns:
     """Makes the tensors that a model sees in place of its own and its inputs'.
 
-    None shares memory with what it stands for, so that the model may write to it. Exceptions are the parameters of a large
-    model, tensors that only objects of other classes hold, and tensor subclasses that cannot be cloned.
+    None shares memory with what it stands for, so that the model may write to it. There are two exceptions: the parameters of
+    a large model, and tensors that only objects of other classes hold.
 
     Args:
         meta: whether to make meta tensors.
@@ -122,9 +122,14 @@ class StandIns:
         parameter = isinstance(t, torch.nn.Parameter)
         if place is Place.ELSEWHERE and not parameter and not self.meta:
             return t
-        asks = t.requires_grad
-        if self.ask and place is Place.INPUT and not parameter and not asks:
-            self.asked |= (asks := t.is_floating_point() or t.is_complex())
+        made_to_ask = (
+            self.ask
+            and place is Place.INPUT
+            and not (parameter or t.requires_grad)
+            and (t.is_floating_point() or t.is_complex())
+        )
+        self.asked |= made_to_ask
+        asks = made_to_ask or t.requires_grad
         if self.meta:
             # The values of scalars are asked for: of BatchNorm's number of batches, say.
             new = _meta(t) if t.dim() or asks or t.is_meta else t.detach().to("cpu", copy=True)
@@ -134,12 +139,19 @@ class StandIns:
             new = _copy(t)
         if parameter:
             new = torch.nn.Parameter(new, requires_grad=asks)
-            new.__dict__.update(vars(t))
-        elif asks and not t.requires_grad and type(new) is torch.Tensor:
+        elif made_to_ask and _plain(new):
             new = _written(new)
         elif asks:
             new.requires_grad_()
+        for name, value in vars(t).items():
+            new.__dict__.setdefault(name, value)
         return new
+
+
+def _plain(t: torch.Tensor) -> bool:
+    """Whether a tensor is its shape, its strides and the elements that memory holds."""
+    ordinary = type(t) in PLAIN and t.layout is torch.strided
+    return ordinary and not (t.is_quantized or t.is_nested or t.is_neg() or t.is_conj())
 
 
 def _written(t: torch.Tensor) -> torch.Tensor:
@@ -170,7 +182,7 @@ def _lazy(t: Any, device: Any) -> torch.Tensor:
 
 
 def _meta(t: torch.Tensor) -> torch.Tensor:
-    if type(t) in PLAIN and t.layout is torch.strided:
+    if _plain(t):
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
     return t.detach().to("meta")
 
@@ -178,10 +190,8 @@ def _meta(t: torch.Tensor) -> torch.Tensor:
 def _copy(t: torch.Tensor) -> torch.Tensor:
     """The same elements elsewhere: with the same strides, and at an address that the same powers of two divide, up to 16."""
     t = t.detach()
-    if type(t) not in PLAIN or t.layout is not torch.strided or t.is_quantized:
+    if not _plain(t):
         return t.clone()
-    if t.is_neg() or t.is_conj():  # whose elements are not what memory holds
-        return t
     if t.is_meta or not t.numel():
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
     reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
@@ -200,18 +210,31 @@ def _backward(results: list[torch.Tensor]) -> None:
     if not results:
         return
     nodes = _nodes(results)
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
     upstream = [torch.empty_like(t) for t in results]
     try:
         if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-            # A reentrant checkpoint, torch's or somebody's, refuses to be told of leaves. All those are stand-ins that lie
-            # within it, or else they could not have been found from the model.
-            torch.autograd.backward(results, upstream)
+            # A reentrant checkpoint, torch's or another library's, refuses to be told of leaves: gradients are accumulated.
+            with _gradients_aside(leaves):
+                torch.autograd.backward(results, upstream)
         else:
-            leaves = [node.variable for node in nodes if hasattr(node, "variable")]
             torch.autograd.grad(results, leaves, upstream, allow_unused=True)
     except RuntimeError as e:
         if "backward through the graph a second time" not in str(e):
             raise  # else the model has gone backward itself, as a training step does
+
+
+@contextlib.contextmanager
+def _gradients_aside(leaves: list[torch.Tensor]) -> Iterator[None]:
+    """Leaves are without a `grad` in the block, and have theirs back after it: the user's own that could not be found."""
+    kept = [(t, t.grad) for t in leaves]
+    for t in leaves:
+        t.grad = None
+    try:
+        yield
+    finally:
+        for t, gradient in kept:
+            t.grad = gradient
 
 
 def _nodes(results: list[torch.Tensor]) -> list[Any]:

@@ -28,8 +28,6 @@ LIBRARIES = sys.stdlib_module_names | {"torch", "triton", "tconv", "numpy"}
 ENTERED = ("types.SimpleNamespace", "torch.distributions.")  # nevertheless
 # An object that has one of these is in use by other threads or stands for something outside: it is not entered either.
 LIVE = (type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.Condition, threading.Event, io.IOBase)
-
-
 METHODS = (types.MethodType, types.BuiltinMethodType)
 RUNNING = (torch.nn.Module, types.FunctionType, functools.partial, *METHODS)
 

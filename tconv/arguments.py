@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from tconv.configs import Tile
+from tconv.dry import DRY
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.reduce import sum_splits
 from tconv.layout import Addressing, addressing, vector
@@ -71,6 +72,12 @@ class Prepared:
         """Every argument of the kernel that follows its pointers."""
         named = {**dict(zip(integers_of(self.kernel), self.integers, strict=True)), **self.constants}
         return tuple(named[name] for name in self.kernel.arg_names[len(self.pointers) :])
+
+
+def interpreted() -> bool:
+    """Whether a kernel that is prepared now will be interpreted: in the interpreter, unless it is for another device."""
+    dry = DRY.get()
+    return INTERPRET and (dry is None or dry.device is None or dry.device.interpreted)
 
 
 def tensor_cores(dtype: torch.dtype) -> bool:
@@ -172,7 +179,8 @@ def prepared(
         reach = sum((n - 1) * s for n, s in zip(result.shape, result.stride(), strict=True))
         assert reach == result.numel() - 1, "slices are summed as they lie, without gaps"
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-        ends = {"VEC": vector(0, dtype.itemsize, result.numel()), "INTERPRET": INTERPRET, "BLOCK": 1024, "num_warps": 4} | FUSED
+        ends = {"VEC": vector(0, dtype.itemsize, result.numel()), "INTERPRET": interpreted(), "BLOCK": 1024, "num_warps": 4}
+        ends |= FUSED
         pointers = *pointers[:-1], accumulator
         grid, whole = (math.ceil(result.numel() / 1024),), (result.shape, result.stride())
         total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(accumulator, dtype))
@@ -198,14 +206,14 @@ def window(p: ConvProblem) -> dict[str, int]:
 
 def numerics(dtype: torch.dtype) -> dict[str, Any]:
     """The type that sums have, and whether Triton interprets."""
-    return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "INTERPRET": INTERPRET}
+    return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "INTERPRET": interpreted()}
 
 
 def precision(dtype: torch.dtype, plan: Plan) -> str:
     """What a kernel's products of fp32 operands are told."""
     if plan.precision:
         return plan.precision
-    return "tf32" if dtype == torch.float32 and tensor_cores(dtype) and not INTERPRET else "ieee"
+    return "tf32" if dtype == torch.float32 and tensor_cores(dtype) and not interpreted() else "ieee"
 
 
 def options(tile: Tile) -> dict[str, int]:

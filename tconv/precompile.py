@@ -21,12 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
 
+from tconv import rehearsal
 from tconv.device import ARCHITECTURES, DEVICES, Device, cuda_device
-from tconv.dry import dry_run
-from tconv.record import recording
 
 
 @dataclass(frozen=True)
@@ -72,30 +69,32 @@ def precompile(
 ) -> Precompiled:
     """Compiles every kernel that a model launches for such inputs, forward and backward, so that no call has to wait.
 
-    The model's Python code runs once, but no kernel of tconv's: on its own tensors if all are on a GPU, else on meta
-    tensors in their place, which know shapes, strides and dtypes only. Tensors are taken to be aligned as torch allocates
-    them, the results' gradients to be laid out as the results, and plans to be those of the moment (`torch.backends`' fp32
-    precision, autocast). Gradients of gradients are left out. Convolutions' results are left unset; buffers that the model
-    changes, such as a batch norm's statistics, are copies.
+    The model's Python code runs, but no kernel of tconv's: on copies of its own tensors if all are on a GPU, else on meta
+    tensors in their place, which know shapes, strides and dtypes only. What the code changes is set back, and lazy layers
+    stay lazy, as with `explain` (docs/explain.md). Tensors are taken to be aligned as torch allocates them, the results'
+    gradients to be laid out as the results, and plans to be those of the moment (`torch.backends`' fp32 precision,
+    autocast). Gradients of gradients are left out.
 
     Args:
         model: a module or a function; its layers tconv's (`replace_`), or torch's own on a GPU while `enable()` holds.
-        args, kwargs: example inputs, real or meta.
+        args, kwargs: example inputs, real or meta, in containers and objects of any kind.
         target: what to compile for, "sm_90" or "H200", say, on a machine that need not have one; None for the current GPU,
             on which the kernels are also loaded, so that a CUDA graph can be captured without a call before.
         backward: whether also for gradients, those of all inputs.
         jobs: worker processes; None for one per core, at most one per kernel.
         progress: whether to show a bar (tqdm); None where there is a terminal.
     Returns:
-        How many were compiled and how many already there. In the interpreter there is nothing to compile.
+        How many were compiled and how many already there. A named target is compiled for in the interpreter, too; without
+        one nothing is compiled there.
     Raises:
-        ValueError: a target that is not known.
+        TypeError: a model that cannot be called, or a target that is no name.
+        ValueError: a target that is not known, or `jobs` below 1.
         RuntimeError: no GPU and no target, no Triton, or a model that does not run on meta tensors.
     """
-    if not callable(model):
-        raise TypeError(f"precompile: model must be a module or a function, got {type(model).__name__}")
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"precompile: jobs must be positive, got {jobs}")
+    rehearsal.check_callable("precompile", "model", model)
+    if jobs is not None and (type(jobs) is not int or jobs < 1):
+        raise ValueError(f"precompile: jobs must be a positive int or None, got {jobs!r}")
+    named = None if target is None else _target(target)
     try:
         from triton.backends.compiler import GPUTarget
 
@@ -103,16 +102,16 @@ def precompile(
         from tconv.compiled import load
     except ImportError as e:
         raise RuntimeError(f"precompile: Triton cannot be imported ({e})") from e
-    if INTERPRET:
+    if named is not None:
+        gpu, device = GPUTarget(*named[0]), named[1]
+    elif INTERPRET:
         return Precompiled()
-    if target is None and not torch.cuda.is_available():
-        raise RuntimeError("precompile: no GPU here; name what to compile for, such as target='sm_90'")
-    if target is None:
+    elif torch.cuda.is_available():
         from triton.runtime import driver
 
         gpu, device = driver.active.get_current_target(), cuda_device(torch.cuda.current_device())
     else:
-        gpu, device = _target(target, GPUTarget)
+        raise RuntimeError("precompile: no GPU here; name what to compile for, such as target='sm_90'")
     launches, left = rehearse(model, args, kwargs, device, backward)
     tasks = {pickle.dumps((t.kernel, t.arguments, t.constants)): (t, x) for x in launches for t in [_task(x, gpu.backend)]}
     answers = _compile([task for task, _ in tasks.values()], gpu, jobs or os.cpu_count() or 1, progress)
@@ -126,14 +125,17 @@ def precompile(
     return Precompiled(answers.count(COMPILED), answers.count(FOUND), tuple(failed), left)
 
 
-def _target(name: str, make: Any) -> tuple[Any, Device]:
-    """Triton's target and the planner's device of an architecture's or a device's name."""
+def _target(name: Any) -> tuple[tuple[Any, ...], Device]:
+    """What Triton's target is made of, and the planner's device, of an architecture's or a device's name."""
+    if not isinstance(name, str):
+        raise TypeError(f"precompile: target must be a name such as 'sm_90', or None for the GPU here; got {name!r}")
     if name in ARCHITECTURES:
-        backend, architecture, warp, device = ARCHITECTURES[name]
-        return make(backend, architecture, warp), device
+        *made_of, device = ARCHITECTURES[name]
+        return tuple(made_of), device
     if name in DEVICES:
-        backend, architecture, warp, _ = next(a for a in ARCHITECTURES.values() if a[3].generation == DEVICES[name].generation)
-        return make(backend, architecture, warp), DEVICES[name]
+        device = DEVICES[name]
+        *made_of, _ = next(a for a in ARCHITECTURES.values() if a[3].generation == device.generation)
+        return tuple(made_of), device
     raise ValueError(f"precompile: target must be one of {[*ARCHITECTURES, *DEVICES]}, got {name!r}")
 
 
@@ -146,36 +148,8 @@ def rehearse(
     """The launches that a model's call and its backward would make on a device, and the calls left to torch."""
     from tconv.launch import collecting
 
-    module = model if isinstance(model, torch.nn.Module) else None
-    held = {**dict(module.named_parameters()), **dict(module.named_buffers())} if module else {}
-    if any(map(is_lazy, held.values())):
-        raise RuntimeError("precompile: a lazy module has no weights yet: call it once before")
-    tensors = [t for t in tree_leaves((args, kwargs, list(held.values()))) if isinstance(t, torch.Tensor)]
-    real = bool(tensors) and all(t.is_cuda for t in tensors)
-
-    def stand_in(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        if real:
-            t = (value.clone() if value.is_inference() else value).detach()
-        else:
-            t = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        asks = not isinstance(value, torch.nn.Parameter) or value.requires_grad
-        return t.requires_grad_() if t.is_floating_point() and asks else t
-
-    with recording() as calls, collecting() as launches, torch.inference_mode(False), torch.enable_grad(), dry_run(device):
-        args, kwargs = tree_map(stand_in, (args, kwargs))
-        names = {k: stand_in(v) if isinstance(v, torch.nn.Parameter) else stand_in(v).detach().clone() for k, v in held.items()}
-        try:
-            y = torch.func.functional_call(module, names, args, kwargs) if module else model(*args, **kwargs)
-        except Exception as e:
-            if real:
-                raise
-            raise RuntimeError(f"precompile: the model does not run on meta tensors: {type(e).__name__}: {e}") from e
-        results = [t for t in tree_leaves(y) if isinstance(t, torch.Tensor) and t.requires_grad]
-        wanted = [t for t in tree_leaves((args, kwargs, names)) if isinstance(t, torch.Tensor) and t.requires_grad]
-        if backward and results and wanted and launches:
-            torch.autograd.grad(results, wanted, [torch.empty_like(t) for t in results], allow_unused=True)
+    with collecting() as launches:
+        calls = rehearsal.rehearse(model, args, kwargs, device, backward)
     return launches, tuple(str(call) for call in calls if not call.ours)
 
 
@@ -188,7 +162,7 @@ def _task(launch: Any, backend: str) -> Task:
     # What an integer is does not count, but for whether 32 bits hold it.
     integers = tuple(0 if -(2**31) <= i < 2**31 else 2**40 for i in launch.integers)
     constants = {k: v for k, v in launch.constants.items() if k != "maxnreg" or backend == "cuda"}
-    return Task(name, (kernel.module, kernel.__name__), (*stand_ins(launch), *integers), constants)
+    return Task(name, (kernel.fn.__module__, kernel.__name__), (*stand_ins(launch), *integers), constants)
 
 
 # --- worker processes ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,13 +46,17 @@ class Call:
 
 LAST: collections.deque[Call] = collections.deque(maxlen=64)
 _watchers: list[list[Call]] = []
+_apart: contextvars.ContextVar[list[list[Call]] | None] = contextvars.ContextVar("tconv_recording_apart", default=None)
 _lock = threading.Lock()
 
 
 def note(call: Call) -> None:
     """Remember a call."""
-    LAST.append(call)
-    for calls in _watchers:
+    watchers = _apart.get()
+    if watchers is None:
+        watchers = _watchers
+        LAST.append(call)
+    for calls in watchers:
         calls.append(call)
 
 
@@ -66,13 +71,29 @@ def recording() -> Iterator[list[Call]]:
         []
     """
     calls: list[Call] = []
+    apart = _apart.get()
+    watchers = _watchers if apart is None else apart
     with _lock:
-        _watchers.append(calls)
+        watchers.append(calls)
     try:
         yield calls
     finally:
         with _lock:
-            _watchers[:] = [w for w in _watchers if w is not calls]
+            watchers[:] = [w for w in watchers if w is not calls]
+
+
+@contextlib.contextmanager
+def recording_apart() -> Iterator[list[Call]]:
+    """A list that fills with the calls that this thread makes in the block, of which no one else learns.
+
+    `last_calls` does not hold them afterwards, nor does a `recording` that was begun before. For calls that are planned only.
+    """
+    calls: list[Call] = []
+    token = _apart.set([calls])
+    try:
+        yield calls
+    finally:
+        _apart.reset(token)
 
 
 def last_calls() -> tuple[Call, ...]:

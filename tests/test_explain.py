@@ -163,8 +163,42 @@ def test_a_forced_plan_is_explained(device, no_launch):
 def test_a_lazy_layer(device, no_launch):
     layer = tconv.LazyConv1d(3, 3, device=device)
     assert tconv.explain(layer, torch.randn(1, 2, 9, device=device)).ours
-    assert type(layer) is tconv.Conv1d
-    assert layer.weight.isfinite().all()
+    assert type(layer) is tconv.LazyConv1d
+    assert layer.has_uninitialized_params()
+
+
+BAD = {
+    "a tensor": ((torch.ones(1),), "explain: layer must be a module or a function, got Tensor"),
+    "a class": ((tconv.Conv2d, 1), "explain: layer must be a module or a function, got the class Conv2d: make a module of it"),
+    "None and an input": ((None, torch.ones(1)), "explain: layer must be a module or a function, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_explained(what):
+    args, message = BAD[what]
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        tconv.explain(*args)
+
+
+def test_explaining_is_not_recorded(device):
+    layer, x = conv2d(device)
+    layer(x)
+    before = tconv.last_calls()
+
+    def watched(x):
+        with tconv.recording() as inside:
+            layer(x)
+        assert [call.operation for call in inside] == ["fprop"]
+        return layer(x)
+
+    with tconv.recording() as calls:
+        explanation = tconv.explain(watched, x)
+        assert calls == []
+        layer(x)
+    assert tconv.last_calls() == (*before, *calls)
+    assert len(calls) == 1
+    assert [call.operation for call in explanation.calls][:2] == ["fprop", "fprop"]
 
 
 def test_without_arguments_it_repeats_the_last_calls(device):

@@ -219,12 +219,49 @@ def test_a_copy_is_not_kept(device, monkeypatch):
 # --- precompile ---
 
 
-def test_in_the_interpreter_there_is_nothing_to_compile(device):
+def test_in_the_interpreter_there_is_nothing_to_compile_but_for_a_target(device, tmp_path):
     if device != "cpu":
         pytest.skip("the kernels are compiled here")
-    done = tconv.precompile(tconv.Conv2d(3, 4, 3), torch.empty(1, 3, 8, 8, device="meta"), target="sm_90")
+    done = tconv.precompile(tconv.Conv2d(3, 4, 3), torch.empty(1, 3, 8, 8, device="meta"))
     assert done == tconv.Precompiled(0, 0)
     assert str(done) == "0 kernels compiled, 0 already there"
+    code = """
+        layer = torch.nn.Sequential(tconv.LazyConv1d(8, 3, bias=False), torch.nn.LazyBatchNorm1d())
+        print(tconv.precompile(layer, x, target="sm_90", backward=False, progress=False), layer[0].has_uninitialized_params())
+    """
+    told = [script(code, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET=interpret) for interpret in ("1", "0")]
+    assert told == ["1 kernels compiled, 0 already there True\n", "0 kernels compiled, 1 already there True\n"]
+
+
+@pytest.mark.parametrize("without", ["the interpreter", "Triton", "a GPU"])
+def test_a_target_is_checked_wherever_one_is(without):
+    code = """
+        import sys
+        class Model(torch.nn.Module):
+            def forward(self, x):
+                print("called")
+
+        for target in ("sm_91", "", "sm90", 90, ["sm_90"], b"sm_90", torch.device("cuda")):
+            try:
+                print(tconv.precompile(Model(), x, target=target))
+            except Exception as e:
+                print(type(e).__name__, e)
+    """
+    missing = """
+        import sys
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "triton":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, Blocked())
+    """
+    interpret = {"TRITON_INTERPRET": "1"} if without == "the interpreter" else {}
+    out = script((missing if without == "Triton" else "") + code, **interpret).splitlines()
+    assert len(out) == 7, out
+    for line, got in zip(out[:3], ("'sm_91'", "''", "'sm90'"), strict=True):
+        assert re.fullmatch(rf"ValueError precompile: target must be one of \['sm_80', 'sm_90', .*\], got {got}", line)
+    for line, got in zip(out[3:], ("90", "['sm_90']", "b'sm_90'", "device(type='cuda')"), strict=True):
+        assert line == f"TypeError precompile: target must be a name such as 'sm_90', or None for the GPU here; got {got}"
 
 
 def script(code, *arguments, **environment):
@@ -244,8 +281,9 @@ def test_bad_input_to_precompile():
         outcome(layer, x)
         outcome(layer, x, target="sm_91")
         outcome(None, x, target="sm_90")
+        outcome(tconv.Conv1d, x, target="sm_90")
         outcome(layer, x, target="sm_90", jobs=0)
-        outcome(tconv.LazyConv1d(8, 3), x, target="sm_90")
+        outcome(layer, x, target="sm_90", jobs=1.5)
         outcome(lambda x: layer.to("meta")(x) * x.sum().item(), x, target="sm_90")
         print(tconv.precompile(torch.nn.Conv1d(4, 8, 3), x, target="sm_90"))
         print(tconv.precompile(lambda x: tconv.functional.conv1d(x, x[:, :, :3]), x.int(), target="sm_90"))
@@ -255,10 +293,11 @@ def test_bad_input_to_precompile():
     assert out[1].startswith("ValueError precompile: target must be one of ['sm_80', 'sm_90', ")
     assert out[1].endswith("got 'sm_91'")
     assert out[2] == "TypeError precompile: model must be a module or a function, got NoneType"
-    assert out[3] == "ValueError precompile: jobs must be positive, got 0"
-    assert out[4] == "RuntimeError precompile: a lazy module has no weights yet: call it once before"
-    assert out[5].startswith("RuntimeError precompile: the model does not run on meta tensors: RuntimeError: ")
-    assert out[6:] == ["0 kernels compiled, 0 already there", "0 kernels compiled, 0 already there, 1 calls left to torch"]
+    assert out[3] == "TypeError precompile: model must be a module or a function, got the class Conv1d: make a module of it"
+    assert out[4] == "ValueError precompile: jobs must be a positive int or None, got 0"
+    assert out[5] == "ValueError precompile: jobs must be a positive int or None, got 1.5"
+    assert out[6].startswith("RuntimeError precompile: the model does not run on meta tensors: RuntimeError: ")
+    assert out[7:] == ["0 kernels compiled, 0 already there", "0 kernels compiled, 0 already there, 1 calls left to torch"]
 
 
 def test_a_kernel_that_does_not_compile_is_named_and_the_others_go_on(tmp_path):

@@ -1,0 +1,248 @@
+"""Calls a model, and the backward pass of what it returns, without computing a convolution and without leaving a trace.
+
+`explain` and `precompile` do this. The model's own Python code runs, with stand-ins for every tensor that can be found in
+it and in its inputs; state.py finds them, and sets back whatever the code changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from tconv.device import Device
+from tconv.dry import dry_run
+from tconv.guard import PLAIN
+from tconv.record import Call, recording_apart
+from tconv.state import Place, Reached, exchanged, reach, tensors, thread_kept
+
+COPIED = 1 << 30  # bytes of parameters up to which they are copied; a model of more would need its memory twice
+
+
+def check_callable(function: str, name: str, model: Any) -> None:
+    """TypeError unless a model can be called with inputs."""
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        raise TypeError(
+            f"{function}: {name} must be a module or a function, got the class {model.__name__}: make a module of it"
+        )
+    if not callable(model):
+        raise TypeError(f"{function}: {name} must be a module or a function, got {type(model).__name__}")
+
+
+def rehearse(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: Device | None = None,
+    backward: bool = True,
+) -> list[Call]:
+    """The calls that a model's call and its backward pass would make.
+
+    Args:
+        model: a module or a function.
+        args, kwargs: its inputs, in any containers and objects. Every floating tensor among them asks for its gradient, a
+            Parameter only if it does so itself.
+        device: plan for this one; tensors that are not all on a GPU are replaced by meta tensors then. None for the
+            tensors' own.
+        backward: whether to go backward too, from every tensor of the result that has a gradient, by inputs and parameters.
+    Raises:
+        RuntimeError: the model does not run on meta tensors. What else it raises comes as it is.
+    """
+    while isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        model = model.module  # whose gradients would be exchanged with other processes, or whose replicas are other modules
+    inputs = [list(args), dict(kwargs)]
+    found = reach((inputs, Place.INPUT), (model, Place.MODEL))
+    meta = device is not None and not _on_gpu(found)
+    asking = StandIns(meta, found, ask=True)
+    try:
+        return _attempt(model, inputs, found, asking, device, backward)
+    except Exception:
+        if not asking.asked:
+            raise
+    # The model may refuse inputs that ask for gradients, which the caller's do not: it may hand them to NumPy, say.
+    return _attempt(model, inputs, found, StandIns(meta, found, ask=False), device, backward)
+
+
+def _attempt(
+    model: Callable[..., Any], inputs: list[Any], found: Reached, stand_ins: StandIns, device: Device | None, backward: bool
+) -> list[Call]:
+    """`rehearse` with such stand-ins for what was found in a model and in its inputs, [args, kwargs]."""
+    with contextlib.ExitStack() as during:
+        calls = during.enter_context(recording_apart())
+        during.enter_context(thread_kept())
+        during.enter_context(dry_run(device))
+        if "torch._dynamo" in sys.modules:  # a compiled model: nothing is compiled for this, and no recorded graph replayed
+            during.enter_context(torch.compiler.set_stance("force_eager"))
+        during.enter_context(exchanged(found, stand_ins))
+        try:
+            result = model(*inputs[0], **inputs[1])
+            if backward and any(call.ours for call in calls):
+                _backward(tensors([result]))
+        except Exception as e:
+            if not stand_ins.meta:
+                raise
+            raise RuntimeError(f"precompile: the model does not run on meta tensors: {type(e).__name__}: {e}") from e
+    return calls
+
+
+def _on_gpu(found: Reached) -> bool:
+    """Whether inputs, parameters and buffers are all on a GPU."""
+    held = {id(t) for module in found.modules for t in (*module.parameters(), *module.buffers())}
+    counted = [t for t, place in found.tensors if (place is Place.INPUT or id(t) in held) and (is_lazy(t) or t.dim())]
+    return bool(counted) and all(t.is_cuda for t in counted)  # scalars on the CPU may take part in what a GPU computes
+
+
+class StandIns:
+    """Makes the tensors that a model sees in place of its own and its inputs'.
+
+    None shares memory with what it stands for, so that the model may write to it. There are two exceptions: the parameters of
+    a large model, and tensors that only objects of other classes hold.
+
+    Args:
+        meta: whether to make meta tensors.
+        found: all tensors that are to be replaced.
+        ask: whether floating tensors among the inputs ask for their gradients even if the caller's own do not.
+
+    Attributes:
+        asked: whether an input asks for its gradient whose own does not.
+    """
+
+    def __init__(self, meta: bool, found: Reached, ask: bool) -> None:
+        self.meta, self.ask, self.asked = meta, ask, False
+        parameters = [t for t, _ in found.tensors if isinstance(t, torch.nn.Parameter) and not is_lazy(t)]
+        self.shared = sum(p.nbytes for p in parameters) > COPIED
+
+    def __call__(self, t: torch.Tensor, place: Place) -> torch.Tensor:
+        if is_lazy(t):
+            return _lazy(t, "meta" if self.meta else t.data.device)
+        parameter = isinstance(t, torch.nn.Parameter)
+        if place is Place.ELSEWHERE and not parameter and not self.meta:
+            return t
+        made_to_ask = (
+            self.ask
+            and place is Place.INPUT
+            and not (parameter or t.requires_grad)
+            and (t.is_floating_point() or t.is_complex())
+        )
+        self.asked |= made_to_ask
+        asks = made_to_ask or t.requires_grad
+        if self.meta:
+            # The values of scalars are asked for: of BatchNorm's number of batches, say.
+            new = _meta(t) if t.dim() or asks or t.is_meta else t.detach().to("cpu", copy=True)
+        elif parameter and self.shared and not t.is_inference():
+            new = t.detach()
+        else:
+            new = _copy(t)
+        if parameter:
+            new = torch.nn.Parameter(new, requires_grad=asks)
+        elif made_to_ask and _plain(new):
+            new = _written(new)
+        elif asks:
+            new.requires_grad_()
+        for name, value in vars(t).items():
+            new.__dict__.setdefault(name, value)
+        return new
+
+
+def _plain(t: torch.Tensor) -> bool:
+    """Whether a tensor is its shape, its strides and the elements that memory holds."""
+    ordinary = type(t) in PLAIN and t.layout is torch.strided
+    return ordinary and not (t.is_quantized or t.is_nested or t.is_neg() or t.is_conj())
+
+
+def _written(t: torch.Tensor) -> torch.Tensor:
+    """A tensor that has a gradient and can nevertheless be written to, as an input can that asks for none."""
+    leaf = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape).requires_grad_()
+    new: torch.Tensor = _Follows.apply(leaf, t)  # type: ignore[no-untyped-call]
+    return new
+
+
+class _Follows(torch.autograd.Function):
+    """A tensor as it is, as if it had been computed from a leaf of its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(t)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+def _lazy(t: Any, device: Any) -> torch.Tensor:
+    """Another uninitialized parameter or buffer, for the model to initialize."""
+    more = {"persistent": t.persistent} if isinstance(t, torch.nn.parameter.UninitializedBuffer) else {}
+    new: torch.Tensor = type(t)(requires_grad=t.requires_grad, device=device, dtype=t.data.dtype, **more)
+    return new
+
+
+def _meta(t: torch.Tensor) -> torch.Tensor:
+    if _plain(t):
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return t.detach().to("meta")
+
+
+def _copy(t: torch.Tensor) -> torch.Tensor:
+    """The same elements elsewhere: with the same strides, and at an address that the same powers of two divide, up to 16."""
+    t = t.detach()
+    if not _plain(t):
+        return t.clone()
+    if t.is_meta or not t.numel():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    offset = t.data_ptr() % 16 // t.itemsize
+    memory = torch.empty(offset + reach, dtype=t.dtype, device=t.device)
+    memory[offset:].copy_(t.as_strided((reach,), (1,)))
+    return memory.as_strided(t.shape, t.stride(), offset).detach()  # a view would have its history from `memory`
+
+
+# --- backward ---
+
+
+def _backward(results: list[torch.Tensor]) -> None:
+    """Goes backward from all results that have a graph, to all of its leaves, whose `grad` stays as it is."""
+    results = [t for t in results if t.grad_fn is not None]
+    if not results:
+        return
+    nodes = _nodes(results)
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    upstream = [torch.empty_like(t) for t in results]
+    try:
+        if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+            # A reentrant checkpoint, torch's or another library's, refuses to be told of leaves: gradients are accumulated.
+            with _gradients_aside(leaves):
+                torch.autograd.backward(results, upstream)
+        else:
+            torch.autograd.grad(results, leaves, upstream, allow_unused=True)
+    except RuntimeError as e:
+        if "backward through the graph a second time" not in str(e):
+            raise  # else the model has gone backward itself, as a training step does
+
+
+@contextlib.contextmanager
+def _gradients_aside(leaves: list[torch.Tensor]) -> Iterator[None]:
+    """Leaves are without a `grad` in the block, and have theirs back after it: the user's own that could not be found."""
+    kept = [(t, t.grad) for t in leaves]
+    for t in leaves:
+        t.grad = None
+    try:
+        yield
+    finally:
+        for t, gradient in kept:
+            t.grad = gradient
+
+
+def _nodes(results: list[torch.Tensor]) -> list[Any]:
+    """The nodes of the graph that led to results."""
+    nodes: dict[Any, None] = dict.fromkeys(t.grad_fn for t in results)
+    stack = [*nodes]
+    while stack:
+        new = [n for n, _ in stack.pop().next_functions if n is not None and n not in nodes]
+        nodes |= dict.fromkeys(new)
+        stack += new
+    return [*nodes]

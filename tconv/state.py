@@ -1,0 +1,346 @@
+"""What a model's call may change besides computing its result, kept before the call and set back after it.
+
+Three things are kept. The Python objects that can be reached from the model and its inputs: modules, containers, the
+variables that functions close over, objects of the user's own classes. The generators of random numbers. The settings of
+torch that belong to the thread. Tensors' elements are not kept here: rehearsal.py gives a call stand-ins for the tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import io
+import random
+import sys
+import threading
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Items = list[tuple[Any, Any]]
+# Objects of these packages' classes are not entered, for they hold the state of a library and not of a model.
+LIBRARIES = sys.stdlib_module_names | {"torch", "triton", "tconv", "numpy"}
+ENTERED = ("types.SimpleNamespace", "torch.distributions.")  # nevertheless
+# An object that has one of these is in use by other threads or stands for something outside: it is not entered either.
+LIVE = (type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.Condition, threading.Event, io.IOBase)
+METHODS = (types.MethodType, types.BuiltinMethodType)
+RUNNING = (torch.nn.Module, types.FunctionType, functools.partial, *METHODS)
+
+
+class Place(enum.Enum):
+    """Where a tensor was found."""
+
+    INPUT = "among the inputs, in containers or objects there"
+    MODEL = "in a module, in containers there, or among the variables of a function"
+    ELSEWHERE = "in an object of another class that the model refers to"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Something that refers to values and can be made to refer to others.
+
+    Attributes:
+        read: its references, as (key, value) in order.
+        write: makes exactly these its references.
+    """
+
+    read: Callable[[], Items]
+    write: Callable[[Items], None]
+
+
+@dataclass
+class Reached:
+    """What can be reached from a model and its inputs.
+
+    Attributes:
+        holders: each with what it held and where it was found. A module has one for its class, one for its attributes.
+        tensors: each once, with where it was found first.
+        modules: every `torch.nn.Module`, but for scripted ones.
+        scripted: modules of TorchScript. Their tensors lie in C++ and cannot be exchanged.
+        generators: the user's own `torch.Generator`s.
+    """
+
+    holders: list[tuple[Holder, Items, Place]] = field(default_factory=list)
+    tensors: list[tuple[torch.Tensor, Place]] = field(default_factory=list)
+    modules: list[torch.nn.Module] = field(default_factory=list)
+    scripted: list[torch.nn.Module] = field(default_factory=list)
+    generators: list[torch.Generator] = field(default_factory=list)
+
+
+def reach(*roots: tuple[Any, Place], within_modules: bool = True) -> Reached:
+    """Follows references from the roots, the first one's first.
+
+    Args:
+        roots: where to start, and what place that is.
+        within_modules: whether to enter modules and functions, too.
+    """
+    found, seen = Reached(), {}
+    for root in roots:
+        stack = [root]
+        while stack:
+            value, place = stack.pop()
+            if id(value) in seen:
+                continue
+            seen[id(value)] = value  # alive, so that no other object gets its id
+            if isinstance(value, torch.Tensor):
+                found.tensors.append((value, place))
+            elif isinstance(value, torch.Generator):
+                found.generators.append(value)
+            elif isinstance(value, torch.jit.ScriptModule):
+                found.scripted.append(value)
+            elif isinstance(value, tuple):
+                stack += [(v, place) for v in reversed(value)]
+            else:
+                if isinstance(value, RUNNING) and not within_modules:
+                    continue
+                inside, holders = _holders(value, place, value is root[0])
+                if isinstance(value, torch.nn.Module) and holders:
+                    found.modules.append(value)
+                for holder in reversed(holders):
+                    items = holder.read()
+                    found.holders.append((holder, items, inside))
+                    stack += [(v, inside) for _, v in reversed(items)]
+    return found
+
+
+def _holders(value: Any, place: Place, root: bool) -> tuple[Place, list[Holder]]:
+    """A value's holders, and what place its inside is."""
+    if isinstance(value, torch.nn.Module):
+        return Place.MODEL, [_class(value), _dictionary(vars(value))]
+    if isinstance(value, types.FunctionType):
+        return Place.MODEL, _function(value)
+    if isinstance(value, METHODS):
+        return place, [Holder(lambda: [(0, value.__self__), (1, getattr(value, "__func__", None))], lambda items: None)]
+    if isinstance(value, functools.partial):
+        return place, [_partial(value)]
+    if isinstance(value, dict):
+        return place, [_dictionary(value), *_attributes(value)]
+    if isinstance(value, (list, deque)):
+        return place, [_sequence(value), *_attributes(value)]
+    if isinstance(value, set):
+        return place, [_set(value)]
+    return Place.ELSEWHERE if place is Place.MODEL and not root else place, _attributes(value)
+
+
+def _attributes(value: Any) -> list[Holder]:
+    """The attributes and slots of an object of a class that is no library's, unless other threads may be using it."""
+    if isinstance(value, (type, types.ModuleType)):
+        return []
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if name.partition(".")[0] in LIBRARIES and not name.startswith(ENTERED):
+        return []
+    holders, members = [], [m for c in type(value).__mro__ for m in vars(c).values() if type(m) is types.MemberDescriptorType]
+    with contextlib.suppress(AttributeError):
+        attributes = object.__getattribute__(value, "__dict__")
+        if type(attributes) is dict:
+            holders.append(_dictionary(attributes))
+    if members:
+        holders.append(_slots(value, members))
+    return [] if any(isinstance(v, LIVE) for holder in holders for _, v in holder.read()) else holders
+
+
+# --- holders ---
+
+
+def _class(module: torch.nn.Module) -> Holder:
+    """A lazy module changes its class."""
+    return Holder(lambda: [(None, module.__class__)], lambda items: object.__setattr__(module, "__class__", items[0][1]))
+
+
+def _dictionary(d: dict[Any, Any]) -> Holder:
+    """By the methods of `dict` itself: a subclass may forbid or translate what its own are given."""
+    base: Any = OrderedDict if isinstance(d, OrderedDict) else dict
+
+    def write(items: Items) -> None:
+        present = [*base.__iter__(d)]
+        if len(present) != len(items) or any(a is not b for a, (b, _) in zip(present, items, strict=True)):
+            base.clear(d)
+        for key, value in items:
+            base.__setitem__(d, key, value)
+
+    return Holder(lambda: [(k, dict.__getitem__(d, k)) for k in base.__iter__(d)], write)
+
+
+def _sequence(values: list[Any] | deque[Any]) -> Holder:
+    base: Any = list if isinstance(values, list) else deque
+
+    def write(items: Items) -> None:
+        base.clear(values)
+        base.extend(values, [v for _, v in items])
+
+    return Holder(lambda: [*enumerate(base.__iter__(values))], write)
+
+
+def _set(values: set[Any]) -> Holder:
+    def write(items: Items) -> None:
+        set.clear(values)
+        set.update(values, [k for k, _ in items])
+
+    return Holder(lambda: [(v, v) for v in set.__iter__(values)], write)
+
+
+def _slots(value: Any, members: list[Any]) -> Holder:
+    def read() -> Items:
+        items = []
+        for member in members:
+            with contextlib.suppress(AttributeError):  # not set
+                items.append((member, member.__get__(value)))
+        return items
+
+    def write(items: Items) -> None:
+        for member, _ in read():
+            member.__delete__(value)
+        for member, v in items:
+            member.__set__(value, v)
+
+    return Holder(read, write)
+
+
+def _partial(p: functools.partial[Any]) -> Holder:
+    """Its keywords are a dictionary that it reads at each call; the rest is set as unpickling would."""
+
+    def write(items: Items) -> None:
+        (_, function), (_, args), _ = items
+        p.__setstate__((function, args, p.keywords, vars(p)))  # type: ignore[attr-defined]
+
+    return Holder(lambda: [(0, p.func), (1, p.args), (2, p.keywords)], write)
+
+
+def _function(f: types.FunctionType) -> list[Holder]:
+    """The variables of a function: those it closes over, its defaults, and the globals that its code names.
+
+    Torch's own wrappers, such as vmap's, are read for what they call, and nothing of theirs is ever set back.
+    """
+    cells = [c for c in f.__closure__ or () if _filled(c)]
+    library = str(f.__globals__.get("__name__")).partition(".")[0] in LIBRARIES
+    if library:
+        return [Holder(lambda: [(i, c.cell_contents) for i, c in enumerate(cells) if _filled(c)], lambda items: None)]
+
+    def fill(items: Items) -> None:
+        for i, value in items:
+            cells[i].cell_contents = value
+
+    def default(items: Items) -> None:
+        f.__defaults__ = items[0][1]
+
+    def define(items: Items) -> None:
+        f.__globals__.update(items)
+
+    names = [n for n in dict.fromkeys(_names(f.__code__)) if n in f.__globals__]
+    return [
+        Holder(lambda: [(i, c.cell_contents) for i, c in enumerate(cells) if _filled(c)], fill),
+        Holder(lambda: [(None, f.__defaults__)], default),
+        *([_dictionary(f.__kwdefaults__)] if f.__kwdefaults__ else []),
+        Holder(lambda: [(n, f.__globals__[n]) for n in names if n in f.__globals__], define),
+    ]
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # nothing has been assigned yet
+        return False
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The names of a function's code and of functions defined in it, globals' among them."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+# --- exchanging, and setting back ---
+
+
+@contextlib.contextmanager
+def exchanged(found: Reached, of: Callable[[torch.Tensor, Place], torch.Tensor]) -> Iterator[None]:
+    """While the block runs, all holders have stand-ins for their tensors; after it they hold what they did before.
+
+    The tensors themselves keep their `grad`, which is put aside meanwhile.
+
+    Args:
+        of: the stand-in for a tensor, which may be the tensor itself. Asked once per tensor.
+    """
+    own = [t for t, _ in found.tensors] + [p for module in found.scripted for p in module.parameters()]
+    gradients = [(t, t.grad) for t in own if _collects(t)]
+    scripted = [(b, b.detach().clone()) for module in found.scripted for b in module.buffers()]
+    states = [(g, g.get_state()) for g in found.generators]
+    stand_ins = {id(t): of(t, place) for t, place in found.tensors}
+    try:
+        for t, _ in gradients:  # so that an optimizer's step in the block does nothing
+            t.grad = None
+        for holder, items, _ in found.holders:
+            new = [(k, _with(v, stand_ins)) for k, v in items]
+            if not _same(new, items):
+                holder.write(new)
+        yield
+    finally:
+        for holder, items, _ in reversed(found.holders):
+            if not _same(holder.read(), items):
+                holder.write(items)
+        for generator, state in states:
+            generator.set_state(state)
+        for t, gradient in gradients:
+            if t.grad is not gradient:
+                t.grad = gradient
+        with torch.no_grad():
+            for buffer, value in scripted:
+                buffer.copy_(value)
+
+
+def _collects(t: torch.Tensor) -> bool:
+    """Whether gradients are accumulated in a tensor's `grad`."""
+    return not torch.nn.parameter.is_lazy(t) and t.is_leaf and t.requires_grad
+
+
+def _with(value: Any, stand_ins: dict[int, torch.Tensor]) -> Any:
+    """A tensor's stand-in; a tuple with those of its elements; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return stand_ins.get(id(value), value)
+    if isinstance(value, tuple):
+        new = [_with(v, stand_ins) for v in value]
+        if any(a is not b for a, b in zip(new, value, strict=True)):
+            if hasattr(type(value), "n_sequence_fields"):  # one of torch.return_types
+                return type(value)(new)
+            return tuple.__new__(type(value), new)  # a named tuple too, whatever its class makes of arguments
+    return value
+
+
+def _same(a: Items, b: Items) -> bool:
+    return len(a) == len(b) and all(k is l and v is w for (k, v), (l, w) in zip(a, b, strict=True))
+
+
+@contextlib.contextmanager
+def thread_kept() -> Iterator[None]:
+    """After the block torch's, Python's and NumPy's random numbers, and the thread's settings, are as before it.
+
+    Within it gradients are recorded, and autocast keeps no casts of weights: it would hold those of stand-ins.
+    """
+    with contextlib.ExitStack() as after:
+        on_gpus: Any = torch.cuda
+        for generator in (torch.default_generator, *(on_gpus.default_generators if on_gpus.is_initialized() else ())):
+            after.callback(generator.set_state, generator.get_state())
+        after.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numpy: Any = sys.modules["numpy"]
+            after.callback(numpy.random.set_state, numpy.random.get_state())
+        for device in ("cpu", "cuda"):
+            after.callback(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device))
+            after.callback(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
+        after.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        after.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_autocast_cache_enabled(False)
+        after.enter_context(torch.inference_mode(False))
+        after.enter_context(torch.enable_grad())
+        yield
+
+
+def tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors in values, in containers and in objects' attributes, but not in modules or functions."""
+    return [t for t, _ in reach(([*values], Place.INPUT), within_modules=False).tensors]

@@ -18,6 +18,7 @@ from tconv.arguments import Prepared
 from tconv.dry import DRY, Dry
 from tconv.kinds import Kinds
 from tconv.layout import FORMATS
+from tconv.opaque import opaque
 from tconv.ops import DTYPES
 from tconv.plan import forced
 from tconv.problem import Geometry
@@ -29,6 +30,7 @@ _forward: Kinds[Any, Prepared | Call] = Kinds()  # a Call is one left to torch
 _backward: Kinds[Any, launch.Backward | Call] = Kinds()
 
 
+@opaque
 def convolution(
     torchs: Callable[..., torch.Tensor],
     keys: Any,
@@ -73,6 +75,7 @@ def convolution(
     )  # fmt: skip
 
 
+@opaque
 def convolution_backward(
     torchs: Callable[..., launch.Gradients],
     keys: Any,

@@ -17,6 +17,7 @@ from tconv import launch, ops
 from tconv.arguments import Prepared
 from tconv.guard import moment_differs, same, unusual
 from tconv.layout import LIMIT, addressing
+from tconv.opaque import opaque
 from tconv.plan import forced
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
@@ -105,6 +106,7 @@ def _apply(function: type[torch.autograd.Function]) -> Callable[..., torch.Tenso
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
+    @opaque
     def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, how: How) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
@@ -112,6 +114,7 @@ class _Convolve(torch.autograd.Function):
         return launch.convolve(how.prepared, x, w, b, how.g.dry)
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, w = ctx.saved_tensors  # also where they are not needed: edited in place, they must raise
         if dy is None:
@@ -135,6 +138,7 @@ class _Convolve(torch.autograd.Function):
 
 class _Wgrad(torch.autograd.Function):
     @staticmethod
+    @opaque
     def forward(ctx: Any, dy: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, x)
@@ -142,6 +146,7 @@ class _Wgrad(torch.autograd.Function):
         return launch.wgrad(g, dy, x)
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, gw: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         dy, x = ctx.saved_tensors
         if gw is None:
@@ -155,12 +160,14 @@ class _Wgrad(torch.autograd.Function):
 
 class _BiasGrad(torch.autograd.Function):
     @staticmethod
+    @opaque
     def forward(ctx: Any, dy: torch.Tensor, g: Geometry) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.shape = dy.shape
         return launch.bias_grad(g, dy)
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, gb: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         if gb is None:
             return None, None

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tconv import functional, modules
+from tconv.opaque import opaque
 from tconv.swap import MARK, TORCHS, _become, _plain_class
 from tconv.swap import OURS as SWAPPED
 
@@ -149,12 +150,14 @@ def _strides(like: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
 
 class _Fetch(torch.autograd.Function):
     @staticmethod
+    @opaque
     def forward(ctx: Any, shard: torch.Tensor, halo: Halo) -> torch.Tensor:
         ctx.halo = halo
         return halo.fetch(shard)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # torch's has no types
+    @opaque
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return ctx.halo.give_back(grad), None
 
@@ -163,12 +166,14 @@ class _SumGradient(torch.autograd.Function):
     """What every rank holds alike and uses for another part of the work."""
 
     @staticmethod
+    @opaque
     def forward(ctx: Any, t: torch.Tensor, group: Any) -> torch.Tensor:
         ctx.group = group
         return t.view_as(t)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # torch's has no types
+    @opaque
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _total(grad, ctx.group), None
 
@@ -177,11 +182,13 @@ class _Sum(torch.autograd.Function):
     """The sum over the ranks, which then all hold it."""
 
     @staticmethod
+    @opaque
     def forward(ctx: Any, t: torch.Tensor, group: Any) -> torch.Tensor:
         return _total(t, group)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # torch's has no types
+    @opaque
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad, None
 

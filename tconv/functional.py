@@ -23,6 +23,7 @@ from tconv.dry import DRY
 from tconv.guard import PLAIN, foreign_modes, unusual
 from tconv.kinds import Kinds
 from tconv.layout import LIMIT, result_is_channels_last
+from tconv.opaque import opaque
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
 
@@ -94,6 +95,7 @@ def convolve(
         return None
 
 
+@opaque
 def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
     tensors: tuple[Any, ...] = (x, w) if b is None else (x, w, b)
     for t in tensors:

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from tconv.dry import DRY
 from tconv.kinds import Kinds
 from tconv.layout import LIMIT, addressing, result_is_channels_last, shaped
+from tconv.opaque import opaque
 from tconv.problem import ConvProblem, Geometry, forward_problem
 from tconv.record import Call, Declined, note
 
@@ -298,6 +299,7 @@ def _executes(node: Any) -> bool:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
+    @opaque
     def forward(ctx: Any, keys: Any, name: str, a: Any, b: Any, bias: Any, h: Window) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.how = name, h
@@ -311,6 +313,7 @@ class _Differentiable(torch.autograd.Function):
         return y
 
     @staticmethod
+    @opaque
     def backward(ctx: Any, g: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         a, b = ctx.saved_tensors
         if g is None:
@@ -321,6 +324,7 @@ class _Differentiable(torch.autograd.Function):
         return None, None, *gradients(Operators(h), name, g, a, b, wanted(ctx, ctx.needs_input_grad[2:5])), None
 
     @staticmethod
+    @opaque
     def jvp(ctx: Any, _: Any, __: Any, da: MaybeTensor, db: MaybeTensor, dbias: MaybeTensor, ___: Any) -> MaybeTensor:
         (name, h), (a, b) = ctx.how, ctx.saved_tensors
         op = OPERATORS[name]
@@ -439,6 +443,7 @@ def count_flops() -> None:
 
 
 def _flops(pass_: str) -> Any:
+    @opaque
     def formula(a: Any, b: Any, bias: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
         """Two per product: outputs (of the layer) times a filter's elements."""
         y, w = {"fprop": (out_shape, b), "dgrad": (a, b), "wgrad": (a, out_shape)}[pass_]
@@ -456,7 +461,7 @@ def _register(name: str) -> Any:
     _library.define(name + SCHEMAS[name], tags=tags)
 
     def bound(f: Any, *more: Any) -> Any:
-        return lambda *args: f(name, *more, *args)
+        return opaque(lambda *args: f(name, *more, *args))
 
     torch.library.register_fake(f"tconv::{name}", bound(_fake), lib=_library)
     for key in ("CPU", "CUDA"):

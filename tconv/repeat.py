@@ -13,6 +13,7 @@ from torch._C import _get_fp32_precision_getter as fp32_precision
 
 from tconv import autograd, launch
 from tconv.guard import moment_differs, same
+from tconv.opaque import opaque
 from tconv.plan import forced
 from tconv.problem import Geometry
 
@@ -50,6 +51,7 @@ class Repeat:
         self.differentiable = any(t.requires_grad for t in tensors)
         self.same = same(*tensors)
 
+    @opaque
     def again(
         self,
         transposed: bool,

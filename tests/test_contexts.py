@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from tconv import ops
 from tests import contexts, oracle, parity
 from tests.contexts import CONTEXTS, F64, net, same, small, tensors
 
+ROOT = pathlib.Path(tconv.__file__).parents[1]
 TORCHS = {  # what knows aten's operators alone gets them
     "tensor subclass", "function mode", "expanded weights",
 }  # fmt: skip
@@ -273,6 +276,41 @@ def test_tf32_is_torchs_to_allow():
     """By each of torch's settings, as read at every call; matrix products' own is another. They cannot all be set back."""
     done = subprocess.run([sys.executable, "-c", TF32], capture_output=True, text=True, check=False)
     assert done.stdout == "as torch says\n", done.stderr
+
+
+ADVICE = """
+import sys, torch, tconv
+from tconv.device import DEVICES
+from tconv.dry import dry_run
+from tconv.variants import float32_precision
+
+x, layers = torch.empty(2, 64, 16, 16), (tconv.Conv2d(64, 64, 3), torch.nn.Conv2d(64, 64, 3))
+
+
+def planned():
+    with tconv.recording() as calls, dry_run(DEVICES["H200"]):
+        layers[0].to("meta")(x.to("meta"))
+    return str(calls[0])
+
+
+with float32_precision(True):
+    by_tensor_cores = planned()
+with float32_precision(False):
+    true = planned()
+assert planned() == by_tensor_cores != true
+exec(sys.argv[1])
+assert planned() == true
+for layer in layers:
+    for strict in (False, True):
+        torch.export.export(layer.to_empty(device="cpu"), (x,), strict=strict)
+print("true fp32, and exported")
+"""
+
+
+def test_the_readmes_way_to_true_fp32_can_be_exported():
+    (advice,) = re.findall(r"`(torch\.backends\.[^`]*)` asks for true fp32", (ROOT / "README.md").read_text())
+    done = subprocess.run([sys.executable, "-c", ADVICE, advice], capture_output=True, text=True, check=False)
+    assert done.stdout == "true fp32, and exported\n", done.stderr
 
 
 # --- the operators themselves ---

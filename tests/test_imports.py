@@ -23,7 +23,7 @@ ROWS = [
     ("prepare",),
     ("boxes",),
     ("arguments",),
-    ("record", "dry", "guard", "state"),
+    ("record", "dry", "guard", "state", "opaque"),
     ("plan", "layout"),
     ("cost",),
     ("configs", "kernels", "simplify", "strips"),

@@ -16,15 +16,17 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tconv import chain, functional, scope
+from tconv.opaque import opaque
 from tconv.record import Declined
 from tconv.selection import EVERYTHING, Choice, Selection, choice, select
 
 MADE_BY = ("convolution", "_convolution", "convolution_backward")  # the operators of which autograd makes nodes
+F = TypeVar("F", bound=Callable[..., Any])
 PROCESS: Any = ...  # what stands for no model: `enable(None)` is a mistake, and must not enable everything
 
 _layers: list[_Layer] = []  # of kernels of ours that are registered, the oldest first
@@ -158,14 +160,23 @@ class _Enabled:
         self.layer: _Layer | None = None
 
 
+def _hook(function: F) -> F:
+    """A module's hook that dynamo is not to trace. Says so as torch.compiler.disable does, which would import dynamo."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "tconv.enable(model) has hooks: enable what torch.compile returns"  # type: ignore[attr-defined]
+    return opaque(function)
+
+
 class _Inside(_Enabled):
     """The same for calls made inside one model, whose hooks hold it. A copy of the model is given one of its own."""
 
+    @_hook
     def enter(self, module: torch.nn.Module, args: Any) -> None:
         """The model's first hook."""
         if self.layer is not None:
             scope.enter(self, _caller(sys._getframe(1)))
 
+    @_hook
     def leave(self, module: torch.nn.Module, args: Any, outputs: Any) -> None:
         """The model's last hook, which is called after an error too."""
         scope.leave(self, outputs)

@@ -21,6 +21,8 @@ import torch
 from torch._C._autograd import _get_sequence_nr as sequence_number
 from torch.utils import _pytree as pytree
 
+from tconv.opaque import opaque
+
 MARK = "tconv.enable"  # in the metadata of an autograd node: the scopes that it was made in
 Scopes = tuple[Any, ...]
 
@@ -33,7 +35,7 @@ class _Pass:
         frame: the one that runs the model's hooks.
         task: the backward pass that it is part of, if a checkpoint computes something again; else -1.
         first: the number that the next node of autograd has, those of a thread being counted.
-        unmarked: convolutions that ran, less those whose own node was marked.
+        unmarked: how many convolutions ran of which a node other than their own may be the backward.
     """
 
     __slots__ = ("first", "frame", "scope", "task", "unmarked")
@@ -65,7 +67,7 @@ def leave(scope: Any, outputs: Any) -> None:
     if ended is None:  # another hook raised before ours began it
         return
     _passes.set(tuple(p for p in _under_way() if p is not ended))
-    if ended.unmarked > 0:
+    if ended.unmarked:
         _mark_all(outputs, ended)
 
 
@@ -101,10 +103,12 @@ def current() -> Scopes:
     return (*_of_node(), *(p.scope for p in passes))
 
 
+@opaque
 def marking(below: Callable[..., Any], keys: Any, *args: Any) -> Any:
     """Runs autograd's kernel of a convolution and marks the node that it makes with the scopes that the call is in."""
     passes = _forward_passes()
     scopes = (*_of_node(), *(p.scope for p in passes))
+    counts = [p.unmarked for p in passes]
     made = below(keys, *args)
     if not scopes:
         return made
@@ -112,8 +116,8 @@ def marking(below: Callable[..., Any], keys: Any, *args: Any) -> Any:
     for node in nodes:
         _mark(node, scopes)
     if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        for p in passes:  # no node, or one that nothing else is computed again for
-            p.unmarked -= 1
+        for p, count in zip(passes, counts, strict=True):  # no node, or one that nothing else is computed again for
+            p.unmarked = count
     return made
 
 

@@ -22,7 +22,7 @@ ROWS = [
     ("prepare",),
     ("boxes",),
     ("arguments",),
-    ("record", "dry", "guard"),
+    ("record", "dry", "guard", "opaque"),
     ("plan", "layout"),
     ("cost",),
     ("configs", "kernels", "simplify", "strips"),

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from tconv import chain, functional, scope
+from tconv.kinds import Kinds
 from tconv.opaque import opaque
 from tconv.record import Declined
 from tconv.selection import EVERYTHING, Choice, Selection, choice, select
@@ -107,9 +108,9 @@ def enabled(
     Example:
         >>> with enabled():
         ...     y = torch.nn.functional.conv1d(torch.ones(1, 1, 3), torch.ones(1, 1, 2))
-        >>> with enabled(torch.nn.Conv1d(1, 1, 2)) as nothing:
-        ...     is_enabled()
-        False
+        >>> layer = torch.nn.Conv1d(1, 1, 2)
+        >>> with enabled(layer):
+        ...     y = layer(torch.ones(1, 1, 3))
     """
     one = _begin(6, model, True, operations, ranks, dtypes)  # contextlib is between
     try:
@@ -198,6 +199,7 @@ class _Layer(chain.Layer):
         self.chosen: Choice | None = None
         self.process: tuple[_Enabled, ...] = ()
         self.inside: weakref.WeakSet[_Inside] = weakref.WeakSet()
+        self._known: Kinds[tuple[_Inside, ...], Choice | None] = Kinds()
         kernels: dict[tuple[str, str], Any] = {}
         reasons = []
         for device in ("cuda", "cpu"):
@@ -222,13 +224,23 @@ class _Layer(chain.Layer):
         selections = [one.selection for one in self.process]
         alike = EVERYTHING in selections or (selections and not self.inside)  # whatever model a call is made in
         self.chosen = choice(selections) if alike else None
+        self.forget()
 
     def look(self) -> Choice | None:
         """What holds for the running call; None if nothing does."""
-        selections = [one.selection for one in self.process]
-        if self.inside:
-            selections += [one.selection for one in scope.current() if one.layer is self]
-        return choice(selections) if selections else None
+        scopes = scope.current() if self.inside else ()
+        try:
+            return self._known[scopes]
+        except KeyError:
+            pass
+        known = self._known
+        selections = [one.selection for one in (*self.process, *scopes) if one.layer is self]
+        known[scopes] = found = choice(selections) if selections else None
+        return found
+
+    def forget(self) -> None:
+        """Looks anew at what holds, and lets go of models that are gone."""
+        self._known = Kinds()
 
 
 def _kernels(layer: _Layer, device: str) -> dict[tuple[str, str], Any]:
@@ -255,8 +267,9 @@ def _begin(stacklevel: int, model: Any, block: bool, operations: Any, ranks: Any
     try:
         model.register_forward_pre_hook(inside.enter, prepend=True)
         model.register_forward_hook(inside.leave, always_call=True)
-    except BaseException:
+    except BaseException:  # of a module that takes no hooks
         _close(inside)
+        _unhook(model, inside)
         raise
     return inside
 
@@ -286,6 +299,8 @@ def _close(one: _Enabled) -> None:
 def _tidy() -> None:
     """Takes out kernels that serve nothing, unless others are on top of them, and follows whether models are enabled."""
     global _nodes
+    for layer in _layers:
+        layer.forget()
     while _layers and not _layers[-1].process and not _layers[-1].inside and _layers[-1].on_top():
         _layers.pop().remove()
     if not any(layer.inside for layer in _layers):

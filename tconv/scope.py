@@ -66,27 +66,31 @@ def leave(scope: Any, outputs: Any) -> None:
     ended = next((p for p in reversed(passes) if p.scope is scope), None)
     if ended is None:  # another hook raised before ours began it
         return
-    _passes.set(tuple(p for p in _under_way() if p is not ended))
+    _passes.set(tuple([p for p in _under_way() if p is not ended]))
     if ended.unmarked:
         _mark_all(outputs, ended)
 
 
-def _under_way() -> tuple[_Pass, ...]:
-    """The passes that have not ended: an interrupt may end one that no hook is told of."""
-    passes = _passes.get()
-    if not passes:
-        return passes
-    missing, frame = {p.frame for p in passes}, sys._getframe(1)
-    while missing and frame is not None:
-        missing.discard(frame)
-        frame = frame.f_back  # type: ignore[assignment]
-    return tuple(p for p in passes if p.frame not in missing)
+def _under_way() -> list[_Pass]:
+    """The passes that have not ended, the outermost first: an interrupt may end one that no hook is told of."""
+    found: list[_Pass] = []
+    frame: FrameType | None = sys._getframe(1)
+    for p in reversed(_passes.get()):
+        caller = frame
+        while caller is not None and caller is not p.frame:
+            caller = caller.f_back
+        if caller is not None:
+            found.insert(0, p)
+            frame = caller
+    return found
 
 
-def _forward_passes() -> tuple[_Pass, ...]:
+def _forward_passes() -> list[_Pass]:
     """Those that a call made here is part of: in a backward pass, those begun since it began."""
+    if not _passes.get():
+        return []
     task = torch._C._current_graph_task_id()
-    return tuple(p for p in _under_way() if p.task == task)
+    return [p for p in _under_way() if p.task == task]
 
 
 def _of_node() -> Scopes:
@@ -100,21 +104,22 @@ def current() -> Scopes:
     passes = _forward_passes()
     for p in passes:
         p.unmarked += 1
-    return (*_of_node(), *(p.scope for p in passes))
+    return (*_of_node(), *[p.scope for p in passes])
 
 
 @opaque
 def marking(below: Callable[..., Any], keys: Any, *args: Any) -> Any:
     """Runs autograd's kernel of a convolution and marks the node that it makes with the scopes that the call is in."""
     passes = _forward_passes()
-    scopes = (*_of_node(), *(p.scope for p in passes))
+    scopes = (*_of_node(), *[p.scope for p in passes])
     counts = [p.unmarked for p in passes]
     made = below(keys, *args)
     if not scopes:
         return made
-    nodes = [t.grad_fn for t in (made if isinstance(made, tuple) else (made,)) if t is not None and t.grad_fn is not None]
-    for node in nodes:
-        _mark(node, scopes)
+    for t in made if isinstance(made, tuple) else (made,):
+        node = None if t is None else t.grad_fn
+        if node is not None:
+            _mark(node, scopes)
     if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         for p, count in zip(passes, counts, strict=True):  # no node, or one that nothing else is computed again for
             p.unmarked = count
@@ -122,8 +127,9 @@ def marking(below: Callable[..., Any], keys: Any, *args: Any) -> Any:
 
 
 def _mark(node: Any, scopes: Scopes) -> None:
-    marked = node.metadata.get(MARK, ())
-    node.metadata[MARK] = (*marked, *(s for s in scopes if not any(s is m for m in marked)))
+    metadata = node.metadata
+    marked = metadata.get(MARK, ())
+    metadata[MARK] = (*marked, *[s for s in scopes if s not in marked])
 
 
 def _mark_all(outputs: Any, ended: _Pass) -> None:

@@ -1,7 +1,8 @@
 """Convolutions for PyTorch, written by hand in Triton: drop-ins for torch.nn's six layers and their lazy forms.
 
     replace_, restore_                the convolutions of one model become tconv's, and torch's again
-    enable, disable, enabled          the same of every convolution of the process that runs on a GPU
+    enable, disable, enabled          the same of every convolution of the process, or made in one model, that runs on a GPU
+    is_enabled                        whether that holds
     Conv2d and its likes, functional  layers and functions to be written where they are wanted
     last_calls, recording, explain    what ran, or would run, and why; what was left to torch, and why
     precompile                        compiles ahead what a model will launch
@@ -27,7 +28,7 @@ from tconv.modules import (
     LazyConvTranspose2d,
     LazyConvTranspose3d,
 )
-from tconv.override import disable, enable, enabled
+from tconv.override import disable, enable, enabled, is_enabled
 from tconv.plan import force
 from tconv.precompile import Precompiled, precompile
 from tconv.record import Call, last_calls, recording
@@ -57,6 +58,7 @@ __all__ = [
     "explain",
     "force",
     "functional",
+    "is_enabled",
     "last_calls",
     "precompile",
     "recording",

@@ -7,6 +7,7 @@ context nor a gradient is to be minded here. What a kind of call launches is loo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -23,15 +24,24 @@ from tconv.ops import DTYPES
 from tconv.plan import forced
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
+from tconv.selection import Choice, Chooser
 
 Parameters = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
-Found = TypeVar("Found", Prepared, launch.Backward)
-_forward: Kinds[Any, Prepared | Call] = Kinds()  # a Call is one left to torch
-_backward: Kinds[Any, launch.Backward | Call] = Kinds()
+Mask = tuple[bool, ...]
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A backward pass of which only some gradients are selected, as the masks of two calls: ours and the others'."""
+
+    ours: Mask
+    others: Mask
 
 
 @opaque
 def convolution(
+    chooser: Chooser,
     torchs: Callable[..., torch.Tensor],
     keys: Any,
     x: torch.Tensor,
@@ -48,11 +58,17 @@ def convolution(
     cudnn_enabled: bool,
     allow_tf32: bool,
 ) -> torch.Tensor:
-    """aten::_convolution, of torch's own kernel, the keys that it was called with, and its arguments.
+    """aten::_convolution, of what holds, the kernel that was there, the keys that it was called with, and its arguments.
 
     Nothing is tuned and the same bits come every time: `benchmark` and `deterministic` ask for nothing else. No cuDNN is
     used: `cudnn_enabled` decides on the result's memory format only.
     """
+    chosen = chooser.chosen or chooser.look()
+    if chosen is None:  # made outside the models that are enabled
+        return torchs(
+            keys, x, w, b, stride, padding, dilation, transposed, output_padding, groups,
+            benchmark, deterministic, cudnn_enabled, allow_tf32,
+        )  # fmt: skip
     try:
         with DisableTorchFunction():  # subclasses and function modes have had their say above
             if x.dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
@@ -63,7 +79,9 @@ def convolution(
                 w.shape, w.stride(), w.dtype, w.device, w.data_ptr() & 15,
                 None if b is None else (b.shape, b.stride(), b.dtype, b.device), parameters, cudnn_enabled, allow_tf32,
             )  # fmt: skip
-            found, dry = _lookup(_forward, key, lambda dry: _prepare_forward(transposed, x, w, b, parameters, dry))
+            found, dry = _lookup(
+                chosen.forward, key, lambda dry: _prepare_forward(chosen, transposed, x, w, b, parameters, dry)
+            )
             if not isinstance(found, Call):
                 return launch.convolve(found, x, w, b, dry)
     except Declined as e:
@@ -77,6 +95,7 @@ def convolution(
 
 @opaque
 def convolution_backward(
+    chooser: Chooser,
     torchs: Callable[..., launch.Gradients],
     keys: Any,
     dy: torch.Tensor,
@@ -92,6 +111,11 @@ def convolution_backward(
     output_mask: list[bool],
 ) -> launch.Gradients:
     """aten::convolution_backward, likewise: the gradients by x, w and bias, None for those not asked for."""
+    chosen = chooser.chosen or chooser.look()
+    if chosen is None:
+        return torchs(
+            keys, dy, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask
+        )  # fmt: skip
     try:
         with DisableTorchFunction():
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
@@ -103,12 +127,21 @@ def convolution_backward(
                 x.dtype is torch.float32 and fp32_precision("cuda", "conv"),
             )  # fmt: skip
             found, dry = _lookup(
-                _backward, key, lambda dry: _prepare_backward(transposed, dy, x, w, sizes, mask, parameters, dry)
+                chosen.backward, key, lambda dry: _prepare_backward(chosen, transposed, dy, x, w, sizes, mask, parameters, dry)
             )
-            if not isinstance(found, Call):
+            if type(found) is tuple:
                 return launch.gradients(found, transposed, dy, x, w, dry)
     except Declined as e:
         found = _left("convolution_backward", e)
+    if isinstance(found, Parts):
+        ours, others = (
+            convolution_backward(
+                chooser, torchs, keys, dy, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask
+            )
+            for mask in ([*found.ours], [*found.others])
+        )
+        dx, dw, db = (a if mine else b for a, b, mine in zip(ours, others, found.ours, strict=True))
+        return dx, dw, db
     note(found)
     return torchs(
         keys, dy, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask
@@ -133,26 +166,48 @@ def _left(operator: str, why: Declined) -> Call:
 
 
 def _prepare_forward(
-    transposed: bool, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, parameters: Parameters, dry: Dry | None
+    chosen: Choice,
+    transposed: bool,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    parameters: Parameters,
+    dry: Dry | None,
 ) -> Prepared | Call:
     try:
+        why = _refusal(chosen, "dgrad" if transposed else "fprop", x, w)
+        if why:
+            raise Declined(why)
         g = _geometry(transposed, x, w, b, parameters, dry)
     except Declined as e:
         return _left("_convolution", e)
     return launch.convolution(transposed, g, x, w, b)
 
 
+def _refusal(chosen: Choice, operation: str, x: torch.Tensor, w: torch.Tensor) -> str | None:
+    """Why an operation is not selected, or None: it is, or tconv has no kernels for it, which is declined elsewhere."""
+    return chosen.refusal(operation, w.dim() - 2, x.dtype) if x.dtype in DTYPES and 3 <= w.dim() <= 5 else None
+
+
 def _prepare_backward(
+    chosen: Choice,
     transposed: bool,
     dy: torch.Tensor,
     x: torch.Tensor,
     w: torch.Tensor,
     bias_sizes: tuple[int, ...] | None,
-    mask: tuple[bool, ...],
+    mask: Mask,
     parameters: Parameters,
     dry: Dry | None,
-) -> launch.Backward | Call:
+) -> launch.Backward | Call | Parts:
     try:
+        operations = "fprop" if transposed else "dgrad", "wgrad", "wgrad"
+        refused = [wanted and _refusal(chosen, o, x, w) for wanted, o in zip(mask, operations, strict=True)]
+        ours = [wanted and not why for wanted, why in zip(mask, refused, strict=True)]
+        if any(refused) and any(ours):
+            return Parts(tuple(ours), tuple(map(bool, refused)))
+        for why in filter(None, refused):
+            raise Declined(why)
         g = _geometry(transposed, x, w, None, parameters, dry)
         if dy.shape != g.problem.shape("x" if transposed else "y") or dy.dtype != x.dtype or dy.device != x.device:
             raise Declined("an output's gradient that does not fit the layer")

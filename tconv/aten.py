@@ -17,7 +17,7 @@ from tconv import functional, launch
 from tconv.arguments import Prepared
 from tconv.dry import DRY, Dry
 from tconv.kinds import Kinds
-from tconv.layout import FORMATS
+from tconv.layout import FORMATS, weight_format
 from tconv.ops import DTYPES
 from tconv.plan import forced
 from tconv.problem import Geometry
@@ -176,7 +176,9 @@ def _geometry(
         functional.Asked(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b
     )
     backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
-    if x.dim() == 3:
-        x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
-    format = torch._C._conv_determine_backend_memory_format(x, w, backend)
-    return Geometry(g.problem, format == FORMATS[x.dim()], dry is not None, dry.device if dry else None)
+    pair = (x.contiguous().unsqueeze(2), w.unsqueeze(2)) if x.dim() == 3 else (x, w)
+    format = torch._C._conv_determine_backend_memory_format(*pair, backend)
+    channels_last = format == FORMATS[pair[0].dim()]
+    return Geometry(
+        g.problem, channels_last, dry is not None, dry.device if dry else None, weight_format(w, channels_last)
+    )  # fmt: skip

@@ -11,6 +11,7 @@ ROWS = [
     ("__init__",),
     ("precompile", "distributed"),
     ("explain", "swap", "variants"),
+    ("subclasses",),
     ("modules", "override"),
     ("aten",),
     ("functional",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 import torch
 from torch import nn
 
@@ -103,7 +105,7 @@ class Slotted(nn.Conv2d):
 
 
 class Meta(type):
-    made: list[str] = []
+    made: typing.ClassVar[list[str]] = []
 
     def __init__(cls, name, bases, members):
         super().__init__(name, bases, members)
@@ -115,7 +117,7 @@ class WithMetaclass(nn.Conv2d, metaclass=Meta):
 
 
 class Registered(nn.Conv2d):
-    made: list[type] = []
+    made: typing.ClassVar[list[type]] = []
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

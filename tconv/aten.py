@@ -172,13 +172,14 @@ def _geometry(
         raise Declined(f"dtype {x.dtype}")
     if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
         raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
+    weight = w
     g = functional._examine(
         functional.Asked(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b
     )
     backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
-    pair = (x.contiguous().unsqueeze(2), w.unsqueeze(2)) if x.dim() == 3 else (x, w)
-    format = torch._C._conv_determine_backend_memory_format(*pair, backend)
-    channels_last = format == FORMATS[pair[0].dim()]
-    return Geometry(
-        g.problem, channels_last, dry is not None, dry.device if dry else None, weight_format(w, channels_last)
-    )  # fmt: skip
+    if x.dim() == 3:
+        x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
+    format = torch._C._conv_determine_backend_memory_format(x, w, backend)
+    channels_last = format == FORMATS[x.dim()]
+    of_weight = weight_format(weight, channels_last)
+    return Geometry(g.problem, channels_last, dry is not None, dry.device if dry else None, of_weight)

@@ -22,19 +22,16 @@ TORCHS = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
 TRANSPOSED = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}
 
 
-class _NoScript:
-    """TorchScript would read the Python of a layer, and say at length what of it it does not know."""
-
-    def __prepare_scriptable__(self) -> Any:
-        raise NotImplementedError("torch.jit.script cannot take tconv's layers: tconv.restore_(model) first, or trace it")
-
-
-class _Layer(_NoScript):
-    """What all layers share."""
+class _Layer:
+    """What all layers of tconv's have in common."""
 
     def __repr__(self) -> str:
-        """Torch's text, after whose layer it is."""
+        """Torch's text, which says nothing of whose layer it is. Error texts, made of `_get_name()`, stay torch's."""
         return f"tconv.{super().__repr__()}"
+
+    def __prepare_scriptable__(self) -> Any:
+        """TorchScript would read the Python of a layer, and say at length what of it it does not know."""
+        raise NotImplementedError("torch.jit.script cannot take tconv's layers: tconv.restore_(model) first, or trace it")
 
 
 class _Forward(_Layer, torch.nn.modules.conv._ConvNd):

@@ -19,7 +19,7 @@ import tconv
 from bench.layers import Layer
 from tconv import autograd
 from tconv.arguments import INTERPRET
-from tconv.layout import result_is_channels_last, shaped
+from tconv.layout import result_is_channels_last, shaped, weight_format
 from tconv.problem import Geometry
 
 PASSES = ("fprop", "dgrad", "wgrad", "step")
@@ -106,7 +106,8 @@ def tconv_(o: Operands, pass_: str) -> Callable[[], Any]:
             return _step(function, o)
         if pass_ == "fprop":
             return lambda: function(o.x, o.w, o.b, **o.settings)
-        g = Geometry(o.layer.problem, result_is_channels_last(o.x, o.w))
+        channels_last = result_is_channels_last(o.x, o.w)
+        g = Geometry(o.layer.problem, channels_last, dw_channels_last=weight_format(o.w, channels_last))
         if pass_ == "dgrad":
             return lambda: autograd.convolve(not o.layer.transposed, o.dy, o.w, None, g)
         pair = (o.x, o.dy) if o.layer.transposed else (o.dy, o.x)  # exchanged, like all else of a transposed layer

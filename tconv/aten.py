@@ -18,7 +18,7 @@ from tconv import functional, launch
 from tconv.arguments import Prepared
 from tconv.dry import DRY, Dry
 from tconv.kinds import Kinds
-from tconv.layout import FORMATS
+from tconv.layout import FORMATS, weight_format
 from tconv.opaque import opaque
 from tconv.ops import DTYPES
 from tconv.plan import forced
@@ -230,6 +230,7 @@ def _geometry(
         raise Declined(f"dtype {x.dtype}")
     if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
         raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
+    weight = w
     g = functional._examine(
         functional.Asked(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b
     )
@@ -237,4 +238,6 @@ def _geometry(
     if x.dim() == 3:
         x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
     format = torch._C._conv_determine_backend_memory_format(x, w, backend)
-    return Geometry(g.problem, format == FORMATS[x.dim()], dry is not None, dry.device if dry else None)
+    channels_last = format == FORMATS[x.dim()]
+    of_weight = weight_format(weight, channels_last)
+    return Geometry(g.problem, channels_last, dry is not None, dry.device if dry else None, of_weight)

@@ -207,11 +207,11 @@ class _Ours:
         except Declined:
             return ops.Operators(ops.window(self.g)).dgrad(dy, w)
 
-    def wgrad(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def wgrad(self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         try:
             return wgrad(dy, x, self.g, self.shared)
         except Declined:
-            return ops.Operators(ops.window(self.g)).wgrad(dy, x)
+            return ops.Operators(ops.window(self.g)).wgrad(dy, x, w)
 
     def bias_grad(self, dy: torch.Tensor) -> torch.Tensor:
         try:

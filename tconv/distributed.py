@@ -438,7 +438,7 @@ def conv_transpose(
 class _Forward(modules._Forward):
     def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
         if not isinstance(input, DTensor):
-            return super()._conv_forward(input, weight, bias)
+            return modules._Forward._conv_forward(self, input, weight, bias)
         if self.padding_mode != "zeros":
             raise NotImplementedError(f"padding_mode={self.padding_mode!r} of a sharded input: only zeros")
         return conv(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
@@ -447,7 +447,7 @@ class _Forward(modules._Forward):
 class _Transposed(modules._Transposed):
     def forward(self, input: Any, output_size: list[int] | None = None) -> Any:
         if not isinstance(input, DTensor):
-            return super().forward(input, output_size)
+            return modules._Transposed.forward(self, input, output_size)
         known = self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         more = self._output_padding(input, output_size, *known)  # type: ignore[arg-type]
         return conv_transpose(

@@ -20,9 +20,9 @@ from torch.fx import Proxy
 
 from tconv import ops
 from tconv.dry import DRY
-from tconv.guard import PLAIN, foreign_modes, unusual
+from tconv.guard import PLAIN, STRANGE, foreign_modes, unusual
 from tconv.kinds import Kinds
-from tconv.layout import LIMIT, result_is_channels_last
+from tconv.layout import LIMIT, result_is_channels_last, weight_format
 from tconv.opaque import opaque
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
@@ -83,6 +83,8 @@ def convolve(
                 seen = _seen.get((id(w), id(b), x.shape))
             except TypeError:  # symbolic extents have no hash
                 seen = None
+            except RuntimeError:  # a nested tensor has no shape
+                raise Declined(STRANGE) from None
             if seen is not None:
                 y: torch.Tensor | None = seen.again(
                     transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation
@@ -122,11 +124,14 @@ def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
         raise Declined(f"groups={groups!r}")
     stride, output_padding, dilation = _parameter(stride), _parameter(output_padding), _parameter(dilation)
     padding = padding if type(padding) is str else _parameter(padding)
-    key = (
-        transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
-        None if b is None else (b.shape, b.stride(), b.dtype, b.device),
-        stride, padding, output_padding, groups, dilation, rank,
-    )  # fmt: skip
+    try:
+        key = (
+            transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
+            None if b is None else (b.shape, b.stride(), b.dtype, b.device),
+            stride, padding, output_padding, groups, dilation, rank,
+        )  # fmt: skip
+    except RuntimeError:  # one of them is nested
+        raise Declined(STRANGE) from None
     known = _known.get(key)
     if known is None:
         try:
@@ -267,7 +272,8 @@ def _examine(asked: Asked, x: Any, w: Any, b: Any) -> Geometry:
     problem = ops.problem_of("dgrad" if asked.transposed else "fprop", x, w, h)
     if ops.too_large(problem, w, b):
         raise Declined(ops.TOO_LARGE)
-    return Geometry(problem, result_is_channels_last(x, w))
+    channels_last = result_is_channels_last(x, w)
+    return Geometry(problem, channels_last, dw_channels_last=weight_format(w, channels_last))
 
 
 def _padding(

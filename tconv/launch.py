@@ -75,7 +75,8 @@ def weight_reduction(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared
 
 
 def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
-    return prepare_wgrad(g.problem, dy, x, shaped(g.problem.shape("w"), g.channels_last, x.dtype), g.device or device_of(x))
+    channels_last = g.channels_last if g.dw_channels_last is None else g.dw_channels_last
+    return prepare_wgrad(g.problem, dy, x, shaped(g.problem.shape("w"), channels_last, x.dtype), g.device or device_of(x))
 
 
 def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:

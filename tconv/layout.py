@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,20 @@ def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
             w.unsqueeze(2),
         )
     return FORMATS[x.dim()] in (suggest_memory_format(x), suggest_memory_format(w))
+
+
+def weight_format(w: torch.Tensor, channels_last: bool) -> bool:
+    """Whether the gradient of a weight is channels_last where y and dx are, or are not.
+
+    It is as they are, unless both formats put the same element at the same place: a filter of one tap, or one channel per
+    group. There only strides of extents of one differ, and the gradient takes the weight's own. Autograd hands such a
+    gradient on as it is, and DDP compares even those strides with the weight's.
+    """
+    if w.shape[1] == 1 or math.prod(w.shape[2:]) == 1:
+        for format in (channels_last, not channels_last):
+            if shaped(w.shape, format, w.dtype).stride() == w.stride():
+                return format
+    return channels_last
 
 
 def _as_row(x: torch.Tensor) -> torch.Tensor:

@@ -16,16 +16,25 @@ from tconv.functional import convolve
 from tconv.guard import PLAIN
 
 ZERO = (0,)  # per dimension
+# By rank. Torch's own methods are called by their class's name: a bound method of ours may outlive the layer's class, kept by a
+# tool that wraps `forward`, and `super()` raises where `self` is torch.nn's again.
+TORCHS = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
+TRANSPOSED = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}
 
 
-class _NoScript:
-    """TorchScript would read the Python of a layer, and say at length what of it it does not know."""
+class _Layer:
+    """What all layers of tconv's have in common."""
+
+    def __repr__(self) -> str:
+        """Torch's text, which says nothing of whose layer it is. Error texts, made of `_get_name()`, stay torch's."""
+        return f"tconv.{super().__repr__()}"
 
     def __prepare_scriptable__(self) -> Any:
+        """TorchScript would read the Python of a layer, and say at length what of it it does not know."""
         raise NotImplementedError("torch.jit.script cannot take tconv's layers: tconv.restore_(model) first, or trace it")
 
 
-class _Forward(_NoScript, torch.nn.modules.conv._ConvNd):
+class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
     """What Conv1d, Conv2d and Conv3d share."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -33,16 +42,20 @@ class _Forward(_NoScript, torch.nn.modules.conv._ConvNd):
         if self.padding_mode != "zeros":
             x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO
         y = convolve(False, rank, x, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
-        return super()._conv_forward(input, weight, bias) if y is None else y  # type: ignore[misc]
+        return TORCHS[rank]._conv_forward(self, input, weight, bias) if y is None else y  # type: ignore[arg-type]
 
 
-class _Transposed(_NoScript, torch.nn.modules.conv._ConvTransposeNd):
+class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
     """What ConvTranspose1d, ConvTranspose2d and ConvTranspose3d share."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        y = None
-        if isinstance(input, (torch.Tensor, Proxy)) and isinstance(self.padding, tuple) and self.padding_mode == "zeros":
-            rank = len(self.kernel_size)
+        y, rank = None, len(self.kernel_size)
+        if (
+            isinstance(self, _Transposed)  # not where this bound method outlived `restore_`
+            and isinstance(input, (torch.Tensor, Proxy))
+            and isinstance(self.padding, tuple)
+            and self.padding_mode == "zeros"
+        ):
             weight, bias = _parameters(self, input)
             output_padding = self._output_padding(
                 input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation  # type: ignore[arg-type]
@@ -50,7 +63,7 @@ class _Transposed(_NoScript, torch.nn.modules.conv._ConvTransposeNd):
             y = convolve(
                 True, rank, input, weight, bias, self.stride, self.padding, tuple(output_padding), self.groups, self.dilation
             )
-        return super().forward(input, output_size) if y is None else y  # type: ignore[misc]
+        return TRANSPOSED[rank].forward(self, input, output_size) if y is None else y  # type: ignore[arg-type]
 
 
 def _parameters(layer: Any, input: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -106,37 +119,37 @@ class ConvTranspose3d(_Transposed, torch.nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d`, by tconv's kernels: (N, C, D, H, W) -> (N, K, Z, P, Q)."""
 
 
-class LazyConv1d(_Forward, torch.nn.LazyConv1d):  # type: ignore[misc]
+class LazyConv1d(Conv1d, torch.nn.LazyConv1d):  # type: ignore[misc]
     """`torch.nn.LazyConv1d`: becomes `Conv1d` on its first call."""
 
     cls_to_become: Any = Conv1d
 
 
-class LazyConv2d(_Forward, torch.nn.LazyConv2d):  # type: ignore[misc]
+class LazyConv2d(Conv2d, torch.nn.LazyConv2d):  # type: ignore[misc]
     """`torch.nn.LazyConv2d`: becomes `Conv2d` on its first call."""
 
     cls_to_become: Any = Conv2d
 
 
-class LazyConv3d(_Forward, torch.nn.LazyConv3d):  # type: ignore[misc]
+class LazyConv3d(Conv3d, torch.nn.LazyConv3d):  # type: ignore[misc]
     """`torch.nn.LazyConv3d`: becomes `Conv3d` on its first call."""
 
     cls_to_become: Any = Conv3d
 
 
-class LazyConvTranspose1d(_Transposed, torch.nn.LazyConvTranspose1d):  # type: ignore[misc]
+class LazyConvTranspose1d(ConvTranspose1d, torch.nn.LazyConvTranspose1d):  # type: ignore[misc]
     """`torch.nn.LazyConvTranspose1d`: becomes `ConvTranspose1d` on its first call."""
 
     cls_to_become: Any = ConvTranspose1d
 
 
-class LazyConvTranspose2d(_Transposed, torch.nn.LazyConvTranspose2d):  # type: ignore[misc]
+class LazyConvTranspose2d(ConvTranspose2d, torch.nn.LazyConvTranspose2d):  # type: ignore[misc]
     """`torch.nn.LazyConvTranspose2d`: becomes `ConvTranspose2d` on its first call."""
 
     cls_to_become: Any = ConvTranspose2d
 
 
-class LazyConvTranspose3d(_Transposed, torch.nn.LazyConvTranspose3d):  # type: ignore[misc]
+class LazyConvTranspose3d(ConvTranspose3d, torch.nn.LazyConvTranspose3d):  # type: ignore[misc]
     """`torch.nn.LazyConvTranspose3d`: becomes `ConvTranspose3d` on its first call."""
 
     cls_to_become: Any = ConvTranspose3d

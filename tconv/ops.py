@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tconv.dry import DRY
 from tconv.kinds import Kinds
-from tconv.layout import LIMIT, addressing, result_is_channels_last, shaped
+from tconv.layout import LIMIT, addressing, result_is_channels_last, shaped, weight_format
 from tconv.opaque import opaque
 from tconv.problem import ConvProblem, Geometry, forward_problem
 from tconv.record import Call, Declined, note
@@ -236,7 +236,7 @@ class Operators:
     """The operations as operators, for `gradients`.
 
     Args:
-        h: the exact window.
+        h: the exact window, with a memory format.
     """
 
     def __init__(self, h: Window) -> None:
@@ -248,21 +248,25 @@ class Operators:
     def dgrad(self, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return _call("dgrad", dy, w, None, *self.h)
 
-    def wgrad(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return _call("wgrad", dy, x, None, *self.h)
+    def wgrad(self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h = self.h._replace(channels_last=weight_format(w, bool(self.h.channels_last)))
+        return _call("wgrad", dy, x, None, *h)
 
     def bias_grad(self, dy: torch.Tensor) -> torch.Tensor:
         return dy.sum([0, *range(2, dy.dim())])
 
 
 def gradients(op: Any, name: str, g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, needs: Sequence[bool]) -> tuple[Any, ...]:
-    """Gradients of an operation's arguments a, b and bias that are needed, by the operations of `op`."""
+    """Gradients of an operation's arguments a, b and bias that are needed, by the operations of `op`.
+
+    Its `wgrad` is also given the weight, whose strides decide where two formats are the same memory.
+    """
     need_a, need_b, need_bias = needs
     da = db = None
     if name == "fprop":
-        da, db = op.dgrad(g, b) if need_a else None, op.wgrad(g, a) if need_b else None
+        da, db = op.dgrad(g, b) if need_a else None, op.wgrad(g, a, b) if need_b else None
     elif name == "dgrad":
-        da, db = op.fprop(g, b) if need_a else None, op.wgrad(a, g) if need_b else None
+        da, db = op.fprop(g, b) if need_a else None, op.wgrad(a, g, b) if need_b else None
     else:
         da, db = op.fprop(b, g) if need_a else None, op.dgrad(a, g) if need_b else None
     return da, db, op.bias_grad(g) if need_bias else None

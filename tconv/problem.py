@@ -122,12 +122,14 @@ class Geometry:
         channels_last: whether y, dx and dw are channels_last.
         dry: plan and record, but launch nothing (`explain`).
         device: what a dry call is planned for; None for the tensors' own device.
+        dw_channels_last: whether dw is, where its format is not that of y and dx (layout.weight_format).
     """
 
     problem: ConvProblem
     channels_last: bool
     dry: bool = False
     device: Device | None = None
+    dw_channels_last: bool | None = None
 
 
 def forward_problem(

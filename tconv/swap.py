@@ -2,79 +2,212 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils import parametrize
 
-from tconv import modules
+from tconv import subclasses
+from tconv.subclasses import COMPUTES, OURS, TORCHS, USERS
 
-NAMES = tuple(f"{lazy}Conv{transpose}{rank}d" for lazy in ("", "Lazy") for transpose in ("", "Transpose") for rank in (1, 2, 3))
-OURS = {getattr(torch.nn, name): getattr(modules, name) for name in NAMES}
-TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+__all__ = ["MARK", "OURS", "TORCHS", "replace_", "restore_"]
+
 MARK = "_tconv_replaced"  # set on a replaced module: copies and pickles of a model can be restored too
 
 Filter = Callable[[torch.nn.Module, str], bool]
 Report = Callable[[str], object]
 
 
-def replace_(model: torch.nn.Module, filter_fn: Filter | None = None, *, report: Report | None = None) -> torch.nn.Module:
-    """Makes torch.nn's own convolution layers of a model tconv's, in place.
+def replace_(
+    model: torch.nn.Module, filter_fn: Filter | None = None, *, report: Report | bool | None = None
+) -> torch.nn.Module:
+    """Makes the convolution layers of a model tconv's, in place.
 
-    Only the class of a module changes: its Parameters, hooks, name, parametrizations, ties and mode stay. A subclass of
-    the user's own is left as it is.
+    Only the class of a module changes: its Parameters, hooks, name, parametrizations, ties and mode stay. A layer of a
+    subclass of the user's becomes one of a class derived from that and tconv's layer. A subclass that overrides `forward` or
+    `_conv_forward` is left alone, for it need not call torch.nn's: `enable()` reaches what it calls.
 
     Args:
         model: any module; may itself be a convolution.
-        filter_fn: called with (module, qualified name) of each convolution; False leaves it alone.
-        report: called with one line per convolution and what became of it, e.g. `print`.
+        filter_fn: called with (module, qualified name) of each convolution that could be replaced; False leaves it alone.
+        report: called with one line per convolution and what became of it; True prints the lines.
     Returns:
         The same model.
+    Raises:
+        TypeError: `model` is no module, or `filter_fn` or `report` cannot be called.
+        RuntimeError: the class of a module cannot be changed.
+        Whatever `filter_fn` or `report` raises. The model is then as it was.
+    Warns:
+        UserWarning: the model has no convolution, or none that can be replaced.
 
     Example:
-        >>> replace_(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), report=print)
+        >>> replace_(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), report=True)
         0: torch.nn.Conv2d -> tconv.Conv2d
         Sequential(
-          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (0): tconv.Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
         )
     """
-    for name, module in model.named_modules():
-        target = OURS.get(_plain_class(module))
-        if target is None:
-            if report and isinstance(module, tuple(OURS)) and not isinstance(module, tuple(TORCHS)):
-                report(f"{name or 'model'}: {type(module).__name__} left alone, a class of its own")
-        elif filter_fn is not None and not filter_fn(module, name):
-            if report:
-                report(f"{name or 'model'}: {target.__name__} left alone by filter_fn")
-        else:
-            _become(module, target)
-            module.__dict__[MARK] = True
-            if report:
-                report(f"{name or 'model'}: torch.nn.{target.__name__} -> tconv.{target.__name__}")
+    report = _checked("replace_", model, filter_fn, report)
+    found = [f for name, module in model.named_modules() if (f := _to_replace(module, name, filter_fn))]
+    with _undone_if_raised(found):
+        for f in found:
+            if f.target is not None:
+                _change(f.module, f.name, f.target)
+                f.module.__dict__[MARK] = True
+        _report(report, found, "no convolution to replace")
+    kind = type(model).__name__
+    if not found and not any(isinstance(m, tuple(TORCHS)) for m in model.modules()):
+        warnings.warn(
+            f"tconv.replace_ found no convolution layer in this {kind}, and replaced nothing. Convolutions that are called as "
+            "functions, or by a scripted model, are reached by tconv.enable()",
+            stacklevel=2,
+        )
+    elif found and all(f.cannot for f in found):
+        warnings.warn(
+            f"tconv.replace_ replaced none of the {len(found)} convolutions of this {kind}: {found[0].line}. "
+            "report=True says why of each",
+            stacklevel=2,
+        )
     return model
 
 
-def restore_(model: torch.nn.Module, filter_fn: Filter | None = None, *, report: Report | None = None) -> torch.nn.Module:
-    """Undoes `replace_`, in place: what it replaced is torch.nn's again. Layers built as tconv's stay.
+def restore_(
+    model: torch.nn.Module, filter_fn: Filter | None = None, *, report: Report | bool | None = None
+) -> torch.nn.Module:
+    """Undoes `replace_`, in place: what it replaced has the class again that it had. Layers built as tconv's stay.
 
     Args:
         model: a model on which `replace_` ran, or a copy of one.
         filter_fn: called with (module, qualified name) of each replaced convolution; False leaves it alone.
-        report: called with one line per restored convolution, e.g. `print`.
+        report: called with one line per replaced convolution and what became of it; True prints the lines.
     Returns:
         The same model.
+    Raises:
+        As `replace_`; the model is then as it was.
     """
-    for name, module in model.named_modules():
-        if MARK not in module.__dict__ or (filter_fn is not None and not filter_fn(module, name)):
-            continue
-        target = TORCHS.get(_plain_class(module))
-        if target is None:
-            continue  # the user gave it another class since
-        _become(module, target)
-        del module.__dict__[MARK]
-        if report:
-            report(f"{name or 'model'}: tconv.{target.__name__} -> torch.nn.{target.__name__}")
+    report = _checked("restore_", model, filter_fn, report)
+    found = [f for name, module in model.named_modules() if (f := _to_restore(module, name, filter_fn))]
+    with _undone_if_raised(found):
+        for f in found:
+            if f.target is not None:
+                _change(f.module, f.name, f.target)
+                f.module.__dict__.pop(MARK, None)
+        _report(report, found, "no replaced convolution")
     return model
+
+
+class _Found(NamedTuple):
+    """A convolution of a model, and what is to become of it.
+
+    Attributes:
+        target: the class that it gets; None if it is left alone.
+        line: of the report.
+        cannot: it is left alone because of its class.
+    """
+
+    module: torch.nn.Module
+    name: str
+    target: type | None
+    line: str
+    cannot: bool = False
+
+
+def _to_replace(module: torch.nn.Module, name: str, filter_fn: Filter | None) -> _Found | None:
+    place, cls = name or "model", _plain_class(module)
+    try:
+        target = subclasses.ours(cls)
+    except subclasses.Left as why:
+        return _Found(module, name, None, f"{place}: {cls.__name__} left alone: {why}", True)
+    if target is None:
+        return None
+    if filter_fn is not None and not filter_fn(module, name):
+        return _Found(module, name, None, f"{place}: {cls.__name__} left alone by filter_fn")
+    return _Found(module, name, target, f"{place}: {_named(cls)} -> {_named(target)}{_first(module)}")
+
+
+def _to_restore(module: torch.nn.Module, name: str, filter_fn: Filter | None) -> _Found | None:
+    place, cls = name or "model", _plain_class(module)
+    if MARK not in module.__dict__ and USERS not in cls.__dict__:
+        return None
+    target = subclasses.theirs(cls)
+    if target is None:
+        return _Found(module, name, None, f"{place}: {cls.__name__} left alone: it was given this class after replace_")
+    if filter_fn is not None and not filter_fn(module, name):
+        return _Found(module, name, None, f"{place}: {cls.__name__} left alone by filter_fn")
+    return _Found(module, name, target, f"{place}: {_named(cls)} -> {_named(target)}{_first(module)}")
+
+
+def _named(cls: type) -> str:
+    """A class's name as a report gives it."""
+    if cls in OURS:
+        return f"torch.nn.{cls.__name__}"
+    return f"tconv.{cls.__name__}" if subclasses.theirs(cls) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _first(module: torch.nn.Module) -> str:
+    """What the report adds of a method that was set on the module itself, by a tool that wraps it or by hand."""
+    own = [name for name in COMPUTES if name in module.__dict__ and name not in _bound(module)]
+    return f" (behind its own {' and '.join(own)}, set on the module)" if own else ""
+
+
+def _report(report: Report, found: list[_Found], nothing: str) -> None:
+    for f in found:
+        report(f.line)
+    if not found:
+        report(f"model: {nothing}")
+
+
+def _checked(function: str, model: Any, filter_fn: Any, report: Any) -> Report:
+    """The report as a function; TypeError if an argument is not what `replace_` and `restore_` take."""
+    if isinstance(model, type):
+        raise TypeError(f"tconv.{function} takes a model, but got the class {model.__name__}: make an object of it first")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"tconv.{function} takes a torch.nn.Module, but got a {type(model).__name__}: give it one model, or several in a "
+            "torch.nn.ModuleList; convolutions outside of modules are reached by tconv.enable()"
+        )
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"tconv.{function}: filter_fn is called with each module and its name, but got a {type(filter_fn).__name__}"
+        )
+    if report is None or report is False:
+        return lambda _: None
+    if report is True:
+        return print
+    if not callable(report):
+        raise TypeError(f"tconv.{function}: report is True or is called with each line, but got a {type(report).__name__}")
+    given: Report = report
+    return given
+
+
+@contextlib.contextmanager
+def _undone_if_raised(found: Iterable[_Found]) -> Iterator[None]:
+    """Gives modules back their classes and attributes if the block raises."""
+    before = [(f.module, type(f.module), dict(f.module.__dict__)) for f in found if f.target is not None]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            if type(module) is not cls:
+                object.__setattr__(module, "__class__", cls)
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+        raise
+
+
+def _change(module: torch.nn.Module, name: str, target: type) -> None:
+    try:
+        _become(module, target)
+    except (AttributeError, TypeError) as e:
+        raise RuntimeError(
+            f"{name or 'model'}: {_named(type(module))} cannot become {_named(target)} ({e}). The model is as it was; "
+            "filter_fn can leave this layer out"
+        ) from e
 
 
 def _plain_class(module: torch.nn.Module) -> type:
@@ -84,7 +217,25 @@ def _plain_class(module: torch.nn.Module) -> type:
 
 
 def _become(module: torch.nn.Module, target: type) -> None:
+    """Changes the class of a module, and of those of its methods that were set on it as bound methods of that class."""
+    bound = {key: types.MethodType(getattr(target, name), module) for key, name in _bound(module).items()}
     if parametrize.is_parametrized(module):
         members = {k: v for k, v in type(module).__dict__.items() if k not in ("__dict__", "__weakref__")}
         target = type(f"Parametrized{target.__name__}", (target,), members)
-    module.__class__ = target
+    object.__setattr__(module, "__class__", target)  # past a `__setattr__` of the user's
+    module.__dict__.update(bound)
+
+
+def _bound(module: torch.nn.Module) -> dict[str, str]:
+    """Attributes set on a module that hold its own class's `forward` or `_conv_forward`, bound to it: which holds which.
+
+    Tools that wrap `forward` keep it so, accelerate as `_old_forward`. It would go on being that of the class that the
+    module had.
+    """
+    cls, found = _plain_class(module), dict[str, str]()
+    for key, value in module.__dict__.items():
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            for name in COMPUTES:
+                if value.__func__ is getattr(cls, name, None):
+                    found[key] = name
+    return found

@@ -11,7 +11,7 @@ ROWS = [
     ("__init__",),
     ("precompile", "distributed"),
     ("explain", "swap", "variants"),
-    ("rehearsal",),
+    ("rehearsal", "subclasses"),
     ("modules", "override"),
     ("aten", "chain", "scope"),
     ("functional", "selection"),

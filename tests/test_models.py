@@ -33,7 +33,7 @@ def test_a_model_is_right_and_its_layers_are_counted():
     assert row["tensors"] == 8  # the output, the input, two convolutions' and one norm's parameters
     assert row["noise"] == 1  # the bias before a norm of one channel
     assert (swap["layers"], swap["entries"], swap["calls"], on["calls"]) == (1, 1, 1, 2)
-    assert swap["left layers"] == {"Same left alone, a class of its own": 1}
+    assert swap["left layers"] == {"Same left alone: it overrides forward (tconv.enable() reaches what that calls)": 1}
     assert [sum(way["kernels"].values()) for way in (swap, on)] == [3, 6]
     assert swap["excess"] == on["excess"] == {}
     assert 0 < row["torch"]["gradients"] < 1e-5

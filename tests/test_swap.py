@@ -76,7 +76,7 @@ def test_every_class_there_and_back(name):
     lines = []
     assert tconv.replace_(m, report=lines.append) is m
     assert type(m) is getattr(tconv, name)
-    assert (identities(m), repr(m), list(m.state_dict())) == (before, text, state)
+    assert (identities(m), repr(m), list(m.state_dict())) == (before, f"tconv.{text}", state)
     assert tconv.restore_(m, report=lines.append) is m
     assert type(m) is getattr(nn, name)
     assert (identities(m), repr(m), list(m.state_dict())) == (before, text, state)
@@ -131,16 +131,19 @@ def test_replacing_twice_is_replacing_once():
     lines = []
     tconv.replace_(model, report=lines.append)
     assert classes(model) == once
-    assert lines == []
+    assert lines == ["model: no convolution to replace"]
     tconv.restore_(model)
     assert classes(model) == original
     assert classes(tconv.restore_(model)) == original
 
 
 def test_a_model_without_convolutions():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model, lines = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), []
     original = classes(model)
-    assert classes(tconv.restore_(tconv.replace_(model))) == original
+    with pytest.warns(UserWarning, match=r"no convolution layer in this Sequential, and replaced nothing.*enable\(\)"):
+        tconv.replace_(model, report=lines.append)
+    assert classes(tconv.restore_(model, report=lines.append)) == original
+    assert lines == ["model: no convolution to replace", "model: no replaced convolution"]
 
 
 def test_the_filter_chooses_by_module_and_name():
@@ -163,14 +166,14 @@ def test_the_filter_chooses_by_module_and_name():
     assert type(model.heads["up"]) is tconv.ConvTranspose2d
 
 
-def test_a_users_own_class_is_left_alone():
+def test_a_class_with_a_forward_of_its_own_is_left_alone():
     model = nn.Sequential(Own(3, 4, 3), nn.Conv2d(4, 4, 1))
     parametrizations.weight_norm(model[0])
     original, lines = type(model[0]), []
     tconv.replace_(model, report=lines.append)
     assert type(model[0]) is original
     assert lines[0].startswith("0: ")
-    assert lines[0].endswith("left alone, a class of its own")
+    assert lines[0].endswith("Own left alone: it overrides forward (tconv.enable() reaches what that calls)")
     assert lines[1] == "1: torch.nn.Conv2d -> tconv.Conv2d"
 
 
@@ -236,7 +239,7 @@ def test_parametrized_layers(name, register, device):
     tensors = list(m.parametrizations)
     tconv.replace_(m)
     assert isinstance(m, getattr(tconv, name))
-    assert (type(m).__name__, repr(m)) == (original.__name__, text)
+    assert (type(m).__name__, repr(m)) == (original.__name__, f"tconv.{text}")
     assert parametrize.is_parametrized(m, "weight")
     parity.assert_same(only_ours(m, x), expected)
     twin = copy.deepcopy(m)

@@ -148,7 +148,7 @@ def test_module_samples(name, device):
         theirs = parity.parameter_gradients(expected, their_x, torchs)
         for parameter, g in grads.items():
             parity.assert_same(g, theirs[parameter], f"gradient by {parameter}", weight=parameter == "weight")
-        assert repr(ours) == repr(torchs)
+        assert repr(ours) == f"tconv.{torchs!r}"
         torch.testing.assert_close(dict(ours.state_dict()), dict(torchs.state_dict()), rtol=0, atol=0)
         x = parity.leaf(call.args[0])
         with tconv.enabled(), tconv.recording() as calls:

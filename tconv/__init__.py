@@ -1,11 +1,13 @@
 """Convolutions for PyTorch, written by hand in Triton: drop-ins for torch.nn's six layers and their lazy forms.
 
     replace_, restore_                the convolutions of one model become tconv's, and torch's again
+    restored                          torch's classes for the length of a block, for tools that look at `type(module)`
     enable, disable, enabled          the same of every convolution of the process, or made in one model, that runs on a GPU
     is_enabled                        whether that holds
     Conv2d and its likes, functional  layers and functions to be written where they are wanted
     last_calls, recording, explain    what ran, or would run, and why; what was left to torch, and why
     precompile                        compiles ahead what a model will launch
+    decompositions                    tconv's operators in aten's, for graphs that are to hold those alone
     force                             plans by hand, for tests and measurements
     tconv.distributed                 convolutions of DTensors; imported by its name
 
@@ -13,6 +15,7 @@ The README and docs/ say more.
 """
 
 from tconv import functional
+from tconv.decompositions import decompositions
 from tconv.explain import Explanation, explain
 from tconv.modules import (
     Conv1d,
@@ -32,6 +35,7 @@ from tconv.override import disable, enable, enabled, is_enabled
 from tconv.plan import force
 from tconv.precompile import Precompiled, precompile
 from tconv.record import Call, last_calls, recording
+from tconv.restored import restored
 from tconv.swap import replace_, restore_
 
 __version__ = "0.1.0"
@@ -52,6 +56,7 @@ __all__ = [
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
     "Precompiled",
+    "decompositions",
     "disable",
     "enable",
     "enabled",
@@ -64,4 +69,5 @@ __all__ = [
     "recording",
     "replace_",
     "restore_",
+    "restored",
 ]

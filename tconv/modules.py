@@ -22,8 +22,27 @@ TORCHS = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
 TRANSPOSED = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}
 
 
+class _Name(str):
+    """The `__module__` of a layer's class: on the class the true one, on an instance that of torch's layers.
+
+    torch.fx and the tools on top of it (torchvision's extractors, quantization) take a module for a leaf of the graph, rather
+    than trace what it calls, if `module.__module__` starts with "torch.nn". Pickles ask the class.
+    """
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        return self if instance is None else "torch.nn.modules.conv"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)  # pickles that name the class hold a plain string
+
+
 class _Layer:
     """What all layers of tconv's have in common."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("tconv."):  # a user's subclass is traced into, as one of torch's layer is
+            cls.__module__ = _Name(cls.__module__)
 
     def __repr__(self) -> str:
         """Torch's text, which says nothing of whose layer it is. Error texts, made of `_get_name()`, stay torch's."""

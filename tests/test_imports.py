@@ -9,10 +9,10 @@ ROOT = pathlib.Path(tconv.__file__).parent
 # Top to bottom; a file may import what stands in a later row.
 ROWS = [
     ("__init__",),
-    ("precompile", "distributed"),
+    ("precompile", "distributed", "restored"),
     ("explain", "swap", "variants"),
     ("rehearsal", "subclasses"),
-    ("modules", "override"),
+    ("modules", "override", "decompositions"),
     ("aten", "chain", "scope"),
     ("functional", "selection"),
     ("repeat",),
@@ -22,7 +22,7 @@ ROWS = [
     ("compiled",),
     ("prepare",),
     ("boxes",),
-    ("arguments",),
+    ("arguments", "profiled"),
     ("record", "dry", "guard", "state", "opaque"),
     ("plan", "layout"),
     ("cost",),

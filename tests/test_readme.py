@@ -17,6 +17,7 @@ PRINTED = {  # what the examples of a document print, among else
     "docs/distributed.md": ("(Shard(dim=2),)", "fprop: gather"),
     "docs/explain.md": ("fprop: gather", "dgrad: gather", "wgrad: wgrad", "bias: bias"),
     "docs/kernels.md": ("fprop: gather",),
+    "docs/support.md": ("Conv2d(3, 8",),
     "docs/swapping.md": ("fprop: ", "dgrad: ", "wgrad: ", "0: torch.nn.Conv1d -> tconv.Conv1d", "filter_fn"),
 }
 
@@ -58,7 +59,7 @@ def test_docstring_examples():
     import sys
 
     found = 0
-    for name in ("explain", "override", "plan", "record", "swap"):
+    for name in ("decompositions", "explain", "override", "plan", "record", "restored", "swap"):
         result = doctest.testmod(sys.modules[f"tconv.{name}"], raise_on_error=False)
         assert result.failed == 0, name
         found += result.attempted

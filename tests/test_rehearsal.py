@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import random
+import textwrap
 import threading
 import types
 import weakref
@@ -310,6 +311,7 @@ class Raises(nn.Module):
             y.register_hook(self.fail)
         torch.set_grad_enabled(False)
         torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_dtype("cpu", torch.float16)
         torch.set_default_dtype(torch.float64)
         return y if self.when == "backward" else self.fail(y)
 
@@ -410,6 +412,26 @@ def test_a_function_leaves_the_globals_it_names_as_they_were(how, device):
     operations = unchanged(lambda: how(lambda x: by_global(x), x), LAYER, SEEN, x)
     assert sorted(operations) == PASSES
     assert COUNT == 0
+
+
+@both
+def test_a_librarys_wrapper_keeps_count(how, device):
+    """What it calls is found through it; what it keeps for itself is the library's business."""
+    library = {"__name__": "torch.wrappers"}
+    code = """
+        def wrapped(function):
+            count = 0
+            def wrapper(x):
+                nonlocal count
+                count += 1
+                return function(x)
+            return wrapper, lambda: count
+    """
+    exec(textwrap.dedent(code), library)
+    model = nn.Sequential(tconv.Conv2d(4, 6, 3), nn.BatchNorm2d(6)).to(device)
+    x, (wrapper, count) = torch.randn(2, 4, 6, 7, device=device), library["wrapped"](model)
+    assert sorted(unchanged(lambda: how(wrapper, x), model, x)) == PASSES
+    assert count() == 1
 
 
 @both
@@ -623,8 +645,16 @@ def test_a_model_may_take_its_inputs_apart(how, device):
         batch["labels"] = 1
         return layer(batch.pop("x").sub_(1))
 
-    batch = {"x": x, "y": [1]}
+    def with_slots(batch):
+        batch.more = batch.x
+        del batch.x
+        return layer(batch.more)
+
+    batch, slots = {"x": x, "y": [1]}, Slots(x)
     assert sorted(unchanged(lambda: how(model, batch), layer, batch)) == PASSES
+    assert sorted(unchanged(lambda: how(with_slots, slots), layer, x)) == PASSES
+    assert slots.x is x
+    assert not hasattr(slots, "more")
 
 
 class Tracked:
@@ -671,14 +701,16 @@ def test_parameters_of_a_large_model_are_shared(copied, device, monkeypatch):
     assert sorted(unchanged(lambda: explained(layer, x), layer, x)) == PASSES
 
 
-def test_a_training_step_trains_nothing(device):
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_a_training_step_trains_nothing(accumulating, device):
     layer, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 6, 7, device=device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     layer.weight.grad = torch.ones_like(layer.weight)
 
     def step(x):
         loss = layer(x).square().mean()
-        optimizer.zero_grad()
+        if not accumulating:
+            optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss

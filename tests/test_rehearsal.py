@@ -440,8 +440,15 @@ def test_tensors_that_a_function_closes_over(how, device):
     b = torch.randn(6, device=device)
     operations = unchanged(lambda: how(lambda x: tconv.functional.conv2d(x, w, b), x), w, b, x)
     assert sorted(operations) == ["dgrad", "fprop", "wgrad"]
-    operations = how(functools.partial(tconv.functional.conv2d, weight=w), x)
-    assert sorted(operations) == ["dgrad", "fprop", "wgrad"]
+    convolve = tconv.functional.conv2d
+    for function in (
+        functools.partial(convolve, weight=w),
+        functools.partial(lambda w, x: convolve(x, w), w),
+        lambda x, w=w: convolve(x, w),
+        lambda x, *, w=w: convolve(x, w),
+    ):
+        operations = unchanged(lambda function=function: how(function, x), w, x, function)
+        assert sorted(operations) == ["dgrad", "fprop", "wgrad"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

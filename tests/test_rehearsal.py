@@ -405,6 +405,18 @@ def test_a_function_leaves_the_modules_it_calls_as_they_were(name, how, device):
 
 
 @both
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, nn.parallel.DistributedDataParallel])
+def test_nobody_else_hears_of_a_replicated_model(wrapper, how, device, monkeypatch):
+    """Its own forward may talk to other processes or run replicas; the model within is taken."""
+    monkeypatch.setattr(wrapper, "forward", lambda *_: pytest.fail("other processes were asked"))
+    model, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 6, 7, device=device)
+    wrapped = wrapper.__new__(wrapper)  # a process group would have to be made first
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    assert sorted(how(wrapped, x)) == PASSES
+
+
+@both
 def test_a_function_leaves_the_globals_it_names_as_they_were(how, device):
     x = torch.randn(2, 4, 6, 7, device=device)
     if device != "cpu":

@@ -98,9 +98,9 @@ def reach(*roots: tuple[Any, Place], within_modules: bool = True) -> Reached:
             else:
                 if isinstance(value, RUNNING) and not within_modules:
                     continue
-                inside, holders = _holders(value, place, value is root[0])
-                if isinstance(value, torch.nn.Module) and holders:
+                if isinstance(value, torch.nn.Module):
                     found.modules.append(value)
+                inside, holders = _holders(value, place, value is root[0])
                 for holder in reversed(holders):
                     items = holder.read()
                     found.holders.append((holder, items, inside))
@@ -214,11 +214,10 @@ def _partial(p: functools.partial[Any]) -> Holder:
 def _function(f: types.FunctionType) -> list[Holder]:
     """The variables of a function: those it closes over, its defaults, and the globals that its code names.
 
-    Torch's own wrappers, such as vmap's, are read for what they call, and nothing of theirs is ever set back.
+    A library's own wrappers, such as vmap's, are read for what they call, and nothing of theirs is ever set back.
     """
     cells = [c for c in f.__closure__ or () if _filled(c)]
-    library = str(f.__globals__.get("__name__")).partition(".")[0] in LIBRARIES
-    if library:
+    if str(f.__globals__.get("__name__")).partition(".")[0] in LIBRARIES:
         return [Holder(lambda: [(i, c.cell_contents) for i, c in enumerate(cells) if _filled(c)], lambda items: None)]
 
     def fill(items: Items) -> None:
@@ -272,26 +271,30 @@ def exchanged(found: Reached, of: Callable[[torch.Tensor, Place], torch.Tensor])
     scripted = [(b, b.detach().clone()) for module in found.scripted for b in module.buffers()]
     states = [(g, g.get_state()) for g in found.generators]
     stand_ins = {id(t): of(t, place) for t, place in found.tensors}
-    try:
-        for t, _ in gradients:  # so that an optimizer's step in the block does nothing
-            t.grad = None
+    with contextlib.ExitStack() as after:  # which does everything that it can, whatever fails
+        for buffer, value in scripted:
+            after.callback(_refill, buffer, value)
+        for t, gradient in gradients:
+            after.callback(setattr, t, "grad", gradient)
+            t.grad = None  # so that an optimizer's step in the block does nothing
+        for generator, state in states:
+            after.callback(generator.set_state, state)
         for holder, items, _ in found.holders:
+            after.callback(_set_back, holder, items)
             new = [(k, _with(v, stand_ins)) for k, v in items]
             if not _same(new, items):
                 holder.write(new)
         yield
-    finally:
-        for holder, items, _ in reversed(found.holders):
-            if not _same(holder.read(), items):
-                holder.write(items)
-        for generator, state in states:
-            generator.set_state(state)
-        for t, gradient in gradients:
-            if t.grad is not gradient:
-                t.grad = gradient
-        with torch.no_grad():
-            for buffer, value in scripted:
-                buffer.copy_(value)
+
+
+def _refill(t: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        t.copy_(value)
+
+
+def _set_back(holder: Holder, items: Items) -> None:
+    if not _same(holder.read(), items):
+        holder.write(items)
 
 
 def _collects(t: torch.Tensor) -> bool:

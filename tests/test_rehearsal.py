@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import random
+import textwrap
 import threading
 import types
 import weakref
@@ -310,6 +311,7 @@ class Raises(nn.Module):
             y.register_hook(self.fail)
         torch.set_grad_enabled(False)
         torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_dtype("cpu", torch.float16)
         torch.set_default_dtype(torch.float64)
         return y if self.when == "backward" else self.fail(y)
 
@@ -403,6 +405,18 @@ def test_a_function_leaves_the_modules_it_calls_as_they_were(name, how, device):
 
 
 @both
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, nn.parallel.DistributedDataParallel])
+def test_nobody_else_hears_of_a_replicated_model(wrapper, how, device, monkeypatch):
+    """Its own forward may talk to other processes or run replicas; the model within is taken."""
+    monkeypatch.setattr(wrapper, "forward", lambda *_: pytest.fail("other processes were asked"))
+    model, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 6, 7, device=device)
+    wrapped = wrapper.__new__(wrapper)  # a process group would have to be made first
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    assert sorted(how(wrapped, x)) == PASSES
+
+
+@both
 def test_a_function_leaves_the_globals_it_names_as_they_were(how, device):
     x = torch.randn(2, 4, 6, 7, device=device)
     if device != "cpu":
@@ -413,13 +427,40 @@ def test_a_function_leaves_the_globals_it_names_as_they_were(how, device):
 
 
 @both
+def test_a_librarys_wrapper_keeps_count(how, device):
+    """What it calls is found through it; what it keeps for itself is the library's business."""
+    library = {"__name__": "torch.wrappers"}
+    code = """
+        def wrapped(function):
+            count = 0
+            def wrapper(x):
+                nonlocal count
+                count += 1
+                return function(x)
+            return wrapper, lambda: count
+    """
+    exec(textwrap.dedent(code), library)
+    model = nn.Sequential(tconv.Conv2d(4, 6, 3), nn.BatchNorm2d(6)).to(device)
+    x, (wrapper, count) = torch.randn(2, 4, 6, 7, device=device), library["wrapped"](model)
+    assert sorted(unchanged(lambda: how(wrapper, x), model, x)) == PASSES
+    assert count() == 1
+
+
+@both
 def test_tensors_that_a_function_closes_over(how, device):
     w, x = torch.randn(6, 4, 3, 3, device=device, requires_grad=True), torch.randn(2, 4, 6, 7, device=device)
     b = torch.randn(6, device=device)
     operations = unchanged(lambda: how(lambda x: tconv.functional.conv2d(x, w, b), x), w, b, x)
     assert sorted(operations) == ["dgrad", "fprop", "wgrad"]
-    operations = how(functools.partial(tconv.functional.conv2d, weight=w), x)
-    assert sorted(operations) == ["dgrad", "fprop", "wgrad"]
+    convolve = tconv.functional.conv2d
+    for function in (
+        functools.partial(convolve, weight=w),
+        functools.partial(lambda w, x: convolve(x, w), w),
+        lambda x, w=w: convolve(x, w),
+        lambda x, *, w=w: convolve(x, w),
+    ):
+        operations = unchanged(lambda function=function: how(function, x), w, x, function)
+        assert sorted(operations) == ["dgrad", "fprop", "wgrad"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -623,8 +664,16 @@ def test_a_model_may_take_its_inputs_apart(how, device):
         batch["labels"] = 1
         return layer(batch.pop("x").sub_(1))
 
-    batch = {"x": x, "y": [1]}
+    def with_slots(batch):
+        batch.more = batch.x
+        del batch.x
+        return layer(batch.more)
+
+    batch, slots = {"x": x, "y": [1]}, Slots(x)
     assert sorted(unchanged(lambda: how(model, batch), layer, batch)) == PASSES
+    assert sorted(unchanged(lambda: how(with_slots, slots), layer, x)) == PASSES
+    assert slots.x is x
+    assert not hasattr(slots, "more")
 
 
 class Tracked:
@@ -671,14 +720,16 @@ def test_parameters_of_a_large_model_are_shared(copied, device, monkeypatch):
     assert sorted(unchanged(lambda: explained(layer, x), layer, x)) == PASSES
 
 
-def test_a_training_step_trains_nothing(device):
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_a_training_step_trains_nothing(accumulating, device):
     layer, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 6, 7, device=device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     layer.weight.grad = torch.ones_like(layer.weight)
 
     def step(x):
         loss = layer(x).square().mean()
-        optimizer.zero_grad()
+        if not accumulating:
+            optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss

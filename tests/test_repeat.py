@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tconv
 from tconv import autograd, functional, launch, variants
 from tconv.configs import Tile
+from tconv.dry import dry_run
 from tconv.record import Declined
 from tests import parity
 
@@ -215,7 +216,10 @@ def test_explaining_a_repeated_call_launches_nothing(device, monkeypatch):
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
     layer(x)
     parity.forbid_launches(monkeypatch, pytest.fail.Exception("a kernel was launched"))
-    assert tconv.explain(lambda v: layer(v), x).ours  # a function, so with the layer's own Parameters
+    assert tconv.explain(layer, x).ours
+    with tconv.recording() as calls, dry_run():  # with the layer's own Parameters, of which explain has copies
+        layer(x)
+    parity.assert_ours(calls, "fprop")
 
 
 @pytest.mark.parametrize("off", ["input", "weight"])

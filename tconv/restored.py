@@ -1,4 +1,4 @@
-"""The classes that layers had before `replace_`, for the length of a block, for tools that look at `type(module)`."""
+"""Torch's classes for the length of a block, for tools that look at `type(module)`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ COPIED = "_tconv_restored"  # set on a layer in a block, so that its copies are 
 
 @contextlib.contextmanager
 def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Within the block, tconv's layers of a model are of torch.nn's classes, or the user's; after it they are tconv's again.
+    """Within the block, tconv's layers of a model are of torch.nn's classes; after it they are tconv's again.
 
     For tools that find convolutions by `type(module)`: counters of operations, fusing, quantization. Unlike `restore_` it
-    also takes layers built as tconv's, and it knows by itself what to undo. A layer of a subclass of the user's that
-    `replace_` took is of that subclass. A subclass of tconv's own layers stays as it is.
+    also takes layers built as tconv's, and it knows by itself what to undo. A layer whose class `replace_` derived from
+    a user's has the user's class in the block; subclasses of tconv's layers stay as they are.
 
     After the block, exceptions included, these are of the class they had before it:
 
@@ -49,23 +49,27 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"tconv.restored takes a torch.nn.Module, not a {type(model).__name__}")
-    block = uuid.uuid4().hex  # a pickle of the model may outlive the process
-    layers = [(module, cls) for module in model.modules() if theirs(cls := _plain_class(module))]
+    block = uuid.uuid4().hex  # no number: a copy of the model may be pickled, and outlive the process
+    layers = [(module, cls, torchs) for module in model.modules() if (torchs := theirs(cls := _plain_class(module)))]
     try:
-        for i, (module, cls) in enumerate(layers):
-            _become(module, theirs(cls))  # type: ignore[arg-type]
+        for i, (module, _, torchs) in enumerate(layers):
+            _become(module, torchs)
             module.__dict__[COPIED] = block, i
         yield model
     finally:
-        copies = [m for m in model.modules() if m.__dict__.get(COPIED, (None,))[0] == block]
-        for module, cls in [*layers, *((m, layers[m.__dict__[COPIED][1]][1]) for m in copies)]:
+        for module, cls, _ in layers:
             _return(module, cls)
             module.__dict__.pop(COPIED, None)
+        for module in model.modules():
+            of, i = module.__dict__.get(COPIED, (None, 0))
+            if of == block:
+                _return(module, layers[i][1])
+                del module.__dict__[COPIED]
 
 
 def _return(module: torch.nn.Module, cls: Any) -> None:
     """Give a module its class of tconv's back, or, to a lazy one that was called, the class it has become."""
-    found = _plain_class(module)
     for ours in (cls, getattr(cls, "cls_to_become", None)):
-        if ours is not None and found is theirs(ours):
-            return _become(module, ours)
+        if ours is not None and _plain_class(module) is theirs(ours):
+            _become(module, ours)
+            break

@@ -1,10 +1,12 @@
 """Convolutions for PyTorch, written by hand in Triton: drop-ins for torch.nn's six layers and their lazy forms.
 
     replace_, restore_                the convolutions of one model become tconv's, and torch's again
+    restored                          torch's classes for the length of a block, for tools that look at `type(module)`
     enable, disable, enabled          the same of every convolution of the process that runs on a GPU
     Conv2d and its likes, functional  layers and functions to be written where they are wanted
     last_calls, recording, explain    what ran, or would run, and why; what was left to torch, and why
     precompile                        compiles ahead what a model will launch
+    decompositions                    tconv's operators in aten's, for graphs that are to hold those alone
     force                             plans by hand, for tests and measurements
     tconv.distributed                 convolutions of DTensors; imported by its name
 
@@ -12,6 +14,7 @@ The README and docs/ say more.
 """
 
 from tconv import functional
+from tconv.decompositions import decompositions
 from tconv.explain import Explanation, explain
 from tconv.modules import (
     Conv1d,
@@ -31,6 +34,7 @@ from tconv.override import disable, enable, enabled
 from tconv.plan import force
 from tconv.precompile import Precompiled, precompile
 from tconv.record import Call, last_calls, recording
+from tconv.restored import restored
 from tconv.swap import replace_, restore_
 
 __version__ = "0.1.0"
@@ -51,6 +55,7 @@ __all__ = [
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
     "Precompiled",
+    "decompositions",
     "disable",
     "enable",
     "enabled",
@@ -62,4 +67,5 @@ __all__ = [
     "recording",
     "replace_",
     "restore_",
+    "restored",
 ]

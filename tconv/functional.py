@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
-from tconv import ops
+from tconv import ops, profiled
 from tconv.dry import DRY
 from tconv.guard import PLAIN, foreign_modes, unusual
 from tconv.kinds import Kinds
@@ -139,7 +141,13 @@ def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
         known = dataclasses.replace(known, dry=True, device=dry.device)
     elif batched and not autocast and repeat.possible(asked, *tensors):
         _seen[id(w), id(b), x.shape] = repeat.Repeat(asked, known, x, w, b)
-    y: torch.Tensor = repeat.autograd.convolve(transposed, x if batched else x.unsqueeze(0), w, b, known)
+    x = x if batched else x.unsqueeze(0)
+    event = profiled.begin_call(transposed, known, x, w, b) if profiler._is_profiler_enabled and not dry else None
+    try:
+        y: torch.Tensor = repeat.autograd.convolve(transposed, x, w, b, known)
+    finally:
+        if event is not None:
+            profiled.end(event)
     return y if batched else y.squeeze(0)
 
 
@@ -185,6 +193,8 @@ def _operator(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor | None:
         return None
     if torch._C._len_torch_function_stack() and not is_dynamo_compiling() and foreign_modes():
         return None
+    if not is_dynamo_compiling() and _exporting_to_onnx():  # which knows aten's operators alone
+        return None
     tracing = None if is_dynamo_compiling() else torch._C._get_tracing_state()
     if tracing:  # torch.jit.trace would take the extents that are asked for below for the graph's
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
@@ -202,6 +212,11 @@ def _operator(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor | None:
     batched = x.dim() == asked.rank + 2
     y: torch.Tensor = run(x if batched else x.unsqueeze(0), w, b, *h)
     return y if batched else y.squeeze(0)
+
+
+def _exporting_to_onnx() -> bool:
+    onnx = sys.modules.get("torch.onnx")  # loaded by whoever exports
+    return onnx is not None and bool(onnx.is_in_onnx_export())
 
 
 def _traced(tracer: Any, asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from tconv import plan as planning
+from tconv import profiled
 from tconv.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.compiled import announce, run
 from tconv.device import INTERPRETER, Device, cuda_device
@@ -139,18 +141,23 @@ def execute(
     if dry:
         _collect(launch)
     else:
-        if launch.copies or launch.total:
-            announce(launch, operands, (*more, out))
-        if launch.copies:
-            operands = _stage(launch, shared, *operands)
-        if launch.swapped:
-            operands = operands[::-1]
-        if launch.total is None:
-            run(launch, (*operands, *more, out))
-        else:
-            workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
-            run(launch, (*operands, *more, workspace))
-            run(launch.total, (workspace, out))
+        event = profiled.begin_launch(launch.call) if profiler._is_profiler_enabled else None
+        try:
+            if launch.copies or launch.total:
+                announce(launch, operands, (*more, out))
+            if launch.copies:
+                operands = _stage(launch, shared, *operands)
+            if launch.swapped:
+                operands = operands[::-1]
+            if launch.total is None:
+                run(launch, (*operands, *more, out))
+            else:
+                workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
+                run(launch, (*operands, *more, workspace))
+                run(launch.total, (workspace, out))
+        finally:
+            if event is not None:
+                profiled.end(event)
     note(launch.call)
     return out
 

@@ -18,14 +18,34 @@ from tconv.guard import PLAIN
 ZERO = (0,)  # per dimension
 
 
-class _NoScript:
-    """TorchScript would read the Python of a layer, and say at length what of it it does not know."""
+class _Name(str):
+    """The `__module__` of a layer's class: on the class the true one, on an instance that of torch's layers.
+
+    torch.fx and the tools on top of it (torchvision's extractors, quantization) take a module for a leaf of the graph, rather
+    than trace what it calls, if `module.__module__` starts with "torch.nn". Pickles ask the class.
+    """
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        return self if instance is None else "torch.nn.modules.conv"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)  # pickles that name the class hold a plain string
+
+
+class _Layer:
+    """What all layers of tconv's have in common."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("tconv."):  # a user's subclass is traced into, as one of torch's layer is
+            cls.__module__ = _Name(cls.__module__)
 
     def __prepare_scriptable__(self) -> Any:
+        """TorchScript would read the Python of a layer, and say at length what of it it does not know."""
         raise NotImplementedError("torch.jit.script cannot take tconv's layers: tconv.restore_(model) first, or trace it")
 
 
-class _Forward(_NoScript, torch.nn.modules.conv._ConvNd):
+class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
     """What Conv1d, Conv2d and Conv3d share."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -36,7 +56,7 @@ class _Forward(_NoScript, torch.nn.modules.conv._ConvNd):
         return super()._conv_forward(input, weight, bias) if y is None else y  # type: ignore[misc]
 
 
-class _Transposed(_NoScript, torch.nn.modules.conv._ConvTransposeNd):
+class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
     """What ConvTranspose1d, ConvTranspose2d and ConvTranspose3d share."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:

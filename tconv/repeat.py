@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch._C import _get_fp32_precision_getter as fp32_precision
+from torch.autograd import profiler
 
-from tconv import autograd, launch
+from tconv import autograd, launch, profiled
 from tconv.guard import moment_differs, same
 from tconv.plan import forced
 from tconv.problem import Geometry
@@ -78,6 +79,11 @@ class Repeat:
             or moment_differs(self.precision)
         ):
             return None
-        if self.differentiable and torch.is_grad_enabled():
-            return autograd.apply_convolve(x, w, b, self.how)
-        return launch.convolve(self.how.prepared, x, w, b, dry=False)
+        event = profiled.begin_call(transposed, self.how.g, x, w, b) if profiler._is_profiler_enabled else None
+        try:
+            if self.differentiable and torch.is_grad_enabled():
+                return autograd.apply_convolve(x, w, b, self.how)
+            return launch.convolve(self.how.prepared, x, w, b, dry=False)
+        finally:
+            if event is not None:
+                profiled.end(event)

@@ -9,9 +9,9 @@ ROOT = pathlib.Path(tconv.__file__).parent
 # Top to bottom; a file may import what stands in a later row.
 ROWS = [
     ("__init__",),
-    ("precompile", "distributed"),
+    ("precompile", "distributed", "restored"),
     ("explain", "swap", "variants"),
-    ("modules", "override"),
+    ("modules", "override", "decompositions"),
     ("aten",),
     ("functional",),
     ("repeat",),
@@ -21,7 +21,7 @@ ROWS = [
     ("compiled",),
     ("prepare",),
     ("boxes",),
-    ("arguments",),
+    ("arguments", "profiled"),
     ("record", "dry", "guard"),
     ("plan", "layout"),
     ("cost",),

@@ -1,0 +1,70 @@
+"""Torch's classes for the length of a block, for tools that look at `type(module)`."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tconv.swap import TORCHS, _become, _plain_class
+
+COPIED = "_tconv_restored"  # set on a layer in a block, so that its copies are known
+
+
+@contextlib.contextmanager
+def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Within the block, tconv's layers of a model are of torch.nn's classes; after it they are tconv's again.
+
+    For tools that find convolutions by `type(module)`: counters of operations, fusing, quantization. Unlike `restore_` it
+    also takes layers built as tconv's, and it knows by itself what to undo. Layers of user-defined subclasses stay as they
+    are.
+
+    After the block, exceptions included, these are of the class they had before it:
+
+    - every layer that the block was entered with, wherever it is by then, unless the tool gave it another class;
+    - copies of them that the tool put into the model, such as a convolution with its batch norm folded in.
+
+    Layers of torch.nn's that the tool made anew stay torch.nn's, and so do layers of another model that the tool returned, a
+    copy of the first one: `tconv.replace_` makes those tconv's.
+
+    Args:
+        model: any module; may itself be a convolution. Blocks may nest; the outermost one does all the work.
+    Yields:
+        The same model.
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> import tconv
+        >>> model = torch.nn.Sequential(tconv.Conv2d(3, 8, 3))
+        >>> with restored(model):
+        ...     print(type(model[0]) is torch.nn.Conv2d)
+        True
+        >>> type(model[0]) is tconv.Conv2d
+        True
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"tconv.restored takes a torch.nn.Module, not a {type(model).__name__}")
+    block = uuid.uuid4().hex  # a pickle of the model may outlive the process
+    layers = [(module, cls) for module in model.modules() if (cls := _plain_class(module)) in TORCHS]
+    try:
+        for i, (module, cls) in enumerate(layers):
+            _become(module, TORCHS[cls])
+            module.__dict__[COPIED] = block, i
+        yield model
+    finally:
+        copies = [m for m in model.modules() if m.__dict__.get(COPIED, (None,))[0] == block]
+        for module, cls in [*layers, *((m, layers[m.__dict__[COPIED][1]][1]) for m in copies)]:
+            _return(module, cls)
+            module.__dict__.pop(COPIED, None)
+
+
+def _return(module: torch.nn.Module, cls: Any) -> None:
+    """Give a module its class of tconv's back, or, to a lazy one that was called, the class it has become."""
+    found = _plain_class(module)
+    for ours in (cls, getattr(cls, "cls_to_become", None)):
+        if ours is not None and found is TORCHS[ours]:
+            return _become(module, ours)

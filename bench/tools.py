@@ -187,7 +187,8 @@ def fvcore(model: nn.Module, x: torch.Tensor) -> Answer:
 def profiler(model: nn.Module, x: torch.Tensor) -> Answer:
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as found:
         model(x)
-    return {"FLOPs": sum(e.flops for e in found.key_averages())}
+    events = found.key_averages()
+    return {"FLOPs": sum(e.flops for e in events), "conv2d": sum(e.count for e in events if e.key == "aten::conv2d")}
 
 
 def flop_counter(backward: bool) -> Ask:
@@ -259,18 +260,10 @@ def fuse_modules(model: nn.Module, x: torch.Tensor) -> Answer:
     return {"batch norms left": left(fused, nn.BatchNorm2d), "output": products(fused(x))}
 
 
-def decompositions(model: nn.Module, x: torch.Tensor) -> Answer:
-    return exported(torch.export.export(model, (x,)).run_decompositions(), x)
-
-
-def exported(program: Any, x: torch.Tensor) -> Answer:
-    """The operators of an exported program and what it gives."""
+def export(model: nn.Module, x: torch.Tensor) -> Answer:
+    program = torch.export.export(model, (x,)).run_decompositions()
     names = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     return {"operators": counted(names), "output": products(program.module()(x))}
-
-
-def with_our_decompositions(model: nn.Module, x: torch.Tensor) -> Answer:
-    return exported(torch.export.export(model, (x,)).run_decompositions(tconv.decompositions()), x)  # type: ignore[attr-defined]
 
 
 def jit_trace(model: nn.Module, x: torch.Tensor) -> Answer:
@@ -364,26 +357,32 @@ def fx_training(model: nn.Module, x: torch.Tensor) -> Answer:
     return quantized(convert_fx(prepared.eval()), x)
 
 
-def pt2e(model: nn.Module, x: torch.Tensor) -> Answer:
-    return pt2e_of(torch.export.export(model, (x,)), x)
-
-
-def pt2e_with_our_decompositions(model: nn.Module, x: torch.Tensor) -> Answer:
-    program = torch.export.export(model, (x,))
-    return pt2e_of(program.run_decompositions(tconv.decompositions()), x)  # type: ignore[attr-defined]
-
-
-def pt2e_of(program: Any, x: torch.Tensor) -> Answer:
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+def x86_quantizer() -> Any:
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(program.module(), quantizer)
-    prepared(x)
-    converted = convert_pt2e(prepared)
-    names = [str(n.target).split(".")[1] for n in converted.graph.nodes if "quantize" in str(n.target)]
-    return {"nodes": counted(names), "output": products(converted(x))}
+    return x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+
+
+def xnnpack_quantizer() -> Any:
+    from torchao.testing.pt2e import _xnnpack_quantizer as xnnpack
+
+    return xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_symmetric_quantization_config())
+
+
+def pt2e(quantizer: Callable[[], Any], decomposed: bool = False) -> Ask:
+    def ask(model: nn.Module, x: torch.Tensor) -> Answer:
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        program = torch.export.export(model, (x,))
+        if decomposed:
+            program = program.run_decompositions(tconv.decompositions())
+        prepared = prepare_pt2e(program.module(), quantizer())
+        prepared(x)
+        converted = convert_pt2e(prepared)
+        names = [str(n.target).split(".")[1] for n in converted.graph.nodes if "quantize" in str(n.target)]
+        return {"nodes": counted(names), "output": products(converted(x))}
+
+    return ask
 
 
 # Attribution
@@ -472,7 +471,7 @@ def call(model: nn.Module, x: torch.Tensor) -> Answer:
 
 
 FUSED = "fuse_modules(model, [['conv1', 'norm1', 'relu1'], ...])"
-DECOMPOSED = "torch.export.export(model, (x,)).run_decompositions(tconv.decompositions())"
+EXPORTED = "torch.export.export(model, (x,))"
 # fmt: off
 TOOLS = (
     Tool("thop", ("thop",), "thop.profile(model, (x,))", thop, every_rank),
@@ -500,11 +499,13 @@ TOOLS = (
     Tool("quantization, FX", (), "prepared = prepare_fx(model, mapping, (x,))", fx, classifier, 0.05),
     Tool("quantization-aware training, FX", (), "prepared = prepare_qat_fx(model, mapping, (x,))", fx_training,
          classifier, 0.05),
-    Tool("quantization, pt2e", ("torchao",), "prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)",
-         pt2e, classifier, 0.05,
-         Remedy(f"prepared = prepare_pt2e({DECOMPOSED}.module(), quantizer)", pt2e_with_our_decompositions)),
-    Tool("export, decomposed", (), "torch.export.export(model, (x,)).run_decompositions()", decompositions, every_rank,
-         remedy=Remedy(DECOMPOSED, with_our_decompositions)),
+    Tool("quantization, pt2e, X86InductorQuantizer", ("torchao",), f"prepared = prepare_pt2e({EXPORTED}.module(), quantizer)",
+         pt2e(x86_quantizer), classifier, 0.05),
+    Tool("quantization, pt2e, XNNPACKQuantizer", ("torchao",), f"prepared = prepare_pt2e({EXPORTED}.module(), quantizer)",
+         pt2e(xnnpack_quantizer), classifier, 0.05,
+         Remedy(f"prepared = prepare_pt2e({EXPORTED}.run_decompositions(tconv.decompositions()).module(), quantizer)",
+                pt2e(xnnpack_quantizer, decomposed=True))),
+    Tool("export, decomposed", (), f"{EXPORTED}.run_decompositions()", export, every_rank),
     Tool("TorchScript, traced", (), "torch.jit.trace(model, x)", jit_trace, every_rank),
     Tool("TorchScript, scripted", (), "torch.jit.script(model)", jit_script, every_rank),
     Tool("TorchScript, frozen", (), "torch.jit.freeze(torch.jit.trace(model, x))", jit_freeze, classifier),

@@ -42,18 +42,20 @@ REMEDY = "remedy"
 MARK = "answer: "  # before what a process says
 LIMIT = 300  # seconds; the slowest tool, an ONNX exporter, takes forty by all ways
 LEGEND = f"""\
-"Same" is torch.nn's answer; else what differs is shown. The number behind it counts the launches by tconv's kernels while the
-tool worked. Where the answer after `replace_` differs, the last column has what was then done and gave torch.nn's answer:
-`{RESTORED}` gives a model torch.nn's classes for the length of a block. Layers that a tool has made or copied within the block
-are torch.nn's, and stay so: `tconv.replace_` takes them."""
+"Same" is torch.nn's answer; where it is another, what differs is shown. The number behind it counts the launches by tconv's
+kernels while the tool worked, and the calls that were left to torch.
+
+Where the answer after `replace_` differs, the last column has what was then done and gave torch.nn's answer. Most of these
+tools look for torch.nn's very classes, and `{RESTORED}` gives them to the model for the length of a block. What a
+tool returns that is another model, a copy or a new one, has torch.nn's layers after the block too: `tconv.replace_` takes them.
+`enable()` changes no layer, and needs none of this."""
 
 
 def ask(tool: Tool, way: str) -> dict[str, Any]:
     """A tool's answer by one way, in this process.
 
-    Returns: "answer" and "launches", or "failed"; and "seconds".
+    Returns: "answer", "launches" by tconv's kernels and calls "left" to torch, or "failed"; and "seconds".
     """
-    warnings.simplefilter("ignore")
     start = time.perf_counter()
     try:
         found = _ask(tool, way)
@@ -72,14 +74,15 @@ def _ask(tool: Tool, way: str) -> dict[str, Any]:
     if way == "enable()":
         context = tconv.enabled()
     elif way == RESTORED:
-        context = tconv.restored(model)  # type: ignore[attr-defined]
+        context = tconv.restored(model)
     question = tool.remedy.ask if tool.remedy and way == REMEDY else tool.ask
     torch.manual_seed(1)
     with tconv.recording() as calls, context:
         found = question(model, x)
     if way == RESTORED and layers(model) != before:
         raise RuntimeError(f"of tconv's layers {before} went into the block and {layers(model)} came out of it")
-    return {"answer": found, "launches": sum(call.ours for call in calls)}
+    ours = sum(call.ours for call in calls)
+    return {"answer": found, "launches": ours, "left": len(calls) - ours}
 
 
 def layers(model: torch.nn.Module) -> int:
@@ -97,7 +100,8 @@ def in_a_process(tool: Tool, ways: Sequence[str], limit: float) -> dict[str, dic
             why = f"the process ended with {done.returncode}: {last[:120]}"
         except subprocess.TimeoutExpired as e:
             printed, why = (e.stdout or b"").decode(), f"no answer in {limit:g} s"
-        answers = [json.loads(line[len(MARK) :]) for line in printed.splitlines() if line.startswith(MARK)]
+        whole = printed[: printed.rfind("\n") + 1].splitlines()  # the last line may be cut
+        answers = [json.loads(line[len(MARK) :]) for line in whole if line.startswith(MARK)]
         found |= dict(zip(missing, answers, strict=False))
         if len(answers) < len(missing):
             found[missing[len(answers)]] = {"failed": why}
@@ -143,16 +147,16 @@ def remedy(tool: Tool, row: dict[str, Any]) -> str | None:
     """What to do with tconv, in Markdown; None where nothing has given torch.nn's answer."""
     if "failed" in row["ways"]["torch.nn"]:
         return "the tool fails with torch.nn's layers too"
-    differs = {way for way in row["ways"] if differences(tool, row, way)}
-    if tool.note and differs & {"replace_", "enable()"}:
-        return tool.note
-    if "enable()" in differs:
-        return None
-    if "replace_" not in differs:
+    right = {way for way in row["ways"] if not differences(tool, row, way)}
+    if {"replace_", "enable()"} <= right:
         return "nothing"
-    if tool.remedy and REMEDY not in differs:
+    if tool.note:
+        return tool.note
+    if "enable()" not in right:
+        return None
+    if tool.remedy and REMEDY in right:
         return f"`{tool.remedy.code}`"
-    return None if RESTORED in differs else f"`{restored(tool.code)}`"
+    return f"`{restored(tool.code)}`" if RESTORED in right else None
 
 
 def restored(code: str) -> str:
@@ -188,13 +192,14 @@ def cell(tool: Tool, row: dict[str, Any], way: str) -> str:
     if way == "torch.nn":
         return brief(found["answer"])
     differs = {key: part for key, part in found["answer"].items() if key in differences(tool, row, way)}
-    return f"{f'**{brief(differs)}**' if differs else 'same'} [{found['launches']}]"
+    left = f", {found['left']} left" if found["left"] else ""
+    return f"{f'**{brief(differs)}**' if differs else 'same'} [{found['launches']}{left}]"
 
 
 def table(rows: Rows) -> str:
     """The record in Markdown, a line per tool."""
     lines = [
-        "| Tool | Version | Call | torch.nn | `replace_` | `enable()` | After `replace_` |",
+        "| Tool | Version | Call | torch.nn | `replace_` | `enable()` | What to do after `replace_` |",
         "|---|---|---|---|---|---|---|",
     ]
     for tool in TOOLS:
@@ -209,13 +214,16 @@ def table(rows: Rows) -> str:
 
 
 def verdict(rows: Rows) -> str:
-    """What the record shows, in a few sentences."""
+    """What the record shows, in two sentences."""
     there = [(tool, rows[tool.name]) for tool in TOOLS if "ways" in rows.get(tool.name, {})]
-    same = {way: sum(not differences(tool, row, way) for tool, row in there) for way in WAYS[1:]}
+    on, swapped = (sum(not differences(tool, row, way) for tool, row in there) for way in ("enable()", "replace_"))
     bad = [tool.name for tool, row in there if wrong(tool, row)]
     where = " and ".join(sorted({row["ran"] for _, row in there}))
-    right = f"{same['replace_']} have torch.nn's answer after `replace_`, {same['enable()']} under `enable()`"
-    return f"Of {len(there)} questions {right}{'; no remedy for ' + ', '.join(bad) if bad else ''}: {where}."
+    rest = f"no remedy for {', '.join(bad)}" if bad else "for the others the last column says what to do"
+    return (
+        f"{on} of {len(there)} questions have torch.nn's answer under `enable()`, {swapped} after `replace_`; {rest}.\n"
+        f"Asked with {where}."
+    )
 
 
 def page(rows: Rows) -> str:
@@ -243,6 +251,7 @@ def main() -> int:
     if not triton.knobs.runtime.interpret:
         parser.error("the models are on the CPU: TRITON_INTERPRET=1 runs the kernels in Triton's interpreter")
     if options.answer:
+        warnings.simplefilter("ignore")
         tool = next(tool for tool in TOOLS if tool.name == options.answer[0])
         for way in options.answer[1:]:
             print(f"\n{MARK}{json.dumps(ask(tool, way))}", flush=True)

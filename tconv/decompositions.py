@@ -1,8 +1,9 @@
 """tconv's operators as aten's, for whoever takes an exported or traced graph that may hold aten's operators alone.
 
-Torch has no registry from which `ExportedProgram.run_decompositions` would learn of them: a kernel for
-CompositeImplicitAutograd would be taken by torch.compile too, which is to run tconv's kernels, and torch._decomp's global
-table is not read there. So torch's default table is extended where it is made for export, and only there.
+`ExportedProgram.run_decompositions()` has no registry to learn of them from. A kernel for CompositeImplicitAutograd would do,
+but it would enter Inductor's table as well, so that torch.compile would no longer run tconv's kernels, and every export would
+warn of it. torch._decomp's global table is not read there, and Inductor raises at an operator that is in it. So the table is
+extended where torch makes it for export.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _laid_out(t: torch.Tensor, h: Window) -> torch.Tensor:
     return t.contiguous(memory_format=FORMATS[t.dim()] if h.channels_last else torch.contiguous_format)
 
 
-def _extend_torchs_default_tables() -> None:
+def _extend_torchs_default_table() -> None:
+    """Wraps the two functions that give it out: Inductor takes it by another way, and stays without."""
     torchs_table: Any = torch.export.default_decompositions
     run: Any = ExportedProgram.run_decompositions
 
@@ -126,4 +128,4 @@ def _extend_torchs_default_tables() -> None:
     ExportedProgram.run_decompositions = run_decompositions  # type: ignore[method-assign]
 
 
-_extend_torchs_default_tables()
+_extend_torchs_default_table()

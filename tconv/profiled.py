@@ -19,6 +19,9 @@ from tconv.record import Call
 def begin_call(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Event:
     """The event of a layer's forward call, begun.
 
+    The profiler knows of symmetric padding alone. Where more is behind than before it is told the latter, and counts a row or
+    column too little; of torch's own call with padding="same" it counts nothing.
+
     Args:
         x: what the layer is given; of a transposed one the problem's y.
     """

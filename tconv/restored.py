@@ -48,7 +48,7 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"tconv.restored takes a torch.nn.Module, not a {type(model).__name__}")
-    block = uuid.uuid4().hex  # a pickle of the model may outlive the process
+    block = uuid.uuid4().hex  # no number: a copy of the model may be pickled, and outlive the process
     layers = [(module, cls) for module in model.modules() if (cls := _plain_class(module)) in TORCHS]
     try:
         for i, (module, cls) in enumerate(layers):
@@ -56,15 +56,18 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             module.__dict__[COPIED] = block, i
         yield model
     finally:
-        copies = [m for m in model.modules() if m.__dict__.get(COPIED, (None,))[0] == block]
-        for module, cls in [*layers, *((m, layers[m.__dict__[COPIED][1]][1]) for m in copies)]:
+        for module, cls in layers:
             _return(module, cls)
             module.__dict__.pop(COPIED, None)
+        for module in model.modules():
+            of, i = module.__dict__.get(COPIED, (None, 0))
+            if of == block:
+                _return(module, layers[i][1])
+                del module.__dict__[COPIED]
 
 
 def _return(module: torch.nn.Module, cls: Any) -> None:
     """Give a module its class of tconv's back, or, to a lazy one that was called, the class it has become."""
-    found = _plain_class(module)
-    for ours in (cls, getattr(cls, "cls_to_become", None)):
-        if ours is not None and found is TORCHS[ours]:
-            return _become(module, ours)
+    found = {TORCHS[ours]: ours for ours in (cls, getattr(cls, "cls_to_become", None)) if ours}.get(_plain_class(module))
+    if found is not None:
+        _become(module, found)

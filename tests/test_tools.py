@@ -129,6 +129,16 @@ def test_only_an_instance_shows_torchs_module():
         assert ours.__module__ == type(ours).__module__ == "torch.nn.utils.parametrize"
 
 
+def test_the_same_of_distributed_layers():
+    from tconv import distributed
+
+    layer = distributed.Conv2d(1, 1, 1)
+    assert (layer.__module__, type(layer).__module__) == (MODULE, "tconv.distributed")
+    with tconv.restored(layer):
+        assert type(layer) is nn.Conv2d
+    assert type(layer) is distributed.Conv2d
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_name_the_true_module(protocol):
     model = nn.Sequential(tconv.Conv2d(1, 1, 1), tconv.LazyConv1d(1, 1))

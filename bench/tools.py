@@ -472,6 +472,7 @@ def call(model: nn.Module, x: torch.Tensor) -> Answer:
 
 FUSED = "fuse_modules(model, [['conv1', 'norm1', 'relu1'], ...])"
 EXPORTED = "torch.export.export(model, (x,))"
+PT2E = "convert_pt2e(calibrated(prepare_pt2e({}.module(), quantizer)))"
 # fmt: off
 TOOLS = (
     Tool("thop", ("thop",), "thop.profile(model, (x,))", thop, every_rank),
@@ -493,17 +494,17 @@ TOOLS = (
          fx_optimize, classifier),
     Tool("fuse_conv_bn_eval", (), "fuse_conv_bn_eval(model.conv1, model.norm1)", fuse_conv_bn, classifier),
     Tool("fuse_modules", (), FUSED, fuse_modules, classifier),
-    Tool("quantization, eager", (), f"prepared = prepare({FUSED})", eager, quantizable, 0.05),
-    Tool("quantization-aware training, eager", (), f"prepared = prepare_qat({FUSED.replace('modules', 'modules_qat')})",
+    Tool("quantization, eager", (), f"convert(calibrated(prepare({FUSED})))", eager, quantizable, 0.05),
+    Tool("quantization-aware training, eager", (), f"convert(trained(prepare_qat({FUSED.replace('modules', 'modules_qat')})))",
          eager_training, quantizable, 0.05),
-    Tool("quantization, FX", (), "prepared = prepare_fx(model, mapping, (x,))", fx, classifier, 0.05),
-    Tool("quantization-aware training, FX", (), "prepared = prepare_qat_fx(model, mapping, (x,))", fx_training,
+    Tool("quantization, FX", (), "convert_fx(calibrated(prepare_fx(model, mapping, (x,))))", fx, classifier, 0.05),
+    Tool("quantization-aware training, FX", (), "convert_fx(trained(prepare_qat_fx(model, mapping, (x,))))", fx_training,
          classifier, 0.05),
-    Tool("quantization, pt2e, X86InductorQuantizer", ("torchao",), f"prepared = prepare_pt2e({EXPORTED}.module(), quantizer)",
+    Tool("quantization, pt2e, X86InductorQuantizer", ("torchao",), PT2E.format(EXPORTED),
          pt2e(x86_quantizer), classifier, 0.05),
-    Tool("quantization, pt2e, XNNPACKQuantizer", ("torchao",), f"prepared = prepare_pt2e({EXPORTED}.module(), quantizer)",
+    Tool("quantization, pt2e, XNNPACKQuantizer", ("torchao",), PT2E.format(EXPORTED),
          pt2e(xnnpack_quantizer), classifier, 0.05,
-         Remedy(f"prepared = prepare_pt2e({EXPORTED}.run_decompositions(tconv.decompositions()).module(), quantizer)",
+         Remedy(PT2E.format(f"{EXPORTED}.run_decompositions(tconv.decompositions())"),
                 pt2e(xnnpack_quantizer, decomposed=True))),
     Tool("export, decomposed", (), f"{EXPORTED}.run_decompositions()", export, every_rank),
     Tool("TorchScript, traced", (), "torch.jit.trace(model, x)", jit_trace, every_rank),

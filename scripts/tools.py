@@ -40,7 +40,7 @@ WAYS = ("torch.nn", "replace_", "enable()")
 RESTORED = "with tconv.restored(model):"
 REMEDY = "remedy"
 MARK = "answer: "  # before what a process says
-LIMIT = 300  # seconds; the slowest tool, an ONNX exporter, takes forty by all ways
+LIMIT = 300  # seconds; torchao takes up to a hundred where a batch norm is left, all others less than forty, by all ways
 LEGEND = f"""\
 "Same" is torch.nn's answer; where it is another, what differs is shown. The number behind it counts the launches by tconv's
 kernels while the tool worked, and the calls that were left to torch.
@@ -48,7 +48,10 @@ kernels while the tool worked, and the calls that were left to torch.
 Where the answer after `replace_` differs, the last column has what was then done and gave torch.nn's answer. Most of these
 tools look for torch.nn's very classes, and `{RESTORED}` gives them to the model for the length of a block. What a
 tool returns that is another model, a copy or a new one, has torch.nn's layers after the block too: `tconv.replace_` takes them.
-`enable()` changes no layer, and needs none of this."""
+`enable()` changes no layer, and needs none of this.
+
+Eager and FX quantization are deprecated in torch, and still there; pt2e has moved to torchao. `calibrated` and `trained` stand
+for what the model is then run on; it all belongs into the block."""
 
 
 def ask(tool: Tool, way: str) -> dict[str, Any]:
@@ -176,7 +179,7 @@ def brief(answer: Answer) -> str:
         if isinstance(value, int):
             parts.append(f"{key} {value:,}")
         elif isinstance(value, str):
-            parts.append(f"{key}: {value}")
+            parts.append(f"{key}: {value or 'none'}")
         else:
             parts.append(key if floats(value) else f"{len(value)} {key}")
     if len(parts) > 4:

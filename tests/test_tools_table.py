@@ -16,6 +16,7 @@ from scripts import tools
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.ao and torch.jit, which are asked all the same
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.ao.*"),
 ]
 RECORD = json.loads(tools.RECORD.read_text())
 TORCHS_OWN = [tool for tool in TOOLS if not tool.packages]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.tools import TOOLS, Remedy, Tool, every_rank
+from bench.tools import TOOLS, Remedy, Tool, every_rank, products
 from scripts import tools
 
 pytestmark = [
@@ -146,11 +146,9 @@ def test_counts_are_exact_and_tensors_close():
 
 
 def test_any_change_of_a_tensor_shows():
-    from bench.tools import products
-
     t = torch.randn(3, 4)
     assert tools.alike(products(t * (1 + 1e-6)), products(t), 1e-4)
-    for changed in (t.flip(0), t.T.reshape(3, 4), t + torch.nn.functional.one_hot(torch.tensor([1, 2, 3]), 4)):
+    for changed in (t.flip(0), t.T.reshape(3, 4), t + nn.functional.one_hot(torch.tensor([1, 2, 3]), 4)):
         assert not tools.alike(products(changed), products(t), 1e-4)
 
 

@@ -49,10 +49,10 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"tconv.restored takes a torch.nn.Module, not a {type(model).__name__}")
     block = uuid.uuid4().hex  # no number: a copy of the model may be pickled, and outlive the process
-    layers = [(module, cls) for module in model.modules() if (cls := _plain_class(module)) in TORCHS]
+    layers = [(module, cls) for module in model.modules() if _torchs(cls := _plain_class(module))]
     try:
         for i, (module, cls) in enumerate(layers):
-            _become(module, TORCHS[cls])
+            _become(module, _torchs(cls))
             module.__dict__[COPIED] = block, i
         yield model
     finally:
@@ -66,8 +66,14 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
                 del module.__dict__[COPIED]
 
 
+def _torchs(cls: type) -> Any:
+    """The class that one of tconv's took the place of; None for any other class."""
+    return TORCHS.get(cls)
+
+
 def _return(module: torch.nn.Module, cls: Any) -> None:
     """Give a module its class of tconv's back, or, to a lazy one that was called, the class it has become."""
-    found = {TORCHS[ours]: ours for ours in (cls, getattr(cls, "cls_to_become", None)) if ours}.get(_plain_class(module))
-    if found is not None:
-        _become(module, found)
+    for ours in (cls, getattr(cls, "cls_to_become", None)):
+        if ours is not None and _plain_class(module) is _torchs(ours):
+            _become(module, ours)
+            break

@@ -299,15 +299,25 @@ def wrong(row: dict[str, Any]) -> bool:
 
 def run(model: Model, device: str) -> dict[str, Any]:
     """One row, or why there is none."""
-    where = "in Triton's interpreter" if triton.knobs.runtime.interpret else f"on {torch.cuda.get_device_name()}"
-    ran = f"torch {torch.__version__}, Triton {triton.__version__}, kernels {where}"
-    row: dict[str, Any] = {"package": model.package, "version": model.version, "ran": ran}
+    row: dict[str, Any] = {"package": model.package, "version": model.version, "ran": here()}
     torch.manual_seed(0)
     try:
         built, inputs = model.build(True)
         return row | compare(built.to(device), tuple(t.to(device) for t in inputs))
     except Exception as e:  # a model that its own package cannot build or run is a row too
-        return row | {"failed": f"{type(e).__name__}: {e}".splitlines()[0][:160]}
+        return row | {"failed": complaint(e)}
+
+
+def here() -> str:
+    """With what, and where, kernels run."""
+    where = "in Triton's interpreter" if triton.knobs.runtime.interpret else f"on {torch.cuda.get_device_name()}"
+    return f"torch {torch.__version__}, Triton {triton.__version__}, kernels {where}"
+
+
+def complaint(e: Exception) -> str:
+    """What an error says, short enough for a table."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(e).__name__}: {e}")  # without a terminal's colours
+    return text.splitlines()[0][:160]
 
 
 def write(rows: Rows) -> None:

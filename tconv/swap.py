@@ -59,19 +59,8 @@ def replace_(
                 _change(f.module, f.name, f.target)
                 f.module.__dict__[MARK] = True
         _report(report, found, "no convolution to replace")
-    kind = type(model).__name__
-    if not found and not any(isinstance(m, tuple(TORCHS)) for m in model.modules()):
-        warnings.warn(
-            f"tconv.replace_ found no convolution layer in this {kind}, and replaced nothing. Convolutions that are called as "
-            "functions, or by a scripted model, are reached by tconv.enable()",
-            stacklevel=2,
-        )
-    elif found and all(f.cannot for f in found):
-        warnings.warn(
-            f"tconv.replace_ replaced none of the {len(found)} convolutions of this {kind}: {found[0].line}. "
-            "report=True says why of each",
-            stacklevel=2,
-        )
+    if all(f.cannot for f in found) and not any(isinstance(m, tuple(TORCHS)) for m in model.modules()):
+        warnings.warn(_nothing(type(model).__name__, found), stacklevel=2)
     return model
 
 
@@ -139,6 +128,17 @@ def _to_restore(module: torch.nn.Module, name: str, filter_fn: Filter | None) ->
     if filter_fn is not None and not filter_fn(module, name):
         return _Found(module, name, None, f"{place}: {cls.__name__} left alone by filter_fn")
     return _Found(module, name, target, f"{place}: {_named(cls)} -> {_named(target)}{_first(module)}")
+
+
+def _nothing(kind: str, found: list[_Found]) -> str:
+    """The warning of a model in which nothing could be replaced."""
+    if not found:
+        return (
+            f"tconv.replace_ found no convolution layer in this {kind}, and replaced nothing. Convolutions that are called as "
+            "functions, or by a scripted model, are reached by tconv.enable()"
+        )
+    why = f"{found[0].line}. report=True says why of each"
+    return f"tconv.replace_ replaced none of the {len(found)} convolutions of this {kind}: {why}"
 
 
 def _named(cls: type) -> str:

@@ -111,6 +111,8 @@ def test_what_the_user_asked_for_is_not_warned_of():
         m = tconv.replace_(nn.Conv1d(1, 1, 1))
         tconv.replace_(m)
         tconv.replace_(tconv.Conv1d(1, 1, 1))
+        m = nn.Sequential(nn.Conv2d(1, 1, 1), third_party.Same(1, 1, 1))
+        tconv.replace_(tconv.replace_(m))
         tconv.restore_(nn.ReLU())
 
 

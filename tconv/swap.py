@@ -161,8 +161,8 @@ def _report(report: Report, found: list[_Found], nothing: str) -> None:
         report(f"model: {nothing}")
 
 
-def _checked(function: str, model: Any, filter_fn: Any, report: Any) -> Report:
-    """The report as a function; TypeError if an argument is not what `replace_` and `restore_` take."""
+def _checked(function: str, model: Any, filter_fn: Any = None, report: Any = None) -> Report:
+    """The report as a function; TypeError if an argument is not what the function of tconv's by that name takes."""
     if isinstance(model, type):
         raise TypeError(f"tconv.{function} takes a model, but got the class {model.__name__}: make an object of it first")
     if not isinstance(model, torch.nn.Module):

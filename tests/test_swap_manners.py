@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tconv
+from tconv import distributed
 from tests import parity, third_party
 from tests.test_swap import classes
 
@@ -67,6 +68,11 @@ def breaking(count):
 def test_what_is_no_module(function, given, text):
     with pytest.raises(TypeError, match=rf"tconv\.{function.__name__} {text}" if text.startswith("takes") else text):
         function(given)
+
+
+def test_what_is_no_module_to_the_layers_of_dtensors():
+    with pytest.raises(TypeError, match=r"tconv\.distributed\.replace_ takes a torch.nn.Module, but got a list"):
+        distributed.replace_([])
 
 
 @pytest.mark.parametrize("function", [tconv.replace_, tconv.restore_])

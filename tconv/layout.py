@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch._prims_common import suggest_memory_format
+from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for, suggest_memory_format
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 LIMIT = 2**31 - 1
@@ -36,9 +36,10 @@ def weight_format(w: torch.Tensor, channels_last: bool) -> bool:
     gradient on as it is, and DDP compares even those strides with the weight's.
     """
     if w.shape[1] == 1 or math.prod(w.shape[2:]) == 1:
-        for format in (channels_last, not channels_last):
-            if shaped(w.shape, format, w.dtype).stride() == w.stride():
-                return format
+        if w.stride() == make_contiguous_strides_for(w.shape):
+            return False
+        if w.stride() == make_channels_last_strides_for(w.shape):
+            return True
     return channels_last
 
 

@@ -109,11 +109,13 @@ def _reduce(self: Any, protocol: Any) -> Any:
     said = super(cls, self).__reduce_ex__(protocol)
     if type(self) is not cls or isinstance(said, str):
         return said  # a class derived further, or an object known by name
-    make, args, *rest = said
+    (make, args, *rest), users = said, cls.__dict__[USERS]
     if make is cls:
-        return (_made, (cls.__dict__[USERS], *args), *rest)
-    if make in (copyreg.__newobj__, copyreg._reconstructor):  # type: ignore[attr-defined]
-        return (_new, (cls.__dict__[USERS], *(args[1:] if make is copyreg.__newobj__ else ())), *rest)  # type: ignore[attr-defined]
+        return (_made, (users, *args), *rest)
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of the protocols from 2 on
+        return (_new, (users, *args[1:]), *rest)
+    if make is copyreg._reconstructor:  # type: ignore[attr-defined]  # of the older ones
+        return (_new, (users,), *rest)
     return said  # by a function of the user's
 
 

@@ -59,19 +59,8 @@ def replace_(
                 _change(f.module, f.name, f.target)
                 f.module.__dict__[MARK] = True
         _report(report, found, "no convolution to replace")
-    kind = type(model).__name__
-    if not found and not any(isinstance(m, tuple(TORCHS)) for m in model.modules()):
-        warnings.warn(
-            f"tconv.replace_ found no convolution layer in this {kind}, and replaced nothing. Convolutions that are called as "
-            "functions, or by a scripted model, are reached by tconv.enable()",
-            stacklevel=2,
-        )
-    elif found and all(f.cannot for f in found):
-        warnings.warn(
-            f"tconv.replace_ replaced none of the {len(found)} convolutions of this {kind}: {found[0].line}. "
-            "report=True says why of each",
-            stacklevel=2,
-        )
+    if all(f.cannot for f in found) and not any(isinstance(m, tuple(TORCHS)) for m in model.modules()):
+        warnings.warn(_nothing(type(model).__name__, found), stacklevel=2)
     return model
 
 
@@ -141,6 +130,17 @@ def _to_restore(module: torch.nn.Module, name: str, filter_fn: Filter | None) ->
     return _Found(module, name, target, f"{place}: {_named(cls)} -> {_named(target)}{_first(module)}")
 
 
+def _nothing(kind: str, found: list[_Found]) -> str:
+    """The warning of a model in which nothing could be replaced."""
+    if not found:
+        return (
+            f"tconv.replace_ found no convolution layer in this {kind}, and replaced nothing. Convolutions that are called as "
+            "functions, or by a scripted model, are reached by tconv.enable()"
+        )
+    why = f"{found[0].line}. report=True says why of each"
+    return f"tconv.replace_ replaced none of the {len(found)} convolutions of this {kind}: {why}"
+
+
 def _named(cls: type) -> str:
     """A class's name as a report gives it."""
     if cls in OURS:
@@ -161,8 +161,8 @@ def _report(report: Report, found: list[_Found], nothing: str) -> None:
         report(f"model: {nothing}")
 
 
-def _checked(function: str, model: Any, filter_fn: Any, report: Any) -> Report:
-    """The report as a function; TypeError if an argument is not what `replace_` and `restore_` take."""
+def _checked(function: str, model: Any, filter_fn: Any = None, report: Any = None) -> Report:
+    """The report as a function; TypeError if an argument is not what the function of tconv's by that name takes."""
     if isinstance(model, type):
         raise TypeError(f"tconv.{function} takes a model, but got the class {model.__name__}: make an object of it first")
     if not isinstance(model, torch.nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tconv
+from tconv import distributed
 from tests import parity, third_party
 from tests.test_swap import classes
 
@@ -70,6 +70,11 @@ def test_what_is_no_module(function, given, text):
         function(given)
 
 
+def test_what_is_no_module_to_the_layers_of_dtensors():
+    with pytest.raises(TypeError, match=r"tconv\.distributed\.replace_ takes a torch.nn.Module, but got a list"):
+        distributed.replace_([])
+
+
 @pytest.mark.parametrize("function", [tconv.replace_, tconv.restore_])
 def test_arguments_that_cannot_be_called(function):
     m = nn.Conv2d(1, 1, 1)
@@ -111,6 +116,8 @@ def test_what_the_user_asked_for_is_not_warned_of():
         m = tconv.replace_(nn.Conv1d(1, 1, 1))
         tconv.replace_(m)
         tconv.replace_(tconv.Conv1d(1, 1, 1))
+        m = nn.Sequential(nn.Conv2d(1, 1, 1), third_party.Same(1, 1, 1))
+        tconv.replace_(tconv.replace_(m))
         tconv.restore_(nn.ReLU())
 
 
@@ -260,11 +267,10 @@ def test_an_initialiser_that_compares_types():
     assert not tconv.replace_(before).weight.any()
 
 
-def test_recording_is_not_disturbed(device):
-    """Replacing draws no random number and calls no layer."""
+def test_replacing_draws_no_random_number_and_calls_no_layer(device):
     m = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout()).to(device)
     rng = torch.get_rng_state()
-    with tconv.recording() as calls, contextlib.suppress(RuntimeError):
+    with tconv.recording() as calls:
         tconv.restore_(tconv.replace_(m))
     assert calls == []
     assert torch.equal(torch.get_rng_state(), rng)

@@ -94,6 +94,19 @@ MUTATIONS = [
     Mutation("halo gradients kept where they arose", "distributed.py", "take[r].add_(piece)", "pass", "test_space and not dtype", "test_distributed.py"),
     Mutation("a halo one element short", "distributed.py", "(b - 1) * stride - before + span + 1", "(b - 1) * stride - before + max(span, 1)", "test_space and not dtype", "test_distributed.py"),
     Mutation("a weight's gradient of one rank alone", "distributed.py", "return _total(grad, ctx.group), None", "return grad, None", "test_space and not dtype", "test_distributed.py"),
+    Mutation("a kernel below that has gone not looked for", "chain.py", "if VOID not in str(e):", "if True:", "any_order", "test_enable_others.py"),
+    Mutation("a kernel taken out from under another", "override.py", "not _layers[-1].inside and _layers[-1].on_top()", "not _layers[-1].inside", "any_order", "test_enable_others.py"),
+    Mutation("an enabling again that stays below others", "override.py", "if not _layers or not _layers[-1].on_top():", "if not _layers:", "any_order", "test_enable_others.py"),
+    Mutation("the last selection alone", "override.py", "self.chosen = choice(selections) if", "self.chosen = choice(selections[-1:]) if", "add_up", "test_enable_others.py"),
+    Mutation("a block that disable() ends", "override.py", "if not one.block)", "if True)", "newest", "test_enable_others.py"),
+    Mutation("a selection's gradients from the others", "aten.py", "(a if mine else b for", "(b if mine else a for", "test_operations", "test_enable_others.py"),
+    Mutation("a choice that forgets", "selection.py", "found = _choices.get(key)", "found = None", "toggling_forgets", "test_enable_others.py"),
+    Mutation("an enabling that ends for its nodes only later", "override.py", "(*self.process, *scopes) if one.layer is self", "(*self.process, *scopes)", "follows_what_holds", "test_enable_model.py"),
+    Mutation("a forward pass that an interrupt does not end", "scope.py", "while caller is not None and caller is not p.frame:", "while False:", "error_ends", "test_enable_model.py"),
+    Mutation("a backward that counts where it is called", "scope.py", "if p.task == task", "if True", "graph_outside", "test_enable_model.py"),
+    Mutation("what is computed again outside", "scope.py", "if ended.unmarked:", "if False:", "checkpoints_inside", "test_enable_model.py"),
+    Mutation("a graph made before that is marked", "scope.py", " or node._sequence_nr() < ended.first", "", "made_before", "test_enable_model.py"),
+    Mutation("a block's copy that stays enabled", "override.py", "    if not block:\n        _open(inside", "    if True:\n        _open(inside", "copies", "test_enable_model.py"),
 ]  # fmt: skip
 
 

@@ -61,7 +61,8 @@ class Below:
     def settle(self) -> None:
         """Takes torch's own kernel for it, since what lies between cannot be seen."""
         backends = (self.key.replace("CPU", other).replace("CUDA", other) for other in UNUSED)
-        handles = [torch.library.get_kernel(f"aten::{self.operator}", backend) for backend in backends]
+        known = [backend for backend in backends if backend in torch._C.DispatchKey.__members__]
+        handles = [torch.library.get_kernel(f"aten::{self.operator}", backend) for backend in known]
         self._handle = next((h for h in handles if not written_in_python(h)), handles[0])
 
 
@@ -74,7 +75,7 @@ class Layer:
     """Kernels of ours that are registered together, on top of what is there now.
 
     Args:
-        kernels: our function by operator and dispatch key. It is called with `before`, then with the set of keys that the
+        kernels: our function by operator and dispatch key. It is called with what is `Below` it, the set of keys that the
             dispatcher was called with, and the operator's arguments.
 
     Attributes:

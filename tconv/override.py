@@ -27,6 +27,7 @@ from tconv.record import Declined
 from tconv.selection import EVERYTHING, Choice, Selection, choice, select
 
 MADE_BY = ("convolution", "_convolution", "convolution_backward")  # the operators of which autograd makes nodes
+DYNAMO = os.path.join("torch", "_dynamo")
 F = TypeVar("F", bound=Callable[..., Any])
 PROCESS: Any = ...  # what stands for no model: `enable(None)` is a mistake, and must not enable everything
 
@@ -42,16 +43,17 @@ def enable(
     ranks: Iterable[int] | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
 ) -> None:
-    """Makes convolutions that run on a GPU tconv's, until `disable()`: all of the process, or those made inside one model.
-    Those on CPUs too where `TRITON_INTERPRET=1` was set before Triton was imported.
+    """Makes the convolutions of the process, or those made inside one model, tconv's until `disable()`.
+
+    It holds for those that run on a GPU, and on CPUs where `TRITON_INTERPRET=1` was set before Triton was imported. Without
+    Triton, or in a torch that is built without GPUs, it warns and changes nothing.
 
     Without a model it holds in all threads and in children forked later. With one it holds for the calls made while the
-    model is being called, and for their backward passes, by whatever layers or functions. Layers, functions and compiled
+    model is being called, by whatever layers or functions, and for their backward passes. Layers, functions and compiled
     graphs follow at once, in both directions, and a backward pass follows what holds when it runs.
 
-    Calls add up: a convolution is tconv's if any `enable()` that holds selects it, and nothing but its own `disable()` ends
-    one. Where another library has replaced the same kernels, the last one wins and leaves the rest to the one before it.
-    Without Triton, or in a torch that is built without GPUs, it warns and changes nothing.
+    Several add up: a call is tconv's if any `enable()` that holds selects it, and each is ended by its own `disable()`.
+    Where another library has replaced the same kernels, the last one wins and leaves the rest to the one before it.
 
     Args:
         model: whose calls; a module of any class. Left out, the process's.
@@ -180,7 +182,7 @@ class _Inside(_Enabled):
     @_hook
     def leave(self, module: torch.nn.Module, args: Any, outputs: Any) -> None:
         """The model's last hook, which is called after an error too."""
-        scope.leave(self, outputs)
+        scope.leave(self, _caller(sys._getframe(1)), outputs)
 
     def __reduce__(self) -> Any:
         return _copied, (self.selection, self.block)
@@ -333,7 +335,7 @@ def _unhook(model: torch.nn.Module, one: _Enabled) -> None:
 
 def _caller(frame: FrameType) -> FrameType:
     """The frame that called a hook, but for dynamo's, which has ended when the hook has."""
-    while "_dynamo" in frame.f_code.co_filename and frame.f_back is not None:
+    while DYNAMO in frame.f_code.co_filename and frame.f_back is not None:
         frame = frame.f_back
     return frame
 

@@ -60,14 +60,17 @@ def enter(scope: Any, frame: FrameType) -> None:
     _passes.set((*_under_way(), _Pass(scope, frame)))
 
 
-def leave(scope: Any, outputs: Any) -> None:
-    """The last forward pass of this scope has ended, with these outputs; None if by an error."""
-    passes = _passes.get()
-    ended = next((p for p in reversed(passes) if p.scope is scope), None)
-    if ended is None:  # another hook raised before ours began it
-        return
-    _passes.set(tuple([p for p in _under_way() if p is not ended]))
-    if ended.unmarked:
+def leave(scope: Any, frame: FrameType, outputs: Any) -> None:
+    """A model's forward pass has ended, with these outputs. After an error there are none, and its frame is gone.
+
+    Args:
+        scope, frame: as they were given to `enter`.
+        outputs: of any structure.
+    """
+    passes = _under_way()
+    ended = next((p for p in reversed(passes) if p.scope is scope and p.frame is frame), None)
+    _passes.set(tuple([p for p in passes if p is not ended]))
+    if ended is not None and ended.unmarked:
         _mark_all(outputs, ended)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import dataclasses
@@ -255,6 +256,22 @@ def test_a_model_that_calls_itself(x):
     with tconv.enabled(model):
         assert forward(model, x)[1] == ["fprop"] * 3
         nothing(F.conv2d, x, x)
+
+
+def test_a_call_of_itself_that_fails_before_it_begins(x):
+    """Ends nothing of the call around it."""
+
+    class Tries(nn.Module):
+        def forward(self, x, again=True):
+            handle = self.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
+            with contextlib.suppress(ZeroDivisionError):
+                self(x, False)
+            handle.remove()
+            return F.conv2d(x, x)
+
+    model = Tries()
+    with tconv.enabled(model):
+        assert forward(model, x)[1] == ["fprop"]
 
 
 # --- threads ---

@@ -1,7 +1,9 @@
 """aten's `_convolution` and `convolution_backward` by tconv's kernels, as they are put in place of torch's (override.py).
 
 They run below autograd, autocast, functorch, modes, tracing and sharding, on strided tensors that have memory: neither a
-context nor a gradient is to be minded here. What a kind of call launches is looked up once, by all that may matter.
+context nor a gradient is to be minded here. Tensors may be of a user's class, none of whose methods torch's own kernels call:
+they are taken as plain ones. Results are plain tensors as torch's are; the layers above make the user's class of them.
+What a kind of call launches is looked up once, by all that may matter.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from torch._C import _get_fp32_precision_getter as fp32_precision
 from tconv import functional, launch
 from tconv.arguments import Prepared
 from tconv.dry import DRY, Dry
+from tconv.guard import PLAIN, plain
 from tconv.kinds import Kinds
 from tconv.layout import FORMATS
 from tconv.opaque import opaque
 from tconv.ops import DTYPES
 from tconv.plan import forced
 from tconv.problem import Geometry
-from tconv.record import Call, Declined, note
+from tconv.record import Call, Declined, Passing, note
 
 Parameters = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
 Found = TypeVar("Found", Prepared, launch.Backward)
+OPTIONAL = PLAIN | {type(None)}  # classes of what may be left out
 _forward: Kinds[Any, Prepared | Call] = Kinds()  # a Call is one left to torch
 _backward: Kinds[Any, launch.Backward | Call] = Kinds()
 
@@ -55,6 +59,8 @@ def convolution(
     """
     try:
         with DisableTorchFunction():  # subclasses and function modes have had their say above
+            if type(x) not in PLAIN or type(w) not in PLAIN or type(b) not in OPTIONAL:
+                x, w, b = plain(x), plain(w), None if b is None else plain(b)
             if x.dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
                 raise Declined(f"allow_tf32={allow_tf32}, the process's setting being another")  # from a traced graph
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
@@ -95,6 +101,8 @@ def convolution_backward(
     try:
         with DisableTorchFunction():
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
+            if type(dy) not in PLAIN or type(x) not in PLAIN or type(w) not in PLAIN:
+                dy, x, w = plain(dy), plain(x), plain(w)
             sizes, mask = None if bias_sizes is None else tuple(bias_sizes), tuple(output_mask)
             key = x.dtype if x.dtype not in DTYPES else (
                 transposed, dy.shape, dy.stride(), dy.dtype, dy.device, dy.data_ptr() & 15,
@@ -137,6 +145,8 @@ def _prepare_forward(
 ) -> Prepared | Call:
     try:
         g = _geometry(transposed, x, w, b, parameters, dry)
+    except Passing:  # not to be remembered
+        raise
     except Declined as e:
         return _left("_convolution", e)
     return launch.convolution(transposed, g, x, w, b)
@@ -158,6 +168,8 @@ def _prepare_backward(
             raise Declined("an output's gradient that does not fit the layer")
         if mask[2] and bias_sizes != (dy.shape[1],):
             raise Declined("a bias that does not fit the layer")
+    except Passing:
+        raise
     except Declined as e:
         return _left("convolution_backward", e)
     return launch.backward(transposed, g, dy, x, w, mask)
@@ -180,6 +192,9 @@ def _geometry(
     )
     backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == 3:
-        x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
+        try:
+            x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
+        except RuntimeError as e:  # no memory for a copy
+            raise Passing(f"{type(e).__name__}: {e}") from e
     format = torch._C._conv_determine_backend_memory_format(x, w, backend)
     return Geometry(g.problem, format == FORMATS[x.dim()], dry is not None, dry.device if dry else None)

@@ -61,11 +61,12 @@ def convolution(
         with DisableTorchFunction():  # subclasses and function modes have had their say above
             if type(x) not in PLAIN or type(w) not in PLAIN or type(b) not in OPTIONAL:
                 x, w, b = plain(x), plain(w), None if b is None else plain(b)
-            if x.dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
+            dtype = x.dtype
+            if dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
                 raise Declined(f"allow_tf32={allow_tf32}, the process's setting being another")  # from a traced graph
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
-            key = x.dtype if x.dtype not in DTYPES else (
-                transposed, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15,
+            key = dtype if dtype not in DTYPES else (
+                transposed, x.shape, x.stride(), dtype, x.device, x.data_ptr() & 15,
                 w.shape, w.stride(), w.dtype, w.device, w.data_ptr() & 15,
                 None if b is None else (b.shape, b.stride(), b.dtype, b.device), parameters, cudnn_enabled, allow_tf32,
             )  # fmt: skip
@@ -104,11 +105,12 @@ def convolution_backward(
             if type(dy) not in PLAIN or type(x) not in PLAIN or type(w) not in PLAIN:
                 dy, x, w = plain(dy), plain(x), plain(w)
             sizes, mask = None if bias_sizes is None else tuple(bias_sizes), tuple(output_mask)
-            key = x.dtype if x.dtype not in DTYPES else (
+            dtype = x.dtype
+            key = dtype if dtype not in DTYPES else (
                 transposed, dy.shape, dy.stride(), dy.dtype, dy.device, dy.data_ptr() & 15,
-                x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, w.shape, w.stride(), w.dtype, w.device,
+                x.shape, x.stride(), dtype, x.device, x.data_ptr() & 15, w.shape, w.stride(), w.dtype, w.device,
                 w.data_ptr() & 15, sizes, mask, parameters, _get_cudnn_enabled(),
-                x.dtype is torch.float32 and fp32_precision("cuda", "conv"),
+                dtype is torch.float32 and fp32_precision("cuda", "conv"),
             )  # fmt: skip
             found, dry = _lookup(
                 _backward, key, lambda dry: _prepare_backward(transposed, dy, x, w, sizes, mask, parameters, dry)

@@ -165,8 +165,12 @@ def _lasting(error: Exception) -> bool:
 
 
 def _decline(device: int, *parts: tuple[Prepared, Any]) -> None:
-    """Raises Declined if one of these launches, by what they are specialised on, fails every time; Passing if one of them
-    cannot be compiled now."""
+    """Asks of launches, given with what they are specialised on, whether they can be made.
+
+    Raises:
+        Passing: one would have to be compiled while a CUDA graph is being captured.
+        Declined: one fails every time.
+    """
     if _failed:
         for part in parts:
             reason = _failed.get(_variant(*part))

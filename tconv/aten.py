@@ -1,7 +1,9 @@
 """aten's `_convolution` and `convolution_backward` by tconv's kernels, as they are put in place of torch's (override.py).
 
 They run below autograd, autocast, functorch, modes, tracing and sharding, on strided tensors that have memory: neither a
-context nor a gradient is to be minded here. What a kind of call launches is looked up once, by all that may matter.
+context nor a gradient is to be minded here. Tensors may be of a user's class, none of whose methods torch's own kernels call:
+they are taken as plain ones. Results are plain tensors as torch's are; the layers above make the user's class of them.
+What a kind of call launches is looked up once, by all that may matter.
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ from torch._C import _get_fp32_precision_getter as fp32_precision
 from tconv import functional, launch
 from tconv.arguments import Prepared
 from tconv.dry import DRY, Dry
+from tconv.guard import PLAIN, plain
 from tconv.kinds import Kinds
 from tconv.layout import FORMATS, weight_format
 from tconv.opaque import opaque
 from tconv.ops import DTYPES
 from tconv.plan import forced
 from tconv.problem import Geometry
-from tconv.record import Call, Declined, note
+from tconv.record import Call, Declined, Passing, note
 from tconv.selection import Choice, Chooser
 
 Parameters = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
 Mask = tuple[bool, ...]
 Found = TypeVar("Found")
+OPTIONAL = PLAIN | {type(None)}  # classes of what may be left out
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,14 @@ def convolution(
         )  # fmt: skip
     try:
         with DisableTorchFunction():  # subclasses and function modes have had their say above
-            if x.dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
+            if type(x) not in PLAIN or type(w) not in PLAIN or type(b) not in OPTIONAL:
+                x, w, b = plain(x), plain(w), None if b is None else plain(b)
+            dtype = x.dtype
+            if dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
                 raise Declined(f"allow_tf32={allow_tf32}, the process's setting being another")  # from a traced graph
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
-            key = x.dtype if x.dtype not in DTYPES else (
-                transposed, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15,
+            key = dtype if dtype not in DTYPES else (
+                transposed, x.shape, x.stride(), dtype, x.device, x.data_ptr() & 15,
                 w.shape, w.stride(), w.dtype, w.device, w.data_ptr() & 15,
                 None if b is None else (b.shape, b.stride(), b.dtype, b.device), parameters, cudnn_enabled, allow_tf32,
             )  # fmt: skip
@@ -119,12 +126,15 @@ def convolution_backward(
     try:
         with DisableTorchFunction():
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
+            if type(dy) not in PLAIN or type(x) not in PLAIN or type(w) not in PLAIN:
+                dy, x, w = plain(dy), plain(x), plain(w)
             sizes, mask = None if bias_sizes is None else tuple(bias_sizes), tuple(output_mask)
-            key = x.dtype if x.dtype not in DTYPES else (
+            dtype = x.dtype
+            key = dtype if dtype not in DTYPES else (
                 transposed, dy.shape, dy.stride(), dy.dtype, dy.device, dy.data_ptr() & 15,
-                x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, w.shape, w.stride(), w.dtype, w.device,
+                x.shape, x.stride(), dtype, x.device, x.data_ptr() & 15, w.shape, w.stride(), w.dtype, w.device,
                 w.data_ptr() & 15, sizes, mask, parameters, _get_cudnn_enabled(),
-                x.dtype is torch.float32 and fp32_precision("cuda", "conv"),
+                dtype is torch.float32 and fp32_precision("cuda", "conv"),
             )  # fmt: skip
             found, dry = _lookup(
                 chosen.backward, key, lambda dry: _prepare_backward(chosen, transposed, dy, x, w, sizes, mask, parameters, dry)
@@ -179,6 +189,8 @@ def _prepare_forward(
         if why:
             raise Declined(why)
         g = _geometry(transposed, x, w, b, parameters, dry)
+    except Passing:  # not to be remembered
+        raise
     except Declined as e:
         return _left("_convolution", e)
     return launch.convolution(transposed, g, x, w, b)
@@ -213,6 +225,8 @@ def _prepare_backward(
             raise Declined("an output's gradient that does not fit the layer")
         if mask[2] and bias_sizes != (dy.shape[1],):
             raise Declined("a bias that does not fit the layer")
+    except Passing:
+        raise
     except Declined as e:
         return _left("convolution_backward", e)
     return launch.backward(transposed, g, dy, x, w, mask)
@@ -236,7 +250,10 @@ def _geometry(
     )
     backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == 3:
-        x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
+        try:
+            x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
+        except RuntimeError as e:  # no memory for a copy
+            raise Passing(f"{type(e).__name__}: {e}") from e
     format = torch._C._conv_determine_backend_memory_format(x, w, backend)
     channels_last = format == FORMATS[x.dim()]
     of_weight = weight_format(weight, channels_last)

@@ -15,12 +15,12 @@ from torch.compiler import is_dynamo_compiling
 
 from tconv import launch, ops
 from tconv.arguments import Prepared
-from tconv.guard import moment_differs, same, unusual
+from tconv.guard import PLAIN, moment_differs, plain, same, unusual
 from tconv.layout import LIMIT, addressing
 from tconv.opaque import opaque
 from tconv.plan import forced
 from tconv.problem import Geometry
-from tconv.record import Call, Declined, note
+from tconv.record import Call, Declined, Passing, note
 
 MaybeTensor = torch.Tensor | None
 KEPT = 4  # layouts of gradients for which a layer's backward is worked out to be kept
@@ -71,7 +71,7 @@ class _Again:
         """The gradients, or None if the call differs.
 
         Raises:
-            Declined: a kernel cannot be launched; which one, the long way says.
+            Declined: a kernel is not launched; which one, the long way says.
         """
         if (
             needs != self.needs
@@ -119,18 +119,24 @@ class _Convolve(torch.autograd.Function):
         x, w = ctx.saved_tensors  # also where they are not needed: edited in place, they must raise
         if dy is None:
             return None, None, None, None
+        if type(dy) not in PLAIN:
+            dy = plain(dy)
         how, needs = ctx.how, ops.wanted(ctx, ctx.needs_input_grad[:3])
-        traced = is_dynamo_compiling()  # by compiled autograd, backward passes of eager forward ones too
+        # Compiled autograd traces backward passes of eager forward ones too.
+        traced, repeatable = is_dynamo_compiling(), how.left > 0
         if not traced and how.again is not None:
+            found = None
             try:
                 found = how.again(dy, x, w, needs)
-            except Declined:
-                found, how.again, how.left = None, None, 0  # or what does launch would be launched twice, every time
+            except Passing:
+                repeatable = False  # this time; what is kept is kept
+            except Declined:  # every time: what does launch would be launched here and again below
+                how.again, how.left, repeatable = None, 0, False
             if found is not None:
                 return *found, None
         operations = _operations(how.g, dy, x, w)
         grads = ops.gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
-        if not traced and how.left and type(operations) is _Ours and not torch.is_grad_enabled() and forced() is None:
+        if not traced and repeatable and type(operations) is _Ours and not torch.is_grad_enabled() and forced() is None:
             how.left -= 1
             how.again = _Again(how, dy, x, w, needs)
         return *grads, None
@@ -151,6 +157,8 @@ class _Wgrad(torch.autograd.Function):
         dy, x = ctx.saved_tensors
         if gw is None:
             return None, None, None
+        if type(gw) not in PLAIN:
+            gw = plain(gw)
         g = ctx.geometry
         if addressing(gw).reach > LIMIT:  # as a weight it is addressed in 32 bits
             gw = gw.contiguous()
@@ -171,7 +179,7 @@ class _BiasGrad(torch.autograd.Function):
     def backward(ctx: Any, gb: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         if gb is None:
             return None, None
-        return gb.view(1, -1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None
+        return plain(gb).view(1, -1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None
 
 
 apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
@@ -182,7 +190,7 @@ def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _Ours | 
 
 
 class _Ours:
-    """The operations by tconv's kernels, or, where they decline at the last moment, by the operators, which ask again.
+    """The operations by tconv's kernels, or, where they decline at the last moment, by torch's operators.
 
     Args:
         g: the geometry.
@@ -198,24 +206,35 @@ class _Ours:
     def fprop(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         try:
             return convolve(False, x, w, None, self.g, self.shared)
-        except Declined:
-            return ops.Operators(ops.window(self.g)).fprop(x, w)
+        except Declined as e:
+            why = str(e)
+        return self._by_torch("fprop", x, w, why)
 
     def dgrad(self, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         try:
             return convolve(True, dy, w, None, self.g, self.shared)
-        except Declined:
-            return ops.Operators(ops.window(self.g)).dgrad(dy, w)
+        except Declined as e:
+            why = str(e)
+        return self._by_torch("dgrad", dy, w, why)
 
     def wgrad(self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         try:
             return wgrad(dy, x, self.g, self.shared)
-        except Declined:
-            return ops.Operators(ops.window(self.g)).wgrad(dy, x, w)
+        except Declined as e:
+            why = str(e)
+        return self._by_torch("wgrad", dy, x, why)
 
     def bias_grad(self, dy: torch.Tensor) -> torch.Tensor:
         try:
             return bias_grad(dy, self.g)
         except Declined as e:
             note(Call("aten::sum", self.g.problem, None, str(e)))
-            return ops.Operators(ops.window(self.g)).bias_grad(dy)
+        return dy.sum([0, *range(2, dy.dim())])
+
+    def _by_torch(self, name: str, a: torch.Tensor, b: torch.Tensor, why: str) -> torch.Tensor:
+        """What our kernels declined, when the error is gone: its frames hold copies, and torch may need the memory."""
+        self.shared.copy = None
+        h = ops.window(self.g)
+        if name == "wgrad" and self.g.dw_channels_last is not None:
+            h = h._replace(channels_last=self.g.dw_channels_last)
+        return ops.by_torch(name, a, b, None, h, why)

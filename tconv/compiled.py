@@ -5,29 +5,34 @@ only the addresses change, so from the second time on the compiled kernel is han
 on is compared exactly: the device, which addresses are multiples of 16, Triton's settings. Whatever else may want a say in a
 launch (hooks, the interpreter, AMD's compiler, which looks at sizes too) gets Triton's dispatch, and so do descriptors.
 
-A kernel that cannot be compiled or launched is given up for the life of the process: whoever asks for it is declined.
+A kernel that does not compile, or wants more than the device has, is remembered: whoever asks for that variant again is
+declined at once. Any other error (memory has run out, a driver's) costs one call, and the next one tries again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
+import re
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from triton import knobs
-from triton.compiler import CompiledKernel
+from triton.compiler import CompilationError, CompiledKernel
+from triton.compiler import compile as triton_compile
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tconv.arguments import INTERPRET, Prepared
+from tconv.kinds import Kinds
 from tconv.plan import forced
-from tconv.record import Declined
+from tconv.record import Declined, Passing
 
 Pointers = tuple[torch.Tensor, ...]
 Go = Callable[[Pointers, list[int]], bool]
@@ -37,7 +42,8 @@ NOBODY: Any = knobs.HookChain()  # type: ignore[var-annotated]  # of hooks of an
 REASON = "not compiled before the capture of a CUDA graph: call the model once before it, or tconv.precompile()"
 
 _known: set[Any] = set()  # what is compiled, and loaded where it runs
-_failed: dict[Any, str] = {}  # what could not be compiled or launched, and why
+_failed: dict[Any, str] = {}  # what cannot be compiled, or has not the resources it needs, and why
+_warned: Kinds[Any, bool] = Kinds()  # (variant, text without its numbers) of the warnings given
 # A kernel is compiled and loaded by one thread at a time: Triton hands out one that is half loaded.
 _first_time = threading.RLock()
 # Triton's interpreter patches its language module while it runs: one launch at a time.
@@ -51,7 +57,8 @@ def run(launch: Prepared, pointers: Pointers) -> None:
     """Launches a kernel on tensors of one device, on torch's current stream there.
 
     Raises:
-        Declined: it would have to be compiled while a CUDA graph is being captured, or it fails.
+        Passing: it would have to be compiled while a CUDA graph is being captured, or fails this time.
+        Declined: it fails every time.
     """
     device = pointers[0].get_device()  # -1 is the CPU's
     if device >= 0 and device != torch.cuda.current_device():
@@ -65,7 +72,7 @@ def run(launch: Prepared, pointers: Pointers) -> None:
     try:
         done = go is not None and go(pointers, addresses)
     except Exception as e:
-        _give_up(launch, key, e)
+        fail(launch, key, e)
     if not done:
         _run_first(launch, pointers, device, key)
     return None
@@ -88,7 +95,8 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
             if kernel is None and not INTERPRET:
                 raise RuntimeError("a hook of Triton's did not let it be compiled")
         except Exception as e:
-            _give_up(launch, key, e)
+            _unload(launch)
+            fail(launch, key, e)
         _known.add(_variant(launch, key))
         if INTERPRET or AMD or launch.boxes:
             launch.ready[key] = _indirectly(launch)
@@ -104,7 +112,8 @@ def announce(launch: Prepared, operands: Pointers, more: Pointers) -> None:
         more: the kernel's other pointers.
 
     Raises:
-        Declined: a part would have to be compiled while a CUDA graph is being captured, or has failed.
+        Passing: a part would have to be compiled while a CUDA graph is being captured.
+        Declined: a part fails every time.
     """
     if launch.ready and (launch.total is None or launch.total.ready):
         return
@@ -120,28 +129,70 @@ def announce(launch: Prepared, operands: Pointers, more: Pointers) -> None:
     _decline(device, *parts, (launch, _specialised(device, (*given, *more))), *_sum(launch, device))
 
 
-def _give_up(launch: Prepared, key: Any, error: Exception) -> NoReturn:
-    """Raises Declined now and whenever such a launch is asked for again; a forced one's error as it is."""
+def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
+    """Raises what an error of a launch means for the call that wanted it; a forced launch's error as it is.
+
+    Args:
+        key: what the launch is specialised on; None if it did not come so far.
+
+    Raises:
+        Passing: the next call may go well.
+        Declined: none will. The variant is remembered, and declined before it is launched again.
+    """
     if forced() is not None:
         raise error
     text = str(error).strip()[:1000]  # of what a compiler prints, which may be pages
-    reason = f"{launch.kernel.__name__} failed: {type(error).__name__}: {text}"
-    _failed[_variant(launch, key)] = reason
+    what = f"{launch.kernel.__name__} of {launch.call.operation} in {str(launch.pointers[0]).removeprefix('torch.')}"
+    reason = f"{what} failed: {type(error).__name__}: {text}"
+    variant = _variant(launch, key)
+    if not _lasting(error):
+        _warn(variant, f"tconv leaves a call to torch, and will try the next: {reason}")
+        raise Passing(reason) from error
+    _failed[variant] = reason
     launch.ready.pop(key, None)
-    _warn(f"tconv leaves calls to torch whose kernel failed: {reason}")
+    _warn(variant, f"tconv leaves calls to torch whose kernel failed: {reason}")
     raise Declined(reason) from error
 
 
+def _lasting(error: Exception) -> bool:
+    """Whether a launch would fail so every time: its kernel does not compile, or the device lacks what it needs."""
+    if isinstance(error, (CompilationError, PTXASError, OutOfResources)):
+        return True
+    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):  # a full disk stops a compiler, too
+        return False
+    # The compiler's own passes raise errors of any type, RuntimeError for one. What is left is a launch's.
+    return any(frame.f_code is triton_compile.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def _decline(device: int, *parts: tuple[Prepared, Any]) -> None:
-    """Raises Declined if one of these launches, by what they are specialised on, has failed or cannot be compiled now."""
+    """Asks of launches, given with what they are specialised on, whether they can be made.
+
+    Raises:
+        Passing: one would have to be compiled while a CUDA graph is being captured.
+        Declined: one fails every time.
+    """
     if _failed:
         for part in parts:
             reason = _failed.get(_variant(*part))
             if reason is not None:
                 raise Declined(reason)
-    if capturing(device) and not _known.issuperset([_variant(*part) for part in parts]):
-        _warn(f"tconv leaves calls to torch whose kernels were {REASON}")
-        raise Declined(REASON)
+    if capturing(device):
+        for launch, key in parts:
+            variant = _variant(launch, key)
+            if variant not in _known:
+                _warn(variant, f"tconv leaves a call to torch: its kernel {launch.kernel.__name__} was {REASON}")
+                raise Passing(REASON)
+
+
+def _unload(launch: Prepared) -> None:
+    """Has Triton load a kernel again whose loading was broken off, by a lack of memory, say.
+
+    Triton sets up a compiled kernel's launcher before it loads the module, and would launch it without one.
+    """
+    for kernels, *_ in getattr(launch.kernel, "device_caches", {}).values():
+        for kernel in kernels.values():
+            if getattr(kernel, "module", kernel) is None and type(kernel._run) is driver.active.launcher_cls:
+                kernel._run = None
 
 
 def _sum(launch: Prepared, device: int) -> list[tuple[Prepared, Any]]:
@@ -213,9 +264,13 @@ def capturing(device: int) -> bool:
     return device >= 0 and torch.cuda.is_current_stream_capturing()
 
 
-@functools.cache
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+def _warn(variant: Any, text: str) -> None:
+    """Warns once of each variant and text. Numbers make no other text: how much memory was free, say."""
+    said = variant, re.sub(r"0x[0-9a-f]+|\d+", "#", text)
+    if said not in _warned:
+        # Not by warnings.warn, whose registry knows texts alone: the same text of another variant would go unsaid.
+        warnings.warn_explicit(text, UserWarning, __file__, _warn.__code__.co_firstlineno, __name__)
+        _warned[said] = True
 
 
 def stand_ins(launch: Prepared) -> tuple[Any, ...]:
@@ -231,5 +286,9 @@ def load(launch: Prepared, device: int) -> None:
     """Makes a kernel ready on the current device for aligned tensors, without launching it; compiles it if need be."""
     with _first_time:
         kernel = launch.kernel.warmup(*stand_ins(launch), *launch.integers, grid=launch.grid, **launch.constants)
-        kernel.run  # noqa: B018 - a property, which loads it
+        try:
+            kernel.run  # noqa: B018 - a property, which loads it
+        except Exception:
+            _unload(launch)
+            raise
         _known.add(_variant(launch, _aligned(launch, device)))

@@ -107,6 +107,8 @@ def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
             return _traced(t.tracer, asked, x, w, b)
         if not isinstance(t, torch.Tensor):
             raise Declined(f"a {type(t).__name__} where a tensor was expected")
+        if type(t) not in PLAIN and not type(t).__module__.startswith("torch."):  # whose methods are the user's
+            raise Declined(f"a tensor subclass, {type(t).__name__}")
     dry = DRY.get()
     device = "cuda" if dry and dry.device else x.device.type
     repeat = _engine(device)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import DisableTorchFunction
 from torch._C import _get_fp32_precision_getter as fp32_precision
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C import _len_torch_function_stack as any_function_modes
@@ -40,6 +41,17 @@ def unusual(*tensors: Any) -> str | None:
         if t.is_neg() or (pointer == 0 and t._is_zerotensor()):
             return STRANGE
     return None
+
+
+def plain(t: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as a tensor of torch's own class, so that no method of a user's subclass is called.
+
+    A subclass that wants to see operators (`__torch_dispatch__`) stays as it is.
+    """
+    if type(t) in PLAIN or torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python):
+        return t
+    with DisableTorchFunction():
+        return torch.Tensor.as_subclass(t, torch.Tensor)
 
 
 def same(*tensors: torch.Tensor) -> Callable[..., bool]:

@@ -16,7 +16,7 @@ from torch.autograd import profiler
 from tconv import plan as planning
 from tconv import profiled
 from tconv.arguments import INTERPRET, Prepared, tensor_cores
-from tconv.compiled import announce, run
+from tconv.compiled import announce, fail, run
 from tconv.device import INTERPRETER, Device, cuda_device
 from tconv.kinds import Kinds
 from tconv.layout import shaped
@@ -137,28 +137,35 @@ def execute(
     Args:
         operands: what may be staged.
         more: what else is read.
+
+    Raises:
+        Passing: there is no memory for the result, a copy or the workspace, or a kernel is not launched this time.
+        Declined: a kernel fails every time.
     """
-    out = operands[0].new_empty_strided(launch.shape, launch.strides)
-    if dry:
-        _collect(launch)
-    else:
-        event = profiled.begin_launch(launch.call) if profiler._is_profiler_enabled else None
-        try:
-            if launch.copies or launch.total:
-                announce(launch, operands, (*more, out))
-            if launch.copies:
-                operands = _stage(launch, shared, *operands)
-            if launch.swapped:
-                operands = operands[::-1]
-            if launch.total is None:
-                run(launch, (*operands, *more, out))
-            else:
-                workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
-                run(launch, (*operands, *more, workspace))
-                run(launch.total, (workspace, out))
-        finally:
-            if event is not None:
-                profiled.end(event)
+    try:
+        out = operands[0].new_empty_strided(launch.shape, launch.strides)
+        if dry:
+            _collect(launch)
+        else:
+            event = profiled.begin_launch(launch.call) if profiler._is_profiler_enabled else None
+            try:
+                if launch.copies or launch.total:
+                    announce(launch, operands, (*more, out))
+                if launch.copies:
+                    operands = _stage(launch, shared, *operands)
+                if launch.swapped:
+                    operands = operands[::-1]
+                if launch.total is None:
+                    run(launch, (*operands, *more, out))
+                else:
+                    workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
+                    run(launch, (*operands, *more, workspace))
+                    run(launch.total, (workspace, out))
+            finally:
+                if event is not None:
+                    profiled.end(event)
+    except RuntimeError as e:  # an allocation's: torch, which may need less, is to try or to say so
+        fail(launch, None, e)
     note(launch.call)
     return out
 

@@ -31,6 +31,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tconv.dry import DRY
+from tconv.guard import PLAIN, plain
 from tconv.kinds import Kinds
 from tconv.layout import LIMIT, addressing, result_is_channels_last, shaped, weight_format
 from tconv.opaque import opaque
@@ -151,7 +152,7 @@ def _fake(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest:
 
 def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
     """By the kernels, or by torch where they decline."""
-    h = Window(*rest)
+    h, a, b, bias = Window(*rest), plain(a), plain(b), None if bias is None else plain(bias)
     key = (
         name, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device), *map(tuple, h[:4]), *h[4:],
@@ -170,7 +171,8 @@ def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: 
             return launch.wgrad(known, a, b)
         return launch.convolve(launch.convolution(name == "dgrad", known, a, b, bias), a, b, bias, known.dry)
     except Declined as e:
-        return _by_torch(name, a, b, bias, h, str(e))
+        why = str(e)
+    return by_torch(name, a, b, bias, h, why)  # when the error, whose frames hold memory, is gone
 
 
 def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window) -> Geometry | str:
@@ -194,7 +196,7 @@ def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: 
     return unavailable(a.device.type) or Geometry(problem, _format(a, b, h))
 
 
-def _by_torch(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, reason: str) -> torch.Tensor:
+def by_torch(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, reason: str) -> torch.Tensor:
     """The same in aten's operators.
 
     Torch pads both ends alike and derives y's extents from x's. A window may pad its ends differently or leave the end of x
@@ -322,6 +324,8 @@ class _Differentiable(torch.autograd.Function):
         a, b = ctx.saved_tensors
         if g is None:
             return (None,) * 6
+        if type(g) not in PLAIN:
+            g = plain(g)
         name, h = ctx.how
         x, y, w = {"fprop": (a, g, b), "dgrad": (g, a, b), "wgrad": (b, a, g)}[name]
         h = _exact(h, x.shape[2:], y.shape[2:], w.shape[2:])._replace(channels_last=_format(a, b, h))

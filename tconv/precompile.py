@@ -33,7 +33,7 @@ class Precompiled:
     Attributes:
         compiled: kernels compiled now.
         found: kernels that Triton's cache held already.
-        failed: those that could not be compiled, each with its error.
+        failed: those that could not be compiled, or not be loaded on the GPU, each with its error.
         left: calls that tconv leaves to torch, each with its reason.
     """
 
@@ -99,7 +99,6 @@ def precompile(
         from triton.backends.compiler import GPUTarget
 
         from tconv.arguments import INTERPRET
-        from tconv.compiled import load
     except ImportError as e:
         raise RuntimeError(f"precompile: Triton cannot be imported ({e})") from e
     if named is not None:
@@ -117,12 +116,29 @@ def precompile(
     answers = _compile([task for task, _ in tasks.values()], gpu, jobs or os.cpu_count() or 1, progress)
     failed = []
     for (task, launch), answer in zip(tasks.values(), answers, strict=True):
-        if answer not in (COMPILED, FOUND):
-            failed.append(f"{task.name}: {answer}")
-            warnings.warn(f"precompile: {task.name} could not be compiled: {answer}", stacklevel=2)
-        elif target is None:
-            load(launch, torch.cuda.current_device())
+        error, done = answer, "compiled"
+        if answer in (COMPILED, FOUND):
+            error, done = _loaded(launch) if target is None else "", "loaded"
+        if error:
+            failed.append(f"{task.name}: {error}")
+            warnings.warn(f"precompile: {task.name} could not be {done}: {error}", stacklevel=2)
     return Precompiled(answers.count(COMPILED), answers.count(FOUND), tuple(failed), left)
+
+
+def _loaded(launch: Any) -> str:
+    """Loads a kernel on the current GPU: what went wrong, or nothing."""
+    from tconv.compiled import load
+
+    try:
+        load(launch, torch.cuda.current_device())
+    except Exception as e:  # more shared memory than there is, no memory left; the other kernels go on
+        return _said(e)
+    return ""
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _target(name: Any) -> tuple[tuple[Any, ...], Device]:
@@ -271,6 +287,6 @@ def _work() -> None:
             kernel.warmup(*task.arguments, grid=(1,), **task.constants)
             answer = FOUND if all(hits) else COMPILED
         except Exception as e:  # the other kernels go on
-            answer = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+            answer = _said(e)
         pickle.dump(answer, answers)
         answers.flush()

@@ -17,6 +17,10 @@ class Declined(Exception):
     """tconv does not take a call; the text says why."""
 
 
+class Passing(Declined):
+    """tconv does not take this call, but may take the next one like it: memory has run out, say."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One pass that ran, or one call that was left to torch.

@@ -423,6 +423,109 @@ def loaded() -> None:
     assert len(driver.loaded) == len(names), "loaded in a capture"
 
 
+def _torchs_then_ours() -> list[str]:
+    """A layer's call that the stub lets fail, and the one after it, both right: the first one's reason."""
+    layer, x = tconv.Conv1d(3, 5, 3), torch.randn(1, 3, 9)
+    launched.clear()
+    with torch.no_grad(), tconv.recording() as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(layer(x), torch.nn.functional.conv1d(x, layer.weight, layer.bias))
+        layer(x)
+    assert [c.ours for c in calls] == [False, True], [*map(str, calls)]
+    assert len(launched) == 1
+    assert launched[0][4] == len(driver.loaded), "launched without a module"
+    assert compiled._failed == {}
+    return [c.reason for c in calls]
+
+
+def broken_off() -> None:
+    """A kernel that could not be loaded once, or not be launched, is loaded and launched by the next call."""
+    load = driver.utils.load_binary
+
+    def no_memory(*_: Any) -> Any:
+        driver.utils.load_binary = load
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    driver.utils.load_binary = no_memory
+    assert "RuntimeError: Triton Error [CUDA]: out of memory" in _torchs_then_ours()[0]
+
+
+def _always_torchs(error: str) -> None:
+    layer, x = tconv.Conv1d(3, 5, 3), torch.randn(1, 3, 9)
+    with torch.no_grad(), tconv.recording() as calls, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        layer(x)
+        assert len(compiled._failed) == 1
+        by_triton.clear()
+        layer(x)
+    assert [c.ours for c in calls] == [False, False]
+    assert all(error in c.reason for c in calls), [*map(str, calls)]
+    assert len(said) == 1, [str(w.message) for w in said]
+    assert by_triton == [], "tried again"
+
+
+def resources() -> None:
+    """A kernel that wants more than the device has is not tried again."""
+    from triton.compiler import compiler
+
+    compiler.max_shared_mem = lambda device: -1
+    _always_torchs("OutOfResources: out of resource: shared memory")
+
+
+def no_compiler() -> None:
+    """Nor is one that the compiler's passes, which raise errors of any type, do not take; a full disk is another matter."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    make, errors = CUDABackend.make_ttgir, [OSError("No space left on device"), RuntimeError("PassManager::run failed")]
+
+    def fails(*args: Any) -> Any:
+        if not errors:
+            return make(*args)
+        raise errors.pop(0)
+
+    CUDABackend.make_ttgir = staticmethod(fails)
+    knobs.compilation.always_compile = True
+    layer, x = tconv.Conv1d(3, 5, 3), torch.randn(1, 3, 9)
+    with torch.no_grad(), tconv.recording() as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            layer(x)
+    assert [c.ours for c in calls] == [False] * 3
+    assert "OSError: No space left on device" in calls[0].reason
+    assert calls[1].reason == calls[2].reason
+    assert "RuntimeError: PassManager::run failed" in calls[1].reason
+    assert errors == []
+
+
+def not_loaded() -> None:
+    """What precompile cannot load is in its answer; the other kernels are compiled and loaded."""
+    torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: -1
+    sys.modules["tconv.precompile"].cuda_device = lambda index: tconv.device.ARCHITECTURES["sm_90"][3]
+    load = driver.utils.load_binary
+
+    def no_memory(name: str, *args: Any) -> Any:
+        if name == "packed_wgrad":
+            raise RuntimeError("Triton Error [CUDA]: out of memory\nand more")
+        return load(name, *args)
+
+    driver.utils.load_binary = no_memory
+    layer, x = tconv.Conv1d(40, 48, 3, bias=False), torch.randn(4, 40, 400)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        done = tconv.precompile(layer, x, jobs=2, progress=False)
+    (failed,) = done.failed
+    assert failed.startswith("wgrad packed_wgrad "), failed
+    assert failed.endswith(": RuntimeError: Triton Error [CUDA]: out of memory"), failed
+    assert [str(w.message) for w in said] == [f"precompile: {failed.replace(': R', ' could not be loaded: R', 1)}"]
+    names = [name for name, _ in driver.loaded]
+    assert "gather" in names
+    assert len(names) == done.compiled + done.found - 1
+    driver.utils.load_binary = load
+    again = tconv.precompile(layer, x, jobs=1, progress=False)
+    assert (again.compiled, again.failed) == (0, ()), again
+    assert "packed_wgrad" in [name for name, _ in driver.loaded]
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     print("done")

@@ -8,7 +8,6 @@ import itertools
 import multiprocessing
 import os
 import threading
-import warnings
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tconv
-from tconv import compiled, override
+from tconv import override
 from tests import oracle, parity
 from tests.contexts import CONTEXTS, GRAPHS, Kept, conv, losses, same, small, tensors
 from tests.test_launch import outside
@@ -467,83 +466,6 @@ def test_no_kernels_no_override():
     assert said.startswith("tconv.enable() changes nothing here: this torch is built without GPUs, CPU tensors need")
     assert where == str(["<string>"] * 3), "a warning points at the line that enables"
     assert registered == "False False"
-
-
-# --- faults ---
-
-
-@pytest.fixture
-def failing(monkeypatch):
-    """Every kernel fails to be launched, until told otherwise."""
-    monkeypatch.setattr(compiled, "_failed", {})
-    compiled._warn.cache_clear()
-    with monkeypatch.context() as now:
-        parity.forbid_launches(now, ValueError("no such instruction"))
-        yield now
-
-
-@pytest.mark.parametrize("way", ["enable", "layer", "function"])
-def test_a_kernel_that_fails_is_torchs(way, device, failing):
-    """One warning for each kernel, torch's results, forward and backward, and not a second attempt."""
-    torch.manual_seed(8)
-    layer = (tconv if way == "layer" else nn).Conv2d(4, 6, 3, device=device, dtype=F64)
-    torchs = nn.Conv2d(4, 6, 3, device=device, dtype=F64)
-    torchs.load_state_dict(layer.state_dict())
-    x = tensors(device)[0]
-
-    def run(m, mine):
-        y = tconv.functional.conv2d(x, m.weight, m.bias) if mine and way == "function" else m(x)
-        return y, *torch.autograd.grad(y.square().sum(), (x, *m.parameters()))
-
-    expected = run(torchs, False)
-    with tconv.enabled() if way == "enable" else contextlib.nullcontext():
-        with tconv.recording() as calls, warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            same(run(layer, True), expected)
-            same(run(layer, True), expected)
-        assert not any(call.ours for call in calls)
-        assert all("failed: ValueError: no such instruction" in call.reason for call in calls if call.problem is None)
-        texts = [str(w.message) for w in caught]
-        assert texts
-        assert len(texts) == len(set(texts))
-        assert all(text.startswith("tconv leaves calls to torch whose kernel failed: ") for text in texts)
-        failing.undo()  # given up for good: nothing is compiled again and again
-        with tconv.recording() as calls:
-            same(run(layer, True), expected)
-        assert not calls[0].ours
-        compiled._failed.clear()
-        with tconv.recording() as calls:
-            same(run(layer, True), expected)
-        parity.assert_ours(calls, "fprop", "dgrad", "wgrad", "bias")
-
-
-def test_a_forced_kernel_that_fails_raises(device, failing):
-    x, w, b = tensors(device)
-    for function in (F.conv2d, tconv.functional.conv2d):
-        with tconv.enabled(), tconv.force(kernel="gather"), pytest.raises(ValueError, match="no such instruction"):
-            function(x, w, b, groups=2)
-    assert compiled._failed == {}
-
-
-def test_an_error_within_a_kernel_is_one_of_it(device, monkeypatch):
-    """As the interpreter gives it, which goes on afterwards."""
-    if device != "cpu":
-        pytest.skip("of the interpreter")
-    from triton.runtime import interpreter
-
-    monkeypatch.setattr(compiled, "_failed", {})
-    compiled._warn.cache_clear()
-    x, w, b = tensors(device)
-    expected = conv(x, w, b)
-    with monkeypatch.context() as now, tconv.enabled(), tconv.recording() as calls:
-        now.setattr(interpreter.InterpreterBuilder, "create_masked_load", None)
-        with pytest.warns(UserWarning, match="whose kernel failed: gather failed: InterpreterError"):
-            same(conv(x, w, b), expected)
-    assert [call.ours for call in calls] == [False]
-    compiled._failed.clear()
-    with tconv.enabled(), tconv.recording() as calls:
-        same(conv(x, w, b), expected)
-    parity.assert_ours(calls, "fprop")
 
 
 # --- several devices ---

@@ -21,6 +21,9 @@ from tests import parity
 ROOT = pathlib.Path(tconv.__file__).parents[1]
 
 
+OWN_CACHE = ("precompiled", "boxes", "nested", "not_loaded")  # of what is compiled
+
+
 def outside(*command, **environment):
     """A Python process without the interpreter and without a GPU."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": "", **environment}
@@ -34,10 +37,13 @@ def outside(*command, **environment):
 @pytest.mark.skipif(torch.version.hip is not None, reason="the stub is of a CUDA device")
 @pytest.mark.parametrize(
     "name",
-    ["arguments", "guards", "devices", "threads", "capture", "splits_in_capture", "precompiled", "boxes", "nested", "loaded"],
-)
+    [
+        "arguments", "guards", "devices", "threads", "capture", "splits_in_capture", "precompiled", "boxes", "nested", "loaded",
+        "broken_off", "resources", "no_compiler", "not_loaded",
+    ],
+)  # fmt: skip
 def test_compiled(name, tmp_path):
-    environment = {"TRITON_CACHE_DIR": str(tmp_path)} if name in ("precompiled", "boxes", "nested") else {}
+    environment = {"TRITON_CACHE_DIR": str(tmp_path)} if name in OWN_CACHE else {}
     assert outside("-m", "tests.launches", name, **environment).splitlines()[-1] == "done"
 
 
@@ -51,7 +57,7 @@ def captured(monkeypatch):
     monkeypatch.setattr(launch, "_prepared", {})
     monkeypatch.setattr(functional, "_seen", {})
     monkeypatch.setattr(compiled, "capturing", lambda device: True)
-    compiled._warn.cache_clear()
+    compiled._warned.clear()
     return monkeypatch
 
 

@@ -95,7 +95,9 @@ class Layer:
         try:
             for below, function in self.kernels.items():
                 below.look()
-                self._library.impl(below.operator, functools.partial(function, below), below.key, with_keyset=True)
+                self._library.impl(
+                    below.operator, functools.partial(function, below), below.key, with_keyset=True, allow_override=True
+                )
                 handle = torch.library.get_kernel(f"aten::{below.operator}", below.key)
                 self._texts[below] = repr(handle)
                 _kept.append(handle)

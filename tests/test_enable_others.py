@@ -209,13 +209,15 @@ def test_others_come_and_go_while_threads_compute(device, path):
         for thread in threads:
             thread.start()
         others = []
-        for _ in range(100):
-            others.append(Replacement())
-            compute()
-            others[-1].close()
-        stop.set()
-        for thread in threads:
-            thread.join()
+        try:
+            for _ in range(100):
+                others.append(Replacement())
+                compute()
+                others[-1].close()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
     assert errors == []
 
 

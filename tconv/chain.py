@@ -23,6 +23,7 @@ lock = threading.RLock()  # of all changes to what is registered
 # A handle keeps it: of the last registrations, so that no thread can be that late and toggling for ever costs bounded memory.
 _kept: collections.deque[Any] = collections.deque(maxlen=4096)
 VOID = "SafeKernelFunction has been invalidated"  # what torch says of a handle whose kernel was taken out
+TRIES = 8  # of finding a kernel below while others come and go
 UNUSED = ("VE", "XPU", "HPU", "IPU")  # backends for which torch gives its kernel for all of them, unless somebody has one
 
 
@@ -46,17 +47,19 @@ class Below:
         self._handle = torch.library.get_kernel(f"aten::{self.operator}", self.key)
 
     def __call__(self, keys: Any, *args: Any) -> Any:
-        """Runs it."""
-        handle = self._handle
-        try:
-            return handle.call_boxed(keys, *args)
-        except RuntimeError as e:
-            if VOID not in str(e):
-                raise
-        with lock:
-            if handle is self._handle:  # else another thread has looked
-                self._layer.look_below(self)
-        return self._handle.call_boxed(keys, *args)
+        """Runs it, or what is there instead once it has been taken out; other threads may go on registering meanwhile."""
+        for _ in range(TRIES):
+            handle = self._handle
+            try:
+                return handle.call_boxed(keys, *args)
+            except RuntimeError as e:
+                if VOID not in str(e):
+                    raise
+                error = e
+            with lock:
+                if handle is self._handle:  # else another thread has looked
+                    self._layer.look_below(self)
+        raise error  # of a kernel below that falls through to one that is gone
 
     def settle(self) -> None:
         """Takes torch's own kernel for it, since what lies between cannot be seen."""
@@ -95,7 +98,9 @@ class Layer:
         try:
             for below, function in self.kernels.items():
                 below.look()
-                self._library.impl(below.operator, functools.partial(function, below), below.key, with_keyset=True)
+                self._library.impl(
+                    below.operator, functools.partial(function, below), below.key, with_keyset=True, allow_override=True
+                )
                 handle = torch.library.get_kernel(f"aten::{below.operator}", below.key)
                 self._texts[below] = repr(handle)
                 _kept.append(handle)

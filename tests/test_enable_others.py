@@ -42,7 +42,7 @@ class Other:
                 path.append(name)
                 return before.call_boxed(keys, *args)
 
-            self.library.impl(operator, kernel, KEY, with_keyset=True)
+            self.library.impl(operator, kernel, KEY, with_keyset=True, allow_override=True)
 
     def close(self):
         self.library._destroy()
@@ -151,7 +151,7 @@ def test_one_that_takes_everything_of_one_operator(device):
 
     expected = gradient()
     library = torch.library.Library("aten", "IMPL")
-    library.impl("convolution_backward", lambda *_: (None, w.detach() * 0, None), KEY)
+    library.impl("convolution_backward", lambda *_: (None, w.detach() * 0, None), KEY, allow_override=True)
     assert not gradient().any()
     with tconv.enabled(), tconv.recording() as calls:
         parity.assert_same(gradient(), expected)
@@ -161,7 +161,7 @@ def test_one_that_takes_everything_of_one_operator(device):
     parity.assert_same(gradient(), expected)
     with tconv.enabled():
         library = torch.library.Library("aten", "IMPL")
-        library.impl("convolution_backward", lambda *_: (None, w.detach() * 0, None), KEY)
+        library.impl("convolution_backward", lambda *_: (None, w.detach() * 0, None), KEY, allow_override=True)
         assert not gradient().any()
         library._destroy()
         parity.assert_same(gradient(), expected)
@@ -176,7 +176,7 @@ def test_an_error_of_another_below_is_its_own(device):
     def raises(*_):
         raise RuntimeError(text)
 
-    library.impl("_convolution", raises, KEY)
+    library.impl("_convolution", raises, KEY, allow_override=True)
     with tconv.enabled():
         for text in texts:
             with pytest.raises(RuntimeError, match=text):
@@ -208,13 +208,16 @@ def test_others_come_and_go_while_threads_compute(device, path):
     with tconv.enabled():
         for thread in threads:
             thread.start()
-        for _ in range(100):
-            other = Replacement()
-            compute()
-            other.close()
-        stop.set()
-        for thread in threads:
-            thread.join()
+        others = []
+        try:
+            for _ in range(100):
+                others.append(Replacement())
+                compute()
+                others[-1].close()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
     assert errors == []
 
 
@@ -223,8 +226,12 @@ class Replacement:
 
     def __init__(self):
         self.library = torch.library.Library("aten", "IMPL")
-        self.library.impl("_convolution", lambda x, w, *_: torch.full((1, 2, 2), 2, dtype=x.dtype, device=x.device), KEY)
-        self.handle = torch.library.get_kernel("aten::_convolution", KEY)  # a thread may be about to enter it
+        self.library.impl(
+            "_convolution", lambda x, w, *_: torch.full((1, 2, 2), 2, dtype=x.dtype, device=x.device), KEY, allow_override=True
+        )
+        self.handle = torch.library.get_kernel(
+            "aten::_convolution", KEY
+        )  # torch would free it under a thread that is about to enter it
 
     def close(self):
         self.library._destroy()

@@ -104,7 +104,7 @@ MUTATIONS = [
     Mutation("an enabling that ends for its nodes only later", "override.py", "(*self.process, *scopes) if one.layer is self", "(*self.process, *scopes)", "follows_what_holds", "test_enable_model.py"),
     Mutation("a forward pass that an interrupt does not end", "scope.py", "while caller is not None and caller is not p.frame:", "while False:", "error_ends", "test_enable_model.py"),
     Mutation("a backward that counts where it is called", "scope.py", "if p.task == task", "if True", "graph_outside", "test_enable_model.py"),
-    Mutation("what is computed again outside", "scope.py", "if ended.unmarked:", "if False:", "checkpoints_inside", "test_enable_model.py"),
+    Mutation("what is computed again outside", "scope.py", "ended is not None and ended.unmarked", "False", "checkpoints_inside", "test_enable_model.py"),
     Mutation("a graph made before that is marked", "scope.py", " or node._sequence_nr() < ended.first", "", "made_before", "test_enable_model.py"),
     Mutation("a block's copy that stays enabled", "override.py", "    if not block:\n        _open(inside", "    if True:\n        _open(inside", "copies", "test_enable_model.py"),
 ]  # fmt: skip

@@ -96,6 +96,7 @@ class Layer:
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         try:
+            _registered.append(self)
             for below, function in self.kernels.items():
                 below.look()
                 self._library.impl(
@@ -111,10 +112,19 @@ class Layer:
     def remove(self) -> None:
         """Takes the kernels out."""
         self._library._destroy()
+        if self in _registered:
+            _registered.remove(self)
 
     def on_top(self) -> bool:
-        """Whether ours are the kernels that run: nobody has registered others since. A handle's text says whose it is."""
-        return all(repr(torch.library.get_kernel(f"aten::{b.operator}", b.key)) == text for b, text in self._texts.items())
+        """Whether these are the kernels that run: nobody has registered others since.
+
+        A handle's text says which line of code registered a kernel, which is the same for all layers.
+        """
+        places = {(b.operator, b.key): text for b, text in self._texts.items()}
+        return all(
+            repr(torch.library.get_kernel(f"aten::{operator}", key)) == text and _newest(operator, key) is self
+            for (operator, key), text in places.items()
+        )
 
     def look_below(self, below: Below) -> None:
         """Finds what to fall through to after the kernel that was there has been taken out.
@@ -126,6 +136,14 @@ class Layer:
             self._register()
         else:
             below.settle()
+
+
+_registered: list[Layer] = []  # in the order in which they were registered
+
+
+def _newest(operator: str, key: str) -> Layer | None:
+    """The layer that was registered last for an operator and a key."""
+    return next((l for l in reversed(_registered) if any((b.operator, b.key) == (operator, key) for b in l.kernels)), None)
 
 
 def torchs_own(operator: str, key: str) -> bool:

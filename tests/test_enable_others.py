@@ -107,6 +107,21 @@ def test_begun_and_ended_in_any_order(begins, ends, device, path):
         check()
 
 
+def test_the_one_below_the_older_of_two_layers_goes(device, path):
+    """The older layer must not take itself for the top one: it would come to lie on the newer one, which lies on it."""
+    lowest = Replacement()
+    with tconv.enabled():
+        between = Other("other", path)
+        with tconv.enabled(ranks=(2,)):
+            assert len(override._layers) == 2
+            lowest.close()
+            assert seen_by(path, device, LEFT) == ["tconv", "other", "tconv"]
+            assert seen_by(path, device, LEFT) == ["tconv", "other", "tconv"]
+        assert seen_by(path, device, LEFT) == ["other", "tconv"]
+        between.close()
+        assert seen_by(path, device, LEFT) == ["tconv"]
+
+
 def test_the_one_below_goes_while_another_is_on_top(device, path):
     """Then it cannot be seen what is left below, and torch's own kernels stand for it."""
     below = Other("below", path)

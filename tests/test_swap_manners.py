@@ -63,7 +63,7 @@ def breaking(count):
         (nn.functional.conv2d, r"but got a builtin_function_or_method.*convolutions outside of modules.*tconv.enable\(\)"),
         ({"weight": torch.ones(1)}, "but got a dict"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_module(function, given, text):
     with pytest.raises(TypeError, match=rf"tconv\.{function.__name__} {text}" if text.startswith("takes") else text):

@@ -46,9 +46,10 @@ FACTOR, MARGIN, NOISE, NOISE_FACTOR = 2, 1e-5, 0.1, 10
 ROUTES = ("replace_", "enable()")
 LEGEND = """\
 Errors are the output's and the farthest gradient's, noise apart. Convolutions are layers of torch.nn's classes and of
-subclasses; `replace_` leaves alone those that override `forward`. Calls are forward ones, of all that torch's dispatcher saw;
-backward ones are among the kernels, which are counted under `enable()`: fprop, dgrad and wgrad of a call are three. In the
-interpreter the planner takes one kernel for dense and one for depthwise layers; on a GPU also strips and packed ones."""
+subclasses; `replace_` leaves alone those that override `forward` or `_conv_forward`. Calls are forward ones, of all that
+torch's dispatcher saw; backward ones are among the kernels, which are counted under `enable()`: fprop, dgrad and wgrad of a
+call are three. In the interpreter the planner takes one kernel for dense and one for depthwise layers; on a GPU also strips
+and packed ones."""
 Tensors = dict[str, torch.Tensor]
 Rows = dict[str, dict[str, Any]]
 

@@ -1,6 +1,6 @@
 """Other people's models by torch and by tconv: outputs and gradients against fp64, and which convolutions tconv took.
 
-    TRITON_INTERPRET=1 python -m scripts.models [--only REGEX] [--record FILE] [--write]
+    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 python -m scripts.models [--only REGEX] [--record FILE] [--write]
 
 A model that the record already holds as right is not run again; --write makes docs/models.md, docs/models.png and the table in
 README.md of the record.
@@ -46,9 +46,14 @@ FACTOR, MARGIN, NOISE, NOISE_FACTOR = 2, 1e-5, 0.1, 10
 ROUTES = ("replace_", "enable()")
 LEGEND = """\
 Errors are the output's and the farthest gradient's, noise apart. Convolutions are layers of torch.nn's classes and of
-subclasses; `replace_` leaves alone those that override `forward`. Calls are forward ones, of all that torch's dispatcher saw;
-backward ones are among the kernels, which are counted under `enable()`: fprop, dgrad and wgrad of a call are three. In the
-interpreter the planner takes one kernel for dense and one for depthwise layers; on a GPU also strips and packed ones."""
+subclasses; `replace_` leaves alone those that override `forward` or `_conv_forward`. Calls are forward ones, of all that
+torch's dispatcher saw; backward ones are among the kernels, which are counted under `enable()`: fprop, dgrad and wgrad of a
+call are three. In the interpreter the planner takes one kernel for dense and one for depthwise layers; on a GPU also strips
+and packed ones."""
+THREADS = """\
+Torch's own rounding depends on the number of threads, and so does what tconv is allowed. With two threads instead of one,
+torch's error in one gradient of Hybrid Demucs, a bias's whose terms nearly cancel, was 5.4e-06 instead of 1.1e-05; tconv's
+was 2.4e-05 both times, and with two threads beyond the limit of 2.1e-05."""
 Tensors = dict[str, torch.Tensor]
 Rows = dict[str, dict[str, Any]]
 
@@ -253,10 +258,11 @@ def page(rows: Rows) -> str:
     text = (__doc__ or "").split("\n\n", 3)[3].strip()
     return "\n\n".join([
         "# Other people's models",
-        "Made by `TRITON_INTERPRET=1 python -m scripts.models --write`, which runs the models whose packages are installed;\n"
-        "the numbers are in `bench/results/models/`.",
+        "Made by `TRITON_INTERPRET=1 OMP_NUM_THREADS=1 python -m scripts.models --write`, which runs the models whose\n"
+        "packages are installed; the numbers are in `bench/results/models/`.",
         verdict(rows),
         text,
+        THREADS,
         LEGEND,
         "![errors by model](models.png)",
         table(rows),

@@ -25,7 +25,7 @@ import torch
 Items = list[tuple[Any, Any]]
 # Objects of these packages' classes are not entered, for they hold the state of a library and not of a model.
 LIBRARIES = sys.stdlib_module_names | {"torch", "triton", "tconv", "numpy"}
-ENTERED = ("types.SimpleNamespace", "torch.distributions.")  # nevertheless
+ENTERED = ("types.SimpleNamespace", "collections.UserDict", "collections.UserList", "torch.distributions.")  # nevertheless
 # An object that has one of these is in use by other threads or stands for something outside: it is not entered either.
 LIVE = (type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.Condition, threading.Event, io.IOBase)
 METHODS = (types.MethodType, types.BuiltinMethodType)

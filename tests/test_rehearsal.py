@@ -550,6 +550,8 @@ CONTAINERS = {
     "ordered dict": lambda x: collections.OrderedDict(a=1, x=x),
     "model output": lambda x: Output.of(x=x),
     "user dict": lambda x: User(x=x),
+    "plain user dict": lambda x: collections.UserDict(x=x),
+    "user list": lambda x: collections.UserList([x]),
     "object": lambda x: types.SimpleNamespace(x=x),
     "packed sequence": lambda x: nn.utils.rnn.PackedSequence(x, torch.tensor([2])),
     "deque": lambda x: collections.deque([x]),
@@ -564,8 +566,9 @@ def find(value):
         return None
     if isinstance(value, Slots):
         return value.x
-    inside = value.values() if isinstance(value, (dict, User)) else value
-    inside = inside if isinstance(value, (dict, User, list, tuple, collections.deque)) else vars(value).values()
+    inside = value.values() if isinstance(value, (dict, collections.UserDict)) else value
+    listed = dict, collections.UserDict, list, collections.UserList, tuple, collections.deque
+    inside = inside if isinstance(value, listed) else vars(value).values()
     return next((t for v in inside if (t := find(v)) is not None), None)
 
 

@@ -16,10 +16,12 @@ from tconv.functional import convolve
 from tconv.guard import PLAIN
 
 ZERO = (0,)  # per dimension
-# By rank. Torch's own methods are called by their class's name: a bound method of ours may outlive the layer's class, kept by a
-# tool that wraps `forward`, and `super()` raises where `self` is torch.nn's again.
-TORCHS = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
-TRANSPOSED = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}
+# Torch's own methods are called by their class's name: a bound method of ours may outlive the layer's class, kept by a tool
+# that wraps `forward`, and `super()` raises where `self` is torch.nn's again.
+TORCHS = (
+    torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
+    torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
+)  # fmt: skip
 
 
 class _Name(str):
@@ -37,7 +39,13 @@ class _Name(str):
 
 
 class _Layer:
-    """What all layers of tconv's have in common."""
+    """What all layers of tconv's have in common.
+
+    Attributes:
+        _tconv_rank: spatial dimensions. `kernel_size` does not tell: torch.nn takes any number, and raises at the call.
+    """
+
+    _tconv_rank: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -57,24 +65,27 @@ class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
     """What Conv1d, Conv2d and Conv3d share."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rank, x, padding = len(self.kernel_size), input, self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO
-        y = convolve(False, rank, x, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
-        return TORCHS[rank]._conv_forward(self, input, weight, bias) if y is None else y  # type: ignore[arg-type]
+        y = None
+        if isinstance(self, _Forward):  # not where this bound method outlived `restore_`
+            x, padding = input, self.padding
+            if self.padding_mode != "zeros":
+                x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO
+            y = convolve(False, self._tconv_rank, x, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
+        return _torchs(self)._conv_forward(self, input, weight, bias) if y is None else y  # type: ignore[no-any-return]
 
 
 class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
     """What ConvTranspose1d, ConvTranspose2d and ConvTranspose3d share."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        y, rank = None, len(self.kernel_size)
+        y = None
         if (
             isinstance(self, _Transposed)  # not where this bound method outlived `restore_`
             and isinstance(input, (torch.Tensor, Proxy))
             and isinstance(self.padding, tuple)
             and self.padding_mode == "zeros"
         ):
+            rank = self._tconv_rank
             weight, bias = _parameters(self, input)
             output_padding = self._output_padding(
                 input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation  # type: ignore[arg-type]
@@ -82,7 +93,15 @@ class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
             y = convolve(
                 True, rank, input, weight, bias, self.stride, self.padding, tuple(output_padding), self.groups, self.dilation
             )
-        return TRANSPOSED[rank].forward(self, input, output_size) if y is None else y  # type: ignore[arg-type]
+        return _torchs(self).forward(self, input, output_size) if y is None else y  # type: ignore[no-any-return]
+
+
+def _torchs(layer: Any) -> Any:
+    """The class of torch.nn's that a layer's class is, or comes from."""
+    for cls in TORCHS:
+        if isinstance(layer, cls):
+            return cls
+    raise TypeError(f"{type(layer).__name__} is no convolution of torch.nn's")
 
 
 def _parameters(layer: Any, input: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -112,30 +131,39 @@ class Conv1d(_Forward, torch.nn.Conv1d):
     """`torch.nn.Conv1d`, by tconv's kernels: (N, C, W) -> (N, K, Q)."""
 
     forward = _forward("Conv1d")
+    _tconv_rank = 1
 
 
 class Conv2d(_Forward, torch.nn.Conv2d):
     """`torch.nn.Conv2d`, by tconv's kernels: (N, C, H, W) -> (N, K, P, Q)."""
 
     forward = _forward("Conv2d")
+    _tconv_rank = 2
 
 
 class Conv3d(_Forward, torch.nn.Conv3d):
     """`torch.nn.Conv3d`, by tconv's kernels: (N, C, D, H, W) -> (N, K, Z, P, Q)."""
 
     forward = _forward("Conv3d")
+    _tconv_rank = 3
 
 
 class ConvTranspose1d(_Transposed, torch.nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d`, by tconv's kernels: (N, C, W) -> (N, K, Q)."""
 
+    _tconv_rank = 1
+
 
 class ConvTranspose2d(_Transposed, torch.nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d`, by tconv's kernels: (N, C, H, W) -> (N, K, P, Q)."""
 
+    _tconv_rank = 2
+
 
 class ConvTranspose3d(_Transposed, torch.nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d`, by tconv's kernels: (N, C, D, H, W) -> (N, K, Z, P, Q)."""
+
+    _tconv_rank = 3
 
 
 class LazyConv1d(Conv1d, torch.nn.LazyConv1d):  # type: ignore[misc]

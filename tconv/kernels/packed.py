@@ -272,5 +272,5 @@ def packed_wgrad(
         low = k // K * C  # the first of the channels that k's group reads
         kept &= inside(lead(c, APART) - trail(low, APART), C)
         row -= low * swc.to(tl.int64)
-    out = dw_ptr + split.to(tl.int64) * sws + (lead(w_c, APART) + trail(row, APART))
+    out = dw_ptr + split.to(tl.int64) * sws + (trail(row, APART) + lead(w_c, APART))
     tl.store(out, turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), not TURN, APART), mask=kept)

@@ -239,6 +239,6 @@ def tma_wgrad(
     k = k_first + tl.arange(0, BLOCK_K)
     c = c_first + tl.arange(0, BLOCK_C)
     # As in wgrad.py.
-    out = dw_ptr + dw_offset + (lead(c * swc.to(tl.int64), APART) + trail(k * swk.to(tl.int64), APART))
+    out = dw_ptr + dw_offset + (trail(k * swk.to(tl.int64), APART) + lead(c * swc.to(tl.int64), APART))
     dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
     tl.store(out, dw, mask=lead(c < C, APART) & trail(k < K, APART))

@@ -106,6 +106,6 @@ def wgrad(
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
     # Input channels lie nearer to each other than output channels, or side by side.
-    out = dw_ptr + dw_offset + (lead(c * swc.to(tl.int64), APART) + trail(k * swk.to(tl.int64), APART))
+    out = dw_ptr + dw_offset + (trail(k * swk.to(tl.int64), APART) + lead(c * swc.to(tl.int64), APART))
     dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
     tl.store(out, dw, mask=lead(mask_c, APART) & trail(mask_k, APART))

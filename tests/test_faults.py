@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import types
 import warnings
 import weakref
 
@@ -16,7 +17,7 @@ from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import tconv
-from tconv import aten, autograd, compiled, functional, launch, ops
+from tconv import aten, autograd, compiled, functional, launch, ops, selection
 from tconv.configs import Tile
 from tests import parity
 from tests.contexts import F64, conv, same, tensors
@@ -207,8 +208,8 @@ class Scarce:
                 return make()
 
         monkeypatch.setattr(launch, "_lookup", planned)
-        for module, name in ((aten, "_forward"), (aten, "_backward"), (ops, "_known")):
-            monkeypatch.setattr(module, name, {})
+        monkeypatch.setattr(selection, "_choices", {})
+        monkeypatch.setattr(ops, "_known", {})
         monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: self.allocate(strided, *args))
         monkeypatch.setattr(torch, "empty", lambda *args, **more: self.allocate(empty, *args, **more))
 
@@ -273,17 +274,17 @@ def copies(monkeypatch):
 @pytest.mark.filterwarnings("ignore:tconv leaves a call to torch")
 def test_the_overrides_copies_are_gone_when_torch_takes_a_call(device, copies):
     x, w, b = (t.detach() for t in tensors(device))
-    taken = []
+    taken, everything = [], types.SimpleNamespace(chosen=selection.choice([selection.EVERYTHING]))
 
     def torchs(*_):
         assert copies
         assert all(ref() is None for ref in copies)
         taken.append(True)
 
-    aten.convolution(torchs, None, x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 2, False, False, True, True)
+    aten.convolution(everything, torchs, None, x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 2, False, False, True, True)
     dy = torch.ones_like(conv(x, w))
     parameters = [2, 1], [1, 1], [1, 1], False, [0, 0], 2
-    aten.convolution_backward(torchs, None, dy, x, w, [6], *parameters, [True, True, True])
+    aten.convolution_backward(everything, torchs, None, dy, x, w, [6], *parameters, [True, True, True])
     assert taken == [True, True]
 
 

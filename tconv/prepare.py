@@ -337,6 +337,7 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
         integers |= {"C": p.K}
         constants |= {
             **_strip(p, tile, lanes_x, lanes_y, tile.columns * p.S[2]), "BLOCK_C": tile.n, "ROWS": tile.m,
+            "Y_VEC": lanes_y.vec if lanes_y.unit == "c" else math.gcd(lanes_y.vec, tile.columns),  # of where strips begin
             "READ_DY": tile.columns if lanes_x.unit != "c" and lanes_y.unit == "p" else 1,
         }  # fmt: skip
     elif plan.kernel == "depthwise_wgrad":

@@ -21,6 +21,7 @@ from tconv.opaque import opaque
 from tconv.plan import forced
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, Passing, note
+from tconv.window import window
 
 MaybeTensor = torch.Tensor | None
 KEPT = 4  # layouts of gradients for which a layer's backward is worked out to be kept
@@ -186,7 +187,7 @@ apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad,
 
 
 def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _Ours | ops.Operators:
-    return ops.Operators(ops.window(g)) if is_dynamo_compiling() or unusual(dy, *saved) else _Ours(g, dy)
+    return ops.Operators(window(g)) if is_dynamo_compiling() or unusual(dy, *saved) else _Ours(g, dy)
 
 
 class _Ours:
@@ -234,7 +235,7 @@ class _Ours:
     def _by_torch(self, name: str, a: torch.Tensor, b: torch.Tensor, why: str) -> torch.Tensor:
         """What our kernels declined, when the error is gone: its frames hold copies, and torch may need the memory."""
         self.shared.copy = None
-        h = ops.window(self.g)
+        h = window(self.g)
         if name == "wgrad" and self.g.dw_channels_last is not None:
             h = h._replace(channels_last=self.g.dw_channels_last)
         return ops.by_torch(name, a, b, None, h, why)

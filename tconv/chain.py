@@ -87,7 +87,7 @@ class Layer:
 
     def __init__(self, kernels: dict[tuple[str, str], Callable[..., Any]]) -> None:
         self.kernels = {Below(self, operator, key): function for (operator, key), function in kernels.items()}
-        self._texts: dict[Below, str] = {}
+        self._texts: dict[tuple[str, str], str] = {}  # of the handles of our kernels, by operator and key
         self._library: Any = None
         self._register()
 
@@ -103,7 +103,7 @@ class Layer:
                     below.operator, functools.partial(function, below), below.key, with_keyset=True, allow_override=True
                 )
                 handle = torch.library.get_kernel(f"aten::{below.operator}", below.key)
-                self._texts[below] = repr(handle)
+                self._texts[below.operator, below.key] = repr(handle)
                 _kept.append(handle)
         except BaseException:
             self.remove()
@@ -120,10 +120,9 @@ class Layer:
 
         A handle's text says which line of code registered a kernel, which is the same for all layers.
         """
-        places = {(b.operator, b.key): text for b, text in self._texts.items()}
         return all(
             repr(torch.library.get_kernel(f"aten::{operator}", key)) == text and _newest(operator, key) is self
-            for (operator, key), text in places.items()
+            for (operator, key), text in self._texts.items()
         )
 
     def look_below(self, below: Below) -> None:
@@ -143,7 +142,7 @@ _registered: list[Layer] = []  # in the order in which they were registered
 
 def _newest(operator: str, key: str) -> Layer | None:
     """The layer that was registered last for an operator and a key."""
-    return next((l for l in reversed(_registered) if any((b.operator, b.key) == (operator, key) for b in l.kernels)), None)
+    return next((layer for layer in reversed(_registered) if (operator, key) in layer._texts), None)
 
 
 def torchs_own(operator: str, key: str) -> bool:

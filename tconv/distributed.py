@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tconv import functional, modules
 from tconv.opaque import opaque
-from tconv.swap import MARK, TORCHS, _become, _checked, _plain_class
+from tconv.swap import MARK, TORCHS, become, checked, plain_class
 from tconv.swap import OURS as SWAPPED
 
 FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -496,11 +496,11 @@ def replace_(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         TypeError: `model` is no module.
     """
-    _checked("distributed.replace_", model)
+    checked("distributed.replace_", model)
     for module in model.modules():
-        before = _plain_class(module)
+        before = plain_class(module)
         if before in OURS:
-            _become(module, OURS[before])
+            become(module, OURS[before])
             if before in SWAPPED:
                 module.__dict__[MARK] = True
     return model

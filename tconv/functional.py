@@ -28,6 +28,7 @@ from tconv.layout import LIMIT, result_is_channels_last, weight_format
 from tconv.opaque import opaque
 from tconv.problem import Geometry
 from tconv.record import Call, Declined, note
+from tconv.window import Window
 
 FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -245,7 +246,7 @@ def _understood(t: torch.Tensor) -> bool:
     )
 
 
-def _check(asked: Asked, x: Any, w: Any, b: Any, autocast: bool = False) -> ops.Window:
+def _check(asked: Asked, x: Any, w: Any, b: Any, autocast: bool = False) -> Window:
     """Everything torch checks: the window of a call that it accepts, else Declined."""
     transposed, rank, stride, padding, output_padding, groups, dilation = asked
     if type(groups) is not int:
@@ -275,7 +276,7 @@ def _check(asked: Asked, x: Any, w: Any, b: Any, autocast: bool = False) -> ops.
             if o >= max(si, di):
                 raise Declined("output_padding not smaller than stride or dilation")
         after = [p - o for p, o in zip(after, op, strict=True)]
-    h = ops.Window(s, before, after, d, groups)
+    h = Window(s, before, after, d, groups)
     for e, t, si, p, q, di in zip(x.shape[-rank:], w.shape[2:], s, before, after, d, strict=True):
         if ((e - 1) * si + di * (t - 1) + 1 - p - q if transposed else e + p + q - di * (t - 1)) < 1:
             raise Declined("an output without elements")

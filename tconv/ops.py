@@ -22,7 +22,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -31,12 +31,14 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tconv.dry import DRY
+from tconv.equivalents import IN_ATEN
 from tconv.guard import PLAIN, plain
 from tconv.kinds import Kinds
 from tconv.layout import LIMIT, addressing, result_is_channels_last, shaped, weight_format
 from tconv.opaque import opaque
 from tconv.problem import ConvProblem, Geometry, forward_problem
 from tconv.record import Call, Declined, note
+from tconv.window import Window, exact, extents, result_shape
 
 MaybeTensor = torch.Tensor | None
 NAMES = ("fprop", "dgrad", "wgrad")
@@ -55,63 +57,12 @@ _library: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped
 _known: Kinds[Any, Geometry | str] = Kinds()
 
 
-class Window(NamedTuple):
-    """How taps meet elements, one number per spatial dimension.
-
-    Attributes:
-        stride, before, after, dilation, groups: see above.
-        channels_last: memory format of the result; None for the one torch would give a layer's.
-    """
-
-    stride: Sequence[int]
-    before: Sequence[int]
-    after: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-    channels_last: bool | None = None
-
-
-def window(g: Geometry) -> Window:
-    """The exact window of a problem."""
-    p, skip = g.problem, 3 - g.problem.rank
-    loose = Window(p.S[skip:], p.P[skip:], p.P[skip:], p.D[skip:], p.G, g.channels_last)
-    return _exact(loose, p.X[skip:], p.Y[skip:], p.T[skip:])
-
-
-def _exact(h: Window, x: Sequence[int], y: Sequence[int], taps: Sequence[int]) -> Window:
-    """The window with the padding behind x that is read."""
-    parts = zip(x, y, taps, h.stride, h.before, h.dilation, strict=True)
-    return h._replace(after=[(b - 1) * s + d * (t - 1) + 1 - a - before for a, b, t, s, before, d in parts])
-
-
-def _extents(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of x and w."""
-    spatial = list(zip(a.shape[2:], b.shape[2:], h.stride, h.before, h.after, h.dilation, strict=True))
-    if name == "fprop":
-        return tuple(a.shape), tuple(b.shape)
-    if name == "dgrad":
-        x = [(y - 1) * s + d * (t - 1) + 1 - before - after for y, t, s, before, after, d in spatial]
-        return (a.shape[0], b.shape[1] * h.groups, *x), tuple(b.shape)
-    taps = [(x + before + after - 1 - (y - 1) * s) // d + 1 for y, x, s, before, after, d in spatial]
-    return tuple(b.shape), (a.shape[1], b.shape[1] // h.groups, *taps)
-
-
-def _result(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> tuple[int, ...]:
-    """Shape of an operator's result."""
-    x, w = _extents(name, a, b, h)
-    if name != "fprop":
-        return x if name == "dgrad" else w
-    parts = zip(x[2:], w[2:], *h[:4], strict=True)
-    y = [(e + before + after - d * (t - 1) - 1) // s + 1 for e, t, s, before, after, d in parts]
-    return x[0], w[0], *y
-
-
 def _format(a: torch.Tensor, b: torch.Tensor, h: Window) -> bool:
     return result_is_channels_last(a, b) if h.channels_last is None else h.channels_last
 
 
 def problem_of(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> ConvProblem:
-    x, w = _extents(name, a, b, h)
+    x, w = extents(name, a, b, h)
     return forward_problem(x, w, h.stride, list(zip(h.before, h.after, strict=True)), h.dilation, h.groups)
 
 
@@ -146,7 +97,7 @@ def interpreted() -> bool:
 
 def _fake(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
     h = Window(*rest)
-    like = shaped(_result(name, a, b, h), _format(a, b, h), a.dtype)
+    like = shaped(result_shape(name, a, b, h), _format(a, b, h), a.dtype)
     return a.new_empty_strided(like.shape, like.stride())
 
 
@@ -177,12 +128,12 @@ def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: 
 
 def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window) -> Geometry | str:
     """The geometry of a call, or why it is torch's; ValueError if the tensors do not fit together."""
-    (n, c, *_), w = _extents(name, a, b, h)
-    y = _result(name, a, b, h) if name == "fprop" else tuple(a.shape)
+    (n, c, *_), w = extents(name, a, b, h)
+    y = result_shape(name, a, b, h) if name == "fprop" else tuple(a.shape)
     channels = w[0] if name == "fprop" else c
     if (n, c, y[1]) != (y[0], w[1] * h.groups, w[0]) or w[0] % h.groups or (bias is not None and bias.shape != (channels,)):
         raise ValueError(f"{name}: tensors of {[*a.shape]} and {[*b.shape]} do not fit {h}")
-    if min(*a.shape, *b.shape, *_result(name, a, b, h)) < 1:
+    if min(*a.shape, *b.shape, *result_shape(name, a, b, h)) < 1:
         return "a tensor without elements"
     if any(t is not None and (t.dtype != a.dtype or t.device != a.device) for t in (b, bias)):
         return "tensors of several dtypes or devices"
@@ -197,33 +148,11 @@ def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: 
 
 
 def by_torch(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, reason: str) -> torch.Tensor:
-    """The same in aten's operators.
-
-    Torch pads both ends alike and derives y's extents from x's. A window may pad its ends differently or leave the end of x
-    unread, so x is padded and cropped here to exactly what is read, and aten's own padding is zero.
-    """
-    shape = _result(name, a, b, h)
-    (_, _, *extents), w = _extents(name, a, b, h)
-    y = shape[2:] if name == "fprop" else a.shape[2:]
-    h = _exact(h, extents, y, w[2:])
-    ends = [n for pair in zip(reversed(h.before), reversed(h.after), strict=True) for n in pair]
-    parameters = h.stride, [0] * len(y), h.dilation, False, [0] * len(y), h.groups
+    """An operator's result by aten's operators, recorded with the reason, with the strides that the operator promises."""
     note(Call("aten::convolution" if name == "fprop" else "aten::convolution_backward", None, None, reason))
-    if name == "fprop":
-        out = torch.ops.aten.convolution(torch.constant_pad_nd(a, ends), b, bias, *parameters)
-    elif name == "dgrad":
-        read = [e + before + after for e, before, after in zip(extents, h.before, h.after, strict=True)]
-        like = b.new_zeros(()).expand(*shape[:2], *read)
-        out = torch.ops.aten.convolution_backward(a, like, b, None, *parameters, (True, False, False))[0]
-        out = torch.constant_pad_nd(out, [-n for n in ends])
-        if bias is not None:
-            out = out + bias.view(-1, *(1,) * len(y))
-    else:
-        like = b.new_zeros(()).expand(shape)
-        padded = torch.constant_pad_nd(b, ends)
-        out = torch.ops.aten.convolution_backward(a, padded, like, None, *parameters, (False, True, False))[1]
-    strides = shaped(shape, _format(a, b, h), a.dtype).stride()
-    return a.new_empty_strided(shape, strides).copy_(out)
+    out = IN_ATEN[name](a, b, bias, *h)
+    strides = shaped(out.shape, _format(a, b, h), a.dtype).stride()
+    return out if out.stride() == strides else a.new_empty_strided(out.shape, strides).copy_(out)
 
 
 # Differentiation
@@ -328,7 +257,7 @@ class _Differentiable(torch.autograd.Function):
             g = plain(g)
         name, h = ctx.how
         x, y, w = {"fprop": (a, g, b), "dgrad": (g, a, b), "wgrad": (b, a, g)}[name]
-        h = _exact(h, x.shape[2:], y.shape[2:], w.shape[2:])._replace(channels_last=_format(a, b, h))
+        h = exact(h, x.shape[2:], y.shape[2:], w.shape[2:])._replace(channels_last=_format(a, b, h))
         return None, None, *gradients(Operators(h), name, g, a, b, wanted(ctx, ctx.needs_input_grad[2:5])), None
 
     @staticmethod
@@ -346,7 +275,7 @@ class _Differentiable(torch.autograd.Function):
             if db is not None:
                 terms.append(op(a, db, None if terms else dbias, *h))
             if not terms and dbias is not None:
-                shape = _result(name, a, b, h)
+                shape = result_shape(name, a, b, h)
                 terms.append(dbias.view(-1, *(1,) * (len(shape) - 2)).expand(shape))
             return sum(terms[1:], terms[0]) if terms else None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tconv.subclasses import theirs
-from tconv.swap import _become, _plain_class
+from tconv.swap import become, checked, plain_class
 
 COPIED = "_tconv_restored"  # set on a layer in a block, so that its copies are known
 
@@ -47,13 +47,12 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         >>> type(model[0]) is tconv.Conv2d
         True
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"tconv.restored takes a torch.nn.Module, not a {type(model).__name__}")
+    checked("restored", model)
     block = uuid.uuid4().hex  # no number: a copy of the model may be pickled, and outlive the process
-    layers = [(module, cls, torchs) for module in model.modules() if (torchs := theirs(cls := _plain_class(module)))]
+    layers = [(module, cls, torchs) for module in model.modules() if (torchs := theirs(cls := plain_class(module)))]
     try:
         for i, (module, _, torchs) in enumerate(layers):
-            _become(module, torchs)
+            become(module, torchs)
             module.__dict__[COPIED] = block, i
         yield model
     finally:
@@ -70,6 +69,6 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def _return(module: torch.nn.Module, cls: Any) -> None:
     """Give a module its class of tconv's back, or, to a lazy one that was called, the class it has become."""
     for ours in (cls, getattr(cls, "cls_to_become", None)):
-        if ours is not None and _plain_class(module) is theirs(ours):
-            _become(module, ours)
+        if ours is not None and plain_class(module) is theirs(ours):
+            become(module, ours)
             break

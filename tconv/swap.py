@@ -51,7 +51,7 @@ def replace_(
           (0): tconv.Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
         )
     """
-    report = _checked("replace_", model, filter_fn, report)
+    report = checked("replace_", model, filter_fn, report)
     found = [f for name, module in model.named_modules() if (f := _to_replace(module, name, filter_fn))]
     with _undone_if_raised(found):
         for f in found:
@@ -78,7 +78,7 @@ def restore_(
     Raises:
         As `replace_`; the model is then as it was.
     """
-    report = _checked("restore_", model, filter_fn, report)
+    report = checked("restore_", model, filter_fn, report)
     found = [f for name, module in model.named_modules() if (f := _to_restore(module, name, filter_fn))]
     with _undone_if_raised(found):
         for f in found:
@@ -106,7 +106,7 @@ class _Found(NamedTuple):
 
 
 def _to_replace(module: torch.nn.Module, name: str, filter_fn: Filter | None) -> _Found | None:
-    place, cls = name or "model", _plain_class(module)
+    place, cls = name or "model", plain_class(module)
     try:
         target = subclasses.ours(cls)
     except subclasses.Left as why:
@@ -119,7 +119,7 @@ def _to_replace(module: torch.nn.Module, name: str, filter_fn: Filter | None) ->
 
 
 def _to_restore(module: torch.nn.Module, name: str, filter_fn: Filter | None) -> _Found | None:
-    place, cls = name or "model", _plain_class(module)
+    place, cls = name or "model", plain_class(module)
     if MARK not in module.__dict__ and USERS not in cls.__dict__:
         return None
     target = subclasses.theirs(cls)
@@ -161,7 +161,7 @@ def _report(report: Report, found: list[_Found], nothing: str) -> None:
         report(f"model: {nothing}")
 
 
-def _checked(function: str, model: Any, filter_fn: Any = None, report: Any = None) -> Report:
+def checked(function: str, model: Any, filter_fn: Any = None, report: Any = None) -> Report:
     """The report as a function; TypeError if an argument is not what the function of tconv's by that name takes."""
     if isinstance(model, type):
         raise TypeError(f"tconv.{function} takes a model, but got the class {model.__name__}: make an object of it first")
@@ -202,7 +202,7 @@ def _undone_if_raised(found: Iterable[_Found]) -> Iterator[None]:
 
 def _change(module: torch.nn.Module, name: str, target: type) -> None:
     try:
-        _become(module, target)
+        become(module, target)
     except (AttributeError, TypeError) as e:
         raise RuntimeError(
             f"{name or 'model'}: {_named(type(module))} cannot become {_named(target)} ({e}). The model is as it was; "
@@ -210,13 +210,13 @@ def _change(module: torch.nn.Module, name: str, target: type) -> None:
         ) from e
 
 
-def _plain_class(module: torch.nn.Module) -> type:
+def plain_class(module: torch.nn.Module) -> type:
     """The class of a module without the one that torch's parametrize puts in front."""
     cls = type(module)
     return cls.__base__ if parametrize.is_parametrized(module) else cls  # type: ignore[return-value]
 
 
-def _become(module: torch.nn.Module, target: type) -> None:
+def become(module: torch.nn.Module, target: type) -> None:
     """Changes the class of a module, and of those of its methods that were set on it as bound methods of that class."""
     bound = {key: types.MethodType(getattr(target, name), module) for key, name in _bound(module).items()}
     if parametrize.is_parametrized(module):
@@ -232,7 +232,7 @@ def _bound(module: torch.nn.Module) -> dict[str, str]:
     Tools that wrap `forward` keep it so, accelerate as `_old_forward`. It would go on being that of the class that the
     module had.
     """
-    cls, found = _plain_class(module), dict[str, str]()
+    cls, found = plain_class(module), dict[str, str]()
     for key, value in module.__dict__.items():
         if isinstance(value, types.MethodType) and value.__self__ is module:
             for name in COMPUTES:

@@ -172,7 +172,7 @@ def test_a_class_that_cannot_be_assigned():
 def test_an_interrupted_change_is_undone(monkeypatch):
     from tconv import swap
 
-    m, become, calls = model(), swap._become, []
+    m, become, calls = model(), swap.become, []
     before = state(m)
 
     def interrupted(module, target):
@@ -181,7 +181,7 @@ def test_an_interrupted_change_is_undone(monkeypatch):
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(swap, "_become", interrupted)
+    monkeypatch.setattr(swap, "become", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tconv.replace_(m)
     assert state(m) == before

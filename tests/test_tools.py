@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tconv
 from tconv import functional as TF
-from tconv.ops import Window
+from tconv.window import Window
 from tests import parity
 
 F64 = torch.float64
@@ -523,7 +523,7 @@ def test_restored_gives_the_users_class_of_a_layer_that_replace_derived():
 
 
 def test_restored_asks_for_a_module():
-    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not a dict"), tconv.restored({}):
+    with pytest.raises(TypeError, match=r"restored takes a torch\.nn\.Module, but got a dict"), tconv.restored({}):
         pass
 
 

@@ -23,6 +23,17 @@ def rank(name: str) -> int:
     return int(name[-2])
 
 
+def plain(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous()
+
+
+def cl(t: torch.Tensor) -> torch.Tensor:
+    """Copied, since to() leaves alone what is in both formats at once; in 1-D, the strides of a channels_last row."""
+    if t.dim() == 3:
+        return cl(t.unsqueeze(2)).squeeze(2)
+    return torch.empty_like(t, memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d).copy_(t)
+
+
 def assert_same(got: torch.Tensor | None, expected: torch.Tensor | None, what: str = "result", weight: bool = False) -> None:
     """Shape, dtype, device, strides and values; None only where the other is None.
 

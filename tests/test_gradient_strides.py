@@ -15,17 +15,7 @@ from torch import nn
 
 import tconv
 from tests import parity
-
-
-def plain(t):
-    return t.contiguous()
-
-
-def cl(t):
-    """A channels_last copy; in 1-D, one with the strides of a channels_last row."""
-    if t.dim() == 3:
-        return cl(t.unsqueeze(2)).squeeze(2)
-    return torch.empty_like(t, memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d).copy_(t)
+from tests.parity import cl, plain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import tconv
 from tconv import compiled, functional, launch
 from tconv.configs import Tile
 from tests import parity
+from tests.test_explain import BLOCKED
 
 ROOT = pathlib.Path(tconv.__file__).parents[1]
 
@@ -253,16 +254,8 @@ def test_a_target_is_checked_wherever_one_is(without):
             except Exception as e:
                 print(type(e).__name__, e)
     """
-    missing = """
-        import sys
-        class Blocked:
-            def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] == "triton":
-                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        sys.meta_path.insert(0, Blocked())
-    """
     interpret = {"TRITON_INTERPRET": "1"} if without == "the interpreter" else {}
-    out = script((missing if without == "Triton" else "") + code, **interpret).splitlines()
+    out = script((textwrap.indent(BLOCKED, "    ") if without == "Triton" else "") + code, **interpret).splitlines()
     assert len(out) == 7, out
     for line, got in zip(out[:3], ("'sm_91'", "''", "'sm90'"), strict=True):
         assert re.fullmatch(rf"ValueError precompile: target must be one of \['sm_80', 'sm_90', .*\], got {got}", line)

@@ -17,6 +17,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import tconv
 from tests import parity
+from tests.parity import cl, plain
 
 EVERY = [*parity.LAYERS, *parity.LAZY]
 ATTRIBUTES = (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice", "training")
@@ -454,17 +455,6 @@ def test_without_gradients(mode, device):
 
 
 # --- memory formats ---
-
-
-def plain(t):
-    return t.contiguous()
-
-
-def cl(t):
-    """Copied, since to() leaves alone what is in both formats at once; in 1-D, the strides of a channels_last row."""
-    if t.dim() == 3:
-        return cl(t.unsqueeze(2)).squeeze(2)
-    return torch.empty_like(t, memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d).copy_(t)
 
 
 def spread(t):

@@ -13,6 +13,14 @@ from tconv.problem import ConvProblem, forward_problem, transposed_problem
 
 FILE = pathlib.Path(__file__).with_name("layers.json")
 QUICK = 6  # every so-many-th layer makes the quick subset
+# What stands for the families where time is short, the most telling first.
+FIRST = (
+    "resnet50_l2_3x3", "sdxl_vae_512_256", "resnet50_l3_1x1_expand", "convnext_b_dw7_128_56", "resnet50_stem_7x7s2",
+    "nnunet3d_32_128", "whisper_lv3_conv1", "vit_b16_patch_embed", "hifigan_up_512_256_k16s8", "resnext50_l1_g32",
+    "sdxl_unet_1280_32", "mamba28b_dw4_5120_2048", "resnet50_l1_3x3", "resnet50_l4_3x3", "sd15_unet_320_64",
+    "sdxl_unet_conv_in_c4", "qwen25vl_patch_embed", "mobilenetv2_dw3_384_14", "replknet31b_dw31_128_56",
+    "conformer_dw31_1024", "dcgan_g_512_256_k4s2", "nnunet3d_tconv_64_32_k2s2", "hifigan_res_256_k11_d5", "hunyuan_vae_512_32",
+)  # fmt: skip
 FAMILIES = ("dense 2-D", "few channels", "patch", "depthwise", "grouped", "transposed", "1-D", "3-D")
 
 
@@ -94,6 +102,12 @@ class Layer:
 def layers(quick: bool = False) -> list[Layer]:
     """All layers, or the quick subset."""
     return [_layer(row) for row in json.loads(FILE.read_text())][:: QUICK if quick else 1]
+
+
+def first_and_rest() -> tuple[list[Layer], list[Layer]]:
+    """FIRST in its order, and all others."""
+    every = {layer.name: layer for layer in layers()}
+    return [every[name] for name in FIRST], [layer for name, layer in every.items() if name not in FIRST]
 
 
 def _layer(row: dict[str, Any]) -> Layer:

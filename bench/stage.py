@@ -2,6 +2,8 @@
 
     python -m pytest -p bench.stage --record bench/results/DIR/parity.jsonl --seconds 500 tests/test_gpu.py
 
+With `-n 15` (pytest-xdist) they run in so many processes, which share the GPU.
+
 Tests that the record has as passed or skipped are not run again; failed ones are, and those in which the process died, once
 more and last. The exit status is 0 if all that the record has is well, 1 if something failed or died, 75 if the stage was cut.
 A test adds its own numbers to its line through pytest's `record_property`.
@@ -11,13 +13,15 @@ from __future__ import annotations
 
 import collections
 import math
+import os
 import pathlib
+import sys
 import time
 from typing import Any
 
 import pytest
 
-from bench.record import Writer, machine
+from bench.record import Writer, machine, read
 
 FATAL = (
     "illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address", "illegal instruction",
@@ -37,8 +41,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--record"):
-        config.pluginmanager.register(Stage(config), "tconv-stage")
+    if not config.getoption("--record"):
+        return
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(Worker(config), "tconv-stage-worker")
+    else:
+        spread = bool(config.getoption("numprocesses", None))
+        config.pluginmanager.register((SpreadStage if spread else Stage)(config), "tconv-stage")
+
+
+def _left(config: pytest.Config, lines: list[dict[str, Any]], items: list[pytest.Item]) -> None:
+    """Drops the items that a record has as done, or as dead too often, and puts those that died before last."""
+    died = collections.Counter(line["test"] for line in lines if line.get("outcome") == "died")
+    done = {line["test"] for line in lines if line.get("outcome") in DONE} | {t for t, n in died.items() if n >= DEATHS}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = sorted((item for item in items if item.nodeid not in done), key=lambda item: item.nodeid in died)
 
 
 class Stage:
@@ -60,11 +77,7 @@ class Stage:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        lines = self.writer.lines
-        died = collections.Counter(line["test"] for line in lines if line.get("outcome") == "died")
-        done = {line["test"] for line in lines if line.get("outcome") in DONE} | {t for t, n in died.items() if n >= DEATHS}
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
-        items[:] = sorted((item for item in items if item.nodeid not in done), key=lambda item: item.nodeid in died)
+        _left(config, self.writer.lines, items)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
@@ -78,15 +91,7 @@ class Stage:
             result = yield
         finally:  # also where the user breaks off
             self.running.unlink(missing_ok=True)
-        worst = next((r for r in self.reports if r.failed), None) or next((r for r in self.reports if r.skipped), None)
-        report = worst or self.reports[-1]
-        crash = getattr(report.longrepr, "reprcrash", None)
-        detail = str(crash.message if crash else report.longrepr).strip()[:300] if report.failed else ""
-        fatal = any(text in str(r.longrepr) for r in self.reports if r.failed for text in FATAL)
-        outcome, seconds = "died" if fatal else report.outcome, sum(r.duration for r in self.reports)
-        line = {"test": item.nodeid, "outcome": outcome, "seconds": seconds} | dict(item.user_properties)
-        self.writer.write(_rounded(line | ({"detail": detail} if detail else {})))
-        self.left -= 1
+        fatal = self.note(item.nodeid, self.reports)
         if time.monotonic() > self.deadline and self.left:
             self.cut = True
             item.session.shouldstop = "the stage's time is up; the same command goes on from here"
@@ -97,6 +102,19 @@ class Stage:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.reports.append(report)
+
+    def note(self, test: str, reports: list[pytest.TestReport]) -> bool:
+        """Writes a test's line; whether the device failed in it."""
+        worst = next((r for r in reports if r.failed), None) or next((r for r in reports if r.skipped), None)
+        report = worst or reports[-1]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        detail = str(crash.message if crash else report.longrepr).strip()[:300] if report.failed else ""
+        fatal = any(_is_fatal(r) for r in reports)
+        outcome, seconds = "died" if fatal else report.outcome, sum(r.duration for r in reports)
+        line = {"test": test, "outcome": outcome, "seconds": seconds} | dict(reports[-1].user_properties)
+        self.writer.write(rounded(line | ({"detail": detail} if detail else {})))
+        self.left -= 1
+        return fatal
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.outcome != "passed":  # a whole file that is left out, or broken
@@ -123,15 +141,60 @@ class Stage:
         terminalreporter.write_line(f"{self.writer.path.stem}: {counts}, {left} still to run; recorded in {self.writer.path}")
 
 
+class SpreadStage(Stage):
+    """The same where pytest-xdist's workers run the tests: here, in the process that hears of them."""
+
+    left = 0
+
+    def __init__(self, config: pytest.Config) -> None:
+        super().__init__(config)
+        self.config = config
+        self.open: dict[str, list[pytest.TestReport]] = collections.defaultdict(list)
+
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.left = len(ids)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.open[report.nodeid].append(report)
+        if report.when == "teardown" or report.when == "???":  # "???" is xdist's word for a test in which a worker died
+            self.note(report.nodeid, self.open.pop(report.nodeid))
+        if time.monotonic() > self.deadline and self.left and not self.cut:
+            self.cut = True
+            self.config.pluginmanager.getplugin("dsession").shouldstop = "the stage's time is up"
+
+
+class Worker:
+    """The same in one of pytest-xdist's workers, which leaves out what the record has as done."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.lines = read(config.getoption("--record").absolute()).lines
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        _left(config, self.lines, items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if _is_fatal(report):  # nothing on this device works any more in this process: xdist starts another
+            sys.stderr.write(f"{report.nodeid}: the device failed\n{report.longrepr}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _is_fatal(report: pytest.TestReport) -> bool:
+    """Whether an error was reported after which a process can no longer use its device."""
+    return report.failed and (report.when == "???" or any(text in str(report.longrepr) for text in FATAL))
+
+
 def first_line(error: BaseException) -> str:
     """An exception in a line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Numbers to five digits, what lies behind them was never measured; none where JSON has no number."""
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value

@@ -6,6 +6,7 @@ pytest-benchmark repeats, warms up and does the statistics; what is ours is its 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from tconv.device import Limits
 
 FLUSH = 256 << 20  # bytes: four times the L2 cache of an H200
 BUDGET = 0.06  # seconds of measured calls
-HEAD_START = 200_000  # cycles, about 0.1 ms: several launches queue up behind them
+HEAD_START = 300_000  # cycles, about 0.15 ms: several launches queue up behind them
 
 
 class Clock:
@@ -68,6 +69,39 @@ def median(clock: Clock, call: Callable[[], Any]) -> float:
     call()
     times = sorted(clock.once(call) for _ in range(clock.rounds(call)))
     return times[len(times) // 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Milliseconds of a call: the median, the first and third quartile, and of how many."""
+
+    ms: float
+    low_ms: float
+    high_ms: float
+    rounds: int
+
+
+def in_turns(clock: Clock, calls: dict[str, Callable[[], Any]], budget: float = BUDGET, most: int = 40) -> dict[str, Times]:
+    """Times of calls that take turns, so that whatever drifts meets them all; each is warmed up by a call before.
+
+    Args:
+        budget: seconds to spend, as far as 5 rounds allow.
+        most: rounds at most.
+    """
+    once = 0.0
+    for call in calls.values():
+        call()
+        once += clock.once(call)
+    rounds = int(min(most, max(5, budget / max(once, 1e-6))))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(clock.once(call))
+    found = {}
+    for name, each in seconds.items():
+        low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
+        found[name] = Times(1e3 * middle, 1e3 * low, 1e3 * high, rounds)
+    return found
 
 
 def measured_limits(device: str, clock: Clock, known: Limits, tiny: bool) -> Limits:

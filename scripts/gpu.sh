@@ -2,8 +2,10 @@
 # Everything that needs a GPU, from a plain checkout: torch, Triton, numpy, pytest (with pytest-benchmark, hypothesis and
 # matplotlib) are enough.
 #
+#   scripts/gpu.sh first [--minutes 9] [--out DIR] [--commit ID] [--dry-run] [--only STAGE] [--keep-going]
 #   scripts/gpu.sh [parity|sanitize|bench|models|all] [--quick] [--dry-run] [--out DIR] [--commit ID] [--seconds N]
 #
+#   first      where minutes are short: is it right, what can the device do, how fast is it, by worth per second (bench/first.py)
 #   parity     every kernel at real sizes, all dtypes and layouts, above 2^31 elements, CUDA graphs, two streams
 #   sanitize   small cases of every kernel under compute-sanitizer's memcheck and racecheck
 #   bench      the 60 layers, every pass, by every provider that is installed; Python's share of a call
@@ -16,9 +18,16 @@ set -euo pipefail
 caller="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stages=() seconds=420 out="" quick=() tiny=() commit=()
+stages=() seconds=420 out="" quick=() tiny=() commit=() first=()
 while [ $# -gt 0 ]; do
     case "$1" in
+        first) first=(-m bench.first) ;;
+        --minutes | --only)
+            [ $# -ge 2 ] && [ ${#first[@]} -gt 0 ] || { echo "$1 needs a value, and is for \"first\"" >&2; exit 2; }
+            first+=("$1" "$2")
+            shift
+            ;;
+        --keep-going) first+=("$1") ;;
         parity | sanitize | bench | models) stages+=("$1") ;;
         all) stages+=(parity sanitize bench models) ;;
         --quick) quick=(--quick) ;;
@@ -28,7 +37,7 @@ while [ $# -gt 0 ]; do
             case "$1" in --out) case "$2" in /*) out="$2" ;; *) out="$caller/$2" ;; esac ;; --commit) commit=(--commit "$2") ;; --seconds) seconds="$2" ;; esac
             shift
             ;;
-        -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "unknown argument $1; see scripts/gpu.sh --help" >&2; exit 2 ;;
     esac
     shift
@@ -61,6 +70,8 @@ fi
 [ -n "$out" ] || out="bench/results/$("$PYTHON" -m bench.record "${commit[@]}")${tiny:+-dry}"
 mkdir -p "$out"
 echo "Recording in $out"
+
+[ ${#first[@]} -eq 0 ] || exec "$PYTHON" "${first[@]}" --out "$out" "${tiny[@]}" "${commit[@]}"
 
 failed=()
 ended() { # a stage's name and exit status; 75 is what bench/stage.py says of one that is to be gone on with

@@ -16,7 +16,7 @@ import queue
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,17 +112,33 @@ def precompile(
     else:
         raise RuntimeError("precompile: no GPU here; name what to compile for, such as target='sm_90'")
     launches, left = rehearse(model, args, kwargs, device, backward)
-    tasks = {pickle.dumps((t.kernel, t.arguments, t.constants)): (t, x) for x in launches for t in [_task(x, gpu.backend)]}
-    answers = _compile([task for task, _ in tasks.values()], gpu, jobs or os.cpu_count() or 1, progress)
-    failed = []
-    for (task, launch), answer in zip(tasks.values(), answers, strict=True):
+    failed, answers = [], []
+    for task, launch, answer in compile_launches(launches, gpu, jobs, progress):
         error, done = answer, "compiled"
         if answer in (COMPILED, FOUND):
             error, done = _loaded(launch) if target is None else "", "loaded"
         if error:
             failed.append(f"{task.name}: {error}")
             warnings.warn(f"precompile: {task.name} could not be {done}: {error}", stacklevel=2)
+        answers.append(answer)
     return Precompiled(answers.count(COMPILED), answers.count(FOUND), tuple(failed), left)
+
+
+def compile_launches(
+    launches: Iterable[Any], gpu: Any, jobs: int | None = None, progress: bool | None = None
+) -> list[tuple[Task, Any, str]]:
+    """Compiles what launches need, each kernel once, in parallel: (what, one of its launches, the answer) of each.
+
+    Args:
+        launches: as `launch.collecting` lists them.
+        gpu: Triton's target.
+        jobs, progress: as for `precompile`.
+    Returns:
+        The answer is COMPILED, FOUND, or an error in a line.
+    """
+    tasks = {pickle.dumps((t.kernel, t.arguments, t.constants)): (t, x) for x in launches for t in [_task(x, gpu.backend)]}
+    answers = _compile([task for task, _ in tasks.values()], gpu, jobs or os.cpu_count() or 1, progress)
+    return [(task, launch, answer) for (task, launch), answer in zip(tasks.values(), answers, strict=True)]
 
 
 def _loaded(launch: Any) -> str:

@@ -1,0 +1,201 @@
+"""The first minutes on a GPU, ordered by worth per second: is it right, what can the device do, how fast is it.
+
+    scripts/gpu.sh first [--minutes 9] [--out DIR] [--commit ID] [--dry-run] [--only STAGE] [--keep-going]
+
+Stages run one after the other, each a process with a limit of its own; from the first second on, spare cores compile what
+later stages will launch. Every number is written to a record as soon as it is known, so what is cut is kept, and the same
+command goes on behind it. The last thing printed is a summary of at most 40 lines. Exit status: 0 if all is well, 1 if
+something is wrong, 75 if there is more to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench import summary
+from bench.stage import CUT
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LATE = 10  # seconds after its limit at which a stage that has not stopped by itself is ended
+SMOKE = "graph or precompile or direct or stream or capture"
+# Files of tests that put kernels to the test on the device's own tensors, the most telling first.
+CHECKS = (
+    "tests/test_gpu.py", "tests/test_tma.py", "tests/test_kernels.py", "tests/test_strips.py", "tests/test_split_precision.py",
+    "tests/test_stage.py", "tests/test_autograd.py", "tests/test_random.py", "tests/test_torch_samples.py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A process to run.
+
+    Attributes:
+        name: of the stage, and of its record.
+        command: the arguments after Python's; LIMIT stands for the seconds it may take.
+        share: of the minutes that are left, the part that it may take at most.
+        vital: nothing after it is worth its time if it fails.
+        quiet: it measures; whatever compiles in the background is waited for first.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+    vital: bool = False
+    quiet: bool = False
+
+
+LIMIT = "{limit}"
+
+
+def stages(out: pathlib.Path, jobs: int, tiny: bool, commit: str | None) -> list[Stage]:
+    """The stages in their order. `jobs` processes share the GPU in those that check."""
+    common = (*(("--tiny",) if tiny else ()), *(("--commit", commit) if commit else ()), "--seconds", LIMIT)
+
+    def record(name: str) -> tuple[str, ...]:
+        return ("--record", str(out / f"{name}.jsonl"), *common)
+
+    def check(name: str, *what: str) -> tuple[str, ...]:
+        spread = ("-n", str(jobs)) if jobs > 1 else ("-p", "no:xdist")
+        return (
+            "-m",
+            "pytest",
+            "-p",
+            "bench.stage",
+            *spread,
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            *record(name),
+            *what,
+        )
+
+    files = CHECKS[:1] if tiny else CHECKS
+    return [
+        Stage("smoke", check("smoke", "tests/test_gpu.py", "-k", SMOKE), 0.1, vital=True),
+        Stage("checks", check("checks", *files), 0.3),
+        Stage("facts", ("-m", "bench.facts", *record("facts")), 0.15, quiet=True),
+        Stage("race", ("-m", "bench.race", *record("race")), 0.55, quiet=True),
+        Stage("sweep", ("-m", "bench.sweep", *record("sweep")), 0.6, quiet=True),
+        Stage("rest", ("-m", "bench.race", "--part", "rest", *record("rest")), 1.0, quiet=True),
+    ]
+
+
+class Session:
+    """Runs stages until the time is up.
+
+    Args:
+        seconds: to spend.
+        log: file for the output of all processes.
+        clock: seconds that pass, for tests.
+    """
+
+    def __init__(self, seconds: float, log: pathlib.Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.log = clock, log
+        self.start = clock()
+        self.end = self.start + seconds
+        self.background: subprocess.Popen[bytes] | None = None
+
+    def left(self) -> float:
+        return self.end - self.clock()
+
+    def compile_ahead(self, command: Sequence[str]) -> None:
+        """Starts what compiles in the background."""
+        self.background = self._start(command)
+
+    def wait_for_compilers(self, most: float) -> None:
+        """Until the background is done, or so many seconds have passed, when it is ended."""
+        if self.background is not None:
+            self._wait(self.background, most)
+            self.background = None
+
+    def run(self, stage: Stage) -> int:
+        """A stage's exit status; CUT if there was no time for it, or not enough."""
+        if stage.quiet:
+            self.wait_for_compilers(self.left() * 0.2)
+        limit = self.left() * stage.share - LATE / 2
+        if limit < 5:
+            return CUT
+        before = self.clock()
+        self.say(f"== {stage.name}, at most {limit:.0f} s")
+        process = self._start([word.replace(LIMIT, f"{limit:.0f}") for word in stage.command])
+        status = self._wait(process, limit + LATE)
+        self.say(f"== {stage.name} ended with {status} after {self.clock() - before:.0f} s")
+        return status
+
+    def say(self, text: str) -> None:
+        line = f"[{self.clock() - self.start:6.1f} s] {text}"
+        print(line, flush=True)
+        with self.log.open("a") as f:
+            f.write(line + "\n")
+
+    def close(self) -> None:
+        self.wait_for_compilers(0)
+
+    def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as f:
+            return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=f, stderr=f, start_new_session=True)
+
+    def _wait(self, process: subprocess.Popen[bytes], seconds: float) -> int:
+        try:
+            return process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return CUT
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its workers too, also where it ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def run_all(session: Session, planned: Sequence[Stage], keep_going: bool = False) -> int:
+    """Runs stages in order, and tells what all of them together came to: 0, 1, or CUT."""
+    statuses = []
+    for stage in planned:
+        status = session.run(stage)
+        statuses.append(status)
+        if stage.vital and status not in (0, CUT) and not keep_going:
+            session.say(f"{stage.name} failed: nothing else is worth the time before it is mended (--keep-going runs on)")
+            break
+    if any(status not in (0, CUT) for status in statuses):
+        return 1
+    return CUT if CUT in statuses or len(statuses) < len(planned) else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="to spend")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the records")
+    parser.add_argument("--commit", help="the commit, where the checkout has no git beside it")
+    parser.add_argument("--tiny", action="store_true", help="a dry run, on a CPU by the interpreter")
+    parser.add_argument("--only", action="append", help="run only this stage (may be repeated)")
+    parser.add_argument("--keep-going", action="store_true", help="go on even where the first stage fails")
+    args = parser.parse_args()
+    cores = os.cpu_count() or 1
+    out = args.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    session = Session(60 * args.minutes, out / "first.log")
+    planned = stages(out, 1 if args.tiny else max(2, cores * 3 // 4), args.tiny, args.commit)
+    planned = [stage for stage in planned if not args.only or stage.name in args.only]
+    try:
+        if not args.tiny and any(stage.quiet for stage in planned):
+            session.compile_ahead(["-m", "bench.warm", "--first", "--jobs", str(max(1, cores // 4))])
+        status = run_all(session, planned, args.keep_going)
+    finally:
+        session.close()
+    text = "\n".join(summary.lines(out))
+    (out / "summary.txt").write_text(text + "\n")
+    print(text)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""A folder of records in at most 40 lines: what failed, what the device reaches, where tconv wins and loses."""
+
+from __future__ import annotations
+
+import collections
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from bench.record import read_all
+
+MOST = 40
+Line = dict[str, Any]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else float("nan")
+
+
+def tests(name: str, lines: list[Line], most: int) -> list[str]:
+    """A stage of tests: counts, and what went wrong in the first ones."""
+    last = {line["test"]: line for line in lines if "test" in line}
+    counts = collections.Counter(line["outcome"] for line in last.values())
+    wrong = [line for line in last.values() if line["outcome"] not in ("passed", "skipped")]
+    found = [f"{name}: " + (", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())) or "nothing run")]
+    for line in wrong[:most]:
+        detail = " ".join(str(line.get("detail", "")).split())
+        found.append(f"  {line['test'].removeprefix('tests/')}: {detail}"[:200])
+    return found
+
+
+def facts(lines: list[Line]) -> list[str]:
+    by_name = {line["cell"]: line for line in lines if "cell" in line}
+    found = []
+    limits = by_name.get("limits", {})
+    if "matrix_16" in limits:
+        rates = ", ".join(f"{k} {limits[k] / 1e12:.0f}" for k in ("matrix_16", "matrix_tf32", "fma_32", "matrix_64"))
+        found.append(f"device: {rates} TFLOP/s, copy {limits['bandwidth'] / 1e12:.2f} TB/s")
+    if "bytes_per_second" in by_name.get("L2 read", {}):
+        found.append(f"  L2 read {by_name['L2 read']['bytes_per_second'] / 1e12:.1f} TB/s")
+    gap = by_name.get("launch gap", {})
+    if "graph" in gap:
+        found.append("  us per small kernel: " + ", ".join(f"{k} {1e6 * gap[k]:.1f}" for k in gap if k != "cell"))
+    for row, sides in by_name.get("host share", {}).items():
+        if isinstance(sides, dict):
+            found.append(f"  host us, {row}: " + ", ".join(f"{side} {us:.1f}" for side, us in sides.items()))
+    return found + [f"  {line['cell']}: {line['error']}"[:200] for line in by_name.values() if "error" in line]
+
+
+def ratios(lines: list[Line]) -> list[str]:
+    """Geometric means of torch.nn's time over tconv's by family, and the worst and best cells."""
+    cells = [line for line in lines if "ratio" in line]
+    if not cells:
+        return []
+    groups: dict[str, dict[tuple[str, str], list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for line in cells:
+        for family in (line["family"], "all"):
+            groups[family][line["layout"], line["pass"]].append(line["ratio"])
+    columns = [(layout, pass_) for layout in ("contiguous", "channels_last") for pass_ in ("fprop", "dgrad", "wgrad")]
+    found = [f"torch.nn's time / tconv's over {len(cells)} cells; contiguous, then channels_last: fprop dgrad wgrad"]
+    for family, by in sorted(groups.items(), key=lambda item: item[0] == "all"):
+        shown = " ".join(f"{geometric_mean(by[c]):6.2f}" if by.get(c) else "     -" for c in columns)
+        found.append(f"  {family:14s}{shown}")
+    worst = sorted(cells, key=lambda line: line["ratio"])
+    for title, chosen in (("worst", worst[:6]), ("best", worst[:-4:-1])):
+        found += [f"  {title}: {c['cell']} {c['ratio']:.2f} ({c['tconv']['ms'] * 1e3:.0f} us)" for c in chosen]
+    return found
+
+
+def regret(lines: list[Line]) -> list[str]:
+    """How much slower the planner's choice is than the best plan, by family."""
+    by: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for line in lines:
+        if "regret" in line:
+            by[line["family"]].append((line["regret"], line["proven_regret"]))
+    found = ["the planner's choice over the best plan, and over the best that is proven:"] if by else []
+    return found + [
+        f"  {family:14s} {geometric_mean(r for r, _ in each):.2f} {geometric_mean(p for _, p in each):.2f} ({len(each)} cells)"
+        for family, each in by.items()
+    ]
+
+
+def lines(folder: pathlib.Path) -> list[str]:
+    """The summary."""
+    records, complaints = read_all(folder)
+    found = []
+    if records:
+        m = next(iter(records.values())).machine
+        found.append(" ".join(f"{key} {m.get(key)}" for key in ("gpu", "driver", "torch", "triton", "cudnn", "commit")))
+    for name in ("smoke", "checks"):
+        if name in records:
+            found += tests(name, records[name].lines, 6)
+    if "facts" in records:
+        found += facts(records["facts"].lines)
+    raced = [line for name in ("race", "rest") if name in records for line in records[name].lines]
+    broken = [line for line in raced if "error" in line]
+    found += [f"  {line['cell']}: {line['error']}"[:200] for line in broken[:4]]
+    if len(broken) > 4:
+        found.append(f"  and {len(broken) - 4} more cells that failed")
+    found += ratios(raced)
+    if "sweep" in records:
+        found += regret(records["sweep"].lines)
+    found += complaints
+    return found if len(found) <= MOST else [*found[: MOST - 1], f"({len(found) - MOST + 1} more lines: see the records)"]

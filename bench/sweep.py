@@ -1,0 +1,176 @@
+"""Every plan that could have been chosen, beside the one that was: how much the planner leaves, and to which kernel.
+
+    python -m bench.sweep --record bench/results/DIR/sweep.jsonl --seconds 100 [--part first|rest]
+
+A cell is a layer, pass and layout; its line has a time for each kernel, tile and number of splits, those of kernels that are
+not chosen by themselves yet included. All kernels are compiled first, on all cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import tconv
+from bench import cells
+from bench.layers import first_and_rest
+from bench.providers import LAYOUTS, Operands, operands, torch_nn
+from bench.race import PASSES, Held, error_norm
+from bench.stage import FATAL, first_line
+from bench.timing import Clock, in_turns
+from tconv import launch
+from tconv.arguments import INTERPRET, Prepared
+from tconv.configs import BOXES
+from tconv.device import INTERPRETER, Device, cuda_device
+from tconv.layout import result_is_channels_last, weight_format
+from tconv.plan import KERNELS, Plan
+from tconv.precompile import COMPILED, FOUND, compile_launches
+from tconv.problem import Geometry
+
+SPLITS = 2  # numbers of splits to try on either side of the planned one
+Forced = dict[str, Any]
+
+
+def prepared(
+    o: Operands, pass_: str, forced: Forced, planned: Device | None = None
+) -> tuple[Prepared, Callable[[], torch.Tensor]]:
+    """The launch of a layer's pass under a forced plan, and the call that makes it.
+
+    Args:
+        planned: the device to plan for, for operands on "meta"; the call is a dry one.
+    Raises:
+        ValueError: no such plan can run.
+    """
+    channels_last, dry = result_is_channels_last(o.x, o.w), planned is not None
+    g = Geometry(o.layer.problem, channels_last, dry, planned, weight_format(o.w, channels_last))
+    with tconv.force(**forced):
+        if pass_ == "wgrad":
+            pair = (o.x, o.dy) if o.layer.transposed else (o.dy, o.x)
+            made = launch.weight_reduction(g, *pair)
+            return made, lambda: launch.execute(made, dry, None, pair)
+        forward = pass_ == "fprop"
+        x, b = (o.x, o.b) if forward else (o.dy, None)
+        made = launch.convolution(o.layer.transposed == forward, g, x, o.w, b)
+        return made, lambda: launch.convolve(made, x, o.w, b, dry)
+
+
+def candidates(o: Operands, pass_: str, device: Device) -> list[tuple[Plan, Forced]]:
+    """The plans worth timing, each with what forces it; the planner's own choice first. Operands may be on "meta"."""
+
+    def plan(**forced: Any) -> Plan | None:
+        with contextlib.suppress(ValueError):
+            found: Plan = prepared(o, pass_, forced, device)[0].call.plan
+            return found
+        return None
+
+    chosen = plan()
+    assert chosen is not None
+    found: dict[Any, tuple[Plan, Forced]] = {_key(chosen): (chosen, {})}
+    for kernel, staged in itertools.product((*KERNELS[chosen.pass_],), (False, True)):
+        best = plan(kernel=kernel, staged=staged)
+        for tile in best.tiles if best and best.kernel == kernel else ():
+            own = plan(kernel=kernel, staged=staged, tile=tile)
+            if own is None:
+                continue
+            at = own.parts.index(own.splits) if own.splits in own.parts else 0
+            for splits in own.parts[max(0, at - SPLITS) : at + SPLITS + 1]:
+                forced = {"kernel": kernel, "staged": staged, "tile": tile, "splits": splits}
+                other = plan(**forced)
+                if other is not None:
+                    found.setdefault(_key(other), (other, forced))
+    return list(found.values())
+
+
+def _key(plan: Plan) -> Any:
+    return plan.kernel, plan.tile, plan.splits, plan.staged, plan.precision
+
+
+def compile_all(todo: list[tuple[Operands, str, list[tuple[Plan, Forced]]]], device: Device, jobs: int | None) -> None:
+    """Compiles the kernels of all candidates in parallel, and says how many failed."""
+    from triton.runtime import driver
+
+    with launch.collecting() as launches:
+        for o, pass_, plans in todo:
+            for _, forced in plans:
+                prepared(o, pass_, forced, device)[1]()
+    answers = compile_launches(launches, driver.active.get_current_target(), jobs, progress=False)
+    bad = [f"{task.name}: {answer}" for task, _, answer in answers if answer not in (COMPILED, FOUND)]
+    print(f"{len(answers)} kernels of {len(launches)} launches, {len(bad)} failed", *bad[:20], sep="\n", flush=True)
+
+
+def sweep(o: Operands, pass_: str, plans: list[tuple[Plan, Forced]], clock: Clock) -> dict[str, Any]:
+    """A cell: each plan's time and error, torch.nn's time beside them."""
+    right = torch_nn(o, pass_)()
+    calls: dict[str, Callable[[], Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for plan, forced in plans:
+        name = f"{plan.kernel} {plan.tile} x{plan.splits}{' staged' if plan.staged else ''}"
+        row = rows[name] = {"predicted_ms": plan.cost and 1e3 * plan.cost.seconds, "bound": plan.cost and plan.cost.bound}
+        try:
+            call = prepared(o, pass_, forced)[1]
+            row["error_norm"] = error_norm(call(), right)
+            if row["error_norm"] > 2e-2:
+                row["error"] = "wrong result"
+            else:
+                calls[name] = call
+        except Exception as e:
+            row["error"] = first_line(e)
+            if any(text in str(e) for text in FATAL):
+                raise
+    chosen = next(iter(rows))
+    for name, times in in_turns(clock, calls, budget=0.02 * len(calls), most=15).items():
+        rows[name] |= {"ms": times.ms, "low_ms": times.low_ms, "high_ms": times.high_ms}
+    timed = {name: row["ms"] for name, row in rows.items() if "ms" in row}
+    proven = {name: ms for name, ms in timed.items() if name.split()[0] not in BOXES}
+    line: dict[str, Any] = {"chosen": chosen, "rows": rows}
+    if chosen in timed:
+        best, proven_best = min(timed, key=timed.__getitem__), min(proven, key=proven.__getitem__)
+        line |= {"best": best, "regret": timed[chosen] / timed[best]}
+        line |= {"proven_best": proven_best, "proven_regret": timed[chosen] / timed[proven_best]}
+    else:
+        line["error"] = f"the planner's choice: {rows[chosen].get('error')}"
+    return line
+
+
+def main() -> int:
+    parser = cells.parser(__doc__ or "")
+    parser.add_argument(
+        "--part", choices=("first", "rest"), default="first", help="the 24 layers that stand for all, or the rest"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, action="append", help="only this layout")
+    parser.add_argument("--jobs", type=int, help="processes that compile; one per core if not given")
+    args = parser.parse_args()
+    device = "cpu" if INTERPRET else "cuda"
+    run, clock, held = cells.Cells(args), Clock(device), Held("bf16", device, args.tiny)
+    torch.backends.cudnn.benchmark = False
+    table = {
+        f"{layer.name} bf16 {pass_} {layout}": (layer, pass_, layout)
+        for layer, layout, pass_ in itertools.product(first_and_rest()[args.part == "rest"], args.layout or LAYOUTS, PASSES)
+    }
+    planned = INTERPRETER if INTERPRET else cuda_device(torch.cuda.current_device())
+    todo = {}
+    for name, (layer, pass_, layout) in table.items():
+        if name not in run.done:
+            empty = operands(layer.tiny() if args.tiny else layer, "bf16", "meta").in_layout(layout)
+            todo[name] = empty, pass_, candidates(empty, pass_, planned)
+    if not INTERPRET:
+        compile_all(list(todo.values()), planned, args.jobs)
+    for name in run.each(list(table)):
+        layer, pass_, layout = table[name]
+        line = {"layer": layer.name, "family": layer.family, "pass": pass_, "layout": layout}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                run.write(name, line | sweep(held.get(layer, layout), pass_, todo[name][2], clock))
+        except Exception as e:
+            run.failed(name, e, line)
+    return run.status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

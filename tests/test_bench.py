@@ -314,7 +314,7 @@ def test_a_provider_that_does_not_take_a_layer_says_why(tmp_path):
 
 
 def test_what_the_suite_launches_is_compiled_before(monkeypatch):
-    def rehearsed(function, *args, target):
+    def rehearsed(function, *args, target, jobs):
         seen.append(rehearse(function, args, {}, DEVICES[target]))
 
     seen = []

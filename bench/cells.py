@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import pathlib
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 from bench.record import Writer, machine
 from bench.stage import CUT, FATAL, first_line, rounded
+
+HANGS = 60  # seconds after which a cell is taken to hang
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -52,7 +55,10 @@ class Cells:
                 self.status = self.status or CUT
                 return
             self.running.write_text(name)
+            # A kernel that hangs takes its process with it; the next one goes on behind the cell.
+            faulthandler.dump_traceback_later(HANGS, exit=True)
             yield name
+            faulthandler.cancel_dump_traceback_later()
             self.running.unlink(missing_ok=True)
 
     def write(self, name: str, line: dict[str, Any]) -> None:

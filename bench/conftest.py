@@ -13,6 +13,7 @@ if not HAS_GPU:
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
+    group.addoption("--without", action="append", default=[], metavar="PROVIDER", help="leave this provider out")
     group.addoption("--quick", action="store_true", help="a tenth of the suite: every sixth layer, bf16, fprop and step")
 
 

@@ -25,7 +25,9 @@ from bench import summary
 from bench.stage import CUT
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LATE = 10  # seconds after its limit at which a stage that has not stopped by itself is ended
+LATE = 10  # seconds that a stage has to stop by itself; what takes longer is ended
+LEAST = 20  # seconds of which a stage can make use
+TRIES = 4  # processes for one stage, where they die
 SMOKE = "graph or precompile or direct or stream or capture"
 # Files of tests that put kernels to the test on the device's own tensors, the most telling first.
 CHECKS = (
@@ -39,9 +41,9 @@ class Stage:
     """A process to run.
 
     Attributes:
-        name: of the stage, and of its record.
+        name: for people; several stages may share a record.
         command: the arguments after Python's; LIMIT stands for the seconds it may take.
-        share: of the minutes that are left, the part that it may take at most.
+        share: of the time that is left, the part that it may take at most.
         vital: nothing after it is worth its time if it fails.
         quiet: it measures; whatever compiles in the background is waited for first.
     """
@@ -54,6 +56,7 @@ class Stage:
 
 
 LIMIT = "{limit}"
+ENDED = {0: "is done", CUT: "was cut"}
 
 
 def stages(out: pathlib.Path, jobs: int, tiny: bool, commit: str | None) -> list[Stage]:
@@ -63,30 +66,23 @@ def stages(out: pathlib.Path, jobs: int, tiny: bool, commit: str | None) -> list
     def record(name: str) -> tuple[str, ...]:
         return ("--record", str(out / f"{name}.jsonl"), *common)
 
-    def check(name: str, *what: str) -> tuple[str, ...]:
-        spread = ("-n", str(jobs)) if jobs > 1 else ("-p", "no:xdist")
-        return (
-            "-m",
-            "pytest",
-            "-p",
-            "bench.stage",
-            *spread,
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            *record(name),
-            *what,
-        )
+    def check(*what: str) -> tuple[str, ...]:
+        workers = ("-n", str(jobs)) if jobs > 1 else ("-p", "no:xdist")
+        pytest = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.stage")
+        return (*pytest, *workers, *record("checks"), *what)
 
-    files = CHECKS[:1] if tiny else CHECKS
+    def race(name: str, share: float, *which: str) -> Stage:
+        return Stage(name, ("-m", "bench.race", *which, *record("race")), share, quiet=True)
+
     return [
-        Stage("smoke", check("smoke", "tests/test_gpu.py", "-k", SMOKE), 0.1, vital=True),
-        Stage("checks", check("checks", *files), 0.3),
+        Stage("smoke", check("-k", SMOKE, CHECKS[0]), 0.12, vital=True),
+        Stage("checks", check(*(CHECKS[:1] if tiny else CHECKS)), 0.3),
         Stage("facts", ("-m", "bench.facts", *record("facts")), 0.15, quiet=True),
-        Stage("race", ("-m", "bench.race", *record("race")), 0.55, quiet=True),
+        race("race", 0.5),
         Stage("sweep", ("-m", "bench.sweep", *record("sweep")), 0.6, quiet=True),
-        Stage("rest", ("-m", "bench.race", "--part", "rest", *record("rest")), 1.0, quiet=True),
+        race("race-rest", 0.6, "--part", "rest"),
+        *(race(f"race-{precision}", 0.5, "--precision", precision) for precision in ("tf32", "fp32", "fp16")),
+        Stage("sweep-rest", ("-m", "bench.sweep", "--part", "rest", *record("sweep")), 1.0, quiet=True),
     ]
 
 
@@ -122,14 +118,21 @@ class Session:
         """A stage's exit status; CUT if there was no time for it, or not enough."""
         if stage.quiet:
             self.wait_for_compilers(self.left() * 0.2)
-        limit = self.left() * stage.share - LATE / 2
-        if limit < 5:
+        budget = self.left() * stage.share
+        if budget < LEAST:
+            self.say(f"== {stage.name}: no time left")
             return CUT
-        before = self.clock()
-        self.say(f"== {stage.name}, at most {limit:.0f} s")
-        process = self._start([word.replace(LIMIT, f"{limit:.0f}") for word in stage.command])
-        status = self._wait(process, limit + LATE)
-        self.say(f"== {stage.name} ended with {status} after {self.clock() - before:.0f} s")
+        end = self.clock() + budget
+        self.say(f"== {stage.name}, at most {budget:.0f} s")
+        for _ in range(TRIES):
+            before, limit = self.clock(), end - self.clock()
+            process = self._start([word.replace(LIMIT, f"{limit - LATE:.0f}") for word in stage.command])
+            status = self._wait(process, limit)
+            self.say(f"== {stage.name} {ENDED.get(status, f'ended with status {status}')} after {self.clock() - before:.0f} s")
+            # It died, hung, or its device failed: another goes on behind the cell.
+            unfinished = status == CUT or any(self.log.parent.glob(".*.running"))
+            if not unfinished or end - self.clock() < LEAST:
+                break
         return status
 
     def say(self, text: str) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tconv.layout import FORMATS
+
 Built = tuple[torch.nn.Module, tuple[torch.Tensor, ...]]
 
 
@@ -39,6 +41,18 @@ class Model:
     @property
     def version(self) -> str:
         return importlib.metadata.version(self.package)
+
+
+def in_layout(t: Any, layout: str) -> Any:
+    """A module, in place, or a tensor in that layout, one of providers.LAYOUTS; what has none stays."""
+    if layout == "contiguous":
+        return t
+    if isinstance(t, torch.nn.Module):
+        for p in t.parameters():
+            if p.dim() in FORMATS:
+                p.data = p.data.to(memory_format=FORMATS[p.dim()])
+        return t
+    return t.to(memory_format=FORMATS[t.dim()]) if t.dim() in FORMATS else t
 
 
 def _torchvision(name: str) -> Callable[[bool], Built]:

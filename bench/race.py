@@ -19,6 +19,7 @@ from bench.layers import Layer, first_and_rest
 from bench.providers import LAYOUTS, PRECISIONS, Operands, operands, reference, set_precision, tconv_, torch_nn
 from bench.timing import Clock, in_turns
 from tconv.arguments import INTERPRET
+from tconv.cost import flops, least_bytes
 
 PASSES = ("fprop", "dgrad", "wgrad")
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "fp32": 2e-5}
@@ -62,12 +63,14 @@ def race(o: Operands, pass_: str, clock: Clock, tolerance: float) -> dict[str, o
     if not all(c.ours for c in calls):
         line["not_ours"] = "; ".join(str(c) for c in calls if not c.ours)
     costs = [c.plan.cost for c in calls if c.ours and c.plan and c.plan.cost]
-    times = in_turns(clock, {"torch": theirs, "tconv": mine})
+    times = in_turns(clock, {"torch.nn": theirs, "tconv": mine})
+    problem = o.layer.problem
     return line | {
         "predicted_ms": 1e3 * sum(c.seconds for c in costs),
-        "tflops": sum(c.flops for c in costs) / times["tconv"].ms / 1e9,
-        "ratio": times["torch"].ms / times["tconv"].ms,
-        "torch": dataclasses.asdict(times["torch"]),
+        "flops": flops(problem),
+        "bytes": least_bytes(problem, pass_, o.x.element_size()),
+        "ratio": times["torch.nn"].ms / times["tconv"].ms,
+        "torch.nn": dataclasses.asdict(times["torch.nn"]),
         "tconv": dataclasses.asdict(times["tconv"]),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.record import read_all
 
-MOST = 40
+MOST = 40  # lines
 Line = dict[str, Any]
 
 
@@ -56,11 +56,11 @@ def ratios(lines: list[Line]) -> list[str]:
         return []
     groups: dict[str, dict[tuple[str, str], list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for line in cells:
-        for family in (line["family"], "all"):
-            groups[family][line["layout"], line["pass"]].append(line["ratio"])
+        for row in (line["family"], "all") if line["precision"] == "bf16" else (f"all, {line['precision']}",):
+            groups[row][line["layout"], line["pass"]].append(line["ratio"])
     columns = [(layout, pass_) for layout in ("contiguous", "channels_last") for pass_ in ("fprop", "dgrad", "wgrad")]
     found = [f"torch.nn's time / tconv's over {len(cells)} cells; contiguous, then channels_last: fprop dgrad wgrad"]
-    for family, by in sorted(groups.items(), key=lambda item: item[0] == "all"):
+    for family, by in sorted(groups.items(), key=lambda item: item[0].startswith("all")):
         shown = " ".join(f"{geometric_mean(by[c]):6.2f}" if by.get(c) else "     -" for c in columns)
         found.append(f"  {family:14s}{shown}")
     worst = sorted(cells, key=lambda line: line["ratio"])
@@ -82,6 +82,19 @@ def regret(lines: list[Line]) -> list[str]:
     ]
 
 
+def models(cells: list[Line]) -> list[str]:
+    """torch.nn's time over tconv's for whole models: inference and training, each contiguous, then channels_last."""
+    ms = {(c["model"], c["step"], c["layout"], c["provider"]): c["ms"] for c in cells if "ms" in c}
+    found = ["whole models, torch.nn's time / tconv's; inference, then training: contiguous channels_last"] if ms else []
+    for model in dict.fromkeys(key[0] for key in ms):
+        shown = []
+        for step, layout in ((s, way) for s in ("inference", "training") for way in ("contiguous", "channels_last")):
+            both = [ms.get((model, step, layout, provider)) for provider in ("torch.nn", "tconv")]
+            shown.append(f"{both[0] / both[1]:6.2f}" if both[0] and both[1] else "     -")
+        found.append(f"  {model:22s}{' '.join(shown)}")
+    return found + [f"  {c['model']} {c['step']}: {c['error']}"[:200] for c in cells if "error" in c]
+
+
 def lines(folder: pathlib.Path) -> list[str]:
     """The summary."""
     records, complaints = read_all(folder)
@@ -89,12 +102,11 @@ def lines(folder: pathlib.Path) -> list[str]:
     if records:
         m = next(iter(records.values())).machine
         found.append(" ".join(f"{key} {m.get(key)}" for key in ("gpu", "driver", "torch", "triton", "cudnn", "commit")))
-    for name in ("smoke", "checks"):
-        if name in records:
-            found += tests(name, records[name].lines, 6)
+    if "checks" in records:
+        found += tests("tests", records["checks"].lines, 8)
     if "facts" in records:
         found += facts(records["facts"].lines)
-    raced = [line for name in ("race", "rest") if name in records for line in records[name].lines]
+    raced = records["race"].lines if "race" in records else []
     broken = [line for line in raced if "error" in line]
     found += [f"  {line['cell']}: {line['error']}"[:200] for line in broken[:4]]
     if len(broken) > 4:
@@ -102,5 +114,8 @@ def lines(folder: pathlib.Path) -> list[str]:
     found += ratios(raced)
     if "sweep" in records:
         found += regret(records["sweep"].lines)
+    if "models" in records:
+        found += models([line["cell"] for line in records["models"].lines if "cell" in line])
+    found += [f"{line['tool']}: {line['found']} found" for r in records.values() for line in r.lines if "tool" in line]
     found += complaints
     return found if len(found) <= MOST else [*found[: MOST - 1], f"({len(found) - MOST + 1} more lines: see the records)"]

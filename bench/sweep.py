@@ -11,21 +11,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 import tconv
 from bench import cells
-from bench.layers import first_and_rest
+from bench.layers import Layer, first_and_rest
 from bench.providers import LAYOUTS, Operands, operands, torch_nn
 from bench.race import PASSES, Held, error_norm
 from bench.stage import FATAL, first_line
 from bench.timing import Clock, in_turns
 from tconv import launch
 from tconv.arguments import INTERPRET, Prepared
-from tconv.configs import BOXES
+from tconv.configs import BOXES, Tile
 from tconv.device import INTERPRETER, Device, cuda_device
 from tconv.layout import result_is_channels_last, weight_format
 from tconv.plan import KERNELS, Plan
@@ -33,6 +33,18 @@ from tconv.precompile import COMPILED, FOUND, compile_launches
 from tconv.problem import Geometry
 
 SPLITS = 2  # numbers of splits to try on either side of the planned one
+LIKELY = 3  # plans, the best by prediction, of which other splits and layouts of operands are tried too
+# Tiles that the planner does not have, by kernel: what fewer stages, which leave room for a second program on a
+# multiprocessor, and narrower or taller tiles would give.
+QUESTIONS = {
+    "gather": (
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 64, 64, 4, 3), Tile(256, 64, 64, 8, 3),
+        Tile(256, 32, 32, 8, 3),
+    ),
+    "wgrad": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
+    "tma": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(256, 64, 64, 8, 3)),
+    "tma_wgrad": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3)),
+}  # fmt: skip
 Forced = dict[str, Any]
 
 
@@ -71,18 +83,23 @@ def candidates(o: Operands, pass_: str, device: Device) -> list[tuple[Plan, Forc
     chosen = plan()
     assert chosen is not None
     found: dict[Any, tuple[Plan, Forced]] = {_key(chosen): (chosen, {})}
-    for kernel, staged in itertools.product((*KERNELS[chosen.pass_],), (False, True)):
-        best = plan(kernel=kernel, staged=staged)
-        for tile in best.tiles if best and best.kernel == kernel else ():
-            own = plan(kernel=kernel, staged=staged, tile=tile)
-            if own is None:
-                continue
-            at = own.parts.index(own.splits) if own.splits in own.parts else 0
-            for splits in own.parts[max(0, at - SPLITS) : at + SPLITS + 1]:
-                forced = {"kernel": kernel, "staged": staged, "tile": tile, "splits": splits}
-                other = plan(**forced)
-                if other is not None:
-                    found.setdefault(_key(other), (other, forced))
+
+    def add(**forced: Any) -> Plan | None:
+        other = plan(**forced)
+        if other is not None:
+            found.setdefault(_key(other), (other, forced))
+        return other
+
+    for kernel in KERNELS[chosen.pass_]:
+        best = plan(kernel=kernel)
+        for tile in (*best.tiles, *QUESTIONS.get(kernel, ())) if best and best.kernel == kernel else ():
+            add(kernel=kernel, tile=tile)
+    likely = sorted(found.values(), key=lambda pair: pair[0].cost.rank if pair[0].cost else (0.0, 0.0))[:LIKELY]
+    for own, _ in likely:
+        at = own.parts.index(own.splits) if own.splits in own.parts else 0
+        for splits in own.parts[max(0, at - SPLITS) : at + SPLITS + 1]:
+            add(kernel=own.kernel, tile=own.tile, splits=splits)
+        add(kernel=own.kernel, staged=not own.staged)
     return list(found.values())
 
 
@@ -90,7 +107,23 @@ def _key(plan: Plan) -> Any:
     return plan.kernel, plan.tile, plan.splits, plan.staged, plan.precision
 
 
-def compile_all(todo: list[tuple[Operands, str, list[tuple[Plan, Forced]]]], device: Device, jobs: int | None) -> None:
+Todo = dict[str, tuple[Operands, str, list[tuple[Plan, Forced]]]]
+
+
+def plans_of(part: str, layouts: Sequence[str], tiny: bool, device: Device) -> tuple[dict[str, tuple[Layer, str, str]], Todo]:
+    """The cells of a part of the suite, (layer, pass, layout) by name, and the plans of each, with operands on "meta"."""
+    table = {
+        f"{layer.name} bf16 {pass_} {layout}": (layer, pass_, layout)
+        for layer, layout, pass_ in itertools.product(first_and_rest()[part == "rest"], layouts, PASSES)
+    }
+    todo = {}
+    for name, (layer, pass_, layout) in table.items():
+        empty = operands(layer.tiny() if tiny else layer, "bf16", "meta").in_layout(layout)
+        todo[name] = empty, pass_, candidates(empty, pass_, device)
+    return table, todo
+
+
+def compile_all(todo: Iterable[tuple[Operands, str, list[tuple[Plan, Forced]]]], device: Device, jobs: int | None) -> None:
     """Compiles the kernels of all candidates in parallel, and says how many failed."""
     from triton.runtime import driver
 
@@ -148,18 +181,10 @@ def main() -> int:
     device = "cpu" if INTERPRET else "cuda"
     run, clock, held = cells.Cells(args), Clock(device), Held("bf16", device, args.tiny)
     torch.backends.cudnn.benchmark = False
-    table = {
-        f"{layer.name} bf16 {pass_} {layout}": (layer, pass_, layout)
-        for layer, layout, pass_ in itertools.product(first_and_rest()[args.part == "rest"], args.layout or LAYOUTS, PASSES)
-    }
     planned = INTERPRETER if INTERPRET else cuda_device(torch.cuda.current_device())
-    todo = {}
-    for name, (layer, pass_, layout) in table.items():
-        if name not in run.done:
-            empty = operands(layer.tiny() if args.tiny else layer, "bf16", "meta").in_layout(layout)
-            todo[name] = empty, pass_, candidates(empty, pass_, planned)
+    table, todo = plans_of(args.part, args.layout or LAYOUTS, args.tiny, planned)
     if not INTERPRET:
-        compile_all(list(todo.values()), planned, args.jobs)
+        compile_all([cell for name, cell in todo.items() if name not in run.done], planned, args.jobs)
     for name in run.each(list(table)):
         layer, pass_, layout = table[name]
         line = {"layer": layer.name, "family": layer.family, "pass": pass_, "layout": layout}

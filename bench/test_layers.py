@@ -21,12 +21,15 @@ PEERS = [name for name in PROVIDERS if name not in ("torch.nn", "tconv")]
 
 
 def pytest_generate_tests(metafunc):
-    quick = metafunc.config.getoption("--quick")
+    quick, without = metafunc.config.getoption("--quick"), set(metafunc.config.getoption("--without"))
+    if not without <= set(PROVIDERS):
+        raise pytest.UsageError(f"--without {', '.join(without - set(PROVIDERS))}: the providers are {', '.join(PROVIDERS)}")
     precisions = ["bf16"] if quick else list(PRECISIONS)
     chosen = layers(quick)
     # What matters most before what a run that is cut may lack: torch.nn and ours in one precision over all layers, then in the
     # next, then the peers, whose tuning takes long.
     groups = [["torch.nn", "tconv"], [name for name in PEERS if name not in absent()]]
+    groups = [[name for name in group if name not in without] for group in groups]
     cells = [
         (layer, precision, pass_, provider, layout)
         for providers in groups

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 import tconv
-from bench.models import MODELS
+from bench.models import MODELS, in_layout
 from bench.providers import LAYOUTS, exact
 from bench.stage import FATAL, first_line
-from tconv.layout import FORMATS
 
 PROVIDERS = ("torch.nn", "tconv")
 
@@ -33,18 +32,6 @@ def pytest_generate_tests(metafunc):
     ]
     names = [f"{model.name}-{step}-{provider}-{layout}".replace(" ", "_") for model, step, provider, layout in cells]
     metafunc.parametrize(("model", "step", "provider", "layout"), cells, ids=names)
-
-
-def to_layout(t, layout):
-    """A module or a tensor in that layout; what has none stays."""
-    if layout == "contiguous":
-        return t
-    if isinstance(t, torch.nn.Module):
-        for p in t.parameters():
-            if p.dim() in FORMATS:
-                p.data = p.data.to(memory_format=FORMATS[p.dim()])
-        return t
-    return t.to(memory_format=FORMATS[t.dim()]) if t.dim() in FORMATS else t
 
 
 def output(result):
@@ -113,8 +100,8 @@ class Held:
 
 def prepared(held, step, provider, layout):
     """A copy of the model and its inputs as a provider runs them, and how many layers tconv took."""
-    model = to_layout(copy.deepcopy(held.model), layout)
-    inputs = tuple(to_layout(t, layout) for t in held.inputs)
+    model = in_layout(copy.deepcopy(held.model), layout)
+    inputs = tuple(in_layout(t, layout) for t in held.inputs)
     if step == "inference":
         model, inputs = model.bfloat16(), tuple(t.bfloat16() for t in inputs)
     if provider == "tconv":

@@ -3,22 +3,24 @@
 # matplotlib) are enough.
 #
 #   scripts/gpu.sh first [--minutes 9] [--out DIR] [--commit ID] [--dry-run] [--only STAGE] [--keep-going]
-#   scripts/gpu.sh [parity|sanitize|bench|models|all] [--quick] [--dry-run] [--out DIR] [--commit ID] [--seconds N]
+#   scripts/gpu.sh [parity|sanitize|bench|models|all] [--quick] [--without PROVIDER] [--dry-run] [--out DIR] [--commit ID]
+#       [--seconds N]
 #
 #   first      where minutes are short: is it right, what can the device do, how fast is it, by worth per second (bench/first.py)
 #   parity     every kernel at real sizes, all dtypes and layouts, above 2^31 elements, CUDA graphs, two streams
 #   sanitize   small cases of every kernel under compute-sanitizer's memcheck and racecheck
-#   bench      the 60 layers, every pass, by every provider that is installed; Python's share of a call
+#   bench      what the device reaches; the 60 layers, every pass, by every provider that is installed
 #   models     training and inference steps of whole models
 #
 # A stage starts nothing after --seconds (420) and is stopped after a minute more; the same command goes on where it was cut.
 # Records are lines of JSON in DIR (bench/results/GPU-COMMIT), written as they come. --quick takes a part of bench and models,
+# --without leaves a provider out of bench (inductor, say, whose tuning can take long; may be repeated),
 # --dry-run shrinks everything for Triton's interpreter, --commit names the commit where there is no git.
 set -euo pipefail
 caller="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stages=() seconds=420 out="" quick=() tiny=() commit=() first=()
+stages=() seconds=420 out="" quick=() tiny=() commit=() first=() without=()
 while [ $# -gt 0 ]; do
     case "$1" in
         first) first=(-m bench.first) ;;
@@ -28,6 +30,11 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         --keep-going) first+=("$1") ;;
+        --without)
+            [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+            without+=(--without "$2")
+            shift
+            ;;
         parity | sanitize | bench | models) stages+=("$1") ;;
         all) stages+=(parity sanitize bench models) ;;
         --quick) quick=(--quick) ;;
@@ -37,7 +44,7 @@ while [ $# -gt 0 ]; do
             case "$1" in --out) case "$2" in /*) out="$2" ;; *) out="$caller/$2" ;; esac ;; --commit) commit=(--commit "$2") ;; --seconds) seconds="$2" ;; esac
             shift
             ;;
-        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "unknown argument $1; see scripts/gpu.sh --help" >&2; exit 2 ;;
     esac
     shift
@@ -89,6 +96,19 @@ stage() { # name of the record, then pytest's arguments
     ended "$name" $status
 }
 
+measure() { # a module of bench/ that writes a record of its name
+    local status=0
+    timeout --foreground --kill-after=10 $((${seconds%.*} + 60)) "$PYTHON" -m "bench.$1" --record "$out/$1.jsonl" \
+        --seconds "$seconds" "${tiny[@]}" "${commit[@]}" || status=$?
+    ended "$1" $status
+}
+warm() { # compiles ahead what a stage will launch; what is not done in time is compiled when it is launched
+    [ ${#tiny[@]} -eq 0 ] || return 0
+    local status=0
+    timeout --foreground --kill-after=10 "$((${seconds%.*} / 2))" "$PYTHON" -m bench.warm "$@" || status=$?
+    ended "warm $*" $status
+}
+
 for name in "${stages[@]}"; do
     echo "== $name"
     case "$name" in
@@ -104,11 +124,14 @@ for name in "${stages[@]}"; do
             ended sanitize $status
             ;;
         bench)
-            "$PYTHON" bench/dispatch.py --json "$out/dispatch.json" "${commit[@]}" || failed+=(dispatch)
-            [ ${#tiny[@]} -gt 0 ] || "$PYTHON" -m bench.warm "${quick[@]}" || failed+=(warm)
-            stage layers --benchmark-quiet "${quick[@]}" bench/test_layers.py
+            measure facts
+            warm "${quick[@]}"
+            stage layers --benchmark-quiet "${quick[@]}" "${without[@]}" bench/test_layers.py
             ;;
-        models) stage models --benchmark-quiet "${quick[@]}" bench/test_models.py ;;
+        models)
+            warm --models
+            stage models --benchmark-quiet "${quick[@]}" bench/test_models.py
+            ;;
     esac
 done
 echo "== summary"

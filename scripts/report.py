@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import math
 import pathlib
 import shutil
@@ -25,6 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from bench.layers import FAMILIES, layers
 from bench.providers import LAYOUTS, PRECISIONS
 from bench.record import RESULTS, ROOT, Record, read_all
+from bench.summary import facts
 
 Cell = dict[str, Any]
 MARKS = ("<!-- report -->", "<!-- /report -->")
@@ -41,7 +41,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.summary:
         records, complaints = read_all(args.summary)
-        print("\n".join([*complaints, *summary(records), *dispatch(args.summary / "dispatch.json")]))
+        print("\n".join([*complaints, *summary(records)]))
         return 0
     folders = args.folders or sorted(p for p in RESULTS.glob("*") if p.is_dir())
     runs = []
@@ -49,6 +49,8 @@ def main() -> int:
         records, complaints = read_all(folder)
         for line in complaints:
             print(f"skipped: {line}")
+        if "layers" not in records and "race" in records:
+            records["layers"] = as_layers(records)
         if "layers" in records and (args.folders or not records["layers"].machine.get("tiny")):
             runs.append(records)
     runs.sort(key=lambda records: str(records["layers"].machine.get("date")))
@@ -63,6 +65,27 @@ def main() -> int:
             shutil.copyfile(args.out / "tables.md", ROOT / "docs" / "predicted.md")
             shutil.copyfile(args.out / "roofline-predicted.png", ROOT / "docs" / "roofline-predicted.png")
     return 0
+
+
+def as_layers(records: dict[str, Record]) -> Record:
+    """What bench/race.py and bench/facts.py recorded, as bench/test_layers.py would have."""
+    race = records["race"]
+    lines: list[Cell] = []
+    for line in race.lines:
+        for provider in ("torch.nn", "tconv"):
+            cell = {k: line.get(k) for k in ("layer", "family", "precision", "pass", "layout")} | {"provider": provider}
+            if provider in line:
+                ms = line[provider]["ms"]
+                cell |= {"ms": ms, "tflops": line["flops"] / ms / 1e9, "gbs": line["bytes"] / ms / 1e6}
+            elif provider == "tconv" and cell["layer"]:
+                cell["error"] = line.get("error")
+            else:
+                continue
+            lines.append({"test": f"{line['cell']} {provider}", "cell": cell})
+    for line in records["facts"].lines if "facts" in records else []:
+        if line["cell"] == "limits" and "error" not in line:
+            lines.append({"limits": {k: v for k, v in line.items() if k != "cell"}})
+    return Record(race.path, race.machine, lines, None)
 
 
 def cells_of(record: Record) -> list[Cell]:
@@ -273,18 +296,9 @@ def summary(records: dict[str, Record]) -> list[str]:
             lines += ["", f"torch.nn's better layout over tconv, {precision}:", family_table(rows, "best", "family")]
     if "models" in records:
         lines += ["", models_table(records["models"])]
+    if "facts" in records:
+        lines += ["", *facts(records["facts"].lines)]
     return lines
-
-
-def dispatch(path: pathlib.Path) -> list[str]:
-    """Python's share of a call, a line per row of bench/dispatch.py's table."""
-    if not path.exists():
-        return []
-    try:
-        rows = json.loads(path.read_text())["us"].items()
-        return ["", *(f"{row}: {us['tconv']:.1f} us, torch.nn {us['torch.nn']:.1f} us" for row, us in rows)]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{path}: cut or foreign, skipped"]
 
 
 def write_readme(path: pathlib.Path, text: str) -> None:

@@ -433,12 +433,26 @@ def test_the_report_of_records_worked_by_hand(tmp_path):
     assert "| depthwise | 1.00 | 2.00 |" in text
 
 
-def test_a_summary_names_a_dispatch_file_that_is_cut(tmp_path):
-    path = tmp_path / "dispatch.json"
-    path.write_text(json.dumps({"us": {"forward": {"torch.nn": 9.04, "tconv": 6.62}}}))
-    assert "forward: 6.6 us, torch.nn 9.0 us" in report("--summary", tmp_path)[1]
-    path.write_text(path.read_text()[:-3])
-    assert f"{path}: cut or foreign, skipped" in report("--summary", tmp_path)[1]
+def test_what_the_first_minutes_recorded_is_reported_as_the_suite_is(tmp_path):
+    """One layer in turns: torch.nn 2 ms, ours 1 ms; another was wrong. Limits come from the record of facts."""
+    cell = {"layer": "one", "family": "dense 2-D", "precision": "bf16", "pass": "fprop", "layout": "contiguous"}
+    race = record.Writer(tmp_path / "a" / "race.jsonl", MACHINE)
+    timed = {"flops": 4e9, "bytes": 1e6, "ratio": 2.0, "torch.nn": {"ms": 2.0}, "tconv": {"ms": 1.0}}
+    race.write({"cell": "one bf16 fprop contiguous", **cell, **timed})
+    race.write({"cell": "one bf16 dgrad contiguous", **cell, "pass": "dgrad", "error": "wrong result"})
+    race.write({"cell": "two bf16 dgrad contiguous", "error": "the process died in it"})
+    facts = record.Writer(tmp_path / "a" / "facts.jsonl", MACHINE)
+    rates = {"matrix_16": 8e14, "matrix_tf32": 4e14, "fma_32": 5e13, "matrix_64": 5e13, "bandwidth": 4e12}
+    facts.write({"cell": "limits", **rates, "l2_bandwidth": 8e12, "l2_bytes": 5e7, "clock": 1.7e9})
+    facts.write({"cell": "host share", "forward": {"torch.nn": 9.04, "tconv": 6.62}})
+    status, text = report("--out", tmp_path / "out", tmp_path / "a")
+    assert status == 0, text
+    assert "| dense 2-D | 2.00 |" in text
+    assert "- tconv one bf16 dgrad contiguous: wrong result" in text
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"speedup.png", "roofline.png"}
+    status, text = report("--summary", tmp_path / "a")
+    assert "host us, forward: torch.nn 9.0, tconv 6.6" in text
+    assert "matrix_16 800" in text
 
 
 def test_a_record_of_another_gpu_is_no_change(tmp_path):
@@ -494,11 +508,24 @@ def test_the_whole_command_in_a_dry_run(tmp_path):
         assert read.lines, name
         assert not any(line.get("outcome") == "failed" for line in read.lines), name
     assert "layers was cut; the same command goes on" in text
-    assert json.loads((tmp_path / "dispatch.json").read_text())["commit"] == "abc"
-    assert "forward and backward, x, w and b: " in text[text.index("== summary") :]
+    assert {line["cell"] for line in record.read(tmp_path / "facts.jsonl").lines} >= {"limits"}
+    assert "device: matrix_16" in text[text.index("== summary") :]
     assert text.rstrip().splitlines()[-1]
     assert text.index("== parity") < text.index("== sanitize") < text.index("== bench") < text.index("== models")
     assert "commit abc" in text[text.index("== summary") :]
+
+
+def test_the_first_minutes_in_a_dry_run(tmp_path):
+    what = ("--only", "facts", "--only", "race")
+    status, text = gpu("first", "--dry-run", "--minutes", "1", *what, "--out", tmp_path, "--commit", "abc")
+    assert status == CUT, text
+    read = record.read(tmp_path / "race.jsonl")
+    assert (read.machine["commit"], read.machine["tiny"]) == ("abc", True)
+    assert read.lines
+    assert not any("error" in line for line in read.lines)
+    assert "== facts: no time left" in text
+    assert "== race was cut" in text
+    assert text.rstrip().endswith((tmp_path / "summary.txt").read_text().rstrip())
 
 
 def test_what_the_command_lacks_it_says_in_a_line(tmp_path):

@@ -44,7 +44,7 @@ def clock(device):
 def limits(device, clock, tiny, pytestconfig):
     """The device's limits, measured in this run and recorded."""
     from bench.timing import measured_limits
-    from tconv.device import DEVICES, cuda_device
+    from tconv.planning.device import DEVICES, cuda_device
 
     known = cuda_device(torch.cuda.current_device()).limits if HAS_GPU else DEVICES["H200"].limits
     measured = measured_limits(device, clock, known, tiny)

@@ -34,9 +34,10 @@ import torch
 import tconv
 from bench import stub
 from bench.record import machine
-from tconv import autograd, compiled, functional, launch
-from tconv.guard import unusual
-from tconv.record import note
+from tconv.dispatch import autograd, entry
+from tconv.dispatch.context import unusual
+from tconv.launching import compiled, launch
+from tconv.launching.record import note
 
 BATCHES, CALLS = 25, 200
 
@@ -114,16 +115,16 @@ def breakdown() -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
     layer, up = tconv.Conv2d(1, 1, 1), torch.ones(1, 1, 4, 4)
     x, w, b = leaves = torch.randn(1, 1, 4, 4, requires_grad=True), layer.weight, layer.bias
     call = (False, 2, x, w, b, layer.stride, layer.padding, 0, layer.groups, layer.dilation)
-    functional._seen.clear()
+    entry.repeats.clear()
     torch.autograd.grad(layer(x), leaves, up)
-    (seen,) = functional._seen.values()
+    (seen,) = entry.repeats.values()
     geometry, prepared = seen.how.g, seen.how.prepared
     y = launch.convolve(prepared, x, w, b, False)
 
     forward = microseconds(
         {
             "layer": lambda: layer(x),
-            "convolve": lambda: functional.convolve(*call),
+            "convolve": lambda: entry.convolve(*call),
             "again": lambda: seen.again(*call),
             "function": lambda: autograd.apply_convolve(x, w, b, seen.how),
             "run": lambda: launch.convolve(prepared, x, w, b, False),

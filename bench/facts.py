@@ -18,8 +18,8 @@ import triton.language as tl
 import tconv
 from bench import cells
 from bench.timing import Clock, in_turns, measured_limits
-from tconv.arguments import INTERPRET
-from tconv.device import DEVICES, cuda_device
+from tconv.launching.arguments import INTERPRET
+from tconv.planning.device import DEVICES, cuda_device
 
 READ = 20 << 20  # bytes that fit into the L2 cache of any device of interest
 CHUNK = 4096  # elements of 4 bytes that a program reads at a time

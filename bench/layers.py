@@ -9,7 +9,7 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
-from tconv.problem import ConvProblem, forward_problem, transposed_problem
+from tconv.planning.problem import ConvProblem, forward_problem, transposed_problem
 
 FILE = pathlib.Path(__file__).with_name("layers.json")
 QUICK = 6  # every so-many-th layer makes the quick subset

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tconv.layout import FORMATS
+from tconv.launching.memory_format import FORMATS
 
 Built = tuple[torch.nn.Module, tuple[torch.Tensor, ...]]
 

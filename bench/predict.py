@@ -7,12 +7,12 @@ from typing import Any
 
 from bench.layers import Layer
 from bench.providers import LAYOUTS, PRECISIONS
-from tconv.cost import phase_taps
-from tconv.device import Device
-from tconv.layout import shaped
-from tconv.plan import Plan
-from tconv.prepare import prepare_gather, prepare_wgrad
-from tconv.variants import float32_precision
+from tconv.launching.memory_format import shaped
+from tconv.launching.prepare import prepare_gather, prepare_wgrad
+from tconv.launching.variants import float32_precision
+from tconv.planning.cost import phase_taps
+from tconv.planning.device import Device
+from tconv.planning.plan import Plan
 
 
 def plans(layer: Layer, precision: str, layout: str, device: Device) -> dict[str, Plan]:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 
 import tconv
 from bench.layers import Layer
-from tconv import autograd
-from tconv.arguments import INTERPRET
-from tconv.layout import result_is_channels_last, shaped, weight_format
-from tconv.problem import Geometry
+from tconv.dispatch import autograd
+from tconv.launching.arguments import INTERPRET
+from tconv.launching.memory_format import result_is_channels_last, shaped, weight_format
+from tconv.planning.problem import Geometry
 
 PASSES = ("fprop", "dgrad", "wgrad", "step")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}

@@ -18,8 +18,8 @@ from bench import cells
 from bench.layers import Layer, first_and_rest
 from bench.providers import LAYOUTS, PRECISIONS, Operands, operands, reference, set_precision, tconv_, torch_nn
 from bench.timing import Clock, in_turns
-from tconv.arguments import INTERPRET
-from tconv.cost import flops, least_bytes
+from tconv.launching.arguments import INTERPRET
+from tconv.planning.cost import flops, least_bytes
 
 PASSES = ("fprop", "dgrad", "wgrad")
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "fp32": 2e-5}

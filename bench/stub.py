@@ -51,16 +51,16 @@ class Driver:
 
 def install(launch: Callable[..., None] = lambda *_: None, capability: int = 90) -> Driver:
     """Makes such a driver Triton's for the rest of the process, and tconv take CPU tensors for its device's."""
-    from tconv import functional, repeat
-    from tconv import launch as launching
-    from tconv.device import ARCHITECTURES
+    from tconv.dispatch import entry, fast_path
+    from tconv.launching import launch as launching
+    from tconv.planning.device import ARCHITECTURES
 
     nvidia.PyKernelArg = lambda nested_tuple, type: (nested_tuple, type)  # of Triton 3.7 and later
     nvidia.compile_module_from_src = lambda **_: types.SimpleNamespace(launch=launch)  # 3.6 compiles a launcher per kernel
     nvidia.library_dirs = list
     made = Driver(launch, capability)
     driver.set_active(made)
-    functional._engine = lambda device: repeat
+    entry.kernels_for = lambda device: fast_path
     planned = ARCHITECTURES[f"sm_{capability}"][3]
     launching.device_of = lambda t: planned
     return made

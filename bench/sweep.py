@@ -23,14 +23,14 @@ from bench.providers import LAYOUTS, Operands, operands, torch_nn
 from bench.race import PASSES, Held, error_norm
 from bench.stage import FATAL, first_line
 from bench.timing import Clock, in_turns
-from tconv import launch
-from tconv.arguments import INTERPRET, Prepared
-from tconv.configs import BOXES, Tile
-from tconv.device import INTERPRETER, Device, cuda_device
-from tconv.layout import result_is_channels_last, weight_format
-from tconv.plan import KERNELS, Plan
+from tconv.launching import launch
+from tconv.launching.arguments import INTERPRET, Prepared
+from tconv.launching.memory_format import result_is_channels_last, weight_format
+from tconv.planning.device import INTERPRETER, Device, cuda_device
+from tconv.planning.plan import KERNELS, Plan
+from tconv.planning.problem import Geometry
+from tconv.planning.tiles import BOXES, Tile
 from tconv.precompile import COMPILED, FOUND, compile_launches
-from tconv.problem import Geometry
 
 SPLITS = 2  # numbers of splits to try on either side of the planned one
 LIKELY = 3  # plans, the best by prediction, of which other splits and layouts of operands are tried too

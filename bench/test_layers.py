@@ -12,7 +12,7 @@ import tconv
 from bench.layers import layers
 from bench.providers import LAYOUTS, PASSES, PRECISIONS, PROVIDERS, Missing, absent, operands, reference, set_precision
 from bench.stage import FATAL, first_line
-from tconv.cost import flops, least_bytes
+from tconv.planning.cost import flops, least_bytes
 
 # ||got - right|| / ||right||: a rounding of the output, and for TF32 of the inputs. Long fp32 sums add their own, and so does
 # the fp32 reference's.

@@ -8,7 +8,7 @@ import torch
 
 import tconv
 from bench.providers import set_precision
-from tconv.configs import Tile
+from tconv.planning.tiles import Tile
 from tests import cases, oracle
 
 SPLIT = [

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tconv.device import Limits
+from tconv.planning.device import Limits
 
 FLUSH = 256 << 20  # bytes: four times the L2 cache of an H200
 BUDGET = 0.06  # seconds of measured calls

@@ -16,7 +16,7 @@ from bench.layers import Layer, first_and_rest, layers
 from bench.models import MODELS, Model, in_layout
 from bench.providers import LAYOUTS, PRECISIONS, function_of, operands, set_precision
 from bench.stage import first_line
-from tconv.device import cuda_device
+from tconv.planning.device import cuda_device
 
 
 def warm(chosen: Sequence[Layer], precision: str, target: str | None = None, jobs: int | None = None) -> tconv.Precompiled:

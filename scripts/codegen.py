@@ -27,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import codegen_budget as budget
 import machine_code
 
-from tconv.device import ARCHITECTURES as ARCHS
+from tconv.planning.device import ARCHITECTURES as ARCHS
 
 COLUMNS = (
     ("registers", "regs"), ("spills", "spill"), ("loop_spills", "loopsp"), ("shared_bytes", "smem"), ("mma", "mma"),
@@ -51,7 +51,7 @@ def collect(arch: str, quick: bool) -> dict[str, Any]:
     """
     import torch
 
-    from tconv.variants import float32_precision, variants
+    from tconv.launching.variants import float32_precision, variants
 
     found: dict[str, Any] = {}
     settings = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float32, False)]

@@ -187,7 +187,7 @@ def measured(runs: list[dict[str, Record]], args: argparse.Namespace) -> tuple[s
 def calibration(cells: list[Cell], precision: str, limits: dict[str, float], machine: Cell) -> str:
     """The cost model's times, by the limits measured in the run, over the times measured, by family."""
     from bench.predict import cells as predictions
-    from tconv.device import DEVICES, Device, Limits
+    from tconv.planning.device import DEVICES, Device, Limits
 
     times = {(c["layer"], c["pass"], c["layout"]): c["ms"] for c in cells if c["provider"] == "tconv" and "ms" in c
              and c["precision"] == precision}  # fmt: skip
@@ -248,7 +248,7 @@ def predicted(args: argparse.Namespace) -> tuple[str, str]:
 
     from bench import pictures
     from bench.predict import cells
-    from tconv.device import DEVICES
+    from tconv.planning.device import DEVICES
 
     device = DEVICES["H200"]
     found = list(cells(layers(), [args.precision], device))

@@ -8,7 +8,7 @@
     last_calls, recording, explain    what ran, or would run, and why; what was left to torch, and why
     precompile                        compiles ahead what a model will launch
     decompositions                    tconv's operators in aten's, for graphs that are to hold those alone
-    force                             plans by hand, for tests and measurements
+    force, Tile                       plans by hand, for tests and measurements
     tconv.distributed                 convolutions of DTensors; imported by its name
 
 The README and docs/ say more.
@@ -17,6 +17,7 @@ The README and docs/ say more.
 from tconv import functional
 from tconv.decompositions import decompositions
 from tconv.explain import Explanation, explain
+from tconv.launching.record import Call, last_calls, recording
 from tconv.modules import (
     Conv1d,
     Conv2d,
@@ -32,9 +33,9 @@ from tconv.modules import (
     LazyConvTranspose3d,
 )
 from tconv.override import disable, enable, enabled, is_enabled
-from tconv.plan import force
+from tconv.planning.plan import force
+from tconv.planning.tiles import Tile
 from tconv.precompile import Precompiled, precompile
-from tconv.record import Call, last_calls, recording
 from tconv.restored import restored
 from tconv.swap import replace_, restore_
 
@@ -56,6 +57,7 @@ __all__ = [
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
     "Precompiled",
+    "Tile",
     "decompositions",
     "disable",
     "enable",

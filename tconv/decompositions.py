@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.export.exported_program import ExportedProgram
 
-from tconv.equivalents import IN_ATEN
-from tconv.ops import OPERATORS
+from tconv.dispatch.equivalents import IN_ATEN
+from tconv.dispatch.operators import OPERATORS
 
 
 def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tconv import functional, modules
-from tconv.opaque import opaque
+from tconv.dispatch.dynamo import opaque
 from tconv.swap import MARK, TORCHS, become, checked, plain_class
 from tconv.swap import OURS as SWAPPED
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tconv.record import Call, last_calls
-from tconv.rehearsal import check_callable, rehearse
+from tconv.launching.record import Call, last_calls
+from tconv.rehearsal.runner import check_callable, rehearse
 
 NONE = "no call of tconv: make the layers tconv's by replace_, or all convolutions on a GPU by enable()"
 

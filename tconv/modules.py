@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Proxy
 
-from tconv.functional import convolve
-from tconv.guard import PLAIN
+from tconv.dispatch.context import PLAIN
+from tconv.dispatch.entry import convolve
 
 ZERO = (0,)  # per dimension
 # Torch's own methods are called by their class's name: a bound method of ours may outlive the layer's class, kept by a tool

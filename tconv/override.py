@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from tconv import chain, functional, scope
-from tconv.kinds import Kinds
-from tconv.opaque import opaque
-from tconv.record import Declined
-from tconv.selection import EVERYTHING, Choice, Selection, choice, select
+from tconv.dispatch import chain, entry, scope
+from tconv.dispatch.dynamo import opaque
+from tconv.dispatch.selection import EVERYTHING, Choice, Selection, choice, select
+from tconv.launching.cache import BoundedCache
+from tconv.launching.record import Declined
 
 MADE_BY = ("convolution", "_convolution", "convolution_backward")  # the operators of which autograd makes nodes
 DYNAMO = os.path.join("torch", "_dynamo")
@@ -201,7 +201,7 @@ class _Layer(chain.Layer):
         self.chosen: Choice | None = None
         self.process: tuple[_Enabled, ...] = ()
         self.inside: weakref.WeakSet[_Inside] = weakref.WeakSet()
-        self._known: Kinds[tuple[_Inside, ...], Choice | None] = Kinds()
+        self._known: BoundedCache[tuple[_Inside, ...], Choice | None] = BoundedCache()
         kernels: dict[tuple[str, str], Any] = {}
         reasons = []
         for device in ("cuda", "cpu"):
@@ -242,15 +242,15 @@ class _Layer(chain.Layer):
 
     def forget(self) -> None:
         """Looks anew at what holds, and lets go of models that are gone."""
-        self._known = Kinds()
+        self._known = BoundedCache()
 
 
 def _kernels(layer: _Layer, device: str) -> dict[tuple[str, str], Any]:
     """Our kernels for a device, by operator and dispatch key."""
     if device == "cuda" and not torch.cuda._is_compiled():
         raise Declined("this torch is built without GPUs")
-    functional._engine(device)
-    from tconv import aten
+    entry.kernels_for(device)
+    from tconv.dispatch import aten
 
     ours: dict[str, Callable[..., Any]] = {"_convolution": aten.convolution, "convolution_backward": aten.convolution_backward}
     return {(operator, device.upper()): functools.partial(function, layer) for operator, function in ours.items()}

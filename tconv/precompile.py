@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from tconv import rehearsal
-from tconv.device import ARCHITECTURES, DEVICES, Device, cuda_device
+from tconv.planning.device import ARCHITECTURES, DEVICES, Device, cuda_device
+from tconv.rehearsal import runner
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ def precompile(
         ValueError: a target that is not known, or `jobs` below 1.
         RuntimeError: no GPU and no target, no Triton, or a model that does not run on meta tensors.
     """
-    rehearsal.check_callable("precompile", "model", model)
+    runner.check_callable("precompile", "model", model)
     if jobs is not None and (type(jobs) is not int or jobs < 1):
         raise ValueError(f"precompile: jobs must be a positive int or None, got {jobs!r}")
     named = None if target is None else _target(target)
     try:
         from triton.backends.compiler import GPUTarget
 
-        from tconv.arguments import INTERPRET
+        from tconv.launching.arguments import INTERPRET
     except ImportError as e:
         raise RuntimeError(f"precompile: Triton cannot be imported ({e})") from e
     if named is not None:
@@ -143,7 +143,7 @@ def compile_launches(
 
 def _loaded(launch: Any) -> str:
     """Loads a kernel on the current GPU: what went wrong, or nothing."""
-    from tconv.compiled import load
+    from tconv.launching.compiled import load
 
     try:
         load(launch, torch.cuda.current_device())
@@ -178,15 +178,15 @@ def rehearse(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, backward: bool = True
 ) -> tuple[list[Any], tuple[str, ...]]:
     """The launches that a model's call and its backward would make on a device, and the calls left to torch."""
-    from tconv.launch import collecting
+    from tconv.launching.launch import collecting
 
     with collecting() as launches:
-        calls = rehearsal.rehearse(model, args, kwargs, device, backward)
+        calls = runner.rehearse(model, args, kwargs, device, backward)
     return launches, tuple(str(call) for call in calls if not call.ours)
 
 
 def _task(launch: Any, backend: str) -> Task:
-    from tconv.compiled import stand_ins
+    from tconv.launching.compiled import stand_ins
 
     plan, kernel = launch.call.plan, launch.kernel
     dtypes = " ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in launch.pointers))

@@ -18,8 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tconv
 from bench import stub
-from tconv import compiled, launch
-from tconv.record import Declined
+from tconv.launching import compiled, launch
+from tconv.launching.record import Declined
 
 launched: list[tuple[Any, ...]] = []  # what C would have been told
 by_triton: list[str] = []  # names of the kernels that Triton's dispatch has launched
@@ -126,7 +126,9 @@ def prepared() -> Any:
     """A launch of the bias gradient, which compiles fast, and its tensors."""
     launch._prepared.clear()
     compiled._known.clear()
-    g = tconv.problem.Geometry(tconv.problem.forward_problem((1, 2, 9), (4, 2, 3), (1,), ((0, 0),), (1,), 1), False)
+    g = tconv.planning.problem.Geometry(
+        tconv.planning.problem.forward_problem((1, 2, 9), (4, 2, 3), (1,), ((0, 0),), (1,), 1), False
+    )
     dy = torch.randn(1, 4, 7)
     launch.bias_grad(g, dy)
     (p,) = launch._prepared.values()
@@ -338,7 +340,7 @@ def precompiled() -> None:
 
 def boxes() -> None:
     """Descriptors are compiled ahead, and loaded, as a call would have them."""
-    from tconv.device import DEVICES
+    from tconv.planning.device import DEVICES
     from tconv.precompile import rehearse
 
     layer, x = tconv.Conv2d(64, 128, 3, padding=1).half(), torch.empty(2, 64, 8, 8, dtype=torch.float16, device="meta")
@@ -399,7 +401,7 @@ def nested() -> None:
 
 def loaded() -> None:
     """What precompile loads is launched during a capture without a call before."""
-    from tconv.device import DEVICES
+    from tconv.planning.device import DEVICES
     from tconv.precompile import rehearse
 
     layer, x = LAYERS["dense"]()
@@ -500,7 +502,7 @@ def no_compiler() -> None:
 def not_loaded() -> None:
     """What precompile cannot load is in its answer; the other kernels are compiled and loaded."""
     torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: -1
-    sys.modules["tconv.precompile"].cuda_device = lambda index: tconv.device.ARCHITECTURES["sm_90"][3]
+    sys.modules["tconv.precompile"].cuda_device = lambda index: tconv.planning.device.ARCHITECTURES["sm_90"][3]
     load = driver.utils.load_binary
 
     def no_memory(name: str, *args: Any) -> Any:

@@ -18,7 +18,7 @@ from bench.sanitize import findings
 from bench.stage import CUT
 from bench.timing import Clock, median
 from bench.warm import warm
-from tconv.device import DEVICES
+from tconv.planning.device import DEVICES
 from tconv.precompile import rehearse
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -16,10 +16,10 @@ import pytest
 import torch
 import triton
 
-from tconv.configs import BF16X6, DOTS, Access, tiles, why_illegal
 from tconv.kernels.common import APART
-from tconv.problem import forward_problem
-from tconv.variants import NAMES, launches, variants
+from tconv.launching.variants import NAMES, launches, variants
+from tconv.planning.problem import forward_problem
+from tconv.planning.tiles import BF16X6, DOTS, Access, tiles, why_illegal
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
 import codegen

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import tconv
 from tconv import functional as TF
-from tconv import ops
+from tconv.dispatch import operators
 from tests import contexts, oracle, parity
 from tests.contexts import CONTEXTS, F64, net, same, small, tensors
 
@@ -239,9 +239,9 @@ def test_cudnn_flags_change_nothing(flags, device):
 
 TF32 = """
 import torch, tconv
-from tconv.device import DEVICES
-from tconv.dry import dry_run
-from tconv.variants import float32_precision
+from tconv.planning.device import DEVICES
+from tconv.launching.dry_run import dry_run
+from tconv.launching.variants import float32_precision
 
 layer, x = tconv.Conv2d(64, 64, 3, device="meta"), torch.empty(2, 64, 16, 16, device="meta")
 backends, cudnn = torch.backends, torch.backends.cudnn
@@ -281,9 +281,9 @@ def test_tf32_is_torchs_to_allow():
 
 ADVICE = """
 import sys, torch, tconv
-from tconv.device import DEVICES
-from tconv.dry import dry_run
-from tconv.variants import float32_precision
+from tconv.planning.device import DEVICES
+from tconv.launching.dry_run import dry_run
+from tconv.launching.variants import float32_precision
 
 x, layers = torch.empty(2, 64, 16, 16), (tconv.Conv2d(64, 64, 3), torch.nn.Conv2d(64, 64, 3))
 
@@ -345,8 +345,8 @@ def test_what_the_kernels_decline_within_an_operator_is_torchs(case, device, mon
     x, w, b = (t.requires_grad_() for t in oracle.tensors(case, F64, device))
     f = getattr(TF, "conv_transpose2d" if case.transposed else "conv2d")
     expected = oracle.run(f, case, x, w, b)
-    monkeypatch.setattr(ops, "_known", {})
-    monkeypatch.setattr(ops, "_examine", lambda *_: "not today")
+    monkeypatch.setattr(operators, "_known", {})
+    monkeypatch.setattr(operators, "_examine", lambda *_: "not today")
     with tconv.recording() as calls:
         got = torch.func.vjp(lambda x, w, b: f(x, w, b, **case.arguments), x.detach(), w.detach(), b.detach())
         got = got[0], *got[1](oracle.upstream(got[0]).to(F64))

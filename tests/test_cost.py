@@ -14,12 +14,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.layers import layers
-from tconv import cost, plan, strips
-from tconv.configs import BF16X6, DOTS, Access, Tile, tiles
-from tconv.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
-from tconv.layout import shaped
-from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
-from tconv.problem import PASSES, forward_problem, transposed_problem
+from tconv.launching.memory_format import shaped
+from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.planning import cost, plan, strips
+from tconv.planning.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
+from tconv.planning.problem import PASSES, forward_problem, transposed_problem
+from tconv.planning.tiles import BF16X6, DOTS, Access, Tile, tiles
 from tests import cases, oracle
 
 BUDGETS = pathlib.Path(__file__).parent.parent / "bench" / "codegen"

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tconv
-from tconv import override, scope
+from tconv import override
+from tconv.dispatch import scope
 from tests import parity
 from tests.contexts import F64, Operators, same
 from tests.test_enable import overridden

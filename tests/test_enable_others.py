@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import tconv
-from tconv import aten, override, record
+from tconv import override
+from tconv.dispatch import aten
+from tconv.launching import record
 from tests import oracle, parity
 from tests.contexts import conv, losses, same, tensors
 from tests.test_enable import overridden

@@ -376,7 +376,7 @@ PROCESSES = {
     "Triton missing": (BLOCKED + CHECK, {"TRITON_INTERPRET": "1"}, "Triton cannot be imported (No module named 'triton"),
     "CPU without the interpreter": (CHECK, {}, "CPU tensors need TRITON_INTERPRET=1"),
     "interpreter asked for too late": (
-        "\n    import os, tconv.launch\n    os.environ['TRITON_INTERPRET'] = '1'\n" + CHECK,
+        "\n    import os, tconv.launching.launch\n    os.environ['TRITON_INTERPRET'] = '1'\n" + CHECK,
         {},
         "TRITON_INTERPRET was set after Triton's kernels were loaded",
     ),

@@ -17,8 +17,10 @@ from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import tconv
-from tconv import aten, autograd, compiled, functional, launch, ops, selection
-from tconv.configs import Tile
+from tconv import functional
+from tconv.dispatch import aten, autograd, entry, operators, selection
+from tconv.launching import compiled, launch
+from tconv.planning.tiles import Tile
 from tests import parity
 from tests.contexts import F64, conv, same, tensors
 
@@ -40,7 +42,7 @@ WAYS = ["enable", "layer", "function"]
 def _fresh(monkeypatch):
     for name in ("_failed", "_warned"):
         monkeypatch.setattr(compiled, name, type(getattr(compiled, name))())
-    monkeypatch.setattr(functional, "_seen", {})
+    monkeypatch.setattr(entry, "repeats", {})
 
 
 @pytest.fixture
@@ -209,7 +211,7 @@ class Scarce:
 
         monkeypatch.setattr(launch, "_lookup", planned)
         monkeypatch.setattr(selection, "_choices", {})
-        monkeypatch.setattr(ops, "_known", {})
+        monkeypatch.setattr(operators, "_known", {})
         monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: self.allocate(strided, *args))
         monkeypatch.setattr(torch, "empty", lambda *args, **more: self.allocate(empty, *args, **more))
 
@@ -290,7 +292,7 @@ def test_the_overrides_copies_are_gone_when_torch_takes_a_call(device, copies):
 
 @pytest.mark.filterwarnings("ignore:tconv leaves a call to torch")
 def test_a_layers_copies_are_gone_when_torch_takes_a_call(device, copies, monkeypatch):
-    taken, by_torch = [], ops.by_torch
+    taken, by_torch = [], operators.by_torch
 
     def watched(*args):
         assert all(ref() is None for ref in copies)
@@ -301,7 +303,7 @@ def test_a_layers_copies_are_gone_when_torch_takes_a_call(device, copies, monkey
     with monkeypatch.context() as now:
         now.setattr(launch, "run", lambda by, pointers: compiled.run(by, pointers))
         y = way.layer(way.x)
-    monkeypatch.setattr(ops, "by_torch", watched)
+    monkeypatch.setattr(operators, "by_torch", watched)
     torch.autograd.grad(y.sum(), (way.x, way.layer.weight))
     assert copies
     assert taken == ["dgrad", "wgrad"]
@@ -315,7 +317,7 @@ def repeated(device):
     way = Way("layer", device)
     for _ in range(3):
         assert_all_ours(way)
-    (seen,) = functional._seen.values()
+    (seen,) = entry.repeats.values()
     assert seen.how.again is not None
     return way, seen.how
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import tconv
-from tconv import compiled, launch
 from tconv import functional as TF
-from tconv.configs import Tile
+from tconv.launching import compiled, launch
+from tconv.planning.tiles import Tile
 from tests import cases, oracle
 from tests.test_kernels import DTYPES, check, ours
 

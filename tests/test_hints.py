@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tconv.arguments import INTERPRET
 from tconv.kernels.common import multiple
+from tconv.launching.arguments import INTERPRET
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="hints are checked in the interpreter")
 

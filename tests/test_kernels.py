@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import tconv
 from tconv import functional as TF
-from tconv.configs import PACKED_WGRAD_16, Tile
+from tconv.planning.tiles import PACKED_WGRAD_16, Tile
 from tests import cases, oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -51,7 +51,7 @@ def test_channels_last_with_16_byte_accesses(case, device, poisoned):
     check(wide, *oracle.tensors(wide, torch.float16, device, channels_last=True))
 
 
-# What simplify.py rewrites, in the layout in which it rewrites most of it.
+# What planning/simplify.py rewrites, in the layout in which it rewrites most of it.
 REWRITTEN = [
     c for c in cases.ALL
     if c.reason in (
@@ -263,9 +263,9 @@ def test_any_strides(case, view, device, poisoned):
 @pytest.mark.parametrize("which", ["fprop", "dgrad", "wgrad"])
 def test_offsets_beyond_32_bits(which, device):
     """Two images 2^31 elements apart, in input and in output: only the touched pages of the views become memory."""
-    from tconv import launch
-    from tconv.prepare import prepare_gather
-    from tconv.problem import Geometry, forward_problem
+    from tconv.launching import launch
+    from tconv.launching.prepare import prepare_gather
+    from tconv.planning.problem import Geometry, forward_problem
 
     g = Geometry(forward_problem((2, 4, 5, 5), (6, 4, 3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), 1), False)
     x, w = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import tconv
-from tconv import compiled, functional, launch
-from tconv.configs import Tile
+from tconv.dispatch import entry
+from tconv.launching import compiled, launch
+from tconv.planning.tiles import Tile
 from tests import parity
 from tests.test_explain import BLOCKED
 
@@ -56,7 +57,7 @@ def captured(monkeypatch):
     """As if a graph were being captured and nothing had been compiled; a context in which something can be."""
     monkeypatch.setattr(compiled, "_known", set())
     monkeypatch.setattr(launch, "_prepared", {})
-    monkeypatch.setattr(functional, "_seen", {})
+    monkeypatch.setattr(entry, "repeats", {})
     monkeypatch.setattr(compiled, "capturing", lambda device: True)
     compiled._warned.clear()
     return monkeypatch

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import tconv
-from tconv import cost, plan
 from tconv import functional as TF
-from tconv.configs import GEMM_16, INSTEAD, Access, Tile, tiles, why_illegal
-from tconv.device import ARCHITECTURES, INTERPRETER, Device
-from tconv.problem import forward_problem, transposed_problem
+from tconv.planning import cost, plan
+from tconv.planning.device import ARCHITECTURES, INTERPRETER, Device
+from tconv.planning.problem import forward_problem, transposed_problem
+from tconv.planning.tiles import GEMM_16, INSTEAD, Access, Tile, tiles, why_illegal
 
 H200 = Device("H200", 132, 232448)
 SMALL = Device("a GPU with little shared memory", 40, 65536)
@@ -87,8 +87,8 @@ def test_channels_are_split_where_tiles_are_few_and_only_there():
 
 
 def test_the_default_layout_is_copied_where_that_pays_and_only_there():
-    from tconv.layout import shaped
-    from tconv.prepare import prepare_gather, prepare_wgrad
+    from tconv.launching.memory_format import shaped
+    from tconv.launching.prepare import prepare_gather, prepare_wgrad
 
     def plans(p):
         x, w, y = (shaped(p.shape(name), False, torch.bfloat16) for name in "xwy")
@@ -170,7 +170,7 @@ def test_a_forced_plan_that_cannot_run_raises(forced, message, device):
 
 
 def test_a_tile_that_is_none_is_refused_at_once():
-    message = r"tile must be a tconv\.configs\.Tile, got \(16, 16\)"
+    message = r"tile must be a tconv\.Tile, got \(16, 16\)"
     with pytest.raises(TypeError, match=message), tconv.force(tile=(16, 16)):
         pass
 
@@ -208,7 +208,7 @@ def test_no_integer_of_a_kernel_is_specialised():
 
 def test_layers_share_compile_time_constants():
     """The first call of a new layer does not compile: nothing about its geometry is a constant."""
-    from tconv.prepare import prepare_gather, prepare_wgrad
+    from tconv.launching.prepare import prepare_gather, prepare_wgrad
 
     def constants(x, w, **parameters):
         p = conv(x, w, **parameters)
@@ -227,14 +227,15 @@ def test_layers_share_compile_time_constants():
 
 
 def test_nothing_is_kept_without_bound(device, monkeypatch):
-    from tconv import functional, kinds, launch
+    from tconv.dispatch import entry
+    from tconv.launching import cache, launch
 
-    monkeypatch.setattr(kinds, "REMEMBERED", 3)
+    monkeypatch.setattr(cache, "REMEMBERED", 3)
     w = torch.nn.Parameter(torch.randn(2, 2, 1, device=device))
     for n in range(1, 9):
         TF.conv1d(torch.randn(1, 2, n, device=device), w)
-        assert len(functional._known) <= 3
-        assert 1 <= len(functional._seen) <= 3
+        assert len(entry.geometries) <= 3
+        assert 1 <= len(entry.repeats) <= 3
         assert len(launch._prepared) <= 3
 
 

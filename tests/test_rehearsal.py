@@ -21,9 +21,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import tconv
-from tconv import rehearsal
-from tconv.device import DEVICES
+from tconv.planning.device import DEVICES
 from tconv.precompile import rehearse
+from tconv.rehearsal import runner
 from tests import parity
 
 PASSES = ["bias", "dgrad", "fprop", "wgrad"]
@@ -707,7 +707,7 @@ def test_what_belongs_to_others_is_not_touched(how, device):
 @pytest.mark.parametrize("copied", [True, False])
 def test_parameters_of_a_large_model_are_shared(copied, device, monkeypatch):
     layer, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 6, 7, device=device)
-    monkeypatch.setattr(rehearsal, "COPIED", layer.weight.nbytes + layer.bias.nbytes - (not copied))
+    monkeypatch.setattr(runner, "COPIED", layer.weight.nbytes + layer.bias.nbytes - (not copied))
     own = layer.weight.data_ptr(), layer.bias.data_ptr()
 
     def model(x):

@@ -10,10 +10,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tconv
-from tconv import autograd, functional, launch, variants
-from tconv.configs import Tile
-from tconv.dry import dry_run
-from tconv.record import Declined
+from tconv.dispatch import autograd, entry
+from tconv.launching import launch, variants
+from tconv.launching.dry_run import dry_run
+from tconv.launching.record import Declined
+from tconv.planning.tiles import Tile
 from tests import parity
 
 TILE = Tile(16, 16, 16)
@@ -188,7 +189,7 @@ def test_a_change_is_noticed(name, device, monkeypatch):
     warm = tconv.Conv2d(3, 3, 3, device=device)
     cold, x = copy.deepcopy(warm), torch.randn(2, 3, 6, 6, device=device)
     with monkeypatch.context() as m:
-        m.setattr(functional, "_seen", Forgetful())
+        m.setattr(entry, "repeats", Forgetful())
         expected, record = observed(CHANGES[name], cold, x)
     warm(x)
     got, again = observed(CHANGES[name], warm, x)
@@ -204,11 +205,11 @@ def test_a_change_is_noticed(name, device, monkeypatch):
 
 def test_the_flag_for_tf32_is_noticed(device):
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device)
-    functional._seen.clear()
+    entry.repeats.clear()
     for tf32 in (True, False, True):
         with variants.float32_precision(tf32):
             layer(x)
-            (seen,) = functional._seen.values()
+            (seen,) = entry.repeats.values()
             assert seen.precision == ("tf32" if tf32 else "ieee")
 
 
@@ -230,7 +231,7 @@ def test_an_address_that_is_no_longer_aligned_is_noticed(off, device, monkeypatc
         x = misaligned(x)
     else:
         layer.weight.data = misaligned(layer.weight.data)
-    monkeypatch.delattr(functional, "_convolve")
+    monkeypatch.delattr(entry, "_convolve")
     with pytest.raises(NameError):
         layer(x)
 
@@ -241,7 +242,7 @@ def test_a_repeated_call_takes_the_short_way(name, bias, device, monkeypatch):
     layer = getattr(tconv, name)(2, 2, 3, bias=bias, device=device)
     x = torch.randn(1, 2, *(5,) * parity.rank(name), device=device)
     first = layer(x)
-    monkeypatch.delattr(functional, "_convolve")
+    monkeypatch.delattr(entry, "_convolve")
     with tconv.recording() as calls:
         second = layer(x.clone())
     assert torch.equal(first, second)
@@ -338,10 +339,10 @@ def test_a_change_is_noticed_in_backward(name, device, monkeypatch):
             for _ in range(2):
                 trained(cold, x, grad)
             expected, record = observed(lambda layer, x: trained(layer, x.detach().requires_grad_(), BACKWARD[name]), cold, x)
-        functional._seen.clear()
+        entry.repeats.clear()
         for _ in range(3):
             trained(warm, x, grad)
-        (seen,) = functional._seen.values()
+        (seen,) = entry.repeats.values()
         assert seen.how.again is not None
         got, again = observed(lambda layer, x: trained(layer, x.detach().requires_grad_(), BACKWARD[name]), warm, x)
     assert again == record
@@ -378,10 +379,10 @@ def test_a_repeated_backward_takes_the_short_way(name, bias, device, monkeypatch
 def test_a_kernel_that_fails_is_not_tried_again_and_again(device, monkeypatch):
     """Else the other gradients would be computed twice in every step."""
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
-    functional._seen.clear()
+    entry.repeats.clear()
     for _ in range(3):
         right = trained(layer, x, grad)
-    (seen,) = functional._seen.values()
+    (seen,) = entry.repeats.values()
     launches, run = [], launch.run
 
     def failing(prepared, pointers):
@@ -402,10 +403,10 @@ def test_a_kernel_that_fails_is_not_tried_again_and_again(device, monkeypatch):
 def test_layouts_that_keep_changing_are_not_kept_for_ever(device):
     """A new layout costs what comparing costs, a few times only."""
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
-    functional._seen.clear()
+    entry.repeats.clear()
     layer(x)
     for i in range(2 * autograd.KEPT):
         dy = torch.ones(2, 3, 4, 4, device=device)
         grad(layer(x), x, dy if i % 2 else dy.to(memory_format=torch.channels_last))
-    (seen,) = functional._seen.values()
+    (seen,) = entry.repeats.values()
     assert seen.how.left == 0

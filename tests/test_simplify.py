@@ -9,13 +9,13 @@ import torch
 
 import tconv
 from tconv import functional as TF
-from tconv.configs import Tile
-from tconv.device import DEVICES
-from tconv.layout import addressing, shaped
-from tconv.plan import force
-from tconv.prepare import prepare_gather
-from tconv.problem import PASSES, forward_problem
-from tconv.simplify import Form, Strides, simplify
+from tconv.launching.memory_format import addressing, shaped
+from tconv.launching.prepare import prepare_gather
+from tconv.planning.device import DEVICES
+from tconv.planning.plan import force
+from tconv.planning.problem import PASSES, forward_problem
+from tconv.planning.simplify import Form, Strides, simplify
+from tconv.planning.tiles import Tile
 from tests import cases, oracle
 from tests.test_cost import CASES, problem
 
@@ -233,7 +233,7 @@ def test_channels_that_a_bias_is_added_to_stay():
 
 
 def test_every_layer_is_left_with_its_operations():
-    from tconv.cost import flops
+    from tconv.planning.cost import flops
 
     for case, pass_, layout in itertools.product(CASES, PASSES, ("contiguous", "channels_last")):
         p = problem(case)

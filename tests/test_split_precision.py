@@ -12,15 +12,15 @@ import torch.nn.functional as F
 
 import tconv
 from tconv import functional as TF
-from tconv import plan as planning
-from tconv.configs import BF16X6, DOTS, PIECES_32, Access, Tile, tiles
-from tconv.device import DEVICES
 from tconv.explain import Explanation
-from tconv.layout import shaped
-from tconv.prepare import prepare_gather, prepare_wgrad
-from tconv.problem import forward_problem
-from tconv.record import Call
-from tconv.variants import float32_precision
+from tconv.launching.memory_format import shaped
+from tconv.launching.prepare import prepare_gather, prepare_wgrad
+from tconv.launching.record import Call
+from tconv.launching.variants import float32_precision
+from tconv.planning import plan as planning
+from tconv.planning.device import DEVICES
+from tconv.planning.problem import forward_problem
+from tconv.planning.tiles import BF16X6, DOTS, PIECES_32, Access, Tile, tiles
 from tests import cases, oracle
 
 H200, A100 = DEVICES["H200"], DEVICES["A100"]
@@ -190,7 +190,7 @@ def test_the_planner_lists_it_but_does_not_choose_it(pass_, monkeypatch):
     assert "not seen on hardware yet; predicted" in rival.reason
     assert f"    {pass_}: {rival.kernel} {rival.tile} {BF16X6}" in str(Explanation((Call(pass_, DENSE, plan, ""),)))
     assert not any(p.precision for p in launch(pass_, DENSE, A100).call.plan.others)
-    monkeypatch.setattr("tconv.plan.UNPROVEN", {"tma"})
+    monkeypatch.setattr("tconv.planning.plan.UNPROVEN", {"tma"})
     chosen = launch(pass_, DENSE, H200)
     assert chosen.call.plan.precision == chosen.constants["PRECISION"] == BF16X6
     with tconv.force(precision="ieee"):

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tconv.device import DEVICES, INTERPRETER
-from tconv.launch import device_of, to_channels_last
-from tconv.layout import FORMATS, LIMIT, addressing, flattened
-from tconv.plan import force
-from tconv.prepare import prepare_copy, prepare_gather
-from tconv.problem import forward_problem, lift
+from tconv.launching.launch import device_of, to_channels_last
+from tconv.launching.memory_format import FORMATS, LIMIT, addressing, flattened
+from tconv.launching.prepare import prepare_copy, prepare_gather
+from tconv.planning.device import DEVICES, INTERPRETER
+from tconv.planning.plan import force
+from tconv.planning.problem import forward_problem, lift
 
 TENSORS = {
     "less than a tile": lambda rand: rand(2, 5, 7, 9),

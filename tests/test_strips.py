@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tconv
-from tconv import strips
-from tconv.configs import STRIP_16, STRIP_FLIP, STRIP_WGRAD_16, STRIP_WGRAD_FLIP, Tile
-from tconv.problem import forward_problem, transposed_problem
+from tconv.planning import strips
+from tconv.planning.problem import forward_problem, transposed_problem
+from tconv.planning.tiles import STRIP_16, STRIP_FLIP, STRIP_WGRAD_16, STRIP_WGRAD_FLIP, Tile
 from tests import cases, oracle
 from tests.test_kernels import ours
 
@@ -136,9 +136,9 @@ def test_windows_are_as_long_as_what_strips_meet():
 
 
 def test_the_planner_takes_strips_where_a_row_has_taps_to_share():
-    from tconv.device import DEVICES
-    from tconv.layout import shaped
-    from tconv.prepare import prepare_gather, prepare_wgrad
+    from tconv.launching.memory_format import shaped
+    from tconv.launching.prepare import prepare_gather, prepare_wgrad
+    from tconv.planning.device import DEVICES
 
     p = forward_problem((32, 128, 56, 56), (128, 1, 7, 7), (1, 1), [(3, 3)] * 2, (1, 1), 128)
     lasts, firsts = STRIP_16 + STRIP_WGRAD_16, STRIP_FLIP + STRIP_WGRAD_FLIP

@@ -8,15 +8,15 @@ import torch
 
 import tconv
 from tconv import functional as TF
-from tconv.configs import Tile, why_illegal
-from tconv.cost import box_of, pixel_extents, run_of
-from tconv.device import DEVICES, INTERPRETER
-from tconv.dry import dry_run
 from tconv.explain import Explanation
-from tconv.launch import collecting
-from tconv.prepare import prepare_gather
-from tconv.problem import forward_problem
-from tconv.record import Call
+from tconv.launching.dry_run import dry_run
+from tconv.launching.launch import collecting
+from tconv.launching.prepare import prepare_gather
+from tconv.launching.record import Call
+from tconv.planning.cost import box_of, pixel_extents, run_of
+from tconv.planning.device import DEVICES, INTERPRETER
+from tconv.planning.problem import forward_problem
+from tconv.planning.tiles import Tile, why_illegal
 from tests import cases, oracle
 
 H200, A100 = DEVICES["H200"], DEVICES["A100"]
@@ -258,6 +258,6 @@ def test_the_planner_lists_boxes_but_does_not_choose_them(monkeypatch):
     assert "    fprop: tma" in str(Explanation((Call("fprop", p, plan, ""),)))
     assert candidate(p, A100)[1] == []
     assert candidate(dataclasses.replace(p, S=(1, 2, 2), Y=(1, 7, 7)), H200)[1] == []
-    monkeypatch.setattr("tconv.plan.UNPROVEN", set())
+    monkeypatch.setattr("tconv.planning.plan.UNPROVEN", set())
     free, _ = candidate(p, H200)
     assert free.kernel == ("tma" if listed[0].cost.seconds < plan.cost.seconds else "gather")

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tconv
 from tconv import functional as TF
-from tconv.window import Window
+from tconv.dispatch.window import Window
 from tests import parity
 
 F64 = torch.float64

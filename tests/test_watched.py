@@ -15,7 +15,7 @@ import tconv
 
 ROOT = pathlib.Path(tconv.__file__).parents[1]
 # Dynamo compiles the Python of an explicit layer, as of anybody's module, so that it can be traced; but nothing beneath it.
-TRACED = ("tconv/modules.py", "tconv/functional.py")
+TRACED = ("tconv/modules.py", "tconv/functional.py", "tconv/dispatch/entry.py")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch._dynamo import convert_frame
 from torch.utils.checkpoint import checkpoint
 
 import tconv
-from tconv import compiled
+from tconv.launching import compiled
 
 BACKEND = "aot_eager"
 frames: list[str] = []  # "file: function" of each frame that dynamo starts to compile

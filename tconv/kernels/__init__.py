@@ -1,0 +1,14 @@
+"""The kernels, in Triton. Each file opens with its equation and the extents of its GEMM.
+
+They know neither torch nor problems: launching/prepare.py hands them extents, strides and constants. In reading order:
+
+    common      numbering of tiles and phases, offsets, masks, and what else several kernels do
+    gather      fprop and dgrad as implicit GEMM, operands loaded by pointers
+    wgrad       the weight gradient as implicit GEMM
+    packed      fprop, dgrad and wgrad of few channels: several taps, or several groups, side by side in one product
+    depthwise   fprop, dgrad and wgrad of depthwise layers, without tensor cores
+    strip       the same, several neighbouring outputs to a thread
+    tma         fprop, dgrad and wgrad, operands brought by the tensor memory accelerator
+    reduce      sums the parts of a split-K reduction
+    stage       copies an operand to channels last
+"""

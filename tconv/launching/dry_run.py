@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tconv.device import Device
+from tconv.planning.device import Device
 
 
 @dataclass(frozen=True)

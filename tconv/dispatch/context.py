@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from tconv.plan import forced
+from tconv.planning.plan import forced
 
 STRANGE = "not a plain strided tensor"
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))

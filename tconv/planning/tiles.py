@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tconv.device import Device
+from tconv.planning.device import Device
 
 BF16X6 = "bf16x6"  # a precision: fp32 as sums of three bf16, of whose nine products six are made (kernels/common.py `product`)
 DOTS = ("gather", "wgrad", "packed", "packed_wgrad")  # kernels that can cut their operands so

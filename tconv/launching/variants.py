@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from tconv.arguments import FUSED, Prepared, tensor_cores
-from tconv.configs import BF16X6, BOXES, DOTS, can_cut
-from tconv.device import Device
 from tconv.kernels.reduce import sum_splits
-from tconv.layout import shaped
-from tconv.plan import KERNELS, force
-from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
-from tconv.problem import ConvProblem
+from tconv.launching.arguments import FUSED, Prepared, tensor_cores
+from tconv.launching.memory_format import shaped
+from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.planning.device import Device
+from tconv.planning.plan import KERNELS, force
+from tconv.planning.problem import ConvProblem
+from tconv.planning.tiles import BF16X6, BOXES, DOTS, can_cut
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
@@ -173,7 +173,7 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
 
 
 def _sum_splits(dtype: torch.dtype, vec: int) -> Variant:
-    """The sum of a split reduction's workspace, as launch.py launches it."""
+    """The sum of a split reduction's workspace, as launching/launch.py launches it."""
     workspace = "*fp64" if dtype == torch.float64 else "*fp32"
     signature = {"ws_ptr": workspace, "out_ptr": "*" + NAMES[dtype], "numel": "i32", "splits": "i32"}
     constants = {"VEC": vec, "INTERPRET": False, "BLOCK": 1024}

@@ -29,10 +29,10 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tconv.arguments import INTERPRET, Prepared
-from tconv.kinds import Kinds
-from tconv.plan import forced
-from tconv.record import Declined, Passing
+from tconv.launching.arguments import INTERPRET, Prepared
+from tconv.launching.cache import BoundedCache
+from tconv.launching.record import Declined, Passing
+from tconv.planning.plan import forced
 
 Pointers = tuple[torch.Tensor, ...]
 Go = Callable[[Pointers, list[int]], bool]
@@ -43,7 +43,7 @@ REASON = "not compiled before the capture of a CUDA graph: call the model once b
 
 _known: set[Any] = set()  # what is compiled, and loaded where it runs
 _failed: dict[Any, str] = {}  # what cannot be compiled, or has not the resources it needs, and why
-_warned: Kinds[Any, bool] = Kinds()  # (variant, text without its numbers) of the warnings given
+_warned: BoundedCache[Any, bool] = BoundedCache()  # (variant, text without its numbers) of the warnings given
 # A kernel is compiled and loaded by one thread at a time: Triton hands out one that is half loaded.
 _first_time = threading.RLock()
 # Triton's interpreter patches its language module while it runs: one launch at a time.

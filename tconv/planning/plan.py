@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tconv.configs import BF16X6, BOXES, DOTS, Access, Tile, can_cut, tiles, why_illegal
-from tconv.cost import (
+from tconv.planning.cost import (
     MOST_COLUMNS,
     Cost,
     pack,
@@ -20,10 +19,11 @@ from tconv.cost import (
     tiles_of,
     written_elements,
 )
-from tconv.device import Device
-from tconv.problem import ConvProblem
-from tconv.simplify import FEW
-from tconv.strips import Strips, strips_of, why_not
+from tconv.planning.device import Device
+from tconv.planning.problem import ConvProblem
+from tconv.planning.simplify import FEW
+from tconv.planning.strips import Strips, strips_of, why_not
+from tconv.planning.tiles import BF16X6, BOXES, DOTS, Access, Tile, can_cut, tiles, why_illegal
 
 INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # bytes that a reduction's splits may take at most
@@ -118,7 +118,7 @@ def force(
 
     Args:
         kernel: name of a kernel, one of KERNELS; passes that do not know it plan freely.
-        tile: block extents for those passes, a `tconv.configs.Tile`.
+        tile: block extents for those passes, a `tconv.Tile`.
         splits: parts of the reduction. More than one are for wgrad and the bias gradient; for fprop and dgrad, most of
             which have too few channels for that, only together with `kernel="gather"`.
         staged: whether operands whose channels lie apart are first copied to channels last, where a kernel can gain by it.
@@ -134,7 +134,7 @@ def force(
     if kernel is not None and not any(kernel in known for known in KERNELS.values()):
         raise ValueError(f"kernel must be one of {sorted(set().union(*KERNELS.values()))}, got {kernel!r}")
     if tile is not None and not isinstance(tile, Tile):
-        raise TypeError(f"tile must be a tconv.configs.Tile, got {tile!r}")
+        raise TypeError(f"tile must be a tconv.Tile, got {tile!r}")
     if precision not in (None, "ieee", BF16X6):
         raise ValueError(f"precision must be 'ieee' or {BF16X6!r}, got {precision!r}")
     before, _forced = _forced, Forced(kernel, tile, splits, staged, precision)
@@ -202,7 +202,7 @@ class Operands:
 
 
 def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None = None) -> Plan:
-    """The plan for one pass: of all candidates the one with the least predicted time (cost.py).
+    """The plan for one pass: of all candidates the one with the least predicted time (planning/cost.py).
 
     Args:
         problem: what to compute.

@@ -1,7 +1,7 @@
 """tconv's operators as aten's: one convolution where torch's layer is one, else with padding or cropping.
 
-Two use them: decompositions.py in graphs, where sizes may be symbolic, and ops.py where the kernels decline. Torch pads both
-ends alike and derives extents from x's; a window may pad its ends differently or leave the end of x unread.
+Two use them: decompositions.py in graphs, where sizes may be symbolic, and operators.py where the kernels decline. Torch pads
+both ends alike and derives extents from x's; a window may pad its ends differently or leave the end of x unread.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tconv.layout import FORMATS
-from tconv.window import Window, result_shape
+from tconv.dispatch.window import Window, result_shape
+from tconv.launching.memory_format import FORMATS
 
 MaybeTensor = torch.Tensor | None
 CONVOLUTION = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}

@@ -21,7 +21,7 @@ import torch
 from torch._C._autograd import _get_sequence_nr as sequence_number
 from torch.utils import _pytree as pytree
 
-from tconv.opaque import opaque
+from tconv.dispatch.dynamo import opaque
 
 MARK = "tconv.enable"  # in the metadata of an autograd node: the scopes that it was made in
 Scopes = tuple[Any, ...]

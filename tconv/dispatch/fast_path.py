@@ -12,11 +12,12 @@ import torch
 from torch._C import _get_fp32_precision_getter as fp32_precision
 from torch.autograd import profiler
 
-from tconv import autograd, launch, profiled
-from tconv.guard import moment_differs, same
-from tconv.opaque import opaque
-from tconv.plan import forced
-from tconv.problem import Geometry
+from tconv.dispatch import autograd
+from tconv.dispatch.context import moment_differs, same
+from tconv.dispatch.dynamo import opaque
+from tconv.launching import launch, profiling
+from tconv.planning.plan import forced
+from tconv.planning.problem import Geometry
 
 IMMUTABLE = (int, str, tuple, bool)
 
@@ -81,11 +82,11 @@ class Repeat:
             or moment_differs(self.precision)
         ):
             return None
-        event = profiled.begin_call(transposed, self.how.g, x, w, b) if profiler._is_profiler_enabled else None
+        event = profiling.begin_call(transposed, self.how.g, x, w, b) if profiler._is_profiler_enabled else None
         try:
             if self.differentiable and torch.is_grad_enabled():
                 return autograd.apply_convolve(x, w, b, self.how)
             return launch.convolve(self.how.prepared, x, w, b, dry=False)
         finally:
             if event is not None:
-                profiled.end(event)
+                profiling.end(event)

@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 
-from tconv import cost
-from tconv import plan as planning
-from tconv.arguments import (
+from tconv.kernels.depthwise import depthwise, depthwise_wgrad
+from tconv.kernels.gather import gather
+from tconv.kernels.packed import packed, packed_wgrad
+from tconv.kernels.reduce import sum_pixels
+from tconv.kernels.stage import stage
+from tconv.kernels.strip import strip, strip_wgrad
+from tconv.kernels.wgrad import wgrad
+from tconv.launching.arguments import (
     Prepared,
     digits,
     halo,
@@ -27,21 +32,16 @@ from tconv.arguments import (
     wide,
     window,
 )
-from tconv.boxes import Unfit, prepare_boxes, prepare_wgrad_boxes
-from tconv.configs import Tile
-from tconv.device import Device
-from tconv.kernels.depthwise import depthwise, depthwise_wgrad
-from tconv.kernels.gather import gather
-from tconv.kernels.packed import packed, packed_wgrad
-from tconv.kernels.reduce import sum_pixels
-from tconv.kernels.stage import stage
-from tconv.kernels.strip import strip, strip_wgrad
-from tconv.kernels.wgrad import wgrad
-from tconv.layout import LIMIT, Addressing, addressing, flattened, shaped, vector
-from tconv.plan import Operands, pow2
-from tconv.problem import ConvProblem, lift
-from tconv.record import Call
-from tconv.strips import CHUNK, READ, Strips
+from tconv.launching.memory_format import LIMIT, Addressing, addressing, flattened, shaped, vector
+from tconv.launching.record import Call
+from tconv.launching.tma import Unfit, prepare_boxes, prepare_wgrad_boxes
+from tconv.planning import cost
+from tconv.planning import plan as planning
+from tconv.planning.device import Device
+from tconv.planning.plan import Operands, pow2
+from tconv.planning.problem import ConvProblem, lift
+from tconv.planning.strips import CHUNK, READ, Strips
+from tconv.planning.tiles import Tile
 
 FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank
 FLAT_FIELD = {1: 31, 2: 15, 3: 10}  # the same of the packed kernel, which needs one bit itself

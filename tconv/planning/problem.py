@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tconv.device import Device
+from tconv.planning.device import Device
 
 Triple = tuple[int, int, int]
 PASSES = ("fprop", "dgrad", "wgrad")

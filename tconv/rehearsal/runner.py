@@ -1,7 +1,7 @@
 """Calls a model, and the backward pass of what it returns, without computing a convolution and without leaving a trace.
 
 `explain` and `precompile` do this. The model's own Python code runs, with stand-ins for every tensor that can be found in
-it and in its inputs; state.py finds them, and sets back whatever the code changes.
+it and in its inputs; rehearsal/state.py finds them, and sets back whatever the code changes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from tconv.device import Device
-from tconv.dry import dry_run
-from tconv.guard import PLAIN
-from tconv.record import Call, recording_apart
-from tconv.state import Place, Reached, exchanged, reach, tensors, thread_kept
+from tconv.dispatch.context import PLAIN
+from tconv.launching.dry_run import dry_run
+from tconv.launching.record import Call, recording_apart
+from tconv.planning.device import Device
+from tconv.rehearsal.state import Place, Reached, exchanged, reach, tensors, thread_kept
 
 COPIED = 1 << 30  # bytes of parameters up to which they are copied; a model of more would need its memory twice
 

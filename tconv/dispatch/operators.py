@@ -30,15 +30,15 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tconv.dry import DRY
-from tconv.equivalents import IN_ATEN
-from tconv.guard import PLAIN, plain
-from tconv.kinds import Kinds
-from tconv.layout import LIMIT, addressing, result_is_channels_last, shaped, weight_format
-from tconv.opaque import opaque
-from tconv.problem import ConvProblem, Geometry, forward_problem
-from tconv.record import Call, Declined, note
-from tconv.window import Window, exact, extents, result_shape
+from tconv.dispatch.context import PLAIN, plain
+from tconv.dispatch.dynamo import opaque
+from tconv.dispatch.equivalents import IN_ATEN
+from tconv.dispatch.window import Window, exact, extents, result_shape
+from tconv.launching.cache import BoundedCache
+from tconv.launching.dry_run import DRY
+from tconv.launching.memory_format import LIMIT, addressing, result_is_channels_last, shaped, weight_format
+from tconv.launching.record import Call, Declined, note
+from tconv.planning.problem import ConvProblem, Geometry, forward_problem
 
 MaybeTensor = torch.Tensor | None
 NAMES = ("fprop", "dgrad", "wgrad")
@@ -54,7 +54,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # what gathers a leaf's gradient
 _asks_for_leaves = -2  # the last backward pass that was seen to; -1 is none
 _library: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped-call]
-_known: Kinds[Any, Geometry | str] = Kinds()
+_known: BoundedCache[Any, Geometry | str] = BoundedCache()
 
 
 def _format(a: torch.Tensor, b: torch.Tensor, h: Window) -> bool:
@@ -83,7 +83,7 @@ def unavailable(device: str) -> str | None:
     if device != "cuda" and not (device == "cpu" and interpreted()):
         return "CPU tensors need TRITON_INTERPRET=1" if device == "cpu" else f"device {device}"
     try:
-        from tconv.arguments import INTERPRET
+        from tconv.launching.arguments import INTERPRET
     except ImportError as e:
         return f"Triton cannot be imported ({e})"
     if device == "cpu" and not INTERPRET:
@@ -116,7 +116,7 @@ def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: 
             raise Declined(known)
         if DRY.get():
             known = dataclasses.replace(known, dry=True)
-        from tconv import launch
+        from tconv.launching import launch
 
         if name == "wgrad":
             return launch.wgrad(known, a, b)

@@ -2,7 +2,7 @@
 
 Three things are kept. The Python objects that can be reached from the model and its inputs: modules, containers, the
 variables that functions close over, objects of the user's own classes. The generators of random numbers. The settings of
-torch that belong to the thread. Tensors' elements are not kept here: rehearsal.py gives a call stand-ins for the tensors.
+torch that belong to the thread. Tensors' elements are not kept here: runner.py gives a call stand-ins for the tensors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Allocates and launches: fprop, dgrad, wgrad and the bias gradient of a problem on given tensors.
 
-What a launch needs besides its pointers is worked out once per kind of call (prepare.py) and kept.
+What a launch needs besides its pointers is worked out once per kind of call (launching/prepare.py) and kept.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from tconv import plan as planning
-from tconv import profiled
-from tconv.arguments import INTERPRET, Prepared, tensor_cores
-from tconv.compiled import announce, fail, run
-from tconv.device import INTERPRETER, Device, cuda_device
-from tconv.kinds import Kinds
-from tconv.layout import shaped
-from tconv.prepare import prepare_bias, prepare_gather, prepare_wgrad
-from tconv.problem import Geometry
-from tconv.record import note
+from tconv.launching import profiling
+from tconv.launching.arguments import INTERPRET, Prepared, tensor_cores
+from tconv.launching.cache import BoundedCache
+from tconv.launching.compiled import announce, fail, run
+from tconv.launching.memory_format import shaped
+from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.launching.record import note
+from tconv.planning import plan as planning
+from tconv.planning.device import INTERPRETER, Device, cuda_device
+from tconv.planning.problem import Geometry
 
 Backward = tuple[Prepared | None, Prepared | None, Prepared | None]  # of the gradients by x, w and bias
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-_prepared: Kinds[Any, Prepared] = Kinds()
+_prepared: BoundedCache[Any, Prepared] = BoundedCache()
 _collections: list[list[Prepared]] = []
 _lock = threading.Lock()
 
@@ -147,7 +147,7 @@ def execute(
         if dry:
             _collect(launch)
         else:
-            event = profiled.begin_launch(launch.call) if profiler._is_profiler_enabled else None
+            event = profiling.begin_launch(launch.call) if profiler._is_profiler_enabled else None
             try:
                 if launch.copies or launch.total:
                     announce(launch, operands, (*more, out))
@@ -163,7 +163,7 @@ def execute(
                     run(launch.total, (workspace, out))
             finally:
                 if event is not None:
-                    profiled.end(event)
+                    profiling.end(event)
     except RuntimeError as e:  # an allocation's: torch, which may need less, is to try or to say so
         fail(launch, None, e)
     note(launch.call)

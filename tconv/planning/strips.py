@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tconv.problem import ConvProblem
+from tconv.planning.problem import ConvProblem
 
 CHUNK = 8  # taps of a filter's row whose products with a strip are unrolled
 READ = 8  # columns that one load takes, where they are contiguous

@@ -9,7 +9,7 @@ Key = TypeVar("Key")
 Found = TypeVar("Found")
 
 
-class Kinds(dict[Key, Found]):
+class BoundedCache(dict[Key, Found]):
     """A dictionary that starts over when it is full: a program whose shapes never repeat must not fill the memory."""
 
     def __setitem__(self, key: Key, found: Found) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tconv.problem import Geometry
+from tconv.planning.problem import Geometry
 
 
 class Window(NamedTuple):

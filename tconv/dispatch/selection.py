@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from tconv.kinds import Kinds
-from tconv.ops import DTYPES
+from tconv.dispatch.operators import DTYPES
+from tconv.launching.cache import BoundedCache
 
 OPERATIONS = ("fprop", "dgrad", "wgrad")
 RANKS = (1, 2, 3)
@@ -78,15 +78,15 @@ class Choice:
     What a kind of call launches is remembered here, so that a call costs the same under every choice.
 
     Attributes:
-        forward, backward: what aten.py has worked out, by kind of call.
+        forward, backward: what dispatch/aten.py has worked out, by kind of call.
     """
 
     __slots__ = ("_selections", "backward", "forward")
 
     def __init__(self, selections: frozenset[Selection]) -> None:
         self._selections = selections
-        self.forward: Kinds[Any, Any] = Kinds()
-        self.backward: Kinds[Any, Any] = Kinds()
+        self.forward: BoundedCache[Any, Any] = BoundedCache()
+        self.backward: BoundedCache[Any, Any] = BoundedCache()
 
     def refusal(self, operation: str, rank: int, dtype: torch.dtype) -> str | None:
         """Why a call of this operation, rank and dtype is not taken, or None if it is."""
@@ -96,7 +96,7 @@ class Choice:
         return f"{operation} of rank {rank} in {dtype} is not selected by {asked}"
 
 
-_choices: Kinds[frozenset[Selection], Choice] = Kinds()
+_choices: BoundedCache[frozenset[Selection], Choice] = BoundedCache()
 
 
 def choice(selections: Iterable[Selection]) -> Choice:

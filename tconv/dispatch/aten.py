@@ -16,18 +16,19 @@ import torch
 from torch._C import DisableTorchFunction, _get_cudnn_enabled
 from torch._C import _get_fp32_precision_getter as fp32_precision
 
-from tconv import functional, launch
-from tconv.arguments import Prepared
-from tconv.dry import DRY, Dry
-from tconv.guard import PLAIN, plain
-from tconv.kinds import Kinds
-from tconv.layout import FORMATS, weight_format
-from tconv.opaque import opaque
-from tconv.ops import DTYPES
-from tconv.plan import forced
-from tconv.problem import Geometry
-from tconv.record import Call, Declined, Passing, note
-from tconv.selection import Choice, Chooser
+from tconv.dispatch import check
+from tconv.dispatch.context import PLAIN, plain
+from tconv.dispatch.dynamo import opaque
+from tconv.dispatch.operators import DTYPES
+from tconv.dispatch.selection import Choice, Chooser
+from tconv.launching import launch
+from tconv.launching.arguments import Prepared
+from tconv.launching.cache import BoundedCache
+from tconv.launching.dry_run import DRY, Dry
+from tconv.launching.memory_format import FORMATS, weight_format
+from tconv.launching.record import Call, Declined, Passing, note
+from tconv.planning.plan import forced
+from tconv.planning.problem import Geometry
 
 Parameters = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
 Mask = tuple[bool, ...]
@@ -159,7 +160,7 @@ def convolution_backward(
 
 
 def _lookup(
-    memory: Kinds[Any, Found | Call], key: Any, prepare: Callable[[Dry | None], Found | Call]
+    memory: BoundedCache[Any, Found | Call], key: Any, prepare: Callable[[Dry | None], Found | Call]
 ) -> tuple[Found | Call, bool]:
     """What a kind of call launches, or how it is left to torch, and whether it is a dry one."""
     dry = DRY.get()
@@ -245,9 +246,7 @@ def _geometry(
     if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
         raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
     weight = w
-    g = functional._examine(
-        functional.Asked(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b
-    )
+    g = check.examine(check.Asked(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b)
     backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == 3:
         try:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from tconv import cost
-from tconv import plan as planning
-from tconv.arguments import (
+from tconv.kernels.tma import tma, tma_wgrad
+from tconv.launching.arguments import (
     Prepared,
     Sides,
     numerics,
@@ -24,11 +23,12 @@ from tconv.arguments import (
     wide,
     window,
 )
-from tconv.configs import BF16X6, Access, tiles
-from tconv.device import Device
-from tconv.kernels.tma import tma, tma_wgrad
-from tconv.layout import LIMIT, Addressing
-from tconv.problem import ConvProblem
+from tconv.launching.memory_format import LIMIT, Addressing
+from tconv.planning import cost
+from tconv.planning import plan as planning
+from tconv.planning.device import Device
+from tconv.planning.problem import ConvProblem
+from tconv.planning.tiles import BF16X6, Access, tiles
 
 
 class Unfit(ValueError):

@@ -20,10 +20,10 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
-from tconv import strips
-from tconv.configs import BF16X6, BOXES, Access, Tile
-from tconv.device import Device
-from tconv.problem import ConvProblem
+from tconv.planning import strips
+from tconv.planning.device import Device
+from tconv.planning.problem import ConvProblem
+from tconv.planning.tiles import BF16X6, BOXES, Access, Tile
 
 LAUNCH = 2e-6  # seconds from one kernel's start to that of an empty next one: an estimate
 LATENCY = 1000  # cycles from asking the memory to having it, where a loop's loads are not pipelined: an estimate

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tconv.plan import Plan
-from tconv.problem import ConvProblem
+from tconv.planning.plan import Plan
+from tconv.planning.problem import ConvProblem
 
 
 class Declined(Exception):

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tconv.problem import ConvProblem, Triple
+from tconv.planning.problem import ConvProblem, Triple
 
 PHASE = 128  # pixels at least that a phase must have to be worth programs of its own
 FEW = 32  # channels per group that count as few

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch._C._profiler import _RecordFunctionFast as Event
 
-from tconv.problem import Geometry
-from tconv.record import Call
+from tconv.launching.record import Call
+from tconv.planning.problem import Geometry
 
 
 def begin_call(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Event:

@@ -16,15 +16,15 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from tconv.configs import Tile
-from tconv.dry import DRY
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.reduce import sum_splits
-from tconv.layout import Addressing, addressing, vector
-from tconv.plan import Plan, forced
-from tconv.problem import ConvProblem
-from tconv.record import Call
-from tconv.simplify import Form, Strides, simplify
+from tconv.launching.dry_run import DRY
+from tconv.launching.memory_format import Addressing, addressing, vector
+from tconv.launching.record import Call
+from tconv.planning.plan import Plan, forced
+from tconv.planning.problem import ConvProblem
+from tconv.planning.simplify import Form, Strides, simplify
+from tconv.planning.tiles import Tile
 
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 INTERPRET = isinstance(sum_splits, InterpretedFunction)  # Triton decided so when the kernels were loaded
@@ -45,10 +45,10 @@ class Prepared:
         shape, strides: of the result.
         splits: slices of a workspace that the kernel fills; 1 if it writes the result itself.
         copies: per operand that may be staged the launch that copies it to channels last first, or None; empty for none.
-        swapped: whether the kernel takes its operands, dy and x of a wgrad, in each other's place (simplify.py).
+        swapped: whether the kernel takes its operands, dy and x of a wgrad, in each other's place (planning/simplify.py).
         pointers: dtypes of what the kernel's pointers point to.
         total: the launch that adds the slices; None if there is one.
-        ready: how it is launched where it has been before (compiled.py).
+        ready: how it is launched where it has been before (launching/compiled.py).
         boxes: per pointer the (shape, strides, box) of the tensor descriptor that takes its place, or None; empty for none.
     """
 
@@ -92,7 +92,7 @@ def tensor_cores(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Sides:
-    """A pass of a problem as it is computed (simplify.py): who reads and who writes.
+    """A pass of a problem as it is computed (planning/simplify.py): who reads and who writes.
 
     Attributes:
         p: the problem computed.

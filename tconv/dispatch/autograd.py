@@ -1,4 +1,4 @@
-"""The three operations and the bias gradient as autograd's plain calls: the table of ops.py over launches of kernels.
+"""The three operations and the bias gradient as autograd's plain calls: the table of operators.py over launches of kernels.
 
 fprop and dgrad are one function here, `convolve`, since each is the other read backwards. In a context that a kernel cannot
 take part in (a functorch transform, a batched gradient, a mode, a subclass) a gradient is made of the registered operators.
@@ -13,15 +13,16 @@ import torch
 from torch._C import _get_fp32_precision_getter as fp32_precision
 from torch.compiler import is_dynamo_compiling
 
-from tconv import launch, ops
-from tconv.arguments import Prepared
-from tconv.guard import PLAIN, moment_differs, plain, same, unusual
-from tconv.layout import LIMIT, addressing
-from tconv.opaque import opaque
-from tconv.plan import forced
-from tconv.problem import Geometry
-from tconv.record import Call, Declined, Passing, note
-from tconv.window import window
+from tconv.dispatch import operators
+from tconv.dispatch.context import PLAIN, moment_differs, plain, same, unusual
+from tconv.dispatch.dynamo import opaque
+from tconv.dispatch.window import window
+from tconv.launching import launch
+from tconv.launching.arguments import Prepared
+from tconv.launching.memory_format import LIMIT, addressing
+from tconv.launching.record import Call, Declined, Passing, note
+from tconv.planning.plan import forced
+from tconv.planning.problem import Geometry
 
 MaybeTensor = torch.Tensor | None
 KEPT = 4  # layouts of gradients for which a layer's backward is worked out to be kept
@@ -57,7 +58,7 @@ class How:
 class _Again:
     """A backward that is launched again for a gradient that lies as one did before.
 
-    What may differ is compared as by repeat.py for the forward pass, and the gradients that are needed.
+    What may differ is compared as by dispatch/fast_path.py for the forward pass, and the gradients that are needed.
     """
 
     __slots__ = ("launches", "needs", "precision", "same", "transposed")
@@ -122,7 +123,7 @@ class _Convolve(torch.autograd.Function):
             return None, None, None, None
         if type(dy) not in PLAIN:
             dy = plain(dy)
-        how, needs = ctx.how, ops.wanted(ctx, ctx.needs_input_grad[:3])
+        how, needs = ctx.how, operators.wanted(ctx, ctx.needs_input_grad[:3])
         # Compiled autograd traces backward passes of eager forward ones too.
         traced, repeatable = is_dynamo_compiling(), how.left > 0
         if not traced and how.again is not None:
@@ -136,7 +137,7 @@ class _Convolve(torch.autograd.Function):
             if found is not None:
                 return *found, None
         operations = _operations(how.g, dy, x, w)
-        grads = ops.gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
+        grads = operators.gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
         if not traced and repeatable and type(operations) is _Ours and not torch.is_grad_enabled() and forced() is None:
             how.left -= 1
             how.again = _Again(how, dy, x, w, needs)
@@ -163,8 +164,8 @@ class _Wgrad(torch.autograd.Function):
         g = ctx.geometry
         if addressing(gw).reach > LIMIT:  # as a weight it is addressed in 32 bits
             gw = gw.contiguous()
-        need_y, need_x = ops.wanted(ctx, ctx.needs_input_grad[:2])
-        return ops.gradients(_operations(g, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
+        need_y, need_x = operators.wanted(ctx, ctx.needs_input_grad[:2])
+        return operators.gradients(_operations(g, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
 
 
 class _BiasGrad(torch.autograd.Function):
@@ -186,8 +187,8 @@ class _BiasGrad(torch.autograd.Function):
 apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
 
 
-def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _Ours | ops.Operators:
-    return ops.Operators(window(g)) if is_dynamo_compiling() or unusual(dy, *saved) else _Ours(g, dy)
+def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _Ours | operators.Operators:
+    return operators.Operators(window(g)) if is_dynamo_compiling() or unusual(dy, *saved) else _Ours(g, dy)
 
 
 class _Ours:
@@ -238,4 +239,4 @@ class _Ours:
         h = window(self.g)
         if name == "wgrad" and self.g.dw_channels_last is not None:
             h = h._replace(channels_last=self.g.dw_channels_last)
-        return ops.by_torch(name, a, b, None, h, why)
+        return operators.by_torch(name, a, b, None, h, why)

@@ -1,0 +1,19 @@
+"""Takes a call of PyTorch apart: whether tconv computes it, as which problem, and in which of PyTorch's contexts.
+
+A plain tensor's call goes to the kernels under autograd's own functions; torch.compile, vmap, tensor subclasses and other
+modes get registered operators; what tconv does not take goes to torch. In reading order:
+
+    context       whether a kernel may run here: plain tensors, modes, transforms, precision
+    dynamo        marks code that torch.compile must not compile
+    window        padding, stride and dilation of a call; padding and cropping around one
+    equivalents   tconv's operators in aten's
+    operators     tconv's registered operators and their gradients
+    check         what torch would accept
+    autograd      forward and backward over launches
+    fast_path     a call that repeats an earlier one
+    entry         a call of one of the six functions
+    selection     which shapes and layers `enable()` takes
+    aten          torch's own operators under `enable()`
+    scope         which modules `enable(model)` holds in
+    chain         other libraries' kernels of the same operators
+"""

@@ -1,0 +1,203 @@
+"""A call of any of the six functions: by the fast path, by our kernels, by the registered operator, or by torch.
+
+Cheap questions about context and tensors come first, then one dictionary lookup; the full examination of shapes and
+parameters (check.py) happens once per kind of call. A layer's call that repeats an earlier one has a shorter way still
+(fast_path.py). What tconv does not take goes to torch with the caller's own arguments; `tconv.last_calls()` says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
+
+from tconv.dispatch import operators
+from tconv.dispatch.check import Asked, accepted, examine, parameter
+from tconv.dispatch.context import PLAIN, STRANGE, foreign_modes, unusual
+from tconv.dispatch.dynamo import opaque
+from tconv.launching import profiling
+from tconv.launching.cache import BoundedCache
+from tconv.launching.dry_run import DRY
+from tconv.launching.record import Call, Declined, note
+from tconv.planning.problem import Geometry
+
+INTERPRETED = operators.interpreted()  # a plain flag, for torch.compile to read
+# The functions of tconv.functional by rank, forward and transposed, which put themselves here: torch.fx's graphs call them.
+PUBLIC: tuple[dict[int, Callable[..., torch.Tensor]], dict[int, Callable[..., torch.Tensor]]] = ({}, {})
+geometries: BoundedCache[Any, Geometry | str] = BoundedCache()  # of calls that were examined, or why they are not taken
+# (id of weight, of bias, shape of input) -> fast_path.Repeat, which checks all: ids may be used again.
+repeats: BoundedCache[Any, Any] = BoundedCache()
+
+
+def kernels_for(device: str) -> Any:
+    """The kernels' side of the house, imported late, for tensors on that type of device; else Declined."""
+    why = operators.unavailable(device)
+    if why:
+        raise Declined(why)
+    from tconv.dispatch import fast_path
+
+    return fast_path
+
+
+def convolve(
+    transposed: bool,
+    rank: int,
+    x: Any,
+    w: Any,
+    b: Any,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: Any,
+    dilation: Any,
+) -> torch.Tensor | None:
+    """Any of the six convolutions by our kernels, or None where torch is to take the call (recorded, with the reason).
+
+    Args:
+        transposed, rank: which of the six.
+        others: as torch takes them.
+    """
+    if is_dynamo_compiling():
+        return _operator(Asked(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
+    try:
+        if type(x) in PLAIN and DRY.get() is None:
+            try:
+                seen = repeats.get((id(w), id(b), x.shape))
+            except TypeError:  # symbolic extents have no hash
+                seen = None
+            except RuntimeError:  # a nested tensor has no shape
+                raise Declined(STRANGE) from None
+            if seen is not None:
+                y: torch.Tensor | None = seen.again(
+                    transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation
+                )
+                if y is not None:
+                    return y
+        return _convolve(Asked(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
+    except Declined as e:
+        note(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
+        return None
+
+
+@opaque
+def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
+    tensors: tuple[Any, ...] = (x, w) if b is None else (x, w, b)
+    for t in tensors:
+        if isinstance(t, Proxy):
+            return _traced(t.tracer, asked, x, w, b)
+        if not isinstance(t, torch.Tensor):
+            raise Declined(f"a {type(t).__name__} where a tensor was expected")
+        if type(t) not in PLAIN and not type(t).__module__.startswith("torch."):  # whose methods are the user's
+            raise Declined(f"a tensor subclass, {type(t).__name__}")
+    dry = DRY.get()
+    device = "cuda" if dry and dry.device else x.device.type
+    fast_path = kernels_for(device)
+    why = unusual(*tensors)
+    if why and not (dry and dry.device):
+        found = _operator(asked, x, w, b)
+        if found is not None:
+            return found
+    if why:
+        raise Declined(why)
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        tensors = operators.lower(device, *tensors)
+        x, w, b = tensors if b is not None else (*tensors, None)
+    transposed, rank, stride, padding, output_padding, groups, dilation = asked
+    if type(groups) is not int:  # True and 1.0 equal 1, as keys too
+        raise Declined(f"groups={groups!r}")
+    stride, output_padding, dilation = parameter(stride), parameter(output_padding), parameter(dilation)
+    padding = padding if type(padding) is str else parameter(padding)
+    try:
+        key = (
+            transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
+            None if b is None else (b.shape, b.stride(), b.dtype, b.device),
+            stride, padding, output_padding, groups, dilation, rank,
+        )  # fmt: skip
+    except RuntimeError:  # one of them is nested
+        raise Declined(STRANGE) from None
+    known = geometries.get(key)
+    if known is None:
+        try:
+            known = examine(asked, x, w, b)
+        except Declined as e:
+            known = str(e)
+        geometries[key] = known
+    if isinstance(known, str):
+        raise Declined(known)
+    batched = x.dim() == rank + 2
+    if dry:
+        known = dataclasses.replace(known, dry=True, device=dry.device)
+    elif batched and not autocast and fast_path.possible(asked, *tensors):
+        repeats[id(w), id(b), x.shape] = fast_path.Repeat(asked, known, x, w, b)
+    x = x if batched else x.unsqueeze(0)
+    event = profiling.begin_call(transposed, known, x, w, b) if profiler._is_profiler_enabled and not dry else None
+    try:
+        y: torch.Tensor = fast_path.autograd.convolve(transposed, x, w, b, known)
+    finally:
+        if event is not None:
+            profiling.end(event)
+    return y if batched else y.squeeze(0)
+
+
+def _operator(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor | None:
+    """By the registered operator, which every context of torch understands; None where torch's own is to be called.
+
+    Nothing is asked here that torch.compile could not trace or that would bind a graph to one size.
+    """
+    tensors = (x, w) if b is None else (x, w, b)
+    for t in tensors:
+        if not isinstance(t, torch.Tensor) or not _understood(t):
+            return None
+    device = x.device.type
+    if device != "cuda" and not (device == "cpu" and INTERPRETED):
+        return None
+    if torch._C._len_torch_function_stack() and not is_dynamo_compiling() and foreign_modes():
+        return None
+    if not is_dynamo_compiling() and _exporting_to_onnx():  # which knows aten's operators alone
+        return None
+    tracing = None if is_dynamo_compiling() else torch._C._get_tracing_state()
+    if tracing:  # torch.jit.trace would take the extents that are asked for below for the graph's
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        autocast = torch.is_autocast_enabled(device)
+        h = accepted(asked, x, w, b, autocast)
+    except Declined:
+        return None
+    finally:
+        if tracing:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+    if not is_dynamo_compiling() and torch._C._len_torch_dispatch_stack():
+        operators.count_flops()  # as the operator's autograd does, which inference_mode passes over
+    run: Any = torch.ops.tconv.dgrad if asked.transposed else torch.ops.tconv.fprop
+    batched = x.dim() == asked.rank + 2
+    y: torch.Tensor = run(x if batched else x.unsqueeze(0), w, b, *h)
+    return y if batched else y.squeeze(0)
+
+
+def _exporting_to_onnx() -> bool:
+    onnx = sys.modules.get("torch.onnx")  # loaded by whoever exports
+    return onnx is not None and bool(onnx.is_in_onnx_export())
+
+
+def _traced(tracer: Any, asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
+    """What stands in for the result where torch.fx traces: a call of the public function."""
+    transposed, rank, stride, padding, output_padding, groups, dilation = asked
+    how = (stride, padding, output_padding, groups, dilation) if transposed else (stride, padding, dilation, groups)
+    call: torch.Tensor = tracer.create_proxy("call_function", PUBLIC[transposed][rank], (x, w, b, *how), {})
+    return call
+
+
+def _understood(t: torch.Tensor) -> bool:
+    """Whether a tensor is dense, and of torch's own making: another subclass may know aten's operators alone."""
+    return (
+        (type(t) in PLAIN or type(t).__module__.startswith("torch._subclasses"))
+        and t.layout is torch.strided
+        and not t.is_nested
+    )

@@ -1,0 +1,17 @@
+"""Turns a plan into launches of kernels, and keeps what it worked out.
+
+What a launch needs besides its pointers is worked out once per kind of call; later calls of that kind allocate the result and
+launch. In reading order:
+
+    record          what is told to `last_calls()`: a call, its plan, or why torch computed it
+    cache           a dictionary that forgets the oldest entry
+    dry_run         calls that are planned and recorded but not computed
+    profiling       events for torch.profiler
+    memory_format   strides: channels_last or not, dimensions that can be merged, offsets beyond 32 bits
+    arguments       the arguments of a kernel, and what may be promised of them
+    tma             operands that the tensor memory accelerator brings
+    prepare         a plan and its operands as a launch
+    compiled        launches a kernel, directly from the second time on; knows what is compiled and what failed
+    launch          fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
+    variants        every kernel variant that the planner can choose, for scripts/codegen.py
+"""

@@ -11,7 +11,7 @@ pieces alone, each called as the layer calls it; what a piece adds to the ones w
 numbers are rough.
 
 The override's table is torch.nn's layer with and without `tconv.enable()`, in turn. Our side of a difference has all of the
-Python and the launches (one forward, three backward), torch's has its real kernels; a call left to torch pays for the detour.
+Python and the launches (one forward, three backward), torch's has its real kernels; a call that falls back to torch pays for the detour.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import tconv
 from bench import stub
 from bench.record import machine
 from tconv.dispatch import autograd, entry
-from tconv.dispatch.context import unusual
+from tconv.dispatch.context import why_ineligible
 from tconv.launching import compiled, launch
-from tconv.launching.record import note
+from tconv.launching.record import record_call
 
 BATCHES, CALLS = 25, 200
 
@@ -99,7 +99,7 @@ def override() -> dict[str, dict[str, float]]:
         "forward, no_grad": without_grad(layer, x),
         "forward, weight gradient recorded": lambda: layer(x),
         "forward and backward, x, w and b": with_backward(layer, x),
-        "forward, left to torch (integers)": without_grad(lambda x: torch.conv2d(x, whole), x.long()),
+        "forward, fallback to torch (integers)": without_grad(lambda x: torch.conv2d(x, whole), x.long()),
         "forward, another device's (meta)": without_grad(elsewhere, x.to("meta")),
     }
     around = {"off": contextlib.nullcontext, "on": tconv.enabled}
@@ -115,9 +115,9 @@ def breakdown() -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
     layer, up = tconv.Conv2d(1, 1, 1), torch.ones(1, 1, 4, 4)
     x, w, b = leaves = torch.randn(1, 1, 4, 4, requires_grad=True), layer.weight, layer.bias
     call = (False, 2, x, w, b, layer.stride, layer.padding, 0, layer.groups, layer.dilation)
-    entry.repeats.clear()
+    entry.fast_paths.clear()
     torch.autograd.grad(layer(x), leaves, up)
-    (seen,) = entry.repeats.values()
+    (seen,) = entry.fast_paths.values()
     geometry, prepared = seen.how.g, seen.how.prepared
     y = launch.convolve(prepared, x, w, b, False)
 
@@ -129,7 +129,7 @@ def breakdown() -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
             "function": lambda: autograd.apply_convolve(x, w, b, seen.how),
             "run": lambda: launch.convolve(prepared, x, w, b, False),
             "allocate": lambda: x.new_empty_strided(prepared.shape, prepared.strides),
-            "note": lambda: note(prepared.call),
+            "note": lambda: record_call(prepared.call),
             "launch": lambda: compiled.run(prepared, (x, w, b, y)),
             "Triton's launch": lambda: compiled._by_triton(prepared, (x, w, b, y)),
             "both": lambda: torch.autograd.grad(layer(x), leaves, up),
@@ -138,7 +138,7 @@ def breakdown() -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
     with torch.no_grad():  # as autograd runs a backward
         backward = microseconds(
             {
-                "guard": lambda: unusual(up, x, w),
+                "guard": lambda: why_ineligible(up, x, w),
                 "dgrad": lambda: autograd.convolve(True, up, w, None, geometry),
                 "wgrad": lambda: autograd.wgrad(up, x, geometry),
                 "bias": lambda: autograd.bias_grad(up, geometry),

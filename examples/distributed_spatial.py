@@ -96,9 +96,11 @@ def main() -> None:
         torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-9)
     left = [str(call) for call in calls if not call.ours]
     if left:
-        raise SystemExit("left to torch:\n" + "\n".join(left))
+        raise SystemExit("fell back to torch:\n" + "\n".join(left))
     if dist.get_rank() == 0:
-        print(f"depth {depth} cut at {cuts}: parameters as of one process; {len(calls)} passes by tconv, none left to torch")
+        print(
+            f"depth {depth} cut at {cuts}: parameters as of one process; {len(calls)} passes by tconv, none by fallback to torch"
+        )
     dist.destroy_process_group()
 
 

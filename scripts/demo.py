@@ -6,7 +6,7 @@ grouped, depthwise, pointwise, dilated and transposed convolutions, in one, two 
 
 Rounding is all that may differ between the two, so the yardstick is rounding itself: a third run, torch.nn in float64,
 says how far fp32 takes torch.nn from the exact course of the training, and tconv may stray that far from torch.nn, times
-TOLERANCE. Exit status 1 where it strays further, or where any call was left to torch.
+TOLERANCE. Exit status 1 where it strays further, or where any call fell back to torch.
 """
 
 from __future__ import annotations
@@ -372,11 +372,11 @@ def main() -> int:
     print(f"largest parameter difference, torch.nn and tconv: {absolute:.1e}, {relative:.1e} of the largest parameter")
     print(f"largest loss difference, torch.nn and tconv: {apart:.1e}, tolerance {tolerance:.1e}")
     print(f"  ({TOLERANCE} times what rounding alone moves torch.nn's losses, its distance from float64; at least {FLOOR:.0e})")
-    print(f"\n{kernels_that_ran(calls)}\n\ncalls and layers left to torch: {left.total()}")
+    print(f"\n{kernels_that_ran(calls)}\n\nfallbacks to torch, of calls and layers: {left.total()}")
     print("".join(f"  {count} x {reason}\n" for reason, count in left.items()), end="")
     print(f"\npicture: {arguments.out}\ntook {time.perf_counter() - start:.0f} s")
     if left or not calls or not apart <= tolerance:  # not <=: a loss may be no number
-        print("FAILED: " + ("a call was left to torch" if left or not calls else "the losses differ by more than rounding"))
+        print("FAILED: " + ("a call fell back to torch" if left or not calls else "the losses differ by more than rounding"))
         return 1
     return 0
 

@@ -43,7 +43,7 @@ MARK = "answer: "  # before what a process says
 LIMIT = 300  # seconds; torchao takes up to a hundred where a batch norm is left, all others less than forty, by all ways
 LEGEND = f"""\
 "Same" is torch.nn's answer; where it is another, what differs is shown. The number behind it counts the launches by tconv's
-kernels while the tool worked, and the calls that were left to torch.
+kernels while the tool worked, and the calls that fell back to torch.
 
 Where the answer after `replace_` differs, the last column has what was then done and gave torch.nn's answer. Most of these
 tools look for torch.nn's very classes, and `{RESTORED}` gives them to the model for the length of a block. What a

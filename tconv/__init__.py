@@ -5,7 +5,7 @@
     enable, disable, enabled          the same of every convolution of the process, or made in one model, that runs on a GPU
     is_enabled                        whether that holds
     Conv2d and its likes, functional  layers and functions to be written where they are wanted
-    last_calls, recording, explain    what ran, or would run, and why; what was left to torch, and why
+    last_calls, recording, explain    what ran, or would run, and why; what fell back to torch, and why
     precompile                        compiles ahead what a model will launch
     decompositions                    tconv's operators in aten's, for graphs that are to hold those alone
     force, Tile                       plans by hand, for tests and measurements

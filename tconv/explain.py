@@ -14,7 +14,7 @@ NONE = "no call of tconv: make the layers tconv's by replace_, or all convolutio
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: one `Call` per pass, or per call left to torch. Printing it gives a line each.
+    """What `explain` found: one `Call` per pass, or per call that falls back to torch. Printing it gives a line each.
 
     Attributes:
         calls: in the order in which they were, or would be, made.

@@ -24,7 +24,7 @@ from tconv.dispatch import chain, entry, scope
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.selection import EVERYTHING, Choice, Selection, choice, select
 from tconv.launching.cache import BoundedCache
-from tconv.launching.record import Declined
+from tconv.launching.record import Fallback
 
 MADE_BY = ("convolution", "_convolution", "convolution_backward")  # the operators of which autograd makes nodes
 DYNAMO = os.path.join("torch", "_dynamo")
@@ -207,7 +207,7 @@ class _Layer(chain.Layer):
         for device in ("cuda", "cpu"):
             try:
                 kernels |= _kernels(self, device)
-            except Declined as e:
+            except Fallback as e:
                 reasons.append(str(e))
         self.empty = not kernels
         super().__init__(kernels)
@@ -248,7 +248,7 @@ class _Layer(chain.Layer):
 def _kernels(layer: _Layer, device: str) -> dict[tuple[str, str], Any]:
     """Our kernels for a device, by operator and dispatch key."""
     if device == "cuda" and not torch.cuda._is_compiled():
-        raise Declined("this torch is built without GPUs")
+        raise Fallback("this torch is built without GPUs")
     entry.kernels_for(device)
     from tconv.dispatch import aten
 

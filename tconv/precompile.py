@@ -34,7 +34,7 @@ class Precompiled:
         compiled: kernels compiled now.
         found: kernels that Triton's cache held already.
         failed: those that could not be compiled, or not be loaded on the GPU, each with its error.
-        left: calls that tconv leaves to torch, each with its reason.
+        left: calls that fall back to torch, each with its reason.
     """
 
     compiled: int = 0
@@ -44,7 +44,7 @@ class Precompiled:
 
     def __str__(self) -> str:
         failed = f", {len(self.failed)} failed" if self.failed else ""
-        left = f", {len(self.left)} calls left to torch" if self.left else ""
+        left = f", {len(self.left)} calls that fall back to torch" if self.left else ""
         return f"{self.compiled} kernels compiled, {self.found} already there{failed}{left}"
 
 
@@ -177,7 +177,7 @@ def _target(name: Any) -> tuple[tuple[Any, ...], Device]:
 def rehearse(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, backward: bool = True
 ) -> tuple[list[Any], tuple[str, ...]]:
-    """The launches that a model's call and its backward would make on a device, and the calls left to torch."""
+    """The launches that a model's call and its backward would make on a device, and the calls that fall back to torch."""
     from tconv.launching.launch import collecting
 
     with collecting() as launches:

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import tconv
 from bench import stub
 from tconv.launching import compiled, launch
-from tconv.launching.record import Declined
+from tconv.launching.record import Fallback
 
 launched: list[tuple[Any, ...]] = []  # what C would have been told
 by_triton: list[str] = []  # names of the kernels that Triton's dispatch has launched
@@ -186,7 +186,7 @@ def guards() -> None:
     p.kernel.device_caches.clear()
     with knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = lambda **_: True
-        with pytest.raises(Declined, match="a hook of Triton's"), pytest.warns(UserWarning, match="a hook of Triton's"):
+        with pytest.raises(Fallback, match="a hook of Triton's"), pytest.warns(UserWarning, match="a hook of Triton's"):
             compiled.run(p, tensors)
 
 

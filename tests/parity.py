@@ -82,7 +82,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 def assert_ours(calls: list[tconv.Call], *operations: str) -> None:
     """tconv's kernels did all the work, each of these passes and no other, and torch none."""
     left = "; ".join(str(call) for call in calls if not call.ours)
-    assert not left, f"left to torch: {left}"
+    assert not left, f"fell back to torch: {left}"
     done = sorted(call.operation for call in calls)
     assert done == sorted(operations), f"ran {done}, not {sorted(operations)}"
 

@@ -258,7 +258,7 @@ def test_flags(device):
 
 
 def test_explicit_layers_and_the_override(device):
-    """What a layer of tconv's leaves to torch is ours again."""
+    """Where a layer of tconv's falls back to torch, the override takes the call."""
     layer, x = tconv.Conv2d(4, 6, 3).to(device), torch.randn(2, 4, 5, 5, device=device)
     with tconv.enabled(), tconv.recording() as calls:
         y = layer(x.as_subclass(Kept))

@@ -70,7 +70,7 @@ def net(device):
 
 
 def forward(function, *args):
-    """The result and the passes that were ours, none being left to torch."""
+    """The result and the passes that were ours, without a fallback to torch."""
     with tconv.recording() as calls:
         y = function(*args)
     assert all(call.ours for call in calls), [str(call) for call in calls]

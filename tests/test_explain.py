@@ -1,4 +1,4 @@
-"""What explain and the record of calls say is what happens, and nothing is left to torch without a word."""
+"""What explain and the record of calls say is what happens, and nothing falls back to torch without a word."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_recordings_nest_and_end(device):
     assert (len(outer), len(inner)) == (3, 1)
 
 
-# --- what is left to torch, and why ---
+# --- what falls back to torch, and why ---
 
 
 def conv(x, w):

@@ -42,7 +42,7 @@ WAYS = ["enable", "layer", "function"]
 def _fresh(monkeypatch):
     for name in ("_failed", "_warned"):
         monkeypatch.setattr(compiled, name, type(getattr(compiled, name))())
-    monkeypatch.setattr(entry, "repeats", {})
+    monkeypatch.setattr(entry, "fast_paths", {})
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_passing_error_costs_its_call(way, error, device, failing):
         assert not any(call.ours for call in calls)
         assert f" failed: {type(error).__name__}: {error}" in calls[0].reason
         assert bool(said) == (attempt == 0), "each kernel is warned of once"
-        assert all(text.startswith("tconv leaves a call to torch, and will try the next: ") for text in said)
+        assert all(text.startswith("tconv falls back to torch for one call, and will try again at the next: ") for text in said)
     assert compiled._failed == {}
     now.undo()
     assert_all_ours(way)
@@ -111,7 +111,7 @@ def test_an_error_that_would_come_again_is_remembered(way, error, device, failin
     assert not any(call.ours for call in calls)
     assert said
     assert len(said) == len(compiled._failed)
-    assert all(text.startswith("tconv leaves calls to torch whose kernel failed: ") for text in said)
+    assert all(text.startswith("tconv falls back to torch for every call whose kernel failed: ") for text in said)
     now.undo()
     again, said = way.check()
     assert (again[0].ours, again[0].reason) == (False, calls[0].reason)
@@ -273,7 +273,7 @@ def copies(monkeypatch):
     gc.enable()
 
 
-@pytest.mark.filterwarnings("ignore:tconv leaves a call to torch")
+@pytest.mark.filterwarnings("ignore:tconv falls back to torch")
 def test_the_overrides_copies_are_gone_when_torch_takes_a_call(device, copies):
     x, w, b = (t.detach() for t in tensors(device))
     taken, everything = [], types.SimpleNamespace(chosen=selection.choice([selection.EVERYTHING]))
@@ -290,7 +290,7 @@ def test_the_overrides_copies_are_gone_when_torch_takes_a_call(device, copies):
     assert taken == [True, True]
 
 
-@pytest.mark.filterwarnings("ignore:tconv leaves a call to torch")
+@pytest.mark.filterwarnings("ignore:tconv falls back to torch")
 def test_a_layers_copies_are_gone_when_torch_takes_a_call(device, copies, monkeypatch):
     taken, by_torch = [], operators.by_torch
 
@@ -317,7 +317,7 @@ def repeated(device):
     way = Way("layer", device)
     for _ in range(3):
         assert_all_ours(way)
-    (seen,) = entry.repeats.values()
+    (seen,) = entry.fast_paths.values()
     assert seen.how.again is not None
     return way, seen.how
 

@@ -57,7 +57,7 @@ def captured(monkeypatch):
     """As if a graph were being captured and nothing had been compiled; a context in which something can be."""
     monkeypatch.setattr(compiled, "_known", set())
     monkeypatch.setattr(launch, "_prepared", {})
-    monkeypatch.setattr(entry, "repeats", {})
+    monkeypatch.setattr(entry, "fast_paths", {})
     monkeypatch.setattr(compiled, "capturing", lambda device: True)
     compiled._warned.clear()
     return monkeypatch
@@ -90,7 +90,7 @@ def test_a_capture_leaves_what_is_not_compiled_to_torch(name, device, captured):
         parity.assert_same(gradients[key], value, key, weight=True)
 
 
-@pytest.mark.filterwarnings("ignore:tconv leaves calls to torch")
+@pytest.mark.filterwarnings("ignore:tconv falls back to torch")
 @pytest.mark.parametrize("name", CAPTURED)
 def test_a_backward_in_a_capture_leaves_what_is_not_compiled_to_torch(name, device, captured):
     args, more, shape = CAPTURED[name]
@@ -113,7 +113,7 @@ def test_a_backward_in_a_capture_leaves_what_is_not_compiled_to_torch(name, devi
         torch.testing.assert_close(gradients[key], value, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.filterwarnings("ignore:tconv leaves calls to torch")
+@pytest.mark.filterwarnings("ignore:tconv falls back to torch")
 def test_what_a_capture_leaves_to_torch_copies_nothing_first(device, captured):
     captured.setattr(launch, "to_channels_last", lambda copy, t: pytest.fail("a copy that nobody reads"))
     layer, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 5, 6, device=device, requires_grad=True)
@@ -134,7 +134,7 @@ def test_a_capture_takes_what_is_not_aligned(forced, device, captured):
     assert [c.ours for c in calls] == [True, True]
 
 
-@pytest.mark.filterwarnings("ignore:tconv leaves calls to torch")
+@pytest.mark.filterwarnings("ignore:tconv falls back to torch")
 def test_gradients_of_gradients_in_a_capture(device, captured):
     x, w = (torch.randn(s, device=device, dtype=torch.float64).requires_grad_() for s in ((2, 3, 6), (4, 3, 3)))
     assert torch.autograd.gradcheck(lambda x, w: tconv.functional.conv1d(x, w, padding=1), (x, w))
@@ -297,7 +297,10 @@ def test_bad_input_to_precompile():
     assert out[4] == "ValueError precompile: jobs must be a positive int or None, got 0"
     assert out[5] == "ValueError precompile: jobs must be a positive int or None, got 1.5"
     assert out[6].startswith("RuntimeError precompile: the model does not run on meta tensors: RuntimeError: ")
-    assert out[7:] == ["0 kernels compiled, 0 already there", "0 kernels compiled, 0 already there, 1 calls left to torch"]
+    assert out[7:] == [
+        "0 kernels compiled, 0 already there",
+        "0 kernels compiled, 0 already there, 1 calls that fall back to torch",
+    ]
 
 
 def test_a_kernel_that_does_not_compile_is_named_and_the_others_go_on(tmp_path):

@@ -235,7 +235,7 @@ def test_nothing_is_kept_without_bound(device, monkeypatch):
     for n in range(1, 9):
         TF.conv1d(torch.randn(1, 2, n, device=device), w)
         assert len(entry.geometries) <= 3
-        assert 1 <= len(entry.repeats) <= 3
+        assert 1 <= len(entry.fast_paths) <= 3
         assert len(launch._prepared) <= 3
 
 

@@ -13,7 +13,7 @@ import tconv
 from tconv.dispatch import autograd, entry
 from tconv.launching import launch, variants
 from tconv.launching.dry_run import dry_run
-from tconv.launching.record import Declined
+from tconv.launching.record import Fallback
 from tconv.planning.tiles import Tile
 from tests import parity
 
@@ -31,7 +31,7 @@ class Forgetful(dict):
         pass
 
 
-class Passing(TorchFunctionMode):
+class TransientFallback(TorchFunctionMode):
     """A mode that changes nothing."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -128,7 +128,7 @@ CHANGES = {
     "jit tracing": lambda layer, x: torch.jit.trace(layer, (x,), check_trace=False)(x),
     "fx tracing": lambda layer, x: torch.fx.symbolic_trace(layer)(x),
     "a dispatch mode": within(lambda x: FlopCounterMode(display=False)),
-    "a function mode": within(lambda x: Passing()),
+    "a function mode": within(lambda x: TransientFallback()),
     "a default device": within(lambda x: torch.device(x.device)),
     "autocast": within(lambda x: torch.autocast(x.device.type, torch.bfloat16)),
     "autocast elsewhere": within(lambda x: torch.autocast("cuda" if x.device.type == "cpu" else "cpu", torch.bfloat16)),
@@ -189,7 +189,7 @@ def test_a_change_is_noticed(name, device, monkeypatch):
     warm = tconv.Conv2d(3, 3, 3, device=device)
     cold, x = copy.deepcopy(warm), torch.randn(2, 3, 6, 6, device=device)
     with monkeypatch.context() as m:
-        m.setattr(entry, "repeats", Forgetful())
+        m.setattr(entry, "fast_paths", Forgetful())
         expected, record = observed(CHANGES[name], cold, x)
     warm(x)
     got, again = observed(CHANGES[name], warm, x)
@@ -205,11 +205,11 @@ def test_a_change_is_noticed(name, device, monkeypatch):
 
 def test_the_flag_for_tf32_is_noticed(device):
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device)
-    entry.repeats.clear()
+    entry.fast_paths.clear()
     for tf32 in (True, False, True):
         with variants.float32_precision(tf32):
             layer(x)
-            (seen,) = entry.repeats.values()
+            (seen,) = entry.fast_paths.values()
             assert seen.precision == ("tf32" if tf32 else "ieee")
 
 
@@ -313,7 +313,7 @@ BACKWARD = {
     "batched gradients": lambda y, leaves, dy: grad(y, leaves, torch.stack([dy, 2 * dy]), is_grads_batched=True),
     "a second derivative": second_derivative,
     "a dispatch mode": backward_within(lambda dy: FlopCounterMode(display=False)),
-    "a function mode": backward_within(lambda dy: Passing()),
+    "a function mode": backward_within(lambda dy: TransientFallback()),
     "autocast": backward_within(lambda dy: torch.autocast(dy.device.type, torch.bfloat16)),
     "a forced plan": backward_within(lambda dy: tconv.force(tile=TILE)),
     "another precision": backward_within(lambda dy: variants.float32_precision(True)),
@@ -339,10 +339,10 @@ def test_a_change_is_noticed_in_backward(name, device, monkeypatch):
             for _ in range(2):
                 trained(cold, x, grad)
             expected, record = observed(lambda layer, x: trained(layer, x.detach().requires_grad_(), BACKWARD[name]), cold, x)
-        entry.repeats.clear()
+        entry.fast_paths.clear()
         for _ in range(3):
             trained(warm, x, grad)
-        (seen,) = entry.repeats.values()
+        (seen,) = entry.fast_paths.values()
         assert seen.how.again is not None
         got, again = observed(lambda layer, x: trained(layer, x.detach().requires_grad_(), BACKWARD[name]), warm, x)
     assert again == record
@@ -375,20 +375,20 @@ def test_a_repeated_backward_takes_the_short_way(name, bias, device, monkeypatch
     assert len(short) == (4 if bias else 3)
 
 
-@pytest.mark.filterwarnings("ignore:tconv leaves calls to torch")
+@pytest.mark.filterwarnings("ignore:tconv falls back to torch")
 def test_a_kernel_that_fails_is_not_tried_again_and_again(device, monkeypatch):
     """Else the other gradients would be computed twice in every step."""
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
-    entry.repeats.clear()
+    entry.fast_paths.clear()
     for _ in range(3):
         right = trained(layer, x, grad)
-    (seen,) = entry.repeats.values()
+    (seen,) = entry.fast_paths.values()
     launches, run = [], launch.run
 
     def failing(prepared, pointers):
         launches.append(prepared.call.operation)
         if prepared.call.operation == "wgrad":
-            raise Declined("it fails")
+            raise Fallback("it fails")
         run(prepared, pointers)
 
     monkeypatch.setattr(launch, "run", failing)
@@ -403,10 +403,10 @@ def test_a_kernel_that_fails_is_not_tried_again_and_again(device, monkeypatch):
 def test_layouts_that_keep_changing_are_not_kept_for_ever(device):
     """A new layout costs what comparing costs, a few times only."""
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
-    entry.repeats.clear()
+    entry.fast_paths.clear()
     layer(x)
     for i in range(2 * autograd.KEPT):
         dy = torch.ones(2, 3, 4, 4, device=device)
         grad(layer(x), x, dy if i % 2 else dy.to(memory_format=torch.channels_last))
-    (seen,) = entry.repeats.values()
+    (seen,) = entry.fast_paths.values()
     assert seen.how.left == 0

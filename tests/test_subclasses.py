@@ -122,12 +122,12 @@ def test_one_class_per_class_while_it_is_used():
     first, second, further = (tconv.replace_(c(3, 4, 1)) for c in [third_party.Documented] * 2 + [third_party.Further])
     assert type(first) is type(second) is not type(further)
 
-    class Passing(nn.Conv1d):
+    class TransientFallback(nn.Conv1d):
         pass
 
-    layer = tconv.replace_(Passing(1, 1, 1))
-    classes = weakref.ref(type(layer)), weakref.ref(Passing)
-    del layer, Passing
+    layer = tconv.replace_(TransientFallback(1, 1, 1))
+    classes = weakref.ref(type(layer)), weakref.ref(TransientFallback)
+    del layer, TransientFallback
     for _ in range(2):  # the derived class, then what it came from
         gc.collect()
     assert [ref() for ref in classes] == [None, None]

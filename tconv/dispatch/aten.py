@@ -26,7 +26,7 @@ from tconv.launching.arguments import Prepared
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY, Dry
 from tconv.launching.memory_format import FORMATS, weight_format
-from tconv.launching.record import Call, Declined, Passing, note
+from tconv.launching.record import Call, Fallback, TransientFallback, record_call
 from tconv.planning.plan import forced
 from tconv.planning.problem import Geometry
 
@@ -80,7 +80,7 @@ def convolution(
                 x, w, b = plain(x), plain(w), None if b is None else plain(b)
             dtype = x.dtype
             if dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
-                raise Declined(f"allow_tf32={allow_tf32}, the process's setting being another")  # from a traced graph
+                raise Fallback(f"allow_tf32={allow_tf32}, the process's setting being another")  # from a traced graph
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
             key = dtype if dtype not in DTYPES else (
                 transposed, x.shape, x.stride(), dtype, x.device, x.data_ptr() & 15,
@@ -92,9 +92,9 @@ def convolution(
             )
             if not isinstance(found, Call):
                 return launch.convolve(found, x, w, b, dry)
-    except Declined as e:
+    except Fallback as e:
         found = _left("_convolution", e)
-    note(found)
+    record_call(found)
     return torchs(
         keys, x, w, b, stride, padding, dilation, transposed, output_padding, groups,
         benchmark, deterministic, cudnn_enabled, allow_tf32,
@@ -142,7 +142,7 @@ def convolution_backward(
             )
             if type(found) is tuple:
                 return launch.gradients(found, transposed, dy, x, w, dry)
-    except Declined as e:
+    except Fallback as e:
         found = _left("convolution_backward", e)
     if isinstance(found, Parts):
         ours, others = (
@@ -153,7 +153,7 @@ def convolution_backward(
         )
         dx, dw, db = (a if mine else b for a, b, mine in zip(ours, others, found.ours, strict=True))
         return dx, dw, db
-    note(found)
+    record_call(found)
     return torchs(
         keys, dy, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask
     )  # fmt: skip
@@ -162,7 +162,7 @@ def convolution_backward(
 def _lookup(
     memory: BoundedCache[Any, Found | Call], key: Any, prepare: Callable[[Dry | None], Found | Call]
 ) -> tuple[Found | Call, bool]:
-    """What a kind of call launches, or how it is left to torch, and whether it is a dry one."""
+    """What a kind of call launches, or how it falls back to torch, and whether it is a dry one."""
     dry = DRY.get()
     if dry or forced() is not None:
         return prepare(dry), dry is not None
@@ -172,7 +172,7 @@ def _lookup(
     return found, False
 
 
-def _left(operator: str, why: Declined) -> Call:
+def _left(operator: str, why: Fallback) -> Call:
     return Call(f"aten::{operator}", None, None, str(why))
 
 
@@ -188,11 +188,11 @@ def _prepare_forward(
     try:
         why = _refusal(chosen, "dgrad" if transposed else "fprop", x, w)
         if why:
-            raise Declined(why)
+            raise Fallback(why)
         g = _geometry(transposed, x, w, b, parameters, dry)
-    except Passing:  # not to be remembered
+    except TransientFallback:  # not to be remembered
         raise
-    except Declined as e:
+    except Fallback as e:
         return _left("_convolution", e)
     return launch.convolution(transposed, g, x, w, b)
 
@@ -220,15 +220,15 @@ def _prepare_backward(
         if any(refused) and any(ours):
             return Parts(tuple(ours), tuple(map(bool, refused)))
         for why in filter(None, refused):
-            raise Declined(why)
+            raise Fallback(why)
         g = _geometry(transposed, x, w, None, parameters, dry)
         if dy.shape != g.problem.shape("x" if transposed else "y") or dy.dtype != x.dtype or dy.device != x.device:
-            raise Declined("an output's gradient that does not fit the layer")
+            raise Fallback("an output's gradient that does not fit the layer")
         if mask[2] and bias_sizes != (dy.shape[1],):
-            raise Declined("a bias that does not fit the layer")
-    except Passing:
+            raise Fallback("a bias that does not fit the layer")
+    except TransientFallback:
         raise
-    except Declined as e:
+    except Fallback as e:
         return _left("convolution_backward", e)
     return launch.backward(transposed, g, dy, x, w, mask)
 
@@ -242,9 +242,9 @@ def _geometry(
     """
     stride, padding, output_padding, groups, dilation = parameters
     if x.dtype not in DTYPES:  # which is all that is known of such a call
-        raise Declined(f"dtype {x.dtype}")
+        raise Fallback(f"dtype {x.dtype}")
     if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
-        raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
+        raise Fallback(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
     weight = w
     g = check.examine(check.Asked(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b)
     backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
@@ -252,7 +252,7 @@ def _geometry(
         try:
             x, w = x.contiguous().unsqueeze(2), w.unsqueeze(2)
         except RuntimeError as e:  # no memory for a copy
-            raise Passing(f"{type(e).__name__}: {e}") from e
+            raise TransientFallback(f"{type(e).__name__}: {e}") from e
     format = torch._C._conv_determine_backend_memory_format(x, w, backend)
     channels_last = format == FORMATS[x.dim()]
     of_weight = weight_format(weight, channels_last)

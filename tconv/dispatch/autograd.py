@@ -14,13 +14,13 @@ from torch._C import _get_fp32_precision_getter as fp32_precision
 from torch.compiler import is_dynamo_compiling
 
 from tconv.dispatch import operators
-from tconv.dispatch.context import PLAIN, moment_differs, plain, same, unusual
+from tconv.dispatch.context import PLAIN, global_state_differs, plain, tensor_guard, why_ineligible
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.window import window
 from tconv.launching import launch
 from tconv.launching.arguments import Prepared
 from tconv.launching.memory_format import LIMIT, addressing
-from tconv.launching.record import Call, Declined, Passing, note
+from tconv.launching.record import Call, Fallback, TransientFallback, record_call
 from tconv.planning.plan import forced
 from tconv.planning.problem import Geometry
 
@@ -34,11 +34,11 @@ def convolve(
     """fprop of a problem, x -> y, or, transposed, its dgrad, x being dy; differentiable in x, w and b."""
     prepared = launch.convolution(transposed, g, x, w, b)
     if _differentiable(x, w, b):
-        return apply_convolve(x, w, b, How(transposed, g, prepared))
+        return apply_convolve(x, w, b, ForwardState(transposed, g, prepared))
     return launch.convolve(prepared, x, w, b, g.dry, shared)
 
 
-class How:
+class ForwardState:
     """How a forward pass is launched, and its backward if it has been before.
 
     Attributes:
@@ -52,35 +52,35 @@ class How:
     def __init__(self, transposed: bool, g: Geometry, prepared: Prepared, repeated: bool = False) -> None:
         self.transposed, self.g, self.prepared = transposed, g, prepared
         self.left = KEPT if repeated else 0
-        self.again: _Again | None = None
+        self.again: _CachedBackward | None = None
 
 
-class _Again:
+class _CachedBackward:
     """A backward that is launched again for a gradient that lies as one did before.
 
     What may differ is compared as by dispatch/fast_path.py for the forward pass, and the gradients that are needed.
     """
 
-    __slots__ = ("launches", "needs", "precision", "same", "transposed")
+    __slots__ = ("launches", "needs", "precision", "tensor_guard", "transposed")
 
-    def __init__(self, how: How, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: tuple[bool, ...]) -> None:
+    def __init__(self, how: ForwardState, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: tuple[bool, ...]) -> None:
         self.launches = launch.backward(how.transposed, how.g, dy, x, w, needs)
         self.transposed, self.needs = how.transposed, needs
         self.precision = fp32_precision("cuda", "conv")
-        self.same = same(dy, x, w)
+        self.tensor_guard = tensor_guard(dy, x, w)
 
     def __call__(self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: tuple[bool, ...]) -> launch.Gradients | None:
         """The gradients, or None if the call differs.
 
         Raises:
-            Declined: a kernel is not launched; which one, the long way says.
+            Fallback: a kernel is not launched; which one, the long way says.
         """
         if (
             needs != self.needs
             or torch.is_grad_enabled()
-            or not self.same(dy, x, w)
+            or not self.tensor_guard(dy, x, w)
             or (dy.data_ptr() | x.data_ptr() | w.data_ptr()) & 15
-            or moment_differs(self.precision)
+            or global_state_differs(self.precision)
         ):
             return None
         return launch.gradients(self.launches, self.transposed, dy, x, w, dry=False)
@@ -109,7 +109,7 @@ def _apply(function: type[torch.autograd.Function]) -> Callable[..., torch.Tenso
 class _Convolve(torch.autograd.Function):
     @staticmethod
     @opaque
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, how: How) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, how: ForwardState) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
         ctx.how = how
@@ -130,17 +130,17 @@ class _Convolve(torch.autograd.Function):
             found = None
             try:
                 found = how.again(dy, x, w, needs)
-            except Passing:
+            except TransientFallback:
                 repeatable = False  # this time; what is kept is kept
-            except Declined:  # every time: what does launch would be launched here and again below
+            except Fallback:  # every time: what does launch would be launched here and again below
                 how.again, how.left, repeatable = None, 0, False
             if found is not None:
                 return *found, None
         operations = _operations(how.g, dy, x, w)
         grads = operators.gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
-        if not traced and repeatable and type(operations) is _Ours and not torch.is_grad_enabled() and forced() is None:
+        if not traced and repeatable and type(operations) is _ByKernels and not torch.is_grad_enabled() and forced() is None:
             how.left -= 1
-            how.again = _Again(how, dy, x, w, needs)
+            how.again = _CachedBackward(how, dy, x, w, needs)
         return *grads, None
 
 
@@ -187,11 +187,11 @@ class _BiasGrad(torch.autograd.Function):
 apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
 
 
-def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _Ours | operators.Operators:
-    return operators.Operators(window(g)) if is_dynamo_compiling() or unusual(dy, *saved) else _Ours(g, dy)
+def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _ByKernels | operators.Operators:
+    return operators.Operators(window(g)) if is_dynamo_compiling() or why_ineligible(dy, *saved) else _ByKernels(g, dy)
 
 
-class _Ours:
+class _ByKernels:
     """The operations by tconv's kernels, or, where they decline at the last moment, by torch's operators.
 
     Args:
@@ -208,29 +208,29 @@ class _Ours:
     def fprop(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         try:
             return convolve(False, x, w, None, self.g, self.shared)
-        except Declined as e:
+        except Fallback as e:
             why = str(e)
         return self._by_torch("fprop", x, w, why)
 
     def dgrad(self, dy: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         try:
             return convolve(True, dy, w, None, self.g, self.shared)
-        except Declined as e:
+        except Fallback as e:
             why = str(e)
         return self._by_torch("dgrad", dy, w, why)
 
     def wgrad(self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         try:
             return wgrad(dy, x, self.g, self.shared)
-        except Declined as e:
+        except Fallback as e:
             why = str(e)
         return self._by_torch("wgrad", dy, x, why)
 
     def bias_grad(self, dy: torch.Tensor) -> torch.Tensor:
         try:
             return bias_grad(dy, self.g)
-        except Declined as e:
-            note(Call("aten::sum", self.g.problem, None, str(e)))
+        except Fallback as e:
+            record_call(Call("aten::sum", self.g.problem, None, str(e)))
         return dy.sum([0, *range(2, dy.dim())])
 
     def _by_torch(self, name: str, a: torch.Tensor, b: torch.Tensor, why: str) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What torch would accept: a call's parameters and tensors, checked as torch checks them.
+"""Checks a call's tensors and parameters the way torch does.
 
-Nothing here raises torch's errors. A call that torch would refuse, or that the kernels do not take, is Declined, and goes to
-torch with the caller's own arguments, whose error is torch's to the letter.
+A call that torch would refuse, or that tconv's kernels do not support, raises Fallback. The caller then passes its own
+arguments to torch, so that users see torch's error, type and text.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from tconv.dispatch import operators
 from tconv.dispatch.window import Window
 from tconv.launching.memory_format import LIMIT, result_is_channels_last, weight_format
-from tconv.launching.record import Declined
+from tconv.launching.record import Fallback
 from tconv.planning.problem import Geometry
 
 
 class Asked(NamedTuple):
-    """What a caller said beside the tensors, as it was said; the first two name the function."""
+    """The arguments of a call besides its tensors, exactly as the caller gave them. The first two tell which function it is."""
 
     transposed: bool
     rank: int
@@ -32,7 +32,11 @@ class Asked(NamedTuple):
 
 
 def parameter(value: Any) -> int | tuple[int, ...]:
-    """A stride, padding or dilation as a plain int or a tuple of them, or Declined: torch refuses floats, say."""
+    """Returns a stride, padding or dilation as an int or a tuple of ints.
+
+    Raises:
+        Fallback: it is anything else, a float for example, which torch refuses.
+    """
     if type(value) is int:
         return value
     if isinstance(value, (tuple, list)):
@@ -42,67 +46,79 @@ def parameter(value: Any) -> int | tuple[int, ...]:
 
 def index(value: Any) -> int:
     if isinstance(value, (bool, torch.Tensor, torch.SymInt)):
-        raise Declined(f"a parameter that is a {type(value).__name__}")
+        raise Fallback(f"a parameter that is a {type(value).__name__}")
     try:
         return operator.index(value)
     except TypeError:
-        raise Declined(f"a parameter that is a {type(value).__name__}") from None
+        raise Fallback(f"a parameter that is a {type(value).__name__}") from None
 
 
 def per_dimension(value: int | tuple[int, ...], rank: int, name: str) -> tuple[int, ...]:
-    """A parameter as one int per dimension: an int, or a sequence of one or `rank` of them."""
+    """Returns a parameter as one int per spatial dimension; a single value stands for all of them.
+
+    Raises:
+        Fallback: the number of values is neither 1 nor `rank`.
+    """
     values = value if isinstance(value, tuple) else (value,)
     if len(values) == 1:
         values = values * rank
     if len(values) != rank:
-        raise Declined(f"{name}={value!r}")
+        raise Fallback(f"{name}={value!r}")
     return values
 
 
 def accepted(asked: Asked, x: Any, w: Any, b: Any, autocast: bool = False) -> Window:
-    """Everything torch checks: the window of a call that it accepts, else Declined."""
+    """Checks what torch checks, and returns the call's window: stride, padding, dilation and groups, one per dimension.
+
+    Raises:
+        Fallback: torch would refuse the call.
+    """
     transposed, rank, stride, padding, output_padding, groups, dilation = asked
     if type(groups) is not int:
-        raise Declined("groups that are no int")
+        raise Fallback("groups that are no int")
     if x.dtype not in operators.DTYPES:
-        raise Declined(f"dtype {x.dtype}")
+        raise Fallback(f"dtype {x.dtype}")
     for t in (w, b):
         if t is not None and (t.device != x.device or t.dtype != x.dtype):
             wide = torch.float64 in (t.dtype, x.dtype)
             if not autocast or wide or t.device != x.device or t.dtype not in operators.DTYPES:
-                raise Declined("tensors of several dtypes or devices")
+                raise Fallback("tensors of several dtypes or devices")
     if w.dim() != rank + 2 or x.dim() not in (rank + 1, rank + 2):
-        raise Declined(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
+        raise Fallback(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
     s, d = per_dimension(parameter(stride), rank, "stride"), per_dimension(parameter(dilation), rank, "dilation")
     op = per_dimension(parameter(output_padding), rank, "output_padding")
     if groups < 1 or min(s) < 1 or min(d) < 1 or min(op) < 0 or max(groups, *s, *d, *op) > LIMIT:
-        raise Declined("a stride, dilation, output_padding or number of groups out of range")
+        raise Fallback("a stride, dilation, output_padding or number of groups out of range")
     if x.numel() == 0 or w.numel() == 0:
-        raise Declined("a tensor without elements")
+        raise Fallback("a tensor without elements")
     c, k = (w.shape[0], w.shape[1] * groups) if transposed else (w.shape[1] * groups, w.shape[0])
     if x.shape[-1 - rank] != c or w.shape[0] % groups or (b is not None and (b.dim() != 1 or b.shape[0] != k)):
-        raise Declined("channels, groups and weight that do not fit together")
+        raise Fallback("channels, groups and weight that do not fit together")
     pads = pads_of(padding, rank, transposed, w.shape[2:], s, d)
     before, after = [p for p, _ in pads], [p for _, p in pads]
     if transposed:
         for o, si, di in zip(op, s, d, strict=True):
             if o >= max(si, di):
-                raise Declined("output_padding not smaller than stride or dilation")
+                raise Fallback("output_padding not smaller than stride or dilation")
         after = [p - o for p, o in zip(after, op, strict=True)]
     h = Window(s, before, after, d, groups)
     for e, t, si, p, q, di in zip(x.shape[-rank:], w.shape[2:], s, before, after, d, strict=True):
         if ((e - 1) * si + di * (t - 1) + 1 - p - q if transposed else e + p + q - di * (t - 1)) < 1:
-            raise Declined("an output without elements")
+            raise Fallback("an output without elements")
     return h
 
 
 def examine(asked: Asked, x: Any, w: Any, b: Any) -> Geometry:
-    """Everything torch checks, and what our kernels need: the geometry of a call that both accept, else Declined."""
+    """Returns the geometry of a call that torch accepts and tconv's kernels support.
+
+    Raises:
+        Fallback: one of them does not.
+    """
     h = accepted(asked, x, w, b)
     x = x if x.dim() == asked.rank + 2 else x.unsqueeze(0)
     problem = operators.problem_of("dgrad" if asked.transposed else "fprop", x, w, h)
     if operators.too_large(problem, w, b):
-        raise Declined(operators.TOO_LARGE)
+        raise Fallback(operators.TOO_LARGE)
     channels_last = result_is_channels_last(x, w)
     return Geometry(problem, channels_last, dw_channels_last=weight_format(w, channels_last))
 
@@ -110,13 +126,13 @@ def examine(asked: Asked, x: Any, w: Any, b: Any) -> Geometry:
 def pads_of(
     padding: Any, rank: int, transposed: bool, taps: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """(before, after) per dimension; torch puts the odd one of "same" behind."""
+    """Returns the padding (before, after) of each dimension. Like torch, "same" puts an odd element after."""
     if isinstance(padding, str):
         if transposed or padding not in ("same", "valid") or (padding == "same" and max(stride) > 1):
-            raise Declined(f"padding={padding!r}")
+            raise Fallback(f"padding={padding!r}")
         totals = [d * (t - 1) if padding == "same" else 0 for d, t in zip(dilation, taps, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
     pads = per_dimension(parameter(padding), rank, "padding")
     if min(pads) < 0:
-        raise Declined("negative padding")
+        raise Fallback("negative padding")
     return [(p, p) for p in pads]

@@ -1,4 +1,8 @@
-"""Whether a kernel may be run on given tensors right now: what changes from call to call, not what a kind of call is."""
+"""Whether a kernel may run on given tensors in the current context of PyTorch.
+
+This covers what can change between two calls of the same shapes: tensor subclasses, functorch transforms, dispatch and
+function modes, forward-mode AD, tracing. What a kind of call is (shapes, dtypes, parameters) is checked in check.py.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,12 @@ from torch.utils._device import DeviceContext
 
 from tconv.planning.plan import forced
 
-STRANGE = "not a plain strided tensor"
+NOT_STRIDED = "not a plain strided tensor"
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-def unusual(*tensors: Any) -> str | None:
-    """Why a kernel must not be run, or None."""
+def why_ineligible(*tensors: Any) -> str | None:
+    """Returns why a kernel must not run on these tensors in this context, or None if it may."""
     if torch._C._are_functorch_transforms_active():
         return "inside a functorch transform"
     if dispatch_modes() or (any_function_modes() and function_modes()):
@@ -37,16 +41,16 @@ def unusual(*tensors: Any) -> str | None:
         try:
             pointer = t.data_ptr()
         except RuntimeError:  # no memory of its own
-            return "a batched gradient" if torch._C._functorch.is_legacy_batchedtensor(t) else STRANGE
+            return "a batched gradient" if torch._C._functorch.is_legacy_batchedtensor(t) else NOT_STRIDED
         if t.is_neg() or (pointer == 0 and t._is_zerotensor()):
-            return STRANGE
+            return NOT_STRIDED
     return None
 
 
 def plain(t: torch.Tensor) -> torch.Tensor:
-    """A tensor's memory as a tensor of torch's own class, so that no method of a user's subclass is called.
+    """Returns a tensor subclass's memory as a plain torch.Tensor, so that none of the subclass's methods are called.
 
-    A subclass that wants to see operators (`__torch_dispatch__`) stays as it is.
+    A subclass with `__torch_dispatch__` is returned unchanged: it expects to see every operator.
     """
     if type(t) in PLAIN or torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python):
         return t
@@ -54,11 +58,11 @@ def plain(t: torch.Tensor) -> torch.Tensor:
         return torch.Tensor.as_subclass(t, torch.Tensor)
 
 
-def same(*tensors: torch.Tensor) -> Callable[..., bool]:
-    """Torch's own native check, which guards the graphs of torch.compile, of whether tensors are like these.
+def tensor_guard(*tensors: torch.Tensor) -> Callable[..., bool]:
+    """Returns a function that tells whether other tensors match these, by the native check that guards torch.compile's graphs.
 
-    Type, dtype, device, shape, strides, requires_grad and dispatch keys, those of the thread's state included: autocast,
-    functorch, tracing, inference mode; sparse, batched, negated and zero tensors.
+    It compares type, dtype, device, shape, strides, requires_grad and dispatch keys. The keys include the thread's state, so
+    it also notices autocast, functorch, tracing, inference mode, and sparse, batched, negated and zero tensors.
     """
     make: Any = TensorGuards  # whose stub leaves the tensors out
     check: Callable[..., bool] = make(
@@ -69,8 +73,10 @@ def same(*tensors: torch.Tensor) -> Callable[..., bool]:
     return check
 
 
-def moment_differs(precision: str) -> bool:
-    """Whether what no tensor tells asks for the long way: modes, forward-mode differentiation, another precision of fp32."""
+def global_state_differs(precision: str) -> bool:
+    """Returns True if global state requires the slow path: active modes, forward-mode AD, forced plans, or an fp32 precision
+    other than `precision`.
+    """
     return bool(
         dispatch_modes()
         or (any_function_modes() and function_modes())
@@ -81,10 +87,10 @@ def moment_differs(precision: str) -> bool:
 
 
 def function_modes() -> bool:
-    """Whether a function mode is active other than torch.set_default_device's, which a convolution does not concern."""
+    """Returns True if a function mode is active, other than torch.set_default_device's, which does not affect convolutions."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def foreign_modes() -> bool:
-    """Whether a function mode is active that is not torch's own, as tracing's are: it is to see torch's function."""
+    """Returns True if a function mode from outside torch is active. Such a mode expects to see torch's own function."""
     return any(not type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]

@@ -1,8 +1,10 @@
-"""A call of any of the six functions: by the fast path, by our kernels, by the registered operator, or by torch.
+"""The entry point of all six convolution functions, which decides who computes a call.
 
-Cheap questions about context and tensors come first, then one dictionary lookup; the full examination of shapes and
-parameters (check.py) happens once per kind of call. A layer's call that repeats an earlier one has a shorter way still
-(fast_path.py). What tconv does not take goes to torch with the caller's own arguments; `tconv.last_calls()` says why.
+1. The fast path (fast_path.py), if a layer repeats an earlier call.
+2. tconv's kernels under autograd (autograd.py). Shapes and parameters are examined once per kind of call (check.py) and
+   found in a dictionary afterwards.
+3. A registered operator (operators.py), in contexts where kernels cannot run directly: torch.compile, vmap, subclasses.
+4. torch, with the caller's own arguments, so that errors are torch's too. `tconv.last_calls()` gives the reason.
 """
 
 from __future__ import annotations
@@ -19,27 +21,31 @@ from torch.fx import Proxy
 
 from tconv.dispatch import operators
 from tconv.dispatch.check import Asked, accepted, examine, parameter
-from tconv.dispatch.context import PLAIN, STRANGE, foreign_modes, unusual
+from tconv.dispatch.context import NOT_STRIDED, PLAIN, foreign_modes, why_ineligible
 from tconv.dispatch.dynamo import opaque
 from tconv.launching import profiling
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
-from tconv.launching.record import Call, Declined, note
+from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.problem import Geometry
 
 INTERPRETED = operators.interpreted()  # a plain flag, for torch.compile to read
 # The functions of tconv.functional by rank, forward and transposed, which put themselves here: torch.fx's graphs call them.
 PUBLIC: tuple[dict[int, Callable[..., torch.Tensor]], dict[int, Callable[..., torch.Tensor]]] = ({}, {})
 geometries: BoundedCache[Any, Geometry | str] = BoundedCache()  # of calls that were examined, or why they are not taken
-# (id of weight, of bias, shape of input) -> fast_path.Repeat, which checks all: ids may be used again.
-repeats: BoundedCache[Any, Any] = BoundedCache()
+# (id of weight, of bias, shape of input) -> fast_path.FastPath, which checks all: ids may be used again.
+fast_paths: BoundedCache[Any, Any] = BoundedCache()
 
 
 def kernels_for(device: str) -> Any:
-    """The kernels' side of the house, imported late, for tensors on that type of device; else Declined."""
+    """Returns the fast_path module, and imports with it, when first needed, everything that needs Triton.
+
+    Raises:
+        Fallback: tconv has no kernels for this type of device here.
+    """
     why = operators.unavailable(device)
     if why:
-        raise Declined(why)
+        raise Fallback(why)
     from tconv.dispatch import fast_path
 
     return fast_path
@@ -57,22 +63,23 @@ def convolve(
     groups: Any,
     dilation: Any,
 ) -> torch.Tensor | None:
-    """Any of the six convolutions by our kernels, or None where torch is to take the call (recorded, with the reason).
+    """Computes one of the six convolutions, or records why not and returns None: the caller then calls torch.
 
     Args:
-        transposed, rank: which of the six.
-        others: as torch takes them.
+        transposed, rank: which of the six functions.
+        x, w, b: input, weight and bias.
+        stride, padding, output_padding, groups, dilation: in any form that torch accepts.
     """
     if is_dynamo_compiling():
         return _operator(Asked(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
     try:
         if type(x) in PLAIN and DRY.get() is None:
             try:
-                seen = repeats.get((id(w), id(b), x.shape))
+                seen = fast_paths.get((id(w), id(b), x.shape))
             except TypeError:  # symbolic extents have no hash
                 seen = None
             except RuntimeError:  # a nested tensor has no shape
-                raise Declined(STRANGE) from None
+                raise Fallback(NOT_STRIDED) from None
             if seen is not None:
                 y: torch.Tensor | None = seen.again(
                     transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation
@@ -80,8 +87,8 @@ def convolve(
                 if y is not None:
                     return y
         return _convolve(Asked(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
-    except Declined as e:
-        note(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
+    except Fallback as e:
+        record_call(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
 
 
@@ -92,26 +99,26 @@ def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
         if isinstance(t, Proxy):
             return _traced(t.tracer, asked, x, w, b)
         if not isinstance(t, torch.Tensor):
-            raise Declined(f"a {type(t).__name__} where a tensor was expected")
+            raise Fallback(f"a {type(t).__name__} where a tensor was expected")
         if type(t) not in PLAIN and not type(t).__module__.startswith("torch."):  # whose methods are the user's
-            raise Declined(f"a tensor subclass, {type(t).__name__}")
+            raise Fallback(f"a tensor subclass, {type(t).__name__}")
     dry = DRY.get()
     device = "cuda" if dry and dry.device else x.device.type
     fast_path = kernels_for(device)
-    why = unusual(*tensors)
+    why = why_ineligible(*tensors)
     if why and not (dry and dry.device):
         found = _operator(asked, x, w, b)
         if found is not None:
             return found
     if why:
-        raise Declined(why)
+        raise Fallback(why)
     autocast = torch.is_autocast_enabled(device)
     if autocast:
         tensors = operators.lower(device, *tensors)
         x, w, b = tensors if b is not None else (*tensors, None)
     transposed, rank, stride, padding, output_padding, groups, dilation = asked
     if type(groups) is not int:  # True and 1.0 equal 1, as keys too
-        raise Declined(f"groups={groups!r}")
+        raise Fallback(f"groups={groups!r}")
     stride, output_padding, dilation = parameter(stride), parameter(output_padding), parameter(dilation)
     padding = padding if type(padding) is str else parameter(padding)
     try:
@@ -121,21 +128,21 @@ def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
             stride, padding, output_padding, groups, dilation, rank,
         )  # fmt: skip
     except RuntimeError:  # one of them is nested
-        raise Declined(STRANGE) from None
+        raise Fallback(NOT_STRIDED) from None
     known = geometries.get(key)
     if known is None:
         try:
             known = examine(asked, x, w, b)
-        except Declined as e:
+        except Fallback as e:
             known = str(e)
         geometries[key] = known
     if isinstance(known, str):
-        raise Declined(known)
+        raise Fallback(known)
     batched = x.dim() == rank + 2
     if dry:
         known = dataclasses.replace(known, dry=True, device=dry.device)
     elif batched and not autocast and fast_path.possible(asked, *tensors):
-        repeats[id(w), id(b), x.shape] = fast_path.Repeat(asked, known, x, w, b)
+        fast_paths[id(w), id(b), x.shape] = fast_path.FastPath(asked, known, x, w, b)
     x = x if batched else x.unsqueeze(0)
     event = profiling.begin_call(transposed, known, x, w, b) if profiler._is_profiler_enabled and not dry else None
     try:
@@ -147,9 +154,9 @@ def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
 
 
 def _operator(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor | None:
-    """By the registered operator, which every context of torch understands; None where torch's own is to be called.
+    """Computes a call by tconv's registered operator, which works in every context of PyTorch. None if torch must compute it.
 
-    Nothing is asked here that torch.compile could not trace or that would bind a graph to one size.
+    torch.compile traces this function: it must not ask anything that would specialise a graph to one size.
     """
     tensors = (x, w) if b is None else (x, w, b)
     for t in tensors:
@@ -168,7 +175,7 @@ def _operator(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor | None:
     try:
         autocast = torch.is_autocast_enabled(device)
         h = accepted(asked, x, w, b, autocast)
-    except Declined:
+    except Fallback:
         return None
     finally:
         if tracing:
@@ -187,7 +194,7 @@ def _exporting_to_onnx() -> bool:
 
 
 def _traced(tracer: Any, asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
-    """What stands in for the result where torch.fx traces: a call of the public function."""
+    """Returns the proxy that torch.fx records: a call of the public function."""
     transposed, rank, stride, padding, output_padding, groups, dilation = asked
     how = (stride, padding, output_padding, groups, dilation) if transposed else (stride, padding, dilation, groups)
     call: torch.Tensor = tracer.create_proxy("call_function", PUBLIC[transposed][rank], (x, w, b, *how), {})
@@ -195,7 +202,10 @@ def _traced(tracer: Any, asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
 
 
 def _understood(t: torch.Tensor) -> bool:
-    """Whether a tensor is dense, and of torch's own making: another subclass may know aten's operators alone."""
+    """Returns True if tconv's operators support a tensor: dense, and plain or one of torch's own subclasses.
+
+    A user's subclass may implement aten's operators only.
+    """
     return (
         (type(t) in PLAIN or type(t).__module__.startswith("torch._subclasses"))
         and t.layout is torch.strided

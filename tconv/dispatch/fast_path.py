@@ -1,7 +1,7 @@
-"""The short way for a layer that is called again: is the call the same as before but for what the tensors hold?
+"""The fast path: a layer is called again with inputs that match an earlier call in everything but the tensors' values.
 
-The long way (functional.py) reads some thirty facts one by one. Here torch's own native check, which guards the graphs of
-torch.compile, compares most of them at once, and what it says no to takes the long way again.
+The slow path (entry.py) examines about thirty properties one by one. The fast path compares most of them in a single native
+call, the tensor guard of torch.compile. If anything differs, the call takes the slow path again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch._C import _get_fp32_precision_getter as fp32_precision
 from torch.autograd import profiler
 
 from tconv.dispatch import autograd
-from tconv.dispatch.context import moment_differs, same
+from tconv.dispatch.context import global_state_differs, tensor_guard
 from tconv.dispatch.dynamo import opaque
 from tconv.launching import launch, profiling
 from tconv.planning.plan import forced
@@ -23,8 +23,8 @@ IMMUTABLE = (int, str, tuple, bool)
 
 
 def possible(call: tuple[Any, ...], x: torch.Tensor, *parameters: torch.Tensor) -> bool:
-    """Whether a call like this is likely to come again (a layer's Parameters will, computed weights will not) and `again`
-    could tell: it compares arguments by identity and expects aligned addresses.
+    """Returns True if a call is worth a FastPath: its weights are Parameters, which a layer will pass again, and its arguments
+    are ones that `again` can compare, by identity and with 16-byte aligned addresses.
     """
     return (
         all(type(v) in IMMUTABLE for v in call)
@@ -34,8 +34,8 @@ def possible(call: tuple[Any, ...], x: torch.Tensor, *parameters: torch.Tensor) 
     )
 
 
-class Repeat:
-    """A call that was accepted.
+class FastPath:
+    """An accepted call, prepared so that the next one like it only has to be compared and launched.
 
     Args:
         call: transposed, rank, stride, padding, output_padding, groups, dilation, as they were given.
@@ -43,15 +43,15 @@ class Repeat:
         x, w, b: input, weight and bias.
     """
 
-    __slots__ = ("call", "differentiable", "how", "precision", "same")
+    __slots__ = ("call", "differentiable", "how", "precision", "tensor_guard")
 
     def __init__(self, call: tuple[Any, ...], g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> None:
         tensors = (x, w) if b is None else (x, w, b)
         self.call = call
-        self.how = autograd.How(call[0], g, launch.convolution(call[0], g, x, w, b), repeated=True)
+        self.how = autograd.ForwardState(call[0], g, launch.convolution(call[0], g, x, w, b), repeated=True)
         self.precision = fp32_precision("cuda", "conv")
         self.differentiable = any(t.requires_grad for t in tensors)
-        self.same = same(*tensors)
+        self.tensor_guard = tensor_guard(*tensors)
 
     @opaque
     def again(
@@ -67,7 +67,10 @@ class Repeat:
         groups: Any,
         dilation: Any,
     ) -> torch.Tensor | None:
-        """The result, or None if the call differs. Parameters by identity: 1 == 1.0 == True, and torch takes only the first."""
+        """Returns the result, or None if the call differs from the accepted one.
+
+        Parameters are compared by identity, because 1 == 1.0 == True, of which torch accepts only the first.
+        """
         transposed_, rank_, stride_, padding_, output_padding_, groups_, dilation_ = self.call
         if (
             stride is not stride_
@@ -77,9 +80,9 @@ class Repeat:
             or output_padding is not output_padding_
             or transposed is not transposed_
             or rank is not rank_
-            or not (self.same(x, w) if b is None else self.same(x, w, b))
+            or not (self.tensor_guard(x, w) if b is None else self.tensor_guard(x, w, b))
             or (x.data_ptr() | w.data_ptr()) & 15
-            or moment_differs(self.precision)
+            or global_state_differs(self.precision)
         ):
             return None
         event = profiling.begin_call(transposed, self.how.g, x, w, b) if profiler._is_profiler_enabled else None

@@ -37,7 +37,7 @@ from tconv.dispatch.window import Window, exact, extents, result_shape
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import LIMIT, addressing, result_is_channels_last, shaped, weight_format
-from tconv.launching.record import Call, Declined, note
+from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.problem import ConvProblem, Geometry, forward_problem
 
 MaybeTensor = torch.Tensor | None
@@ -113,7 +113,7 @@ def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: 
         known = _known[key] = _examine(name, a, b, bias, h)
     try:
         if isinstance(known, str):
-            raise Declined(known)
+            raise Fallback(known)
         if DRY.get():
             known = dataclasses.replace(known, dry=True)
         from tconv.launching import launch
@@ -121,7 +121,7 @@ def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: 
         if name == "wgrad":
             return launch.wgrad(known, a, b)
         return launch.convolve(launch.convolution(name == "dgrad", known, a, b, bias), a, b, bias, known.dry)
-    except Declined as e:
+    except Fallback as e:
         why = str(e)
     return by_torch(name, a, b, bias, h, why)  # when the error, whose frames hold memory, is gone
 
@@ -149,7 +149,7 @@ def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: 
 
 def by_torch(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, reason: str) -> torch.Tensor:
     """An operator's result by aten's operators, recorded with the reason, with the strides that the operator promises."""
-    note(Call("aten::convolution" if name == "fprop" else "aten::convolution_backward", None, None, reason))
+    record_call(Call("aten::convolution" if name == "fprop" else "aten::convolution_backward", None, None, reason))
     out = IN_ATEN[name](a, b, bias, *h)
     strides = shaped(out.shape, _format(a, b, h), a.dtype).stride()
     return out if out.stride() == strides else a.new_empty_strided(out.shape, strides).copy_(out)

@@ -91,7 +91,7 @@ def tensor_cores(dtype: torch.dtype) -> bool:
 
 
 @dataclass(frozen=True)
-class Sides:
+class PassOperands:
     """A pass of a problem as it is computed (planning/simplify.py): who reads and who writes.
 
     Attributes:
@@ -136,7 +136,7 @@ class Sides:
 
 def sides(
     pass_: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, channels_stay: bool = False
-) -> Sides:
+) -> PassOperands:
     """The sides of a pass; x is what is read, y what is written, of wgrad x is x and y is dy.
 
     Args:
@@ -155,8 +155,8 @@ def sides(
     ]
     p = form.p
     if transposed:
-        return Sides(p, form.rules, a_small, aw, a_big, p.K, p.C, p.X)
-    return Sides(p, form.rules, a_big, aw, a_small, p.C, p.K, p.Y)
+        return PassOperands(p, form.rules, a_small, aw, a_big, p.K, p.C, p.X)
+    return PassOperands(p, form.rules, a_big, aw, a_small, p.C, p.K, p.Y)
 
 
 def prepared(

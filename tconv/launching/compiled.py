@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tconv.launching.arguments import INTERPRET, Prepared
 from tconv.launching.cache import BoundedCache
-from tconv.launching.record import Declined, Passing
+from tconv.launching.record import Fallback, TransientFallback
 from tconv.planning.plan import forced
 
 Pointers = tuple[torch.Tensor, ...]
@@ -57,8 +57,8 @@ def run(launch: Prepared, pointers: Pointers) -> None:
     """Launches a kernel on tensors of one device, on torch's current stream there.
 
     Raises:
-        Passing: it would have to be compiled while a CUDA graph is being captured, or fails this time.
-        Declined: it fails every time.
+        TransientFallback: it would have to be compiled while a CUDA graph is being captured, or fails this time.
+        Fallback: it fails every time.
     """
     device = pointers[0].get_device()  # -1 is the CPU's
     if device >= 0 and device != torch.cuda.current_device():
@@ -112,8 +112,8 @@ def announce(launch: Prepared, operands: Pointers, more: Pointers) -> None:
         more: the kernel's other pointers.
 
     Raises:
-        Passing: a part would have to be compiled while a CUDA graph is being captured.
-        Declined: a part fails every time.
+        TransientFallback: a part would have to be compiled while a CUDA graph is being captured.
+        Fallback: a part fails every time.
     """
     if launch.ready and (launch.total is None or launch.total.ready):
         return
@@ -136,8 +136,8 @@ def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
         key: what the launch is specialised on; None if it did not come so far.
 
     Raises:
-        Passing: the next call may go well.
-        Declined: none will. The variant is remembered, and declined before it is launched again.
+        TransientFallback: the next call may go well.
+        Fallback: none will. The variant is remembered, and declined before it is launched again.
     """
     if forced() is not None:
         raise error
@@ -146,12 +146,12 @@ def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
     reason = f"{what} failed: {type(error).__name__}: {text}"
     variant = _variant(launch, key)
     if not _lasting(error):
-        _warn(variant, f"tconv leaves a call to torch, and will try the next: {reason}")
-        raise Passing(reason) from error
+        _warn(variant, f"tconv falls back to torch for one call, and will try again at the next: {reason}")
+        raise TransientFallback(reason) from error
     _failed[variant] = reason
     launch.ready.pop(key, None)
-    _warn(variant, f"tconv leaves calls to torch whose kernel failed: {reason}")
-    raise Declined(reason) from error
+    _warn(variant, f"tconv falls back to torch for every call whose kernel failed: {reason}")
+    raise Fallback(reason) from error
 
 
 def _lasting(error: Exception) -> bool:
@@ -168,20 +168,20 @@ def _decline(device: int, *parts: tuple[Prepared, Any]) -> None:
     """Asks of launches, given with what they are specialised on, whether they can be made.
 
     Raises:
-        Passing: one would have to be compiled while a CUDA graph is being captured.
-        Declined: one fails every time.
+        TransientFallback: one would have to be compiled while a CUDA graph is being captured.
+        Fallback: one fails every time.
     """
     if _failed:
         for part in parts:
             reason = _failed.get(_variant(*part))
             if reason is not None:
-                raise Declined(reason)
+                raise Fallback(reason)
     if capturing(device):
         for launch, key in parts:
             variant = _variant(launch, key)
             if variant not in _known:
-                _warn(variant, f"tconv leaves a call to torch: its kernel {launch.kernel.__name__} was {REASON}")
-                raise Passing(REASON)
+                _warn(variant, f"tconv falls back to torch for one call: its kernel {launch.kernel.__name__} was {REASON}")
+                raise TransientFallback(REASON)
 
 
 def _unload(launch: Prepared) -> None:

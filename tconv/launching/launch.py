@@ -19,7 +19,7 @@ from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import announce, fail, run
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
-from tconv.launching.record import note
+from tconv.launching.record import record_call
 from tconv.planning import plan as planning
 from tconv.planning.device import INTERPRETER, Device, cuda_device
 from tconv.planning.problem import Geometry
@@ -139,8 +139,8 @@ def execute(
         more: what else is read.
 
     Raises:
-        Passing: there is no memory for the result, a copy or the workspace, or a kernel is not launched this time.
-        Declined: a kernel fails every time.
+        TransientFallback: there is no memory for the result, a copy or the workspace, or a kernel is not launched this time.
+        Fallback: a kernel fails every time.
     """
     try:
         out = operands[0].new_empty_strided(launch.shape, launch.strides)
@@ -166,7 +166,7 @@ def execute(
                     profiling.end(event)
     except RuntimeError as e:  # an allocation's: torch, which may need less, is to try or to say so
         fail(launch, None, e)
-    note(launch.call)
+    record_call(launch.call)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What the last calls used, so that nothing falls back unseen."""
+"""A record of recent calls: which plan ran, or why the call fell back to torch. No fallback goes unrecorded."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from tconv.planning.plan import Plan
 from tconv.planning.problem import ConvProblem
 
 
-class Declined(Exception):
-    """tconv does not take a call; the text says why."""
+class Fallback(Exception):
+    """The call falls back to torch. The text is the reason that users see in `last_calls()`."""
 
 
-class Passing(Declined):
-    """tconv does not take this call, but may take the next one like it: memory has run out, say."""
+class TransientFallback(Fallback):
+    """This call falls back to torch, but the next one like it may not: memory ran out, for example."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One pass that ran, or one call that was left to torch.
+    """One pass that tconv computed, or one call that fell back to torch.
 
     Attributes:
-        operation: "fprop", "dgrad", "wgrad", "bias", or the torch function that took the call.
-        problem: the problem, or None where none was made.
-        plan: how our kernels ran it; None where torch did.
-        reason: why that plan, or why torch.
+        operation: "fprop", "dgrad", "wgrad" or "bias"; for a fallback, the name of torch's function.
+        problem: the convolution, or None if the call fell back before it was worked out.
+        plan: how tconv's kernels computed it, or None for a fallback.
+        reason: why this plan was chosen, or why the call fell back.
     """
 
     operation: str
@@ -39,7 +39,7 @@ class Call:
 
     @property
     def ours(self) -> bool:
-        """Whether tconv's kernels did the work."""
+        """True if tconv's kernels computed it."""
         return self.plan is not None
 
     def __str__(self) -> str:
@@ -54,8 +54,8 @@ _apart: contextvars.ContextVar[list[list[Call]] | None] = contextvars.ContextVar
 _lock = threading.Lock()
 
 
-def note(call: Call) -> None:
-    """Remember a call."""
+def record_call(call: Call) -> None:
+    """Adds a call to `last_calls()` and to every `recording()` in progress."""
     watchers = _apart.get()
     if watchers is None:
         watchers = _watchers
@@ -88,9 +88,9 @@ def recording() -> Iterator[list[Call]]:
 
 @contextlib.contextmanager
 def recording_apart() -> Iterator[list[Call]]:
-    """A list that fills with the calls that this thread makes in the block, of which no one else learns.
+    """A list that fills with the calls this thread makes in the block, and is the only record of them.
 
-    `last_calls` does not hold them afterwards, nor does a `recording` that was begun before. For calls that are planned only.
+    `last_calls()` and recordings begun before do not see them. Used for calls that are planned but not computed.
     """
     calls: list[Call] = []
     token = _apart.set([calls])

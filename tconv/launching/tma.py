@@ -10,8 +10,8 @@ import torch
 
 from tconv.kernels.tma import tma, tma_wgrad
 from tconv.launching.arguments import (
+    PassOperands,
     Prepared,
-    Sides,
     numerics,
     options,
     precision,
@@ -134,7 +134,7 @@ def _tensor(
 APART = "boxes need contiguous channels, and address and strides in multiples of 16 bytes"
 
 
-def _no_boxes(pass_: str, s: Sides, dtype: torch.dtype, device: Device) -> str | None:
+def _no_boxes(pass_: str, s: PassOperands, dtype: torch.dtype, device: Device) -> str | None:
     """Why boxes cannot be fetched for a pass, however its tensors lie, or None."""
     p = s.p
     if pass_ != "dgrad" and any(stride > 1 and n > 1 for stride, n in zip(p.S, p.Y, strict=True)):

@@ -213,22 +213,22 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
-    wish, itemsize = _wish(pass_), operands.itemsize
-    if wish and wish.kernel:
-        unfit = _unfit(problem, pass_, wish.kernel)
+    request, itemsize = _request_for(pass_), operands.itemsize
+    if request and request.kernel:
+        unfit = _unfit(problem, pass_, request.kernel)
         if unfit:
-            raise ValueError(f"forced kernel {wish.kernel!r} {unfit}, got {problem}")
+            raise ValueError(f"forced kernel {request.kernel!r} {unfit}, got {problem}")
     if device.interpreted:
-        return _interpreter_plan(problem, pass_, operands, device, wish)
+        return _interpreter_plan(problem, pass_, operands, device, request)
     plans = []
-    only = only or (wish.kernel if wish else None)
+    only = only or (request.kernel if request else None)
     kernels = (only,) if only else _kernels(problem, pass_)
     for kernel, precision in [(k, precision) for k in kernels for precision in operands.precisions(k, device)]:
         illegal = _illegal(problem, pass_, kernel, itemsize, device, precision)
-        legal = _legal_tiles(wish, operands.tiles(problem, pass_, kernel, device, precision), illegal)
+        legal = _legal_tiles(request, operands.tiles(problem, pass_, kernel, device, precision), illegal)
         for tile in legal:
             access = operands.access(problem, pass_, kernel, tile, precision)
-            parts = _all_splits(problem, pass_, kernel, tile, itemsize, device, wish)
+            parts = _all_splits(problem, pass_, kernel, tile, itemsize, device, request)
             for splits in parts:
                 cost = predict(problem, pass_, kernel, tile, splits, access, device)
                 plans.append(Plan(pass_, kernel, tile, splits, "", cost, (), precision, kernels, legal, parts))
@@ -236,9 +236,9 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
     proven = [plan for plan in plans if asked or plan.precision not in UNPROVEN]
     if not proven:
         raise ValueError(f"no tile fits {device.name}: {problem}")
-    plan = _fastest(proven, wish)
+    plan = _fastest(proven, request)
     if len(proven) < len(plans):
-        rival = _fastest([plan for plan in plans if plan.precision in UNPROVEN], wish)
+        rival = _fastest([plan for plan in plans if plan.precision in UNPROVEN], request)
         if plan.cost and rival.cost and rival.cost.seconds < plan.cost.seconds:
             plan = replace(plan, others=(*plan.others, rival.unchosen()))
     return plan
@@ -250,18 +250,18 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     Raises:
         ValueError: a plan was forced (`force`) that cannot run.
     """
-    wish, limit = _wish("bias"), WORKSPACE // (channels * max(4, itemsize))
+    request, limit = _request_for("bias"), WORKSPACE // (channels * max(4, itemsize))
     n = pow2(channels, 1, 1024)
     interpreted = (Tile(1, n, pow2(pixels, 1, (1 << 18) // n)),)
     found = interpreted if device.interpreted else tiles("bias", Access(itemsize, False), device)
     plans = []
-    legal = _legal_tiles(wish, found, lambda tile: why_illegal("bias", tile, itemsize, device))
+    legal = _legal_tiles(request, found, lambda tile: why_illegal("bias", tile, itemsize, device))
     for tile in legal:
-        parts = _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, wish)
+        parts = _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, request)
         for splits in parts:
             cost = None if device.interpreted else predict_bias(channels, pixels, tile, splits, itemsize, device)
             plans.append(Plan("bias", "bias", tile, splits, INTERPRETED, cost, kernels=("bias",), tiles=legal, parts=parts))
-    return plans[0] if device.interpreted else _fastest(plans, wish)
+    return plans[0] if device.interpreted else _fastest(plans, request)
 
 
 def choose_stage(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
@@ -274,27 +274,29 @@ def choose_stage(channels: int, pixels: int, itemsize: int, device: Device) -> P
     return Plan("stage", "stage", tile, 1, f"for {channels} channels", kernels=("stage",), tiles=found)
 
 
-def _fastest(plans: list[Plan], wish: Forced | None) -> Plan:
+def _fastest(plans: list[Plan], request: Forced | None) -> Plan:
     """The plan of least predicted time, of equals the one with more to spare, knowing the others."""
     first, *rest = sorted(plans, key=lambda plan: plan.cost.rank if plan.cost else (0.0, 0.0))
-    why = "forced" if wish else f"best of {len(plans)}"
+    why = "forced" if request else f"best of {len(plans)}"
     return replace(first, reason=f"{why}; {first.cost}", others=tuple(rest[:3]))
 
 
-def _wish(pass_: str) -> Forced | None:
+def _request_for(pass_: str) -> Forced | None:
     """What this pass is forced to; a kernel that it does not know leaves it free."""
-    wish = _forced
-    return None if wish is None or not (wish.kernel is None or wish.kernel in KERNELS[pass_]) else wish
+    request = _forced
+    return None if request is None or not (request.kernel is None or request.kernel in KERNELS[pass_]) else request
 
 
-def _legal_tiles(wish: Forced | None, candidates: tuple[Tile, ...], illegal: Callable[[Tile], str | None]) -> tuple[Tile, ...]:
+def _legal_tiles(
+    request: Forced | None, candidates: tuple[Tile, ...], illegal: Callable[[Tile], str | None]
+) -> tuple[Tile, ...]:
     """The candidates that can run, or the forced one."""
-    if wish is None or wish.tile is None:
+    if request is None or request.tile is None:
         return tuple(t for t in candidates if not illegal(t))
-    reason = illegal(wish.tile)
+    reason = illegal(request.tile)
     if reason:
         raise ValueError(f"forced plan cannot run: {reason}")
-    return (wish.tile,)
+    return (request.tile,)
 
 
 def _illegal(
@@ -355,19 +357,19 @@ def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
     return (k, c) if pass_ == "fprop" else (c, k)
 
 
-def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, device: Device, wish: Forced | None) -> Plan:
+def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, device: Device, request: Forced | None) -> Plan:
     """The interpreter's time is per operation: few programs, and direct kernels while groups have few outputs."""
     dot, _, direct, _ = KERNELS[pass_][:4]
     itemsize = operands.itemsize
-    kernel = wish.kernel if wish and wish.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
+    kernel = request.kernel if request and request.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
     illegal = _illegal(problem, pass_, kernel, itemsize, device)
-    candidates = _legal_tiles(wish, _interpreter_tiles(problem, pass_, kernel), illegal)
+    candidates = _legal_tiles(request, _interpreter_tiles(problem, pass_, kernel), illegal)
     if not candidates:
         raise ValueError(f"no tile of {kernel} fits: {problem}")
     tile = candidates[0]
-    splits = _all_splits(problem, pass_, kernel, tile, itemsize, device, wish)[0]
+    splits = _all_splits(problem, pass_, kernel, tile, itemsize, device, request)[0]
     (precision,) = operands.precisions(kernel, device)
-    return Plan(pass_, kernel, tile, splits, "forced" if wish else INTERPRETED, precision=precision)
+    return Plan(pass_, kernel, tile, splits, "forced" if request else INTERPRETED, precision=precision)
 
 
 def _interpreter_tiles(problem: ConvProblem, pass_: str, kernel: str) -> tuple[Tile, ...]:
@@ -411,22 +413,24 @@ def chunk(reduced: int, block: int, splits: int) -> int:
 
 
 def _all_splits(
-    problem: ConvProblem, pass_: str, kernel: str, tile: Tile, itemsize: int, device: Device, wish: Forced | None
+    problem: ConvProblem, pass_: str, kernel: str, tile: Tile, itemsize: int, device: Device, request: Forced | None
 ) -> tuple[int, ...]:
     """Numbers of splits worth considering for a pass: of pixels in wgrad, of channels in the gather where tiles are few."""
     limit = WORKSPACE // (written_elements(problem, pass_) * max(4, itemsize))
     programs = tiles_of(problem, pass_, kernel, tile)
     if pass_ == "wgrad":
-        return _split_counts(reduction(problem, pass_, kernel, tile), tile.k, programs, limit, device, wish)
-    named = wish is not None and wish.kernel == "gather" and wish.splits is not None
+        return _split_counts(reduction(problem, pass_, kernel, tile), tile.k, programs, limit, device, request)
+    named = request is not None and request.kernel == "gather" and request.splits is not None
     # The largest tiles have no registers for a slice's offsets.
     small = programs < FILLED * device.units and tile.m * tile.n <= 128 * 128 and not device.interpreted
-    if kernel != "gather" or not (named or small) or (wish and wish.splits == 1):
+    if kernel != "gather" or not (named or small) or (request and request.splits == 1):
         return (1,)
-    return _split_counts(_channels(problem, pass_, kernel)[1], tile.k, programs, limit, device, wish if named else None)
+    return _split_counts(_channels(problem, pass_, kernel)[1], tile.k, programs, limit, device, request if named else None)
 
 
-def _split_counts(reduced: int, block: int, programs: int, limit: int, device: Device, wish: Forced | None) -> tuple[int, ...]:
+def _split_counts(
+    reduced: int, block: int, programs: int, limit: int, device: Device, request: Forced | None
+) -> tuple[int, ...]:
     """Numbers of parts of a reduction: up to 16, and what fills one to four waves of the device; at most `limit`.
 
     Each is a number that is used up: rounding a part up to whole blocks may leave the last ones without work. A part's
@@ -438,12 +442,14 @@ def _split_counts(reduced: int, block: int, programs: int, limit: int, device: D
     def used(splits: int) -> int:
         return math.ceil(reduced / chunk(reduced, block, max(least, splits)))
 
-    if wish and wish.splits is not None:
-        if not 1 <= wish.splits <= most:
-            raise ValueError(f"forced plan cannot run: {wish.splits} splits, this problem allows 1 to {most}")
-        if used(wish.splits) != wish.splits:
-            raise ValueError(f"forced plan cannot run: {wish.splits} splits of {steps} steps, nearest is {used(wish.splits)}")
-        return (wish.splits,)
+    if request and request.splits is not None:
+        if not 1 <= request.splits <= most:
+            raise ValueError(f"forced plan cannot run: {request.splits} splits, this problem allows 1 to {most}")
+        if used(request.splits) != request.splits:
+            raise ValueError(
+                f"forced plan cannot run: {request.splits} splits of {steps} steps, nearest is {used(request.splits)}"
+            )
+        return (request.splits,)
     if device.interpreted:
         return (used(1),)
     fill = [device.units * waves // programs for waves in (1, 2, 3, 4)]

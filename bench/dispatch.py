@@ -11,7 +11,8 @@ pieces alone, each called as the layer calls it; what a piece adds to the ones w
 numbers are rough.
 
 The override's table is torch.nn's layer with and without `tconv.enable()`, in turn. Our side of a difference has all of the
-Python and the launches (one forward, three backward), torch's has its real kernels; a call that falls back to torch pays for the detour.
+Python and the launches (one forward, three backward), torch's has its real kernels; a call that falls back to torch pays for
+the detour.
 """
 
 from __future__ import annotations

@@ -98,9 +98,7 @@ def main() -> None:
     if left:
         raise SystemExit("fell back to torch:\n" + "\n".join(left))
     if dist.get_rank() == 0:
-        print(
-            f"depth {depth} cut at {cuts}: parameters as of one process; {len(calls)} passes by tconv, none by fallback to torch"
-        )
+        print(f"depth {depth} cut at {cuts}: parameters as of one process; {len(calls)} passes by tconv, no fallback to torch")
     dist.destroy_process_group()
 
 

@@ -146,7 +146,7 @@ def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
     reason = f"{what} failed: {type(error).__name__}: {text}"
     variant = _variant(launch, key)
     if not _lasting(error):
-        _warn(variant, f"tconv falls back to torch for one call, and will try again at the next: {reason}")
+        _warn(variant, f"tconv falls back to torch for one call, and will try again: {reason}")
         raise TransientFallback(reason) from error
     _failed[variant] = reason
     launch.ready.pop(key, None)

@@ -10,13 +10,21 @@ from matplotlib.patches import FancyBboxPatch
 
 BLUE, ORANGE, GREY, GREEN = "#dbe8f8", "#fde3cf", "#ececec", "#dff0dd"
 ROWS = [
-    ("swap.replace_   modules.Conv2d, ConvTranspose3d, Lazy…", "your model: Parameters, hooks and state_dict stay", BLUE),
-    ("functional.conv2d", "cheap guard, one lookup; torch.compile, vmap, ...: by registered operators (ops)", BLUE),
-    ("autograd: fprop · dgrad · wgrad", "three bilinear operations, each other's derivatives", BLUE),
-    ("launch", "allocates the result, in torch's memory format; a bounded workspace", ORANGE),
     (
-        "prepare  ←  simplify, plan  ←  cost, configs, device, problem",
-        "rewrites, kernel, tile, splits, prediction, once per kind of call",
+        "tconv      Conv2d, functional, replace_, enable, explain",
+        "what users call; Parameters, hooks and state_dict stay",
+        BLUE,
+    ),
+    (
+        "dispatch   entry, check, fast_path, operators, aten",
+        "who computes a call: kernels, registered operators, or torch",
+        BLUE,
+    ),
+    ("dispatch   autograd: fprop · dgrad · wgrad", "three bilinear operations, each other's derivatives", BLUE),
+    ("launching  prepare, compiled, launch", "a plan as a launch, cached; the result and a bounded workspace", ORANGE),
+    (
+        "planning   simplify, tiles, cost, plan",
+        "rewrites; kernel, tile and split-K of least predicted time",
         ORANGE,
     ),
 ]
@@ -25,7 +33,7 @@ KERNELS = [
     ("wgrad", "implicit GEMM\nsplit over pixels"),
     ("packed", "both of them\nfor few channels"),
     ("depthwise", "all three passes,\nby strips if it can;\nwithout tl.dot"),
-    ("tma", "boxes, on Hopper;\nforced only"),
+    ("tma", "boxes by TMA,\non Hopper;\nforced only"),
     ("reduce, stage", "splits in order;\nbias gradient;\ncopies"),
 ]
 
@@ -62,13 +70,11 @@ def main():
         size=8.5,
         color="#333333",
     )
-    box(
-        ax, 7.05, 4.06, 2.1, 1.34, GREY, "torch", "what tconv does not take,\nwith your own arguments:\nits results, its errors"
-    )
+    box(ax, 7.05, 4.06, 2.1, 1.34, GREY, "torch", "the fallback,\nwith your own arguments:\nits results, its errors")
     ax.annotate("", (7.05, 5.06), (6.6, 5.06), arrowprops={"arrowstyle": "-|>", "color": "#555555", "lw": 1.1})
-    box(ax, 7.05, 3.12, 2.1, 0.84, BLUE, "enable, aten", "torch's own operators,\nwhoever calls them")
+    box(ax, 7.05, 3.12, 2.1, 0.84, BLUE, "enable", "torch's own operators,\nwhoever calls them")
     ax.annotate("", (6.6, 3.3), (7.05, 3.3), arrowprops={"arrowstyle": "-|>", "color": "#555555", "lw": 1.1})
-    box(ax, 7.05, 1.72, 2.1, 1.24, GREY, "record", "every call, ours or torch's:\nexplain, last_calls,\nrecording")
+    box(ax, 7.05, 1.72, 2.1, 1.24, GREY, "record", "every call and fallback:\nexplain, last_calls,\nrecording")
     ax.annotate("", (7.05, 2.42), (6.6, 2.42), arrowprops={"arrowstyle": "-|>", "color": "#555555", "lw": 1.1})
     ax.set_xlim(-0.05, 9.2)
     ax.set_ylim(y - 0.35, 6.45)

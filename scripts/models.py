@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 OMP_NUM_THREADS=1 python -m scripts.models [--only REGEX] [--record FILE] [--write]
 
 A model that the record already holds as right is not run again; --write makes docs/models.md, docs/models.png and the table in
-README.md of the record.
+docs/evidence.md of the record.
 
 Each model is tiny, in true fp32, in eval mode (dropout and stochastic depth draw other numbers in fp64), built and called by
 its own package's unchanged code, with that package's random weights; parameters that begin as zeros, such as the last gain of
@@ -327,12 +327,12 @@ def complaint(e: Exception) -> str:
 
 
 def write(rows: Rows) -> None:
-    """The document, its picture and the README's table."""
+    """The document, its picture and the table in docs/evidence.md."""
     (ROOT / "docs" / "models.md").write_text(page(rows))
     picture(rows, ROOT / "docs" / "models.png")
-    readme = ROOT / "README.md"
-    before, after = readme.read_text().split(MARKS[0])[0], readme.read_text().split(MARKS[1])[1]
-    readme.write_text(f"{before}{MARKS[0]}\n{verdict(rows)}\n\n{summary(rows)}\n{MARKS[1]}{after}")
+    evidence = ROOT / "docs" / "evidence.md"
+    before, after = evidence.read_text().split(MARKS[0])[0], evidence.read_text().split(MARKS[1])[1]
+    evidence.write_text(f"{before}{MARKS[0]}\n{verdict(rows)}\n\n{summary(rows)}\n{MARKS[1]}{after}")
 
 
 def main() -> int:

@@ -165,7 +165,7 @@ def test_every_architecture_compiles_and_is_read():
 
 @pytest.mark.parametrize("arch", codegen.ARCHS)
 def test_the_record_knows_no_spill(arch):
-    """Of Triton 3.7, which tiles are chosen by; of others the README says what spills."""
+    """Of Triton 3.7, which tiles are chosen by; of others docs/evidence.md says what spills."""
     known = budget.load("3.7", arch)
     assert budget.scope("3.7", arch) == ""  # every variant
     assert len(known) > 2000

@@ -58,7 +58,7 @@ def test_contexts(name, device, explicit, poisoned):
 
 
 def test_a_scripted_model_is_refused(device):
-    """Whereas torch.nn's, restored, is not: README's word on it."""
+    """Whereas torch.nn's, restored, is not: as README's limits say."""
     model = tconv.replace_(nn.Sequential(nn.Conv2d(4, 6, 3))).to(device, F64)
     with pytest.raises(NotImplementedError, match=r"tconv\.restore_\(model\) first"):
         torch.jit.script(model)

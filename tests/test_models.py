@@ -107,8 +107,8 @@ def test_the_table_has_a_line_for_each_model():
 
 def test_the_documents_are_the_records():
     records = [json.loads(file.read_text()) for file in models.RECORDS.glob("*.json")]
-    page, readme = ((models.ROOT / name).read_text() for name in ("docs/models.md", "README.md"))
+    page, evidence = ((models.ROOT / name).read_text() for name in ("docs/models.md", "docs/evidence.md"))
     (rows,) = [rows for rows in records if models.page(rows) == page]
-    assert models.summary(rows) in readme
-    assert models.verdict(rows) in readme
+    assert models.summary(rows) in evidence
+    assert models.verdict(rows) in evidence
     assert sum(not models.wrong(row) for row in rows.values()) >= 15

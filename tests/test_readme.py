@@ -27,7 +27,7 @@ def blocks(name):
 
 
 def documents():
-    return [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 
 
 def test_every_document_with_python_is_run():

@@ -1,17 +1,17 @@
-"""Convolutions for PyTorch, written by hand in Triton: drop-ins for torch.nn's six layers and their lazy forms.
+"""Convolutions for PyTorch in hand-written Triton kernels: drop-ins for torch.nn's six layers and their lazy forms.
 
-    replace_, restore_                the convolutions of one model become tconv's, and torch's again
-    restored                          torch's classes for the length of a block, for tools that look at `type(module)`
-    enable, disable, enabled          the same of every convolution of the process, or made in one model, that runs on a GPU
-    is_enabled                        whether that holds
-    Conv2d and its likes, functional  layers and functions to be written where they are wanted
-    last_calls, recording, explain    what ran, or would run, and why; what fell back to torch, and why
-    precompile                        compiles ahead what a model will launch
-    decompositions                    tconv's operators in aten's, for graphs that are to hold those alone
-    force, Tile                       plans by hand, for tests and measurements
-    tconv.distributed                 convolutions of DTensors; imported by its name
+    replace_, restore_                change a model's convolution layers to tconv's, and back
+    restored                          torch's classes within a block, for tools that look at `type(module)`
+    enable, disable, enabled          override torch's convolutions on GPUs, in the whole process or inside one model
+    is_enabled                        tells whether such an override is active
+    Conv2d etc., functional           layers and functions to call directly
+    last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
+    precompile                        compiles ahead of time what a model will launch
+    decompositions                    tconv's operators in terms of aten's, for graphs that may only have aten's
+    force, Tile                       plans chosen by hand, for tests and measurements
+    tconv.distributed                 convolutions of DTensors; must be imported by name
 
-The README and docs/ say more.
+See the README and docs/ for more.
 """
 
 from tconv import functional

@@ -1,9 +1,9 @@
-"""tconv's operators as aten's, for whoever takes an exported or traced graph that may hold aten's operators alone.
+"""Decompositions of tconv's operators into aten's, for tools whose graphs may have aten's operators only.
 
-`ExportedProgram.run_decompositions()` has no registry to learn of them from. A kernel for CompositeImplicitAutograd would do,
-but it would enter Inductor's table as well, so that torch.compile would no longer run tconv's kernels, and every export would
-warn of it. torch._decomp's global table is not read there, and Inductor raises at an operator that is in it. So the table is
-extended where torch makes it for export.
+There is no registry from which `ExportedProgram.run_decompositions()` would learn them. A CompositeImplicitAutograd kernel
+would work, but Inductor would use it too, so that torch.compile no longer ran tconv's kernels, and every export would warn.
+torch._decomp's global table is not read for export, and Inductor raises an error for an operator in it. So this wraps the
+functions in which torch creates the table for export.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tconv.dispatch.operators import OPERATORS
 
 
 def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:
-    """What tconv's operators are in aten's: one convolution where torch's layer is one, else with padding or cropping.
+    """Returns decompositions of tconv's operators into aten's: a convolution, with padding or cropping where needed.
 
-    `ExportedProgram.run_decompositions()`, `torch.export.default_decompositions()` and `torch.onnx.export` know them already.
-    This table is for whoever brings a table: `make_fx(decomposition_table=...)`, or
-    `ExportedProgram.run_decompositions(tconv.decompositions())`, which leaves aten's `conv2d` and its likes whole.
+    `ExportedProgram.run_decompositions()`, `torch.export.default_decompositions()` and `torch.onnx.export` use them already.
+    This table is for functions that take one: `make_fx(decomposition_table=...)`, or
+    `ExportedProgram.run_decompositions(tconv.decompositions())`, which does not decompose aten's `conv2d` etc.
 
     Returns:
         A new dictionary from `torch.ops.tconv.fprop.default`, `dgrad` and `wgrad` to functions of the same arguments.
@@ -37,7 +37,7 @@ def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:
 
 
 def _extend_torchs_default_table() -> None:
-    """Wraps the two functions that give it out: Inductor takes it by another way, and stays without."""
+    """Wraps the two functions that return or use torch's export table. Inductor uses neither, so it keeps tconv's operators."""
     torchs_table: Any = torch.export.default_decompositions
     run: Any = ExportedProgram.run_decompositions
 

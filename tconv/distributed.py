@@ -1,20 +1,21 @@
-"""Convolutions of tensors that no single device holds: DTensors sharded over batch, channels or space.
+"""Convolutions of DTensors, sharded over batch, channels or spatial dimensions.
 
-A shard is a rank's part of one dimension, cut as DTensor cuts it (`bounds`): where a shard lies follows from the whole's
-extent and the number of ranks alone, so any two tensors of one extent agree, whichever layers made them (skip connections).
-Each rank runs tconv's own functions on what its part of the result needs:
+A shard is a rank's part of one dimension, split as DTensor splits it (`bounds`). Its bounds depend on the full extent and the
+number of ranks only. So tensors of equal extent are split alike, whichever layers computed them (skip connections). Each rank
+calls tconv.functional on the inputs that its part of the result needs:
 
-    sharded               each rank first, or last
-    batch                 nothing
-    space                 fetches the halo that its outputs read from whichever ranks hold it; zeros beyond the whole
-    input channels        last, sums the outputs
-    output channels       last, sums the gradients of the input
-    groups                nothing
+    sharded dimension     communication
+    batch                 none
+    spatial               before: fetches the halo that its outputs read from other ranks; zeros beyond the tensor's ends
+    input channels        after: sums the outputs over ranks
+    output channels       after: sums the input's gradients over ranks
+    groups                none
 
-A weight that several parts of the input met has its gradients summed. The adjoint of a halo's exchange sends each gradient
-back to where its element lives, and adds them in the order of the ranks: the same bits every run.
+If ranks use the same weight with different parts of the input, the weight's gradients are summed over ranks. The backward of
+a halo exchange sends each gradient to the rank that holds the element, which adds them in rank order: results are bitwise
+reproducible.
 
-Import it by its name; `import tconv` does not load torch's DTensor.
+Import this module by name; `import tconv` does not load torch's DTensor.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from tconv.swap import OURS as SWAPPED
 FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 Range = tuple[int, int]
-_met: weakref.WeakSet[Any] = weakref.WeakSet()  # groups all of whose ranks have spoken once
+_met: weakref.WeakSet[Any] = weakref.WeakSet()  # process groups that have done one collective
 
 
 def bounds(extent: int, ranks: int) -> tuple[int, ...]:
-    """Where the shards of a dimension begin, and its end: rank r holds [bounds[r], bounds[r + 1]), as of `torch.chunk`.
+    """Returns where the shards of a dimension begin and end, as in `torch.chunk`: rank r has [bounds[r], bounds[r + 1]).
 
     Example:
         >>> bounds(10, 3)
@@ -55,14 +56,14 @@ def bounds(extent: int, ranks: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Halo:
-    """One dimension's exchange: what the ranks of a group have of it, and what each wants.
+    """The halo exchange along one dimension: which range each rank of a process group has, and which it needs.
 
     Attributes:
-        group: their process group.
-        rank: this one's place in it.
+        group: the process group.
+        rank: this rank in the group.
         dim: the tensor's dimension.
-        have: `bounds` of the whole.
-        want: per rank the range that it computes from; may reach beyond the whole, where there are zeros.
+        have: `bounds` of the full dimension.
+        want: the range that each rank needs. It may extend beyond the full dimension, where it is filled with zeros.
     """
 
     group: Any
@@ -72,20 +73,20 @@ class Halo:
     want: tuple[Range, ...]
 
     def shared(self, owner: int, reader: int) -> Range:
-        """What one rank has of what another wants; empty where the end is not larger."""
+        """Returns the range that `owner` has and `reader` needs; it is empty unless its end is larger than its start."""
         (a, b), (lo, hi) = (self.have[owner], self.have[owner + 1]), self.want[reader]
         return max(a, lo), min(b, hi)
 
     def of_shard(self, t: torch.Tensor, part: Range) -> torch.Tensor:
-        """A range of the whole in this rank's shard."""
+        """Returns a range of the full dimension as a view of this rank's shard."""
         return t.narrow(self.dim, part[0] - self.have[self.rank], part[1] - part[0])
 
     def of_wanted(self, t: torch.Tensor, part: Range) -> torch.Tensor:
-        """A range of the whole in what this rank wants."""
+        """Returns a range of the full dimension as a view of the tensor that this rank needs."""
         return t.narrow(self.dim, part[0] - self.want[self.rank][0], part[1] - part[0])
 
     def fetch(self, shard: torch.Tensor) -> torch.Tensor:
-        """What this rank wants, of everyone's shards."""
+        """Returns the range that this rank needs, gathered from all ranks' shards."""
         lo, hi = self.want[self.rank]
         wanted = _empty(shard, self.dim, hi - lo)
         first, last = min(max(lo, 0), hi), max(min(hi, self.have[-1]), lo)
@@ -101,7 +102,7 @@ class Halo:
         return wanted
 
     def give_back(self, grad: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `fetch`: gradients of this rank's shard from those of what everyone wanted."""
+        """Returns the gradient of this rank's shard, summed from the gradients of all ranks' results of `fetch`."""
         shard = _empty(grad, self.dim, self.have[self.rank + 1] - self.have[self.rank]).zero_()
         mine = self.shared(self.rank, self.rank)
         give = {r: self.of_wanted(grad, part) for r, part in self._others(lambda r: self.shared(r, self.rank))}
@@ -114,15 +115,15 @@ class Halo:
         return shard
 
     def _others(self, part: Callable[[int], Range]) -> list[tuple[int, Range]]:
-        """The other ranks for whom a range is not empty, ascending, with it."""
+        """Returns (rank, range) of the other ranks whose range is not empty, in rank order."""
         ranges = [(r, part(r)) for r in range(len(self.want)) if r != self.rank]
         return [(r, found) for r, found in ranges if found[1] > found[0]]
 
     def _swap(
         self, give: dict[int, torch.Tensor], take: dict[int, torch.Tensor], device: torch.device
     ) -> dict[int, torch.Tensor]:
-        """Sends pieces and receives others of the shapes in `take`; both by rank, ascending."""
-        if self.group not in _met:  # NCCL wants all of a group to speak before some of it exchange in pairs
+        """Sends the tensors in `give` and returns received ones of the shapes in `take`; all by rank, in rank order."""
+        if self.group not in _met:  # NCCL needs a collective of the whole group before send/recv within part of it
             dist.all_reduce(torch.zeros(1, device=device), group=self.group)
             _met.add(self.group)
         came = {r: torch.empty_like(piece, memory_format=torch.contiguous_format) for r, piece in take.items()}
@@ -135,13 +136,13 @@ class Halo:
 
 
 def _empty(like: torch.Tensor, dim: int, extent: int) -> torch.Tensor:
-    """Memory in the layout of a tensor, with another extent of one dimension."""
+    """Returns an uninitialized tensor with the memory format of `like` and another extent of one dimension."""
     shape = [*like.shape[:dim], extent, *like.shape[dim + 1 :]]
     return torch.empty_strided(shape, _strides(like, shape), dtype=like.dtype, device=like.device)
 
 
 def _strides(like: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    """Dense strides of a shape, its dimensions in the order of a tensor's."""
+    """Returns dense strides for a shape, with the dimension order of `like`."""
     strides, step = [0] * len(shape), 1
     for i in sorted(range(len(shape)), key=lambda i: (like.stride(i), -i)):
         strides[i], step = step, step * max(shape[i], 1)
@@ -163,7 +164,10 @@ class _Fetch(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """What every rank holds alike and uses for another part of the work."""
+    """Identity in the forward pass, sums gradients over ranks in the backward pass.
+
+    For a tensor that is the same on all ranks, each of which uses it for another part of the computation.
+    """
 
     @staticmethod
     @opaque
@@ -179,7 +183,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks, which then all hold it."""
+    """Sums over ranks in the forward pass (all-reduce), identity in the backward pass."""
 
     @staticmethod
     @opaque
@@ -199,7 +203,7 @@ _sum: Callable[[torch.Tensor, Any], torch.Tensor] = _Sum.apply
 
 
 def _total(t: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sum over a group's ranks, of 16-bit floats in fp32 and rounded once."""
+    """Returns the sum over a group's ranks. fp16 and bf16 are summed in fp32 and rounded once."""
     wide = torch.promote_types(t.dtype, torch.float32)
     total = torch.empty(t.shape, dtype=wide, device=t.device).copy_(t)
     dist.all_reduce(total, group=group)
@@ -208,14 +212,14 @@ def _total(t: torch.Tensor, group: Any) -> torch.Tensor:
 
 @dataclass
 class _Split:
-    """How a convolution is cut over a mesh.
+    """How a convolution is sharded over a device mesh.
 
     Attributes:
-        x, w, b, y: placements, one per dimension of the mesh.
-        space: spatial dimension -> dimension of the mesh that cuts it.
-        sum_x, sum_w: dimensions of the mesh over which gradients of x, and of w and b, are summed.
-        sum_y: those over which y is.
-        groups: of each rank's convolution.
+        x, w, b, y: placements, one per mesh dimension.
+        space: {spatial dimension: mesh dimension that shards it}.
+        sum_x, sum_w: mesh dimensions over which gradients of x, or of w and b, are summed.
+        sum_y: mesh dimensions over which y is summed.
+        groups: number of groups of each rank's convolution.
     """
 
     x: list[Any]
@@ -230,7 +234,11 @@ class _Split:
 
 
 def _split(transposed: bool, x: DTensor, w: torch.Tensor, groups: int) -> _Split:
-    """How x and w, as they lie, are to be convolved, or ValueError."""
+    """Returns how to shard the convolution of x and w, given their placements.
+
+    Raises:
+        ValueError: their placements do not fit together.
+    """
     mesh, n = x.device_mesh, x.device_mesh.ndim
     whole = [Replicate()] * n
     if isinstance(w, DTensor) and w.device_mesh != mesh:
@@ -269,7 +277,13 @@ def _split(transposed: bool, x: DTensor, w: torch.Tensor, groups: int) -> _Split
 
 
 def _local(t: Any, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:
-    """This rank's part of a tensor that is placed so, a plain one being the same on every rank; differentiable."""
+    """Returns this rank's part of a tensor with these placements. Differentiable.
+
+    A plain tensor counts as replicated. A DTensor with other placements is redistributed.
+
+    Raises:
+        ValueError: the tensor is on another mesh, or this rank's part does not have the shape that DTensor would give it.
+    """
     if not isinstance(t, DTensor):
         if all(p == Replicate() for p in placements):
             return t  # type: ignore[no-any-return]
@@ -290,19 +304,19 @@ def _local(t: Any, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:
 
 
 def _reach(transposed: bool, out: Range, taps: int, stride: int, before: int, dilation: int) -> Range:
-    """The inputs that a range of outputs reads, those beyond the input's ends included."""
+    """Returns the range of inputs that a range of outputs reads. It may extend beyond the ends of the input."""
     (a, b), span = out, dilation * (taps - 1)
     if not transposed:
         return a * stride - before, (b - 1) * stride - before + span + 1
-    # Input i writes i*stride - before + dilation*t. The second of each pair makes the result reach over the gaps of a
-    # stride that is wider than the filter.
+    # Input i contributes to outputs i*stride - before + dilation*t. If the stride is wider than the filter, outputs have
+    # gaps that no input contributes to. The second number of each pair extends the range over those.
     lo = min(-((span - a - before) // stride), (a + before) // stride)
     last = max((b - 1 + before) // stride, -((span + 1 - b - before) // stride))
     return lo, last + 1
 
 
 def _check_all_work(what: str, shape: Sequence[int], placements: Sequence[Any], mesh: Any) -> None:
-    """That no rank is left without channels or pixels."""
+    """Raises ValueError if a rank would have no channels or no pixels."""
     for m, p in enumerate(placements):
         if isinstance(p, Shard) and p.dim and bounds(shape[p.dim], mesh.size(m))[-2] == shape[p.dim]:
             extent, ranks = shape[p.dim], mesh.size(m)
@@ -405,18 +419,18 @@ def conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> DTensor:
-    """The 1-D, 2-D or 3-D convolution of a DTensor, by tconv's kernels on each rank's shard.
+    """Returns the 1-D, 2-D or 3-D convolution of a DTensor, computed by tconv's kernels on each rank's shard.
 
     Args:
         input: (N, C, *spatial), sharded over batch, channels or spatial dimensions, or replicated.
         weight, bias: DTensors on the input's mesh, or plain tensors that are the same on every rank.
-        others: as `tconv.functional` takes them.
+        stride, padding, dilation, groups: as in `tconv.functional`.
     Returns:
-        (N, K, *spatial), sharded like the input; over output channels where weight or groups are; replicated where input
-        channels were.
+        (N, K, *spatial), sharded like the input in batch and space. Sharded over output channels if the weight's output
+        channels or the groups are sharded; replicated if the input channels are.
     Raises:
-        ValueError: placements that fit no convolution, an output of which a rank would hold nothing, bad parameters. On
-            every rank alike, before anything is sent.
+        ValueError: placements that do not fit together, an output of which a rank would have nothing, or invalid parameters:
+            all ranks raise it, before any communication. Or this rank's part does not have the shape that DTensor gives it.
     """
     return _convolve(False, input, weight, bias, stride, padding, 0, dilation, groups)
 
@@ -431,7 +445,7 @@ def conv_transpose(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> DTensor:
-    """The transposed convolution of a DTensor; otherwise as `conv`."""
+    """Returns the 1-D, 2-D or 3-D transposed convolution of a DTensor; otherwise like `conv`."""
     return _convolve(True, input, weight, bias, stride, padding, output_padding, dilation, groups)
 
 
@@ -485,16 +499,16 @@ OURS = {base: layer for layer in LAYERS for base in (getattr(modules, layer.__na
 
 
 def replace_(model: torch.nn.Module) -> torch.nn.Module:
-    """Makes the convolutions of a model, torch.nn's and tconv's, ones that take DTensors too, in place.
+    """Replaces a model's convolution layers, torch.nn's and tconv's, by ones that also accept DTensors, in place.
 
-    Parameters stay as they are: plain ones count as the same on every rank, and so do their gradients. Plain inputs are
-    computed as before. Layers of a class of the user's own, and lazy ones before their first call, are left as they are.
-    `tconv.restore_` makes those that were torch.nn's so again.
+    Parameters stay as they are. A plain parameter must be the same on every rank, and its gradient will be. Plain inputs are
+    computed as before. Layers of a user's class, and lazy layers before their first call, are left alone. `tconv.restore_`
+    restores the layers that were torch.nn's.
 
     Returns:
         The same model.
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     checked("distributed.replace_", model)
     for module in model.modules():

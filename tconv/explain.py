@@ -1,4 +1,4 @@
-"""Says how a layer would be run, without running it."""
+"""`explain`: tells which kernels a layer would launch, without launching them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NONE = "no call of tconv: make the layers tconv's by replace_, or all convolutio
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: one `Call` per pass, or per call that falls back to torch. Printing it gives a line each.
+    """The result of `explain`: one `Call` per pass, or per call that falls back to torch. It prints one line for each.
 
     Attributes:
         calls: in the order in which they were, or would be, made.
@@ -24,7 +24,7 @@ class Explanation:
 
     @property
     def ours(self) -> bool:
-        """Whether tconv's kernels take every call."""
+        """True if there are calls and tconv's kernels compute all of them."""
         return bool(self.calls) and all(call.ours for call in self.calls)
 
     def __str__(self) -> str:
@@ -32,27 +32,27 @@ class Explanation:
 
 
 def _lines(call: Call) -> list[str]:
-    """A call, and which plans were left out for want of having run on hardware."""
+    """Returns a line for a call, and one for each plan not chosen because its kernel or precision has never run on hardware."""
     unproven = [plan for plan in call.plan.others if plan.unproven] if call.plan else []
     return [str(call), *(f"    {plan}" for plan in unproven)]
 
 
 def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Explanation:
-    """Which kernel, tiles and reason a layer gets for an input, forward and backward; without arguments, the last calls.
+    """Returns the plan of every pass of a layer for given inputs, forward and backward, and why it was chosen.
 
-    The layer's Python code runs, but no kernel of tconv's is launched: results of convolutions are left unset. The code sees
-    stand-ins for the tensors of the layer and of its inputs, and what it changes is set back: buffers, attributes, random
-    numbers, lazy layers (docs/explain.md). The backward pass starts from every tensor of the result that has a gradient.
-    Torch's own convolutions are explained too while `enable()` holds. `last_calls` and `recording` do not see any of it.
+    The layer's Python code runs, but tconv launches no kernel: results of convolutions are uninitialized. The code sees
+    stand-ins for the tensors of the layer and its inputs. Whatever it changes is restored: buffers, attributes, random number
+    generators, lazy layers (docs/explain.md). The backward pass starts from every tensor in the result that has a gradient.
+    While `enable()` is active, torch's own convolutions are explained too. `last_calls` and `recording` see none of this.
 
     Args:
-        layer: a module or a function such as `tconv.functional.conv2d`; None for what the last calls used.
-        args, kwargs: its inputs, in containers and objects of any kind. Floating tensors among them ask for their gradients
-            as if they had `requires_grad`; a Parameter only if it has.
+        layer: a module, or a function such as `tconv.functional.conv2d`. Without any arguments, the last calls are explained.
+        args, kwargs: its inputs, in containers and objects of any kind. Floating-point tensors among them are treated as if
+            they had `requires_grad`; a Parameter only if it has.
     Returns:
         An `Explanation`; its text has one line per pass.
     Raises:
-        TypeError: a layer that is neither a module nor a function. What the layer itself raises comes as it is.
+        TypeError: the layer is neither a module nor a function. Errors of the layer itself are passed on.
 
     Example:
         >>> import torch, tconv

@@ -15,7 +15,7 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 
 
 def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
-    """The public function of a rank: parse as torch does; whatever does not parse is torch's to refuse."""
+    """Returns the public function of a rank. It has torch's signature, and lets torch raise for arguments that do not fit."""
     torchs = (TRANSPOSED if transposed else FORWARD)[rank]
 
     def forward(

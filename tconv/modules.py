@@ -1,6 +1,6 @@
 """The layers: subclasses of torch.nn's that override `forward` and, where torch.nn has it, `_conv_forward`.
 
-Nothing is derived from attributes at construction: stride, padding and the rest may be changed afterwards, weights may be
+Construction derives nothing from a layer's attributes. So stride, padding etc. may be changed later, and weights may be
 parametrized or passed in by an overriding `_conv_forward`.
 """
 
@@ -16,8 +16,8 @@ from tconv.dispatch.context import PLAIN
 from tconv.dispatch.entry import convolve
 
 ZERO = (0,)  # per dimension
-# Torch's own methods are called by their class's name: a bound method of ours may outlive the layer's class, kept by a tool
-# that wraps `forward`, and `super()` raises where `self` is torch.nn's again.
+# Torch's own methods are called through these classes, not by `super()`. A tool that wraps `forward` may keep a bound method
+# of ours after `restore_` has changed the layer's class back, and `super()` would then raise.
 TORCHS = (
     torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
     torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
@@ -25,48 +25,49 @@ TORCHS = (
 
 
 class _Name(str):
-    """The `__module__` of a layer's class: on the class the true one, on an instance that of torch's layers.
+    """The `__module__` of a layer's class: the true name on the class, that of torch's layers on an instance.
 
-    torch.fx and the tools on top of it (torchvision's extractors, quantization) take a module for a leaf of the graph, rather
-    than trace what it calls, if `module.__module__` starts with "torch.nn". Pickles ask the class.
+    torch.fx and the tools on top of it (torchvision's extractors, quantization) keep a module as a leaf of the graph, instead
+    of tracing into it, if `module.__module__` starts with "torch.nn". Pickle reads the name from the class.
     """
 
     def __get__(self, instance: Any, owner: type) -> str:
         return self if instance is None else "torch.nn.modules.conv"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return str, (str(self),)  # pickles that name the class hold a plain string
+        return str, (str(self),)  # a pickle has a plain string for it
 
 
 class _Layer:
-    """What all layers of tconv's have in common.
+    """Base of all tconv layers.
 
     Attributes:
-        _tconv_rank: spatial dimensions. `kernel_size` does not tell: torch.nn takes any number, and raises at the call.
+        _tconv_rank: number of spatial dimensions. Not taken from `kernel_size`, for which torch.nn accepts any length at
+            construction and raises at the call.
     """
 
     _tconv_rank: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__module__.startswith("tconv."):  # a user's subclass is traced into, as one of torch's layer is
+        if cls.__module__.startswith("tconv."):  # torch.fx traces into a user's subclass, as it does for torch's layers
             cls.__module__ = _Name(cls.__module__)
 
     def __repr__(self) -> str:
-        """Torch's text, which says nothing of whose layer it is. Error texts, made of `_get_name()`, stay torch's."""
+        """Returns torch's text with "tconv." in front. Error texts use `_get_name()`, so they stay torch's."""
         return f"tconv.{super().__repr__()}"
 
     def __prepare_scriptable__(self) -> Any:
-        """TorchScript would read the Python of a layer, and say at length what of it it does not know."""
+        """Raises a short error. TorchScript cannot compile the layer's Python code, and its own error would be long."""
         raise NotImplementedError("torch.jit.script cannot take tconv's layers: tconv.restore_(model) first, or trace it")
 
 
 class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
-    """What Conv1d, Conv2d and Conv3d share."""
+    """Base of Conv1d, Conv2d and Conv3d."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y = None
-        if isinstance(self, _Forward):  # not where this bound method outlived `restore_`
+        if isinstance(self, _Forward):  # False if a tool kept this bound method past `restore_`
             x, padding = input, self.padding
             if self.padding_mode != "zeros":
                 x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO
@@ -75,12 +76,12 @@ class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
 
 
 class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
-    """What ConvTranspose1d, ConvTranspose2d and ConvTranspose3d share."""
+    """Base of ConvTranspose1d, ConvTranspose2d and ConvTranspose3d."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         y = None
         if (
-            isinstance(self, _Transposed)  # not where this bound method outlived `restore_`
+            isinstance(self, _Transposed)  # False if a tool kept this bound method past `restore_`
             and isinstance(input, (torch.Tensor, Proxy))
             and isinstance(self.padding, tuple)
             and self.padding_mode == "zeros"
@@ -97,7 +98,7 @@ class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
 
 
 def _torchs(layer: Any) -> Any:
-    """The class of torch.nn's that a layer's class is, or comes from."""
+    """Returns the torch.nn class of a layer: its own class or a base of it."""
     for cls in TORCHS:
         if isinstance(layer, cls):
             return cls
@@ -105,9 +106,9 @@ def _torchs(layer: Any) -> Any:
 
 
 def _parameters(layer: Any, input: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A layer's weight and bias, past `Module.__getattr__`, which takes longer than all of ours, where it adds nothing.
+    """Returns a layer's weight and bias, without `Module.__getattr__` where possible, which is slower than all of our code.
 
-    It does for subclasses and parametrized layers, which may compute them, and where torch.fx traces.
+    Subclasses and parametrized layers need it, since they may compute the two, and so does torch.fx tracing.
     """
     if type(layer) in PLAIN_LAYERS and type(input) in PLAIN:
         own = layer._parameters
@@ -117,7 +118,7 @@ def _parameters(layer: Any, input: Any) -> tuple[torch.Tensor, torch.Tensor | No
 
 
 def _forward(name: str) -> Any:
-    """The `forward` of a layer that is not transposed; Python's errors mention the layer's name."""
+    """Returns the `forward` of a layer that is not transposed, with the layer's name in it for Python's error texts."""
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         weight, bias = _parameters(self, input)

@@ -1,9 +1,10 @@
-"""One line for a whole process, or for one model: every convolution that torch computes on a GPU becomes tconv's.
+"""`enable()`: torch's own convolutions on GPUs run tconv's kernels, in the whole process or inside one model.
 
-What is replaced are aten's kernels of `_convolution` and `convolution_backward`, below autograd, autocast, functorch, modes,
-tracing and sharding: all of these go on seeing torch's own operators. Torch's functions, modules, compiled, traced and
-exported graphs end in `_convolution`; `convolution`, above it, is what traced graphs and compiled packages leave out. Only
-tensors of a device that tconv has kernels for get here at all. What is not taken goes to the kernel that was there.
+It overrides aten's kernels of `_convolution` and `convolution_backward`. They are below autograd, autocast, functorch, modes,
+tracing and sharding, which all still see torch's own operators. Torch's functions and modules, and compiled, traced and
+exported graphs, all end in `_convolution`. The operator above it, `convolution`, would not do: traced graphs and compiled
+packages skip it. Only tensors on a device that tconv has kernels for get here. Calls that are not selected or not supported
+fall back to the kernel registered before.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from tconv.dispatch.selection import EVERYTHING, Choice, Selection, choice, sele
 from tconv.launching.cache import BoundedCache
 from tconv.launching.record import Fallback
 
-MADE_BY = ("convolution", "_convolution", "convolution_backward")  # the operators of which autograd makes nodes
+MADE_BY = ("convolution", "_convolution", "convolution_backward")  # the operators for which autograd creates nodes
 DYNAMO = os.path.join("torch", "_dynamo")
 F = TypeVar("F", bound=Callable[..., Any])
-PROCESS: Any = ...  # what stands for no model: `enable(None)` is a mistake, and must not enable everything
+PROCESS: Any = ...  # the default for `model`. Not None: `enable(None)` is a mistake, and must not enable the whole process
 
-_layers: list[_Layer] = []  # of kernels of ours that are registered, the oldest first
-_nodes: chain.Layer | None = None  # registered with autograd while models are enabled
+_layers: list[_Layer] = []  # our registered kernels, oldest first
+_nodes: chain.Layer | None = None  # kernels that mark autograd's nodes, registered while models are enabled
 
 
 def enable(
@@ -43,28 +44,29 @@ def enable(
     ranks: Iterable[int] | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
 ) -> None:
-    """Makes the convolutions of the process, or those made inside one model, tconv's until `disable()`.
+    """Runs torch's convolutions by tconv's kernels, in the whole process or inside one model, until `disable()`.
 
-    It holds for those that run on a GPU, and on CPUs where `TRITON_INTERPRET=1` was set before Triton was imported. Without
-    Triton, or in a torch that is built without GPUs, it warns and changes nothing.
+    This affects convolutions on GPUs, and on CPUs if `TRITON_INTERPRET=1` was set before Triton was imported. Without
+    Triton, or if torch is built without GPU support, it warns and changes nothing.
 
-    Without a model it holds in all threads and in children forked later. With one it holds for the calls made while the
-    model is being called, by whatever layers or functions, and for their backward passes. Layers, functions and compiled
-    graphs follow at once, in both directions, and a backward pass follows what holds when it runs.
+    Without a model, it affects all threads, and child processes forked later. With a model, it affects all calls made while
+    the model is being called, from any layer or function, and their backward passes. `enable` and `disable` take effect at
+    once, for layers, functions and compiled graphs. A backward pass uses what is enabled when it runs.
 
-    Several add up: a call is tconv's if any `enable()` that holds selects it, and each is ended by its own `disable()`.
-    Where another library has replaced the same kernels, the last one wins and leaves the rest to the one before it.
+    Several `enable()` add up: tconv computes a call if any of them selects it, and each needs its own `disable()`. If another
+    library overrides the same kernels, the last one registered wins, and calls that it does not compute fall back to the one
+    before it.
 
     Args:
-        model: whose calls; a module of any class. Left out, the process's.
-        operations: some of "fprop", "dgrad" and "wgrad" (with the bias's gradient), as `Call.operation` names them: a
-            transposed convolution is a dgrad, and its gradient by the input an fprop. None: all.
+        model: a module of any class. Default: the whole process.
+        operations: some of "fprop", "dgrad" and "wgrad" (which includes the bias gradient), as in `Call.operation`.
+            A transposed convolution is a dgrad, and the gradient of its input an fprop. None: all.
         ranks: some of 1, 2 and 3. None: all.
-        dtypes: some of torch.float16, bfloat16, float32 and float64: the input's, after autocast. None: all.
+        dtypes: some of torch.float16, bfloat16, float32 and float64: the input's dtype after autocast. None: all.
 
     Raises:
-        TypeError: the model is not a module, or a selection is not a collection of what is wanted.
-        ValueError: a selection is empty, or asks for what tconv has no kernels for.
+        TypeError: the model is not a module, or a selection is not a collection of values of the right type.
+        ValueError: a selection is empty, or has a value that tconv has no kernels for.
 
     Example:
         >>> enable()
@@ -76,13 +78,13 @@ def enable(
 
 
 def disable(model: torch.nn.Module = PROCESS, /) -> None:
-    """Ends the newest `enable()` of the process, or of a model. The last to end gives torch's own kernels back.
+    """Ends the newest `enable()` of the process, or of a model. Ending the last one restores torch's own kernels.
 
-    A block, `with enabled():`, ends by itself only.
+    It does not end a `with enabled():` block.
 
     Raises:
         TypeError: the model is not a module.
-        RuntimeError: there is no `enable()` that holds.
+        RuntimeError: no `enable()` is active.
     """
     _check("disable", model)
     with chain.lock:
@@ -105,7 +107,7 @@ def enabled(
     ranks: Iterable[int] | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
 ) -> Iterator[None]:
-    """`enable()`, with the same arguments, for the length of a block.
+    """A context manager: `enable()`, with the same arguments, until the block ends.
 
     Example:
         >>> with enabled():
@@ -114,7 +116,7 @@ def enabled(
         >>> with enabled(layer):
         ...     y = layer(torch.ones(1, 1, 3))
     """
-    one = _begin(6, model, True, operations, ranks, dtypes)  # contextlib is between
+    one = _begin(6, model, True, operations, ranks, dtypes)  # one frame more than `enable`: contextlib's
     try:
         yield
     finally:
@@ -131,14 +133,14 @@ def is_enabled(
     rank: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> bool:
-    """Whether an `enable()` holds: for the process, or for what is called inside a model, which the process's is too.
+    """Returns True if an `enable()` is active for the process, or for calls inside a model.
 
     Args:
-        model: a model. Left out, only the process's count.
-        operation, rank, dtype: ask for calls of this kind. None: for any.
+        model: a model; an `enable()` of the process counts for it too. Default: only those of the process count.
+        operation, rank, dtype: ask about calls of this kind only. None: any.
 
     Returns:
-        False too where `enable()` only warned.
+        False also if `enable()` only warned.
 
     Raises:
         TypeError, ValueError: as `enable` does.
@@ -150,12 +152,12 @@ def is_enabled(
 
 
 class _Enabled:
-    """What one `enable()` asks for.
+    """One `enable()`.
 
     Attributes:
-        selection: the calls that it takes.
-        block: whether it ends with a block rather than with `disable()`.
-        layer: the kernels that take them; None before and after.
+        selection: the calls that it selects.
+        block: True if it ends with a `with` block instead of `disable()`.
+        layer: the registered kernels that serve it; None before it begins and after it ends.
     """
 
     def __init__(self, selection: Selection, block: bool) -> None:
@@ -164,14 +166,14 @@ class _Enabled:
 
 
 def _hook(function: F) -> F:
-    """A module's hook that dynamo is not to trace. Says so as torch.compiler.disable does, which would import dynamo."""
+    """Keeps dynamo from tracing a module hook. Does what torch.compiler.disable does, without importing dynamo."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "tconv.enable(model) has hooks: enable what torch.compile returns"  # type: ignore[attr-defined]
     return opaque(function)
 
 
 class _Inside(_Enabled):
-    """The same for calls made inside one model, whose hooks hold it. A copy of the model is given one of its own."""
+    """One `enable(model)`, referred to by the model's hooks. A copy of the model gets its own."""
 
     @_hook
     def enter(self, module: torch.nn.Module, args: Any) -> None:
@@ -181,7 +183,7 @@ class _Inside(_Enabled):
 
     @_hook
     def leave(self, module: torch.nn.Module, args: Any, outputs: Any) -> None:
-        """The model's last hook, which is called after an error too."""
+        """The model's last hook, called after an error too."""
         scope.leave(self, _caller(sys._getframe(1)), outputs)
 
     def __reduce__(self) -> Any:
@@ -189,12 +191,12 @@ class _Inside(_Enabled):
 
 
 class _Layer(chain.Layer):
-    """Our kernels of convolutions, and what was asked for while they were on top.
+    """Our convolution kernels, and the `enable()`s made while they were on top.
 
     Attributes:
-        chosen: what holds for all calls; None where that depends on the model that they are made in, or nothing holds.
-        process, inside: what was asked for.
-        empty: whether there is no device to have kernels for.
+        chosen: the choice for all calls; None if it depends on the model that a call is made in, or if nothing is enabled.
+        process, inside: the active `enable()`s of the process and of models.
+        empty: True if tconv has kernels for no device here.
     """
 
     def __init__(self, stacklevel: int) -> None:
@@ -215,7 +217,7 @@ class _Layer(chain.Layer):
             warnings.warn(f"tconv.enable() changes nothing here: {', '.join(dict.fromkeys(reasons))}", stacklevel=stacklevel)
 
     def change(self, one: _Enabled, holds: bool) -> None:
-        """Begins or ends to take what is asked for."""
+        """Begins (`holds`) or ends one `enable()`."""
         one.layer = self if holds else None
         if not isinstance(one, _Inside):
             self.process = (*self.process, one) if holds else tuple(other for other in self.process if other is not one)
@@ -224,12 +226,12 @@ class _Layer(chain.Layer):
         else:
             self.inside.discard(one)
         selections = [one.selection for one in self.process]
-        alike = EVERYTHING in selections or (selections and not self.inside)  # whatever model a call is made in
+        alike = EVERYTHING in selections or (selections and not self.inside)  # the same choice inside and outside of models
         self.chosen = choice(selections) if alike else None
         self.forget()
 
     def look(self) -> Choice | None:
-        """What holds for the running call; None if nothing does."""
+        """Returns the choice for the running call, or None if nothing is enabled for it."""
         scopes = scope.current() if self.inside else ()
         try:
             return self._known[scopes]
@@ -241,12 +243,16 @@ class _Layer(chain.Layer):
         return found
 
     def forget(self) -> None:
-        """Looks anew at what holds, and lets go of models that are gone."""
+        """Clears the cache of choices, which refers to models that may have been deleted."""
         self._known = BoundedCache()
 
 
 def _kernels(layer: _Layer, device: str) -> dict[tuple[str, str], Any]:
-    """Our kernels for a device, by operator and dispatch key."""
+    """Returns our kernels for a device, by operator and dispatch key.
+
+    Raises:
+        Fallback: tconv cannot run on that device here.
+    """
     if device == "cuda" and not torch.cuda._is_compiled():
         raise Fallback("this torch is built without GPUs")
     entry.kernels_for(device)
@@ -257,7 +263,7 @@ def _kernels(layer: _Layer, device: str) -> dict[tuple[str, str], Any]:
 
 
 def _begin(stacklevel: int, model: Any, block: bool, operations: Any, ranks: Any, dtypes: Any) -> _Enabled:
-    """`enable()`, for a caller so many frames up from where a warning is given."""
+    """Does what `enable()` and `enabled()` do. `stacklevel` is that of the user's call in a warning of `_Layer`."""
     _check("enabled" if block else "enable", model)
     selection = select(operations, ranks, dtypes)
     if model is PROCESS:
@@ -269,7 +275,7 @@ def _begin(stacklevel: int, model: Any, block: bool, operations: Any, ranks: Any
     try:
         model.register_forward_pre_hook(inside.enter, prepend=True)
         model.register_forward_hook(inside.leave, always_call=True)
-    except BaseException:  # of a module that takes no hooks
+    except BaseException:  # a module that does not support hooks
         _close(inside)
         _unhook(model, inside)
         raise
@@ -299,7 +305,7 @@ def _close(one: _Enabled) -> None:
 
 
 def _tidy() -> None:
-    """Takes out kernels that serve nothing, unless others are on top of them, and follows whether models are enabled."""
+    """Removes kernels that serve no `enable()`, unless others' are on top. Adds or removes the kernels that mark nodes."""
     global _nodes
     for layer in _layers:
         layer.forget()
@@ -312,7 +318,7 @@ def _tidy() -> None:
     elif _nodes is None:
         devices = {below.key for layer in _layers for below in layer.kernels}
         kernels = [(operator, f"Autograd{device}") for operator in MADE_BY for device in devices]
-        # Under a dispatch mode torch takes the wrong one of two kernels of autograd's that are written in Python.
+        # If two Autograd kernels are registered from Python, torch runs the wrong one under a dispatch mode.
         _nodes = chain.Layer({kernel: scope.marking for kernel in kernels if chain.torchs_own(*kernel)})
 
 
@@ -321,7 +327,7 @@ def _process() -> list[_Enabled]:
 
 
 def _hooked(model: torch.nn.Module) -> list[_Enabled]:
-    """What is asked for inside a model, the oldest first; the last hook is run first."""
+    """Returns the active `enable()`s of a model, oldest first. Its hooks are in the opposite order."""
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     return [owner for owner in reversed(owners) if isinstance(owner, _Inside) and owner.layer is not None]
 
@@ -334,19 +340,19 @@ def _unhook(model: torch.nn.Module, one: _Enabled) -> None:
 
 
 def _caller(frame: FrameType) -> FrameType:
-    """The frame that called a hook, but for dynamo's, which has ended when the hook has."""
+    """Returns the frame that called a hook, skipping dynamo's frames, which end together with the hook."""
     while DYNAMO in frame.f_code.co_filename and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
 
 def _copied(selection: Selection, block: bool) -> _Inside:
-    """What the hooks of a copied or unpickled model hold: enabled as well, but not by a block, which ends here."""
+    """Returns the `_Inside` of a copied or unpickled model. It is enabled too, except by a block, which ends here only."""
     inside = _Inside(selection, block)
     if not block:
         _open(inside, 4)
     return inside
 
 
-if hasattr(os, "register_at_fork"):  # a child inherits a whole state, and a lock that nobody holds
+if hasattr(os, "register_at_fork"):  # a child inherits consistent state and a free lock
     os.register_at_fork(before=chain.lock.acquire, after_in_parent=chain.lock.release, after_in_child=chain.lock.release)

@@ -1,8 +1,8 @@
-"""Compiles what a model will launch, before it does: in parallel, on any machine, into Triton's own cache on disk.
+"""Compiles a model's kernels ahead of time: in parallel, on any machine, into Triton's own cache on disk.
 
-A worker is a process of its own with a driver that knows a target and no device, in which JITFunction itself compiles: so
-the cache's keys are those that the first real call will look for. Workers are not forked and do not import the user's
-`__main__`; a GPU that is in use here is not touched there.
+A worker is a separate process. Its Triton driver has a target but no device. Triton's JITFunction itself compiles there, so
+the cache keys are those that the first real call will look up. Workers are not forked, do not import the user's `__main__`,
+and do not use the GPU.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tconv.rehearsal import runner
 
 @dataclass(frozen=True)
 class Precompiled:
-    """What `precompile` did; printing it says so.
+    """The result of `precompile`; it prints as a summary.
 
     Attributes:
-        compiled: kernels compiled now.
-        found: kernels that Triton's cache held already.
-        failed: those that could not be compiled, or not be loaded on the GPU, each with its error.
+        compiled: number of kernels compiled now.
+        found: number of kernels that were already in Triton's cache.
+        failed: kernels that could not be compiled, or not loaded on the GPU, each with its error.
         left: calls that fall back to torch, each with its reason.
     """
 
@@ -50,7 +50,7 @@ class Precompiled:
 
 @dataclass(frozen=True)
 class Task:
-    """One kernel to compile: what JITFunction.warmup is told. It goes to another process."""
+    """One kernel to compile: the arguments of JITFunction.warmup. It is pickled and sent to a worker."""
 
     name: str
     kernel: tuple[str, str]
@@ -67,28 +67,28 @@ def precompile(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Precompiled:
-    """Compiles every kernel that a model launches for such inputs, forward and backward, so that no call has to wait.
+    """Compiles every kernel that a model launches for such inputs, forward and backward, so that no later call compiles.
 
-    The model's Python code runs, but no kernel of tconv's: on copies of its own tensors if all are on a GPU, else on meta
-    tensors in their place, which know shapes, strides and dtypes only. What the code changes is set back, and lazy layers
-    stay lazy, as with `explain` (docs/explain.md). Tensors are taken to be aligned as torch allocates them, the results'
-    gradients to be laid out as the results, and plans to be those of the moment (`torch.backends`' fp32 precision,
-    autocast). Gradients of gradients are left out.
+    The model's Python code runs, but tconv launches no kernel. The code sees copies of the model's tensors if all are on
+    a GPU, else meta tensors, which have shapes, strides and dtypes only. Whatever it changes is restored, and lazy layers stay
+    lazy, as in `explain` (docs/explain.md). This assumes that tensors are aligned as torch allocates them, that gradients of
+    results have the results' strides, and that plans use the current settings (`torch.backends`' fp32 precision, autocast).
+    Gradients of gradients are not included.
 
     Args:
-        model: a module or a function; its layers tconv's (`replace_`), or torch's own on a GPU while `enable()` holds.
+        model: a module or a function, with tconv layers (`replace_`), or with torch's on a GPU while `enable()` is active.
         args, kwargs: example inputs, real or meta, in containers and objects of any kind.
-        target: what to compile for, "sm_90" or "H200", say, on a machine that need not have one; None for the current GPU,
-            on which the kernels are also loaded, so that a CUDA graph can be captured without a call before.
-        backward: whether also for gradients, those of all inputs.
-        jobs: worker processes; None for one per core, at most one per kernel.
-        progress: whether to show a bar (tqdm); None where there is a terminal.
+        target: architecture or GPU to compile for, for example "sm_90" or "H200"; this machine need not have one. None: the
+            current GPU. The kernels are then also loaded, so that a CUDA graph can be captured without a call before it.
+        backward: whether to include the backward pass, with gradients of all inputs.
+        jobs: number of worker processes, at most one per kernel. None: one per core.
+        progress: whether to show a progress bar (tqdm). None: only in a terminal.
     Returns:
-        How many were compiled and how many already there. A named target is compiled for in the interpreter, too; without
-        one nothing is compiled there.
+        How many kernels were compiled, were already in the cache, or failed. In Triton's interpreter, kernels are compiled
+        only if a target is given.
     Raises:
-        TypeError: a model that cannot be called, or a target that is no name.
-        ValueError: a target that is not known, or `jobs` below 1.
+        TypeError: the model cannot be called, or the target is not a str.
+        ValueError: the target is unknown, or `jobs` is below 1.
         RuntimeError: no GPU and no target, no Triton, or a model that does not run on meta tensors.
     """
     runner.check_callable("precompile", "model", model)
@@ -127,14 +127,14 @@ def precompile(
 def compile_launches(
     launches: Iterable[Any], gpu: Any, jobs: int | None = None, progress: bool | None = None
 ) -> list[tuple[Task, Any, str]]:
-    """Compiles what launches need, each kernel once, in parallel: (what, one of its launches, the answer) of each.
+    """Compiles the kernels of launches in parallel, each kernel once.
 
     Args:
-        launches: as `launch.collecting` lists them.
+        launches: as listed by `launch.collecting`.
         gpu: Triton's target.
-        jobs, progress: as for `precompile`.
+        jobs, progress: as in `precompile`.
     Returns:
-        The answer is COMPILED, FOUND, or an error in a line.
+        Per kernel: its task, one of its launches, and COMPILED, FOUND or an error in one line.
     """
     tasks = {pickle.dumps((t.kernel, t.arguments, t.constants)): (t, x) for x in launches for t in [_task(x, gpu.backend)]}
     answers = _compile([task for task, _ in tasks.values()], gpu, jobs or os.cpu_count() or 1, progress)
@@ -142,23 +142,28 @@ def compile_launches(
 
 
 def _loaded(launch: Any) -> str:
-    """Loads a kernel on the current GPU: what went wrong, or nothing."""
+    """Loads a kernel on the current GPU. Returns the error in one line, or an empty string."""
     from tconv.launching.compiled import load
 
     try:
         load(launch, torch.cuda.current_device())
-    except Exception as e:  # more shared memory than there is, no memory left; the other kernels go on
+    except Exception as e:  # too much shared memory, out of memory; continue with the other kernels
         return _said(e)
     return ""
 
 
 def _said(error: Exception) -> str:
-    """An error in one line."""
+    """Returns an error in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _target(name: Any) -> tuple[tuple[Any, ...], Device]:
-    """What Triton's target is made of, and the planner's device, of an architecture's or a device's name."""
+    """Returns the arguments of Triton's GPUTarget and the planner's device, for the name of an architecture or a GPU.
+
+    Raises:
+        TypeError: the name is not a str.
+        ValueError: the name is unknown.
+    """
     if not isinstance(name, str):
         raise TypeError(f"precompile: target must be a name such as 'sm_90', or None for the GPU here; got {name!r}")
     if name in ARCHITECTURES:
@@ -177,7 +182,7 @@ def _target(name: Any) -> tuple[tuple[Any, ...], Device]:
 def rehearse(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, backward: bool = True
 ) -> tuple[list[Any], tuple[str, ...]]:
-    """The launches that a model's call and its backward would make on a device, and the calls that fall back to torch."""
+    """Returns the launches that a model's forward and backward would make on a device, and the calls that fall back."""
     from tconv.launching.launch import collecting
 
     with collecting() as launches:
@@ -191,7 +196,7 @@ def _task(launch: Any, backend: str) -> Task:
     plan, kernel = launch.call.plan, launch.kernel
     dtypes = " ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in launch.pointers))
     name = f"{launch.call.operation} {kernel.__name__} {plan.tile} {dtypes}"
-    # What an integer is does not count, but for whether 32 bits hold it.
+    # Compilation depends only on whether an integer fits 32 bits, not on its value.
     integers = tuple(0 if -(2**31) <= i < 2**31 else 2**40 for i in launch.integers)
     constants = {k: v for k, v in launch.constants.items() if k != "maxnreg" or backend == "cuda"}
     return Task(name, (kernel.fn.__module__, kernel.__name__), (*stand_ins(launch), *integers), constants)
@@ -204,7 +209,7 @@ WORKER = "from tconv.precompile import _work; _work()"
 
 
 class _Worker:
-    """A process that compiles one task after the other. It is given a pickle by its input and answers by its output."""
+    """A process that compiles one task after another. It reads pickled tasks from stdin and writes answers to stdout."""
 
     def __init__(self, gpu: Any) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -234,7 +239,7 @@ class _Worker:
 
 
 def _compile(tasks: list[Task], gpu: Any, jobs: int, progress: bool | None) -> list[str]:
-    """An answer per task: COMPILED, FOUND, or what went wrong."""
+    """Returns an answer per task: COMPILED, FOUND, or an error in one line."""
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     started: list[_Worker] = []
 
@@ -251,14 +256,14 @@ def _compile(tasks: list[Task], gpu: Any, jobs: int, progress: bool | None) -> l
     pool = concurrent.futures.ThreadPoolExecutor(max(1, min(jobs, len(tasks))))
     try:
         return list(_bar(pool.map(one, tasks), len(tasks), progress))
-    finally:  # interrupted, too
+    finally:  # also after an interrupt
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in started:
             worker.close()
 
 
 def _bar(answers: Iterator[str], total: int, progress: bool | None) -> Iterator[str]:
-    """The answers, under a progress bar where tqdm is installed."""
+    """Returns the answers, with a progress bar if tqdm is installed."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -268,7 +273,7 @@ def _bar(answers: Iterator[str], total: int, progress: bool | None) -> Iterator[
 
 
 class _Target:
-    """As much of a Triton driver as compiling needs."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, gpu: Any) -> None:
         self.gpu = gpu
@@ -285,7 +290,7 @@ class _Target:
 
 def _work() -> None:
     """The loop of a worker process."""
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing else may be written there
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # stdout is for answers only
     from triton import knobs
     from triton.runtime import driver
 
@@ -302,7 +307,7 @@ def _work() -> None:
             kernel = getattr(importlib.import_module(task.kernel[0]), task.kernel[1])
             kernel.warmup(*task.arguments, grid=(1,), **task.constants)
             answer = FOUND if all(hits) else COMPILED
-        except Exception as e:  # the other kernels go on
+        except Exception as e:  # continue with the other kernels
             answer = _said(e)
         pickle.dump(answer, answers)
         answers.flush()

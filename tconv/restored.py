@@ -1,4 +1,4 @@
-"""Torch's classes for the length of a block, for tools that look at `type(module)`."""
+"""`restored`: gives layers torch's classes within a block, for tools that look at `type(module)`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import torch
 from tconv.subclasses import theirs
 from tconv.swap import become, checked, plain_class
 
-COPIED = "_tconv_restored"  # set on a layer in a block, so that its copies are known
+COPIED = "_tconv_restored"  # set on a layer within a block, to recognise copies of it
 
 
 @contextlib.contextmanager
 def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Within the block, tconv's layers of a model are of torch.nn's classes; after it they are tconv's again.
+    """Gives a model's tconv layers torch.nn's classes within a block, and tconv's classes back after it.
 
-    For tools that find convolutions by `type(module)`: counters of operations, fusing, quantization. Unlike `restore_` it
-    also takes layers built as tconv's, and it knows by itself what to undo. A layer whose class `replace_` derived from
-    a user's has the user's class in the block; subclasses of tconv's layers stay as they are.
+    For tools that find convolutions by `type(module)`: FLOP counters, fusion, quantization. Unlike `restore_`, it includes
+    layers created as tconv's, and it undoes itself. A layer whose class `replace_` derived from a user's class has the user's
+    class within the block. Users' subclasses of tconv's layers stay as they are.
 
-    After the block, exceptions included, these are of the class they had before it:
+    After the block, even if it raises, these have the class that they had before:
 
-    - every layer that the block was entered with, wherever it is by then, unless the tool gave it another class;
-    - copies of them that the tool put into the model, such as a convolution with its batch norm folded in.
+    - every layer in the model at the start of the block, wherever it is by then, unless the tool gave it another class;
+    - copies of those layers that the tool put into the model, such as a convolution with a folded batch norm.
 
-    Layers of torch.nn's that the tool made anew stay torch.nn's, and so do layers of another model that the tool returned, a
-    copy of the first one: `tconv.replace_` makes those tconv's.
+    torch.nn layers that the tool created stay torch.nn's. So do layers of another model that the tool returned, a copy for
+    example: use `tconv.replace_` on that.
 
     Args:
-        model: any module; may itself be a convolution. Blocks may nest; the outermost one does all the work.
+        model: any module; may itself be a convolution. If blocks are nested, the outermost one does all the work.
     Yields:
         The same model.
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
 
     Example:
         >>> import tconv
@@ -48,7 +48,7 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         True
     """
     checked("restored", model)
-    block = uuid.uuid4().hex  # no number: a copy of the model may be pickled, and outlive the process
+    block = uuid.uuid4().hex  # not a counter: a pickled copy of the model may outlive the process
     layers = [(module, cls, torchs) for module in model.modules() if (torchs := theirs(cls := plain_class(module)))]
     try:
         for i, (module, _, torchs) in enumerate(layers):
@@ -67,7 +67,7 @@ def restored(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _return(module: torch.nn.Module, cls: Any) -> None:
-    """Give a module its class of tconv's back, or, to a lazy one that was called, the class it has become."""
+    """Gives a module its tconv class back. A lazy layer that was called gets the class that it becomes."""
     for ours in (cls, getattr(cls, "cls_to_become", None)):
         if ours is not None and plain_class(module) is theirs(ours):
             become(module, ours)

@@ -1,11 +1,12 @@
-"""Which class of tconv's takes the place of a layer's class, for torch.nn's own and for subclasses of the user's.
+"""Finds the tconv class that replaces a layer's class, for torch.nn's layers and users' subclasses of them.
 
-A subclass of the user's that leaves the computation to torch.nn is taken by deriving a class from it and tconv's layer. There
-tconv's layer comes right before torch.nn's, so that all that the user's class overrides stays overridden:
+A user's subclass that leaves the computation to torch.nn is replaced by a class derived from it and from tconv's layer. In
+the method resolution order tconv's layer comes right before torch.nn's, so whatever the user's class overrides stays
+overridden:
 
     class Named(torch.nn.Conv2d): ...      ->      class Named(Named, tconv.Conv2d): ...
 
-One such class is made per class of the user's, on demand. A pickle names the user's class and is loaded by making it again.
+Such a class is created on demand, once per user's class. A pickle names the user's class, and loading it derives again.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ NAMES = tuple(f"{lazy}Conv{transpose}{rank}d" for lazy in ("", "Lazy") for trans
 OURS: dict[type, type] = {getattr(torch.nn, name): getattr(modules, name) for name in NAMES}
 TORCHS: dict[type, type] = {ours: torchs for torchs, ours in OURS.items()}
 COMPUTES = ("forward", "_conv_forward")  # the methods that tconv's layers override
-USERS = "_tconv_users_class"  # of a class that was derived: the user's
-_derived: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()  # by the user's class
+USERS = "_tconv_users_class"  # attribute of a derived class: the user's class
+_derived: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()  # {user's class: derived class}
 _lock = threading.RLock()
 
 
 class Left(Exception):
-    """A class is left alone; the text says why, and what to do."""
+    """A class cannot be replaced. The text says why and, where possible, what to do."""
 
 
 def ours(cls: type) -> type | None:
-    """The class of tconv's for a layer's class; None for what is no convolution of torch.nn's, or is tconv's already.
+    """Returns tconv's class for a layer's class; None if that is not a torch.nn convolution, or is already tconv's.
 
     Raises:
-        Left: a subclass of the user's that cannot be taken.
+        Left: it is a user's subclass that cannot be replaced.
     """
     if cls in OURS or issubclass(cls, tuple(TORCHS)):
         return OURS.get(cls)
@@ -45,20 +46,20 @@ def ours(cls: type) -> type | None:
 
 
 def theirs(cls: type) -> type | None:
-    """What a class of tconv's took the place of: torch.nn's or the user's; None for any other class."""
+    """Returns the torch.nn or user's class that a tconv class replaces; None for any other class."""
     found: type | None = cls.__dict__.get(USERS) or TORCHS.get(cls)
     return found
 
 
 def derived(cls: type, base: type) -> type:
-    """The class derived from a user's class and tconv's layer.
+    """Returns the class derived from a user's class and tconv's layer.
 
     Args:
-        cls: a subclass of the user's.
-        base: the class of torch.nn's that it comes from.
+        cls: the user's class.
+        base: its torch.nn base class.
 
     Raises:
-        Left: it cannot be taken.
+        Left: it cannot be replaced.
     """
     with _lock:
         found = _derived.get(cls)
@@ -69,7 +70,7 @@ def derived(cls: type, base: type) -> type:
 
 
 def _refuse(cls: type, base: type) -> None:
-    """Raises Left if deriving a class could change what the user's class does, or would change nothing."""
+    """Raises Left if deriving could change the behaviour of the user's class, or would have no effect."""
     own = cls.__mro__[: cls.__mro__.index(base)]
     for name in COMPUTES:
         if getattr(cls, name) is not getattr(base, name):
@@ -99,39 +100,39 @@ def _derive(cls: type, base: type) -> type:
             raise Left(f"it becomes a {becomes.__name__}, which is left alone: {why}") from None
     try:
         return type(cls.__name__, (cls, OURS[base]), members)
-    except TypeError as e:  # of an order of bases that Python does not take, say
+    except TypeError as e:  # for example, no consistent method resolution order
         raise Left(f"no class can be derived from it, {e} (tconv.enable() reaches it)") from None
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """A derived class's `__reduce_ex__`: what the user's class would say, but for how the object is made."""
+    """The `__reduce_ex__` of a derived class: the result of the user's class, except for how the object is created."""
     cls: Any = next(c for c in type(self).__mro__ if USERS in c.__dict__)
     said = super(cls, self).__reduce_ex__(protocol)
     if type(self) is not cls or isinstance(said, str):
-        return said  # a class derived further, or an object known by name
+        return said  # a subclass of the derived class, or an object pickled by name
     (make, args, *rest), users = said, cls.__dict__[USERS]
     if make is cls:
         return (_made, (users, *args), *rest)
-    if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of the protocols from 2 on
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle protocol 2 or later
         return (_new, (users, *args[1:]), *rest)
-    if make is copyreg._reconstructor:  # type: ignore[attr-defined]  # of the older ones
+    if make is copyreg._reconstructor:  # type: ignore[attr-defined]  # earlier protocols
         return (_new, (users,), *rest)
-    return said  # by a function of the user's
+    return said  # created by a user's function
 
 
 def _new(users: type, *args: Any) -> Any:
-    """An object of the class derived from the user's, for pickle to fill."""
+    """Returns an empty object of the class derived from `users`, for pickle to fill."""
     cls: Any = _again(users)
     return cls.__new__(cls, *args)
 
 
 def _made(users: type, *args: Any) -> Any:
-    """An object of the class derived from the user's, made as the user's `__reduce__` asks."""
+    """Returns an object of the class derived from `users`, created as the user's `__reduce__` says."""
     return _again(users)(*args)
 
 
 def _again(users: type) -> type:
-    """The class derived from the user's; the user's own where that can no longer be taken, changed since it was pickled."""
+    """Returns the class derived from `users`, or `users` itself if it has changed since and can no longer be replaced."""
     try:
         return ours(users) or users
     except Left:

@@ -1,4 +1,4 @@
-"""Swaps the convolutions of a model for tconv's, in place, and back."""
+"""Changes the convolution layers of a model to tconv's, in place, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tconv.subclasses import COMPUTES, OURS, TORCHS, USERS
 
 __all__ = ["MARK", "OURS", "TORCHS", "replace_", "restore_"]
 
-MARK = "_tconv_replaced"  # set on a replaced module: copies and pickles of a model can be restored too
+MARK = "_tconv_replaced"  # set on a replaced module, so that copies and pickles of a model can be restored too
 
 Filter = Callable[[torch.nn.Module, str], bool]
 Report = Callable[[str], object]
@@ -25,22 +25,23 @@ Report = Callable[[str], object]
 def replace_(
     model: torch.nn.Module, filter_fn: Filter | None = None, *, report: Report | bool | None = None
 ) -> torch.nn.Module:
-    """Makes the convolution layers of a model tconv's, in place.
+    """Replaces the convolution layers of a model by tconv's, in place.
 
-    Only the class of a module changes: its Parameters, hooks, name, parametrizations, ties and mode stay. A layer of a
-    subclass of the user's becomes one of a class derived from that and tconv's layer. A subclass that overrides `forward` or
-    `_conv_forward` is left alone, for it need not call torch.nn's: `enable()` reaches what it calls.
+    Only the class of a module changes. Its Parameters, hooks, name, parametrizations, tied weights and training mode stay.
+    If the module's class is a user's subclass of a torch.nn layer, the new class derives from both that and tconv's layer.
+    A subclass that overrides `forward` or `_conv_forward` is left alone, since it may not call torch.nn's; `enable()` covers
+    the convolutions that it calls.
 
     Args:
         model: any module; may itself be a convolution.
         filter_fn: called with (module, qualified name) of each convolution that could be replaced; False leaves it alone.
-        report: called with one line per convolution and what became of it; True prints the lines.
+        report: called with one line of text per convolution, which says what was done with it; True prints the lines.
     Returns:
         The same model.
     Raises:
-        TypeError: `model` is no module, or `filter_fn` or `report` cannot be called.
+        TypeError: `model` is not a module, or `filter_fn` or `report` cannot be called.
         RuntimeError: the class of a module cannot be changed.
-        Whatever `filter_fn` or `report` raises. The model is then as it was.
+        Whatever `filter_fn` or `report` raises. In all cases the model is unchanged.
     Warns:
         UserWarning: the model has no convolution, or none that can be replaced.
 
@@ -67,16 +68,16 @@ def replace_(
 def restore_(
     model: torch.nn.Module, filter_fn: Filter | None = None, *, report: Report | bool | None = None
 ) -> torch.nn.Module:
-    """Undoes `replace_`, in place: what it replaced has the class again that it had. Layers built as tconv's stay.
+    """Undoes `replace_`, in place: each replaced layer gets its old class back. Layers created as tconv's stay tconv's.
 
     Args:
         model: a model on which `replace_` ran, or a copy of one.
         filter_fn: called with (module, qualified name) of each replaced convolution; False leaves it alone.
-        report: called with one line per replaced convolution and what became of it; True prints the lines.
+        report: called with one line of text per replaced convolution, which says what was done; True prints the lines.
     Returns:
         The same model.
     Raises:
-        As `replace_`; the model is then as it was.
+        As `replace_`. The model is then unchanged.
     """
     report = checked("restore_", model, filter_fn, report)
     found = [f for name, module in model.named_modules() if (f := _to_restore(module, name, filter_fn))]
@@ -90,12 +91,12 @@ def restore_(
 
 
 class _Found(NamedTuple):
-    """A convolution of a model, and what is to become of it.
+    """A convolution of a model, and what will be done with it.
 
     Attributes:
-        target: the class that it gets; None if it is left alone.
-        line: of the report.
-        cannot: it is left alone because of its class.
+        target: the new class; None to leave it alone.
+        line: its line of the report.
+        cannot: True if it is left alone because of its class.
     """
 
     module: torch.nn.Module
@@ -131,7 +132,7 @@ def _to_restore(module: torch.nn.Module, name: str, filter_fn: Filter | None) ->
 
 
 def _nothing(kind: str, found: list[_Found]) -> str:
-    """The warning of a model in which nothing could be replaced."""
+    """Returns the warning for a model in which nothing could be replaced."""
     if not found:
         return (
             f"tconv.replace_ found no convolution layer in this {kind}, and replaced nothing. Convolutions that are called as "
@@ -142,14 +143,14 @@ def _nothing(kind: str, found: list[_Found]) -> str:
 
 
 def _named(cls: type) -> str:
-    """A class's name as a report gives it."""
+    """Returns a class's name as reports print it."""
     if cls in OURS:
         return f"torch.nn.{cls.__name__}"
     return f"tconv.{cls.__name__}" if subclasses.theirs(cls) else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _first(module: torch.nn.Module) -> str:
-    """What the report adds of a method that was set on the module itself, by a tool that wraps it or by hand."""
+    """Returns a note for the report if the module has a `forward` of its own as an attribute, set by hand or by a tool."""
     own = [name for name in COMPUTES if name in module.__dict__ and name not in _bound(module)]
     return f" (behind its own {' and '.join(own)}, set on the module)" if own else ""
 
@@ -162,7 +163,11 @@ def _report(report: Report, found: list[_Found], nothing: str) -> None:
 
 
 def checked(function: str, model: Any, filter_fn: Any = None, report: Any = None) -> Report:
-    """The report as a function; TypeError if an argument is not what the function of tconv's by that name takes."""
+    """Returns `report` as a function, after checking the arguments of the tconv function named `function`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+    """
     if isinstance(model, type):
         raise TypeError(f"tconv.{function} takes a model, but got the class {model.__name__}: make an object of it first")
     if not isinstance(model, torch.nn.Module):
@@ -211,26 +216,26 @@ def _change(module: torch.nn.Module, name: str, target: type) -> None:
 
 
 def plain_class(module: torch.nn.Module) -> type:
-    """The class of a module without the one that torch's parametrize puts in front."""
+    """Returns the class of a module, ignoring the subclass that torch's parametrize creates."""
     cls = type(module)
     return cls.__base__ if parametrize.is_parametrized(module) else cls  # type: ignore[return-value]
 
 
 def become(module: torch.nn.Module, target: type) -> None:
-    """Changes the class of a module, and of those of its methods that were set on it as bound methods of that class."""
+    """Changes the class of a module, and rebinds attributes that are bound methods of its old class (see `_bound`)."""
     bound = {key: types.MethodType(getattr(target, name), module) for key, name in _bound(module).items()}
     if parametrize.is_parametrized(module):
         members = {k: v for k, v in type(module).__dict__.items() if k not in ("__dict__", "__weakref__")}
         target = type(f"Parametrized{target.__name__}", (target,), members)
-    object.__setattr__(module, "__class__", target)  # past a `__setattr__` of the user's
+    object.__setattr__(module, "__class__", target)  # bypasses a user's `__setattr__`
     module.__dict__.update(bound)
 
 
 def _bound(module: torch.nn.Module) -> dict[str, str]:
-    """Attributes set on a module that hold its own class's `forward` or `_conv_forward`, bound to it: which holds which.
+    """Returns the attributes of a module that are its class's `forward` or `_conv_forward`, bound to it: {attribute: method}.
 
-    Tools that wrap `forward` keep it so, accelerate as `_old_forward`. It would go on being that of the class that the
-    module had.
+    Tools that wrap `forward` store the original this way, accelerate as `_old_forward`. Without rebinding, it would remain
+    the method of the old class.
     """
     cls, found = plain_class(module), dict[str, str]()
     for key, value in module.__dict__.items():

@@ -1,9 +1,10 @@
-"""aten's `_convolution` and `convolution_backward` by tconv's kernels, as they are put in place of torch's (override.py).
+"""aten's `_convolution` and `convolution_backward` by tconv's kernels, which override.py registers in place of torch's.
 
-They run below autograd, autocast, functorch, modes, tracing and sharding, on strided tensors that have memory: neither a
-context nor a gradient is to be minded here. Tensors may be of a user's class, none of whose methods torch's own kernels call:
-they are taken as plain ones. Results are plain tensors as torch's are; the layers above make the user's class of them.
-What a kind of call launches is looked up once, by all that may matter.
+They run below autograd, autocast, functorch, modes, tracing and sharding, on strided tensors that have memory. So this code
+need not check the context or compute gradients. A tensor subclass is treated as a plain tensor, since torch's own kernels
+call none of its methods either. Results are plain tensors, like torch's; the levels above wrap them in the subclass.
+
+Launches are prepared once per kind of call and cached. The key has everything that may change them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,17 @@ from tconv.planning.problem import Geometry
 Parameters = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
 Mask = tuple[bool, ...]
 Found = TypeVar("Found")
-OPTIONAL = PLAIN | {type(None)}  # classes of what may be left out
+OPTIONAL = PLAIN | {type(None)}  # types of an optional tensor
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A backward pass of which only some gradients are selected, as the masks of two calls: ours and the others'."""
+    """A backward pass of which `enable()` selects only some gradients. It is split into two calls with these output masks.
+
+    Attributes:
+        ours: the gradients that tconv computes.
+        others: the gradients that fall back to torch.
+    """
 
     ours: Mask
     others: Mask
@@ -63,24 +69,28 @@ def convolution(
     cudnn_enabled: bool,
     allow_tf32: bool,
 ) -> torch.Tensor:
-    """aten::_convolution, of what holds, the kernel that was there, the keys that it was called with, and its arguments.
+    """Computes aten::_convolution.
 
-    Nothing is tuned and the same bits come every time: `benchmark` and `deterministic` ask for nothing else. No cuDNN is
-    used: `cudnn_enabled` decides on the result's memory format only.
+    Args:
+        chooser: tells which calls are selected.
+        torchs: the kernel registered before this one, for calls that fall back.
+        keys: the dispatch keys of the call.
+        x, ...: the arguments of aten::_convolution. `benchmark` and `deterministic` change nothing, since nothing is tuned
+            and results are bitwise reproducible. cuDNN is not used: `cudnn_enabled` affects the result's memory format only.
     """
     chosen = chooser.chosen or chooser.look()
-    if chosen is None:  # made outside the models that are enabled
+    if chosen is None:  # the call is made outside the enabled models
         return torchs(
             keys, x, w, b, stride, padding, dilation, transposed, output_padding, groups,
             benchmark, deterministic, cudnn_enabled, allow_tf32,
         )  # fmt: skip
     try:
-        with DisableTorchFunction():  # subclasses and function modes have had their say above
+        with DisableTorchFunction():  # subclasses and function modes have already seen the call
             if type(x) not in PLAIN or type(w) not in PLAIN or type(b) not in OPTIONAL:
                 x, w, b = plain(x), plain(w), None if b is None else plain(b)
             dtype = x.dtype
             if dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
-                raise Fallback(f"allow_tf32={allow_tf32}, the process's setting being another")  # from a traced graph
+                raise Fallback(f"allow_tf32={allow_tf32}, the process's setting being another")  # a traced graph keeps its own
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
             key = dtype if dtype not in DTYPES else (
                 transposed, x.shape, x.stride(), dtype, x.device, x.data_ptr() & 15,
@@ -118,7 +128,10 @@ def convolution_backward(
     groups: int,
     output_mask: list[bool],
 ) -> launch.Gradients:
-    """aten::convolution_backward, likewise: the gradients by x, w and bias, None for those not asked for."""
+    """Computes aten::convolution_backward, with the same first arguments as `convolution`.
+
+    Returns the gradients of x, w and bias, None for those not in `output_mask`.
+    """
     chosen = chooser.chosen or chooser.look()
     if chosen is None:
         return torchs(
@@ -162,7 +175,10 @@ def convolution_backward(
 def _lookup(
     memory: BoundedCache[Any, Found | Call], key: Any, prepare: Callable[[Dry | None], Found | Call]
 ) -> tuple[Found | Call, bool]:
-    """What a kind of call launches, or how it falls back to torch, and whether it is a dry one."""
+    """Returns the launches of a kind of call, or the record of its fallback, and whether this is a dry run.
+
+    Dry runs and forced plans neither use nor fill the cache.
+    """
     dry = DRY.get()
     if dry or forced() is not None:
         return prepare(dry), dry is not None
@@ -190,7 +206,7 @@ def _prepare_forward(
         if why:
             raise Fallback(why)
         g = _geometry(transposed, x, w, b, parameters, dry)
-    except TransientFallback:  # not to be remembered
+    except TransientFallback:  # must not be cached
         raise
     except Fallback as e:
         return _left("_convolution", e)
@@ -198,7 +214,10 @@ def _prepare_forward(
 
 
 def _refusal(chosen: Choice, operation: str, x: torch.Tensor, w: torch.Tensor) -> str | None:
-    """Why an operation is not selected, or None: it is, or tconv has no kernels for it, which is declined elsewhere."""
+    """Returns why `enable()` does not select an operation, or None.
+
+    Also None for a dtype or rank without kernels: `_geometry` raises Fallback for those.
+    """
     return chosen.refusal(operation, w.dim() - 2, x.dtype) if x.dtype in DTYPES and 3 <= w.dim() <= 5 else None
 
 
@@ -236,12 +255,15 @@ def _prepare_backward(
 def _geometry(
     transposed: bool, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, parameters: Parameters, dry: Dry | None
 ) -> Geometry:
-    """The geometry of the function's call that this is, in the memory format that torch's own kernels would give here.
+    """Returns the geometry of a call, with the memory format that torch's own kernels would give its result.
 
-    Torch is asked, for the format depends on the library that would run; compiled graphs were told it, and check.
+    That format depends on the backend torch would select, so this asks torch. Compiled graphs assume it and check it.
+
+    Raises:
+        Fallback: tconv does not support the call.
     """
     stride, padding, output_padding, groups, dilation = parameters
-    if x.dtype not in DTYPES:  # which is all that is known of such a call
+    if x.dtype not in DTYPES:  # checked first: the cache key of such a call is its dtype alone
         raise Fallback(f"dtype {x.dtype}")
     if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
         raise Fallback(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")

@@ -1,7 +1,8 @@
-"""The three operations and the bias gradient as autograd's plain calls: the table of operators.py over launches of kernels.
+"""fprop, dgrad, wgrad and the bias gradient as torch.autograd.Functions that launch tconv's kernels.
 
-fprop and dgrad are one function here, `convolve`, since each is the other read backwards. In a context that a kernel cannot
-take part in (a functorch transform, a batched gradient, a mode, a subclass) a gradient is made of the registered operators.
+fprop and dgrad share one function, `convolve`, since each is the other's gradient (see the table in operators.py). Where a
+backward pass cannot launch kernels (a functorch transform, a batched gradient, a mode, a subclass), it calls the registered
+operators of operators.py instead.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from tconv.planning.plan import forced
 from tconv.planning.problem import Geometry
 
 MaybeTensor = torch.Tensor | None
-KEPT = 4  # layouts of gradients for which a layer's backward is worked out to be kept
+KEPT = 4  # how many times a layer's backward is prepared for reuse; every new layout of dy needs another
 
 
 def convolve(
     transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry, shared: launch.Staged | None = None
 ) -> torch.Tensor:
-    """fprop of a problem, x -> y, or, transposed, its dgrad, x being dy; differentiable in x, w and b."""
+    """Returns the fprop of a problem, x -> y, or its dgrad if `transposed`, where `x` is dy. Differentiable in x, w and b."""
     prepared = launch.convolution(transposed, g, x, w, b)
     if _differentiable(x, w, b):
         return apply_convolve(x, w, b, ForwardState(transposed, g, prepared))
@@ -39,12 +40,12 @@ def convolve(
 
 
 class ForwardState:
-    """How a forward pass is launched, and its backward if it has been before.
+    """The prepared launch of a forward pass, and that of its backward pass once it has run.
 
     Attributes:
         transposed, g, prepared: the forward pass.
-        left: how often a backward is still to be worked out so that it can be repeated; none of a call that will not be.
-        again: the last one so kept.
+        left: how many more times a backward pass may be prepared for reuse; 0 if the call is not expected to be repeated.
+        again: the last backward pass prepared for reuse, or None.
     """
 
     __slots__ = ("again", "g", "left", "prepared", "transposed")
@@ -56,9 +57,9 @@ class ForwardState:
 
 
 class _CachedBackward:
-    """A backward that is launched again for a gradient that lies as one did before.
+    """A prepared backward pass, launched again if the next dy has the same layout.
 
-    What may differ is compared as by dispatch/fast_path.py for the forward pass, and the gradients that are needed.
+    It compares what fast_path.FastPath compares for the forward pass, and which gradients are needed.
     """
 
     __slots__ = ("launches", "needs", "precision", "tensor_guard", "transposed")
@@ -70,10 +71,10 @@ class _CachedBackward:
         self.tensor_guard = tensor_guard(dy, x, w)
 
     def __call__(self, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: tuple[bool, ...]) -> launch.Gradients | None:
-        """The gradients, or None if the call differs.
+        """Returns the gradients, or None if the call differs.
 
         Raises:
-            Fallback: a kernel is not launched; which one, the long way says.
+            Fallback: a kernel could not be launched. The slow path then records which one.
         """
         if (
             needs != self.needs
@@ -87,12 +88,12 @@ class _CachedBackward:
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry, shared: launch.Staged | None = None) -> torch.Tensor:
-    """dw of a problem, differentiable in dy and x."""
+    """Returns dw of a problem. Differentiable in dy and x."""
     return _apply_wgrad(dy, x, g) if _differentiable(dy, x) else launch.wgrad(g, dy, x, shared)
 
 
 def bias_grad(dy: torch.Tensor, g: Geometry) -> torch.Tensor:
-    """db, the sum of an output's gradient over batch and pixels, differentiable."""
+    """Returns db, the sum of dy over batch and spatial dimensions, one element per channel. Differentiable."""
     return _apply_bias_grad(dy, g) if _differentiable(dy) else launch.bias_grad(g, dy)
 
 
@@ -101,7 +102,7 @@ def _differentiable(*tensors: MaybeTensor) -> bool:
 
 
 def _apply(function: type[torch.autograd.Function]) -> Callable[..., torch.Tensor]:
-    """`Function.apply` less its handling of functorch, in whose transforms no kernel runs."""
+    """Returns `Function.apply` without its functorch handling, which is not needed: no kernel runs in a functorch transform."""
     apply: Callable[..., torch.Tensor] = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
     return apply
 
@@ -118,21 +119,21 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     @opaque
     def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, w = ctx.saved_tensors  # also where they are not needed: edited in place, they must raise
+        x, w = ctx.saved_tensors  # read even if unused: this raises if they were edited in place
         if dy is None:
             return None, None, None, None
         if type(dy) not in PLAIN:
             dy = plain(dy)
         how, needs = ctx.how, operators.wanted(ctx, ctx.needs_input_grad[:3])
-        # Compiled autograd traces backward passes of eager forward ones too.
+        # Compiled autograd also traces the backward of an eager forward.
         traced, repeatable = is_dynamo_compiling(), how.left > 0
         if not traced and how.again is not None:
             found = None
             try:
                 found = how.again(dy, x, w, needs)
             except TransientFallback:
-                repeatable = False  # this time; what is kept is kept
-            except Fallback:  # every time: what does launch would be launched here and again below
+                repeatable = False  # prepare nothing new; the prepared backward stays
+            except Fallback:  # permanent: on every call, kernels that do launch would run here and again below
                 how.again, how.left, repeatable = None, 0, False
             if found is not None:
                 return *found, None
@@ -162,7 +163,7 @@ class _Wgrad(torch.autograd.Function):
         if type(gw) not in PLAIN:
             gw = plain(gw)
         g = ctx.geometry
-        if addressing(gw).reach > LIMIT:  # as a weight it is addressed in 32 bits
+        if addressing(gw).reach > LIMIT:  # gw is used as a weight here, and weights are addressed in 32 bits
             gw = gw.contiguous()
         need_y, need_x = operators.wanted(ctx, ctx.needs_input_grad[:2])
         return operators.gradients(_operations(g, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
@@ -192,11 +193,11 @@ def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _ByKerne
 
 
 class _ByKernels:
-    """The operations by tconv's kernels, or, where they decline at the last moment, by torch's operators.
+    """The operations by tconv's kernels, each falling back to torch's operators if its kernel cannot be launched.
 
     Args:
         g: the geometry.
-        dy: a gradient that several of them take.
+        dy: an operand of several operations, which share its channels_last copy.
     """
 
     __slots__ = ("g", "shared")
@@ -234,7 +235,10 @@ class _ByKernels:
         return dy.sum([0, *range(2, dy.dim())])
 
     def _by_torch(self, name: str, a: torch.Tensor, b: torch.Tensor, why: str) -> torch.Tensor:
-        """What our kernels declined, when the error is gone: its frames hold copies, and torch may need the memory."""
+        """Computes by torch an operation that fell back.
+
+        To be called outside the `except` block: the exception's frames hold copies, whose memory torch may need.
+        """
         self.shared.copy = None
         h = window(self.g)
         if name == "wgrad" and self.g.dw_channels_last is not None:

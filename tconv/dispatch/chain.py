@@ -1,10 +1,11 @@
-"""Kernels in the place of aten's, among others' that do the same.
+"""Registers kernels for aten's operators, next to other libraries that override the same operators.
 
-The dispatcher keeps a list of kernels for each operator and key. The last one registered runs; when it is taken out, the
-one before it runs again, in whatever order they go. What the dispatcher does not look after is how one kernel falls through
-to the one before it. `torch.library.get_kernel` gives a handle to it, and a handle is void once its kernel is taken out.
-So a `Layer` looks again when the kernel below it has gone, and it stays, inactive, where another library's kernel has been
-put on top of it and may hold a handle to it.
+The dispatcher keeps a list of kernels for each operator and key, and runs the last one registered. When a kernel is removed,
+in whatever order, the one before it runs again. But the dispatcher does not help a kernel call the one before it.
+`torch.library.get_kernel` returns a handle to that, which becomes invalid when its kernel is removed.
+
+So a `Layer` looks the kernel below up again when that has been removed. If another library has registered a kernel on top of
+a `Layer`, the `Layer` stays registered, inactive, since that library may have a handle to it.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from typing import Any
 
 import torch
 
-lock = threading.RLock()  # of all changes to what is registered
-# Torch frees what it calls us by with the registration, under threads that have entered it and wait for Python's lock inside.
-# A handle keeps it: of the last registrations, so that no thread can be that late and toggling for ever costs bounded memory.
+lock = threading.RLock()  # held during all changes to registrations
+# Torch frees its callback together with a registration, even while threads are inside it, waiting for the GIL. A handle keeps
+# it alive. Handles of the last 4096 registrations are kept: enough for any thread to leave, and bounded memory.
 _kept: collections.deque[Any] = collections.deque(maxlen=4096)
-VOID = "SafeKernelFunction has been invalidated"  # what torch says of a handle whose kernel was taken out
-TRIES = 8  # of finding a kernel below while others come and go
-UNUSED = ("VE", "XPU", "HPU", "IPU")  # backends for which torch gives its kernel for all of them, unless somebody has one
+VOID = "SafeKernelFunction has been invalidated"  # torch's error for a handle whose kernel was removed
+TRIES = 8  # attempts to call the kernel below while other threads register and remove kernels
+UNUSED = ("VE", "XPU", "HPU", "IPU")  # backends that get torch's kernel for all backends, unless somebody registers another
 
 
 class Below:
-    """The kernel that was there before one of ours, to fall through to.
+    """The kernel registered before one of ours, for calls that fall back.
 
     Args:
-        layer: that ours is part of.
-        operator: its name in aten.
+        layer: the layer that our kernel is part of.
+        operator: the operator's name in aten.
         key: the dispatch key.
     """
 
@@ -43,11 +44,11 @@ class Below:
         self._handle: Any = None
 
     def look(self) -> None:
-        """Takes for it what runs now, ours not being registered."""
+        """Looks up the kernel that runs now. Our kernel must not be registered."""
         self._handle = torch.library.get_kernel(f"aten::{self.operator}", self.key)
 
     def __call__(self, keys: Any, *args: Any) -> Any:
-        """Runs it, or what is there instead once it has been taken out; other threads may go on registering meanwhile."""
+        """Calls the kernel. If it has been removed, looks up its successor, while other threads may register more."""
         for _ in range(TRIES):
             handle = self._handle
             try:
@@ -59,10 +60,10 @@ class Below:
             with lock:
                 if handle is self._handle:  # else another thread has looked
                     self._layer.look_below(self)
-        raise error  # of a kernel below that falls through to one that is gone
+        raise error  # the kernel below itself calls a handle that is invalid
 
     def settle(self) -> None:
-        """Takes torch's own kernel for it, since what lies between cannot be seen."""
+        """Uses torch's own kernel from now on, since kernels between that and ours cannot be looked up."""
         backends = (self.key.replace("CPU", other).replace("CUDA", other) for other in UNUSED)
         known = [backend for backend in backends if backend in torch._C.DispatchKey.__members__]
         handles = [torch.library.get_kernel(f"aten::{self.operator}", backend) for backend in known]
@@ -70,19 +71,19 @@ class Below:
 
 
 def written_in_python(handle: Any) -> bool:
-    """Whether a kernel was registered from Python, which its handle's text tells."""
+    """Returns True if a kernel was registered from Python. Its handle's repr names the Python file."""
     return ".py:" in repr(handle)
 
 
 class Layer:
-    """Kernels of ours that are registered together, on top of what is there now.
+    """Kernels of ours that are registered together, on top of those registered before.
 
     Args:
-        kernels: our function by operator and dispatch key. It is called with what is `Below` it, the set of keys that the
-            dispatcher was called with, and the operator's arguments.
+        kernels: our functions by operator and dispatch key. Each is called with its `Below`, the dispatch keys of the call,
+            and the operator's arguments.
 
     Attributes:
-        kernels: the same by what is below each.
+        kernels: the same functions, each by its `Below`.
     """
 
     def __init__(self, kernels: dict[tuple[str, str], Callable[..., Any]]) -> None:
@@ -92,7 +93,7 @@ class Layer:
         self._register()
 
     def _register(self) -> None:
-        # Torch 2.11 warns of what is meant here. The filter stays: taking it back is not safe in threads.
+        # Torch 2.11 warns that a kernel is overridden, which is intended. Removing the filter again would not be thread-safe.
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         try:
@@ -110,15 +111,16 @@ class Layer:
             raise
 
     def remove(self) -> None:
-        """Takes the kernels out."""
+        """Removes the kernels."""
         self._library._destroy()
         if self in _registered:
             _registered.remove(self)
 
     def on_top(self) -> bool:
-        """Whether these are the kernels that run: nobody has registered others since.
+        """Returns True if these are the kernels that run, that is if nobody has registered others since.
 
-        A handle's text says which line of code registered a kernel, which is the same for all layers.
+        A handle's repr names the line of code that registered the kernel. That line is the same for all layers, so the order
+        of registration is compared too.
         """
         return all(
             repr(torch.library.get_kernel(f"aten::{operator}", key)) == text and _newest(operator, key) is self
@@ -126,9 +128,9 @@ class Layer:
         )
 
     def look_below(self, below: Below) -> None:
-        """Finds what to fall through to after the kernel that was there has been taken out.
+        """Finds the kernel to call after the one below has been removed.
 
-        What is registered below ours can be seen only while ours are not there. Where others are on top, ours must stay.
+        The kernel below ours can be looked up only while ours are not registered. If others are on top, ours must stay.
         """
         if self.on_top():
             self.remove()
@@ -141,10 +143,10 @@ _registered: list[Layer] = []  # in the order in which they were registered
 
 
 def _newest(operator: str, key: str) -> Layer | None:
-    """The layer that was registered last for an operator and a key."""
+    """Returns the layer registered last for an operator and a key, or None."""
     return next((layer for layer in reversed(_registered) if (operator, key) in layer._texts), None)
 
 
 def torchs_own(operator: str, key: str) -> bool:
-    """Whether the kernel that runs now is torch's."""
+    """Returns True if the kernel that runs now is torch's."""
     return not written_in_python(torch.library.get_kernel(f"aten::{operator}", key))

@@ -1,7 +1,8 @@
-"""tconv's operators as aten's: one convolution where torch's layer is one, else with padding or cropping.
+"""tconv's operators expressed in aten's: one convolution if torch has that layer, else one with padding or cropping around it.
 
-Two use them: decompositions.py in graphs, where sizes may be symbolic, and operators.py where the kernels decline. Torch pads
-both ends alike and derives extents from x's; a window may pad its ends differently or leave the end of x unread.
+Used by decompositions.py in graphs, where sizes may be symbolic, and by operators.py when an operator falls back to torch.
+Padding and cropping are needed because torch pads both ends alike and derives the output's extents from x. A window may pad
+its two ends differently or leave the end of x unread.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def dgrad(dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, *rest: Any) -> torc
     zero = [0] * rank
     dx = transposed(dy, w, None, h.stride, zero, zero, h.groups, h.dilation)  # type: ignore[arg-type]
     dx = _pad(dx, [-n for n in h.before], [-n for n in h.after])
-    if b is not None:  # where nothing was read there is a bias still
+    if b is not None:  # added after the padding, for dx has a bias also where no tap reads it
         dx = dx + b.view(-1, *(1,) * rank)
     return _laid_out(dx, h)
 
@@ -50,7 +51,7 @@ def dgrad(dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, *rest: Any) -> torc
 def wgrad(dy: torch.Tensor, x: torch.Tensor, b: MaybeTensor, *rest: Any) -> torch.Tensor:
     h = Window(*rest)
     rank = len(h.stride)
-    like = x.new_zeros(()).expand(result_shape("wgrad", dy, x, h))  # torch asks for its shape only
+    like = x.new_zeros(()).expand(result_shape("wgrad", dy, x, h))  # torch reads its shape only
     padding = h.before
     symmetric = _all_ints(h.before, h.after) and min(h.before) >= 0
     if not symmetric or any(not 0 <= p - q < s for p, q, s in zip(h.before, h.after, h.stride, strict=True)):
@@ -61,12 +62,12 @@ def wgrad(dy: torch.Tensor, x: torch.Tensor, b: MaybeTensor, *rest: Any) -> torc
 
 
 def _all_ints(*parameters: Sequence[Any]) -> bool:
-    """Whether all are plain numbers, about which a graph of any size may ask."""
+    """Returns True if all are ints, none a SymInt. Comparing ints does not specialise a graph to one size."""
     return all(type(n) is int for numbers in parameters for n in numbers)
 
 
 def _reads_no_further(x: torch.Tensor, w: torch.Tensor, h: Window) -> bool:
-    """Whether as much padding behind x as before it gives the same result, since no step reaches the difference."""
+    """Returns True if padding x after as much as before gives the same result, since no step reads the difference."""
     if min(h.before) < 0 or not _all_ints(x.shape, w.shape):
         return False
     return result_shape("fprop", x, w, h._replace(after=h.before)) == result_shape("fprop", x, w, h)
@@ -77,13 +78,13 @@ def _less(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
 
 
 def _pad(t: torch.Tensor, before: Sequence[Any], after: Sequence[Any]) -> torch.Tensor:
-    """Zeros before and behind each spatial dimension; negative numbers crop."""
+    """Pads each spatial dimension with zeros before and after; negative numbers crop."""
     ends = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
     return t if _all_ints(ends) and not any(ends) else torch.constant_pad_nd(t, ends)
 
 
 def _laid_out(t: torch.Tensor, h: Window) -> torch.Tensor:
-    """A result in the memory format that the operator was asked for; without one, and at rank 1, in torch's own."""
+    """Returns a result in the window's memory format; unchanged if the window has none, or at rank 1."""
     if h.channels_last is None or t.dim() not in FORMATS:
         return t
     return t.contiguous(memory_format=FORMATS[t.dim()] if h.channels_last else torch.contiguous_format)

@@ -1,16 +1,20 @@
-"""The three bilinear operations as operators of torch, for every context that a plain call of a kernel cannot stand in:
-torch.compile and export, functorch's transforms, forward-mode differentiation, dispatch modes, tracing.
+"""fprop, dgrad and wgrad as registered torch operators, for contexts where a kernel cannot be launched directly:
+torch.compile and export, functorch transforms, forward-mode AD, dispatch modes, tracing.
 
-    operator         in its first argument   in its second
-    fprop(x, w)      dgrad(g, w)             wgrad(g, x)
-    dgrad(dy, w)     fprop(g, w)             wgrad(dy, g)
-    wgrad(dy, x)     fprop(x, g)             dgrad(dy, g)
+    operator         gradient of its first argument   of its second
+    fprop(x, w)      dgrad(g, w)                      wgrad(g, x)
+    dgrad(dy, w)     fprop(g, w)                      wgrad(dy, g)
+    wgrad(dy, x)     fprop(x, g)                      dgrad(dy, g)
 
-Closed under differentiation, and under vmap by folding the batch into N, K, C or the groups. All take one window of plain
-numbers: stride, the padding `before` the first element of x and `after` its last, dilation, groups. dgrad and wgrad read
-the extent that their tensors do not show off it, X = (Y - 1)*S + D*(T - 1) + 1 - before - after, so there `after` is exact:
-the padding less what the last step leaves unread, perhaps negative. What hangs on addresses or flags is decided within the
-operators, when they run; a problem that the kernels decline is then torch's to compute.
+So the gradient of every operator is made of the three operators. vmap is too: it folds the batch into N, K, C or the groups.
+
+All three take the same window of ints or SymInts: stride, the padding `before` the first element of x and `after` its last,
+dilation, groups. dgrad and wgrad derive the extent that their tensors do not have (X or T) from
+X = (Y - 1)*S + D*(T - 1) + 1 - before - after. So their `after` must be exact: the padding minus the elements that the last
+step leaves unread. It may be negative.
+
+Whatever depends on addresses or flags is decided inside the operators, when they run. If the kernels do not support a
+problem, the operator falls back to torch.
 """
 
 from __future__ import annotations
@@ -49,10 +53,10 @@ SCHEMAS = {
     "wgrad": f"(Tensor dy, Tensor x, Tensor? b, {WINDOW}) -> Tensor",
 }
 TOO_LARGE = "a weight, or coordinates or programs, that 32 bits cannot count"
-INTERPRETED = ("1", "true", "yes", "on", "y")  # Triton's own reading of TRITON_INTERPRET
+INTERPRETED = ("1", "true", "yes", "on", "y")  # the values of TRITON_INTERPRET that Triton reads as true
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # what gathers a leaf's gradient
-_asks_for_leaves = -2  # the last backward pass that was seen to; -1 is none
+ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # a leaf's autograd node
+_asks_for_leaves = -2  # id of the last backward pass seen to ask for a leaf's gradient; -1 is the id outside of any pass
 _library: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped-call]
 _known: BoundedCache[Any, Geometry | str] = BoundedCache()
 
@@ -67,7 +71,7 @@ def problem_of(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> ConvPr
 
 
 def too_large(p: ConvProblem, w: torch.Tensor | None, b: MaybeTensor) -> bool:
-    """Whether a coordinate, a weight, or the number of programs of a strided dgrad, may not fit 32 bits."""
+    """Returns True if a coordinate, an offset into the weight or bias, or a dgrad's number of programs may not fit 32 bits."""
     far = max(*p.X, *p.Y, *p.P, *p.T) * max(*p.S, *p.D)
     programs = p.phases("dgrad") * p.C * (p.N * max(p.X) // 16 + 1)
     weights = [0 if w is None else addressing(w).reach, 0 if b is None else b.shape[0] * b.stride(0)]
@@ -79,7 +83,10 @@ def too_large(p: ConvProblem, w: torch.Tensor | None, b: MaybeTensor) -> bool:
 
 @functools.cache
 def unavailable(device: str) -> str | None:
-    """Why the kernels cannot run for tensors on that type of device, or None; loads them, so it is asked late."""
+    """Returns why the kernels cannot run for tensors on that type of device, or None if they can.
+
+    Imports the kernels, and Triton with them, so it must be called only when they are needed.
+    """
     if device != "cuda" and not (device == "cpu" and interpreted()):
         return "CPU tensors need TRITON_INTERPRET=1" if device == "cpu" else f"device {device}"
     try:
@@ -102,7 +109,7 @@ def _fake(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest:
 
 
 def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
-    """By the kernels, or by torch where they decline."""
+    """Runs an operator by tconv's kernels, or falls back to torch."""
     h, a, b, bias = Window(*rest), plain(a), plain(b), None if bias is None else plain(bias)
     key = (
         name, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
@@ -123,11 +130,15 @@ def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: 
         return launch.convolve(launch.convolution(name == "dgrad", known, a, b, bias), a, b, bias, known.dry)
     except Fallback as e:
         why = str(e)
-    return by_torch(name, a, b, bias, h, why)  # when the error, whose frames hold memory, is gone
+    return by_torch(name, a, b, bias, h, why)  # outside `except`: the exception's frames hold memory
 
 
 def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window) -> Geometry | str:
-    """The geometry of a call, or why it is torch's; ValueError if the tensors do not fit together."""
+    """Returns the geometry of a call, or why it falls back to torch.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
     (n, c, *_), w = extents(name, a, b, h)
     y = result_shape(name, a, b, h) if name == "fprop" else tuple(a.shape)
     channels = w[0] if name == "fprop" else c
@@ -148,7 +159,7 @@ def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: 
 
 
 def by_torch(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, reason: str) -> torch.Tensor:
-    """An operator's result by aten's operators, recorded with the reason, with the strides that the operator promises."""
+    """Computes an operator by aten's operators and records the reason. The result has the strides that `_fake` promises."""
     record_call(Call("aten::convolution" if name == "fprop" else "aten::convolution_backward", None, None, reason))
     out = IN_ATEN[name](a, b, bias, *h)
     strides = shaped(out.shape, _format(a, b, h), a.dtype).stride()
@@ -164,7 +175,7 @@ def _call(name: str, *args: Any) -> torch.Tensor:
 
 
 class Operators:
-    """The operations as operators, for `gradients`.
+    """The operations by tconv's registered operators, for `gradients`.
 
     Args:
         h: the exact window, with a memory format.
@@ -188,9 +199,15 @@ class Operators:
 
 
 def gradients(op: Any, name: str, g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, needs: Sequence[bool]) -> tuple[Any, ...]:
-    """Gradients of an operation's arguments a, b and bias that are needed, by the operations of `op`.
+    """Returns the gradients of an operation's arguments a, b and bias, None for those not needed.
 
-    Its `wgrad` is also given the weight, whose strides decide where two formats are the same memory.
+    Args:
+        op: computes them, an `Operators` for example. Its `wgrad` is also given the weight, whose strides decide the memory
+            format of dw where two formats have the same strides.
+        name: the operation.
+        g: gradient of its result.
+        a, b: its operands.
+        needs: which of the three gradients are needed.
     """
     need_a, need_b, need_bias = needs
     da = db = None
@@ -204,10 +221,11 @@ def gradients(op: Any, name: str, g: torch.Tensor, a: torch.Tensor, b: torch.Ten
 
 
 def wanted(ctx: Any, needs: Sequence[bool]) -> tuple[bool, ...]:
-    """Which of the gradients that may be needed, as the forward pass knew it, the backward pass that runs now asks for.
+    """Returns which gradients the running backward pass needs, of those that the forward pass expected.
 
-    torch.autograd.grad(y, x) is not after the weight's, for one. The engine knows, but tells of a leaf whose gradient is
-    asked for by an exception, which takes longer than a launch: after one of them a pass is taken to ask for all its leaves'.
+    torch.autograd.grad(y, x), for example, does not need the weight's. The autograd engine knows, but it raises an exception
+    for a leaf whose gradient is asked for, which takes longer than a launch. So after one such exception this assumes that
+    the pass needs the gradients of all leaves.
 
     Args:
         needs: ctx.needs_input_grad of the tensors among the arguments, from the first one on.
@@ -215,7 +233,8 @@ def wanted(ctx: Any, needs: Sequence[bool]) -> tuple[bool, ...]:
     if is_dynamo_compiling():
         return tuple(needs)
     nodes, found = ctx.next_functions, [*needs]
-    for i in reversed(range(len(found))):  # the input last, which may be a leaf where no other is asked for
+    # The input is asked about last: if it is the only leaf asked for, its exception must not make the others count as needed.
+    for i in reversed(range(len(found))):
         found[i] = found[i] and _executes(nodes[i][0])
     return tuple(found)
 
@@ -242,7 +261,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_forward(a, b)
         with contextlib.ExitStack() as stack:
             if torch._C._are_functorch_transforms_active():
-                _outer_levels(stack)  # whose modes `apply` has switched off
+                _outer_levels(stack)
             stack.enter_context(torch._C._AutoDispatchBelowAutograd())
             y: torch.Tensor = OPERATORS[name].redispatch(keys & torch._C._after_autograd_keyset, a, b, bias, *h)
         return y
@@ -281,7 +300,10 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _outer_levels(stack: contextlib.ExitStack) -> None:
-    """Without this second derivatives are silently wrong."""
+    """Turns gradients and forward-mode AD back on, which `apply` turned off, for the outer functorch levels.
+
+    Without this, second derivatives are silently wrong.
+    """
     stack.enter_context(torch.enable_grad())
     stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
 
@@ -307,8 +329,9 @@ def _autograd(name: str, keys: Any, a: Any, b: Any, bias: Any, *rest: Any) -> to
     return y
 
 
-# vmap: (axis of the argument, whether groups divide it), of the result too, for a batch of the first argument, of the second
-# and of both, which then is more groups.
+# vmap: the axis that the batch is folded into, of the argument and of the result, each with whether groups divide that axis.
+# FIRST and SECOND are for a batch of the first or second argument. In BOTH, the batch becomes more groups: the axes of the
+# first argument, the second and the result.
 FIRST = {"fprop": ((0, False), (0, False)), "dgrad": ((0, False), (0, False)), "wgrad": ((1, True), (0, True))}
 SECOND = {"fprop": ((0, True), (1, True)), "dgrad": ((1, False), (1, True)), "wgrad": ((1, True), (1, False))}
 BOTH = {"fprop": (1, 0, 1), "dgrad": (1, 0, 1), "wgrad": (1, 1, 0)}
@@ -316,7 +339,7 @@ BOTH = {"fprop": (1, 0, 1), "dgrad": (1, 0, 1), "wgrad": (1, 1, 0)}
 
 def _vmap(name: str, info: Any, dims: Any, a: Any, b: Any, bias: Any, *rest: Any) -> tuple[torch.Tensor, int]:
     h, size = Window(*rest), info.batch_size
-    if size == 0:  # none of what a sample of zeros gives
+    if size == 0:  # compute one sample of zeros for its shape, and return none of it
         one = [t if d is None else t.sum(d) for t, d in zip((a, b, bias), dims[:3], strict=True)]
         return OPERATORS[name](*one, *h)[None, ...][:0], 0
     at_a, at_b, at_bias = dims[:3]
@@ -345,7 +368,7 @@ def _vmap(name: str, info: Any, dims: Any, a: Any, b: Any, bias: Any, *rest: Any
 
 
 def _fold(t: torch.Tensor, dim: int, axis: int, groups: int) -> torch.Tensor:
-    """A tensor with its batch put into an axis, within each group."""
+    """Folds the batch dimension `dim` of a tensor into `axis`, inside each group."""
     t = t.movedim(dim, 0)
     split: torch.Tensor = t.unflatten(axis + 1, (groups, t.shape[axis + 1] // groups))  # type: ignore[no-untyped-call]
     return split.movedim(0, axis + 1).flatten(axis, axis + 2)
@@ -359,13 +382,19 @@ def _autocast(name: str, device: str, key: Any, a: Any, b: Any, bias: Any, *rest
 
 
 def lower(device: str, *tensors: MaybeTensor) -> tuple[Any, ...]:
-    """Floating tensors in autocast's dtype, but for fp64; differentiable, so gradients arrive in the parameters' dtype."""
+    """Casts floating-point tensors, except fp64, to autocast's dtype.
+
+    The cast is differentiable, so gradients arrive in the parameters' dtype.
+    """
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def count_flops() -> None:
-    """Tell torch's FlopCounterMode, which is loaded late since it loads Triton, and the active ones, which have copies."""
+    """Registers the operators' FLOP formulas with torch's FlopCounterMode, and with active counters, which hold copies.
+
+    Does nothing until the user imports FlopCounterMode, which imports Triton.
+    """
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
         return
@@ -382,7 +411,7 @@ def count_flops() -> None:
 def _flops(pass_: str) -> Any:
     @opaque
     def formula(a: Any, b: Any, bias: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
-        """Two per product: outputs (of the layer) times a filter's elements."""
+        """Returns two FLOPs per product: elements of the layer's output times elements of one filter."""
         y, w = {"fprop": (out_shape, b), "dgrad": (a, b), "wgrad": (a, out_shape)}[pass_]
         count: int = 2 * math.prod(y) * math.prod(w[1:])
         return count

@@ -1,11 +1,12 @@
-"""Which calls are made inside a model: those of its forward pass, and those of the backward passes of these.
+"""Tells which convolutions are made inside a model: during its forward pass, or during the backward of that.
 
-A forward pass is inside while the frame that runs the model's hooks is on the thread's stack. So it ends when the call
-ends, however that comes about. A backward pass runs later and, on a GPU, in another thread. So the nodes that autograd
-makes of calls inside are marked, and a call is inside while a marked node runs.
+A forward pass lasts while the frame that runs the model's hooks is on the thread's stack. So it ends with the model's call,
+whether that returns or raises. A backward pass runs later and, on a GPU, in another thread. So the autograd nodes created
+inside a model are marked, and a call made while a marked node runs is inside that model.
 
-A convolution's node is marked as it is made (`marking`). Compiled code and checkpoints make other nodes of convolutions:
-after such a forward pass, all nodes between the model's outputs and its inputs are marked.
+A convolution's own node is marked when it is created (`marking`). In compiled code and checkpoints, the backward of
+a convolution belongs to another node. After such a forward pass, all nodes between the model's outputs and its inputs are
+marked.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from torch.utils import _pytree as pytree
 
 from tconv.dispatch.dynamo import opaque
 
-MARK = "tconv.enable"  # in the metadata of an autograd node: the scopes that it was made in
+MARK = "tconv.enable"  # key in an autograd node's metadata: the scopes that the node was created in
 Scopes = tuple[Any, ...]
 
 
 class _Pass:
-    """A forward pass that is under way.
+    """A forward pass in progress.
 
     Attributes:
-        scope: what `enter` was given.
-        frame: the one that runs the model's hooks.
-        task: the backward pass that it is part of, if a checkpoint computes something again; else -1.
-        first: the number that the next node of autograd has, those of a thread being counted.
-        unmarked: how many convolutions ran of which a node other than their own may be the backward.
+        scope: the argument of `enter`.
+        frame: the frame that runs the model's hooks.
+        task: id of the backward pass that this pass is part of, when a checkpoint recomputes it; else -1.
+        first: autograd's sequence number, in this thread, at the start of the pass: nodes created in it have this or more.
+        unmarked: how many convolutions ran whose backward may belong to a node other than their own.
     """
 
     __slots__ = ("first", "frame", "scope", "task", "unmarked")
@@ -51,21 +52,21 @@ _passes: contextvars.ContextVar[tuple[_Pass, ...]] = contextvars.ContextVar("tco
 
 
 def enter(scope: Any, frame: FrameType) -> None:
-    """A model's forward pass begins.
+    """Begins a model's forward pass.
 
     Args:
         scope: stands for the model; compared by identity.
-        frame: of the caller of the model's hooks.
+        frame: the frame that runs the model's hooks.
     """
     _passes.set((*_under_way(), _Pass(scope, frame)))
 
 
 def leave(scope: Any, frame: FrameType, outputs: Any) -> None:
-    """A model's forward pass has ended, with these outputs. After an error there are none, and its frame is gone.
+    """Ends a model's forward pass.
 
     Args:
-        scope, frame: as they were given to `enter`.
-        outputs: of any structure.
+        scope, frame: the arguments of `enter`. After an error the frame has ended.
+        outputs: the model's outputs, in any structure; None after an error.
     """
     passes = _under_way()
     ended = next((p for p in reversed(passes) if p.scope is scope and p.frame is frame), None)
@@ -75,7 +76,10 @@ def leave(scope: Any, frame: FrameType, outputs: Any) -> None:
 
 
 def _under_way() -> list[_Pass]:
-    """The passes that have not ended, the outermost first: an interrupt may end one that no hook is told of."""
+    """Returns the forward passes in progress, outermost first.
+
+    This looks for their frames on the stack, since an interrupt can end a pass without calling its hook.
+    """
     found: list[_Pass] = []
     frame: FrameType | None = sys._getframe(1)
     for p in reversed(_passes.get()):
@@ -89,7 +93,7 @@ def _under_way() -> list[_Pass]:
 
 
 def _forward_passes() -> list[_Pass]:
-    """Those that a call made here is part of: in a backward pass, those begun since it began."""
+    """Returns the forward passes that a call made here is part of; within a backward pass, only those begun within it."""
     if not _passes.get():
         return []
     task = torch._C._current_graph_task_id()
@@ -97,13 +101,16 @@ def _forward_passes() -> list[_Pass]:
 
 
 def _of_node() -> Scopes:
-    """The scopes that the running autograd node was made in."""
+    """Returns the scopes that the running autograd node was created in."""
     node: Any = torch._C._current_autograd_node()
     return () if node is None else node.metadata.get(MARK, ())
 
 
 def current() -> Scopes:
-    """The scopes that a convolution below autograd is in, which may be in several models' forward passes at once."""
+    """Returns the scopes of a convolution that runs below autograd, and counts it as unmarked.
+
+    There may be several scopes, for nested models.
+    """
     passes = _forward_passes()
     for p in passes:
         p.unmarked += 1
@@ -112,7 +119,7 @@ def current() -> Scopes:
 
 @opaque
 def marking(below: Callable[..., Any], keys: Any, *args: Any) -> Any:
-    """Runs autograd's kernel of a convolution and marks the node that it makes with the scopes that the call is in."""
+    """Runs autograd's kernel of a convolution, and marks the node that it creates with the scopes of the call."""
     passes = _forward_passes()
     scopes = (*_of_node(), *[p.scope for p in passes])
     counts = [p.unmarked for p in passes]
@@ -124,7 +131,7 @@ def marking(below: Callable[..., Any], keys: Any, *args: Any) -> Any:
         if node is not None:
             _mark(node, scopes)
     if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        for p, count in zip(passes, counts, strict=True):  # no node, or one that nothing else is computed again for
+        for p, count in zip(passes, counts, strict=True):  # no saved-tensor hooks, so no other node recomputes it
             p.unmarked = count
     return made
 
@@ -136,7 +143,7 @@ def _mark(node: Any, scopes: Scopes) -> None:
 
 
 def _mark_all(outputs: Any, ended: _Pass) -> None:
-    """Marks the nodes that outputs were computed by since a pass began, as far as they can be reached from the outputs."""
+    """Marks all autograd nodes that were created since a pass began and can be reached from its outputs."""
     nodes, seen = [t.grad_fn for t in _tensors(outputs)], set()
     while nodes:
         node = nodes.pop()

@@ -1,4 +1,4 @@
-"""Which convolutions `enable()` is asked for, and what has been worked out under each such choice."""
+"""Which convolutions `enable()` selects, and the cache of launches that belongs to each choice of selections."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ RANKS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Selection:
-    """The calls that one `enable()` takes: those of these operations, ranks and dtypes."""
+    """The calls that one `enable()` selects, by operation, rank and dtype."""
 
     operations: frozenset[str]
     ranks: frozenset[int]
     dtypes: frozenset[torch.dtype]
 
     def takes(self, operation: str, rank: int, dtype: torch.dtype) -> bool:
-        """Whether a call is among them."""
+        """Returns True if a call of this operation, rank and dtype is selected."""
         return operation in self.operations and rank in self.ranks and dtype in self.dtypes
 
     def meets(self, other: Selection) -> bool:
-        """Whether some call is among both."""
+        """Returns True if some call is in both selections."""
         return bool(self.operations & other.operations and self.ranks & other.ranks and self.dtypes & other.dtypes)
 
     def __str__(self) -> str:
-        """The keywords of `enable()` that say it."""
+        """Returns the keywords of `enable()` that give this selection."""
         named = (("operations", self.operations, OPERATIONS), ("ranks", self.ranks, RANKS), ("dtypes", self.dtypes, DTYPES))
         return ", ".join(
             f"{name}={tuple(v for v in every if v in some)}" for name, some, every in named if len(some) < len(every)
@@ -43,11 +43,11 @@ EVERYTHING = Selection(frozenset(OPERATIONS), frozenset(RANKS), frozenset(DTYPES
 
 
 def select(operations: Any = None, ranks: Any = None, dtypes: Any = None) -> Selection:
-    """The selection of these keywords of `enable()`; None stands for all there are.
+    """Returns the selection for these keywords of `enable()`; None selects all operations, ranks or dtypes.
 
     Raises:
-        TypeError: one of them is not a collection, or holds what is no name, number or torch.dtype.
-        ValueError: one of them is empty, or holds an operation, rank or dtype that tconv has no kernels for.
+        TypeError: one of them is not a collection, or has an element that is not a str, int or torch.dtype respectively.
+        ValueError: one of them is empty, or has an operation, rank or dtype that tconv has no kernels for.
     """
     return Selection(
         frozenset(_among("operations", operations, OPERATIONS, str)),
@@ -73,12 +73,12 @@ def _among(name: str, given: Any, allowed: tuple[Any, ...], kind: type) -> tuple
 
 
 class Choice:
-    """What holds for a call: it is taken if one of the selections takes it.
+    """The selections that apply to a call. tconv computes it if at least one of them selects it.
 
-    What a kind of call launches is remembered here, so that a call costs the same under every choice.
+    It has its own caches, so that a cached call does not have to compare selections again.
 
     Attributes:
-        forward, backward: what dispatch/aten.py has worked out, by kind of call.
+        forward, backward: caches of dispatch/aten.py, by kind of call.
     """
 
     __slots__ = ("_selections", "backward", "forward")
@@ -89,7 +89,7 @@ class Choice:
         self.backward: BoundedCache[Any, Any] = BoundedCache()
 
     def refusal(self, operation: str, rank: int, dtype: torch.dtype) -> str | None:
-        """Why a call of this operation, rank and dtype is not taken, or None if it is."""
+        """Returns why a call of this operation, rank and dtype is not selected, or None if it is."""
         if any(s.takes(operation, rank, dtype) for s in self._selections):
             return None
         asked = " or ".join(sorted(f"enable({s})" for s in self._selections))
@@ -100,7 +100,7 @@ _choices: BoundedCache[frozenset[Selection], Choice] = BoundedCache()
 
 
 def choice(selections: Iterable[Selection]) -> Choice:
-    """The one `Choice` of these selections: toggling between a few of them forgets nothing."""
+    """Returns the `Choice` of these selections, always the same object, so that toggling `enable()` keeps its caches."""
     key = frozenset(selections)
     if EVERYTHING in key:
         key = frozenset((EVERYTHING,))
@@ -111,13 +111,13 @@ def choice(selections: Iterable[Selection]) -> Choice:
 
 
 class Chooser(Protocol):
-    """Says what holds for the calls that a registered kernel is given.
+    """Tells which `Choice` applies to the calls of a registered kernel.
 
     Attributes:
-        chosen: what holds for all calls; None where that depends on the call, or nothing holds.
+        chosen: the choice for all calls. None if it depends on the call (then `look` tells), or if nothing is enabled.
     """
 
     chosen: Choice | None
 
     def look(self) -> Choice | None:
-        """What holds for the running call; None if nothing does."""
+        """Returns the choice for the running call, or None if nothing is enabled for it."""

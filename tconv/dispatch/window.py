@@ -1,4 +1,4 @@
-"""The window of tconv's operators: how the taps of a filter meet the elements of x. Plain or symbolic numbers only."""
+"""The window of tconv's operators: which elements of x each filter tap reads. Its numbers are ints or SymInts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tconv.planning.problem import Geometry
 
 
 class Window(NamedTuple):
-    """How taps meet elements, one number per spatial dimension.
+    """Stride, padding, dilation and groups of an operator; all but groups have one number per spatial dimension.
 
     Attributes:
-        stride, dilation, groups: as torch's.
-        before, after: padding in front of the first element of x and behind its last one; negative numbers crop.
-        channels_last: memory format of the result; None for the one torch would give a layer's.
+        stride, dilation, groups: as in torch.
+        before, after: padding before the first element of x and after its last one, in elements; negative numbers crop.
+        channels_last: whether the result is channels_last; None for the memory format that torch would give a layer's result.
     """
 
     stride: Sequence[int]
@@ -28,20 +28,25 @@ class Window(NamedTuple):
 
 
 def window(g: Geometry) -> Window:
-    """The exact window of a problem."""
+    """Returns the exact window of a problem (see `exact`)."""
     p, skip = g.problem, 3 - g.problem.rank
     loose = Window(p.S[skip:], p.P[skip:], p.P[skip:], p.D[skip:], p.G, g.channels_last)
     return exact(loose, p.X[skip:], p.Y[skip:], p.T[skip:])
 
 
 def exact(h: Window, x: Sequence[int], y: Sequence[int], taps: Sequence[int]) -> Window:
-    """The window with the padding behind x that is read."""
+    """Returns a window whose `after` ends at the last element that is read; negative if that is before the end of x.
+
+    Args:
+        h: the window; its `after` is ignored.
+        x, y, taps: spatial extents of input, output and filter.
+    """
     parts = zip(x, y, taps, h.stride, h.before, h.dilation, strict=True)
     return h._replace(after=[(b - 1) * s + d * (t - 1) + 1 - a - before for a, b, t, s, before, d in parts])
 
 
 def extents(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of x and w, for the operator of that name and its two arguments."""
+    """Returns the shapes of x and w, given the name of an operator and its two operands."""
     spatial = list(zip(a.shape[2:], b.shape[2:], h.stride, h.before, h.after, h.dilation, strict=True))
     if name == "fprop":
         return tuple(a.shape), tuple(b.shape)
@@ -53,7 +58,7 @@ def extents(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> tuple[tup
 
 
 def result_shape(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> tuple[int, ...]:
-    """Shape of an operator's result."""
+    """Returns the shape of an operator's result."""
     x, w = extents(name, a, b, h)
     if name != "fprop":
         return x if name == "dgrad" else w

@@ -1,13 +1,13 @@
-"""Device helpers that every kernel shares: tile orientation, stride phases, pixel decoding, rounding.
+"""Device functions that the kernels share: tile orientation, dgrad phases, decoding of pixels, products, rounding.
 
-A two-dimensional tile has a pixel axis and a channel axis. Where channels are contiguous in memory the tile is
-[pixels, channels]; where pixels are (the default layout) it is turned round, `FLIP`, so that neighbouring threads
-still read neighbouring addresses. `lead` and `trail` spread a vector over the first and the second axis of the
-unflipped tile, so that no kernel is written twice.
+A tile of an operand has a pixel axis and a channel axis. Where channels are contiguous in memory, the tile is
+[pixels, channels]. Where pixels are contiguous (torch's default layout), it is transposed to [channels, pixels], which is
+called FLIP, so that neighbouring threads still access neighbouring addresses. `lead` and `trail` broadcast a vector along
+the pixel axis and the channel axis of either orientation, so that each kernel is written once.
 
-Geometry travels as one scalar per dimension, always three of them; dimensions before `3 - RANK` have extent one and are
-skipped. Scalars, because Triton 3.6 and 3.7 specialise the elements of a tuple argument on being 1 or divisible by 16
-whatever `do_not_specialize` says, which would compile anew for nearly every layer.
+Geometry is passed as three scalars per parameter, one for each dimension. Dimensions before `3 - RANK` have extent one and
+are skipped. Tuple arguments are not used, because Triton 3.6 and 3.7 specialise their elements on being 1 or divisible by 16
+whatever `do_not_specialize` says, which would compile a kernel anew for nearly every layer.
 """
 
 import functools
@@ -16,21 +16,22 @@ import inspect
 import triton
 import triton.language as tl
 
-# FLIP for a tile of addresses whose channels are not contiguous. Its pixels mostly are, but not all: across the ends of rows
-# and between the phases of a strided dgrad they are not, so the compiler must not be told so (Triton 3.9 computes the second
-# of two neighbours' addresses from the first). Without a contiguous axis, Triton 3.6 gives neighbouring threads the first axis
-# of the tile and later versions the last one. The pixels are put there, and the loaded or stored tile is `turned`.
+# The FLIP of a tile of addresses whose channels are not contiguous. Its pixels mostly are contiguous, but not across the ends
+# of rows or between the phases of a strided dgrad. So the compiler must not be told that they are: Triton 3.9 would compute the
+# second of two neighbouring addresses from the first. For a tile without a contiguous axis, Triton 3.6 assigns neighbouring
+# threads along the first axis, and later versions along the last. APART puts the pixels on that axis, so that accesses
+# coalesce, and `turned` transposes the tile after the load or before the store.
 APART = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 
 
 def kernel(fn):
-    """`triton.jit` for a kernel that is launched: none of its integers is specialised."""
+    """Applies `triton.jit` to a kernel that is launched, without specialising its runtime integers."""
     return triton.jit(fn, do_not_specialize=_integers(fn))
 
 
 @functools.cache
 def integers(jitted):
-    """Names of a kernel's runtime integers, in order: neither pointer, nor tensor descriptor, nor compile-time constant."""
+    """Returns the names of a kernel's runtime integers in order: arguments but pointers, tensor descriptors and constexprs."""
     return _integers(jitted.fn)
 
 
@@ -41,19 +42,19 @@ def _integers(fn):
 
 @triton.jit
 def lead(v, FLIP: tl.constexpr):
-    """v as the first axis of the unflipped tile."""
+    """Broadcasts v along the pixel axis, which is the first axis of the unflipped tile."""
     return v[None, :] if FLIP else v[:, None]
 
 
 @triton.jit
 def trail(v, FLIP: tl.constexpr):
-    """v as the second axis of the unflipped tile."""
+    """Broadcasts v along the channel axis, which is the second axis of the unflipped tile."""
     return v[:, None] if FLIP else v[None, :]
 
 
 @triton.jit
 def turned(tile, FROM: tl.constexpr, TO: tl.constexpr):
-    """A tile that was built with FLIP=FROM, as one with FLIP=TO."""
+    """Returns a tile built with FLIP=FROM in the orientation of FLIP=TO, transposed if they differ."""
     return tile if FROM == TO else tile.T
 
 
@@ -64,9 +65,9 @@ def inside(i, extent):
 
 @triton.jit
 def outside_bits(h, step, extent, BACKWARD: tl.constexpr, FIELD: tl.constexpr):
-    """FIELD bits, bit t set where tap t falls outside: h + t*step (h - t*step if BACKWARD) not in [0, extent).
+    """Returns FIELD bits. Bit t is set if tap t falls outside the input: h + t*step (BACKWARD: h - t*step) not in [0, extent).
 
-    The taps inside are an interval [low, high), so two divisions of non-negative numbers do, whatever FIELD is.
+    The taps inside form an interval [low, high). Two divisions of non-negative numbers find it, whatever FIELD is.
     """
     if BACKWARD:
         low = (tl.maximum(h - extent + 1, 0) + step - 1) // step
@@ -82,7 +83,7 @@ def outside_bits(h, step, extent, BACKWARD: tl.constexpr, FIELD: tl.constexpr):
 
 @triton.jit
 def outside_word(bits, h, X, D, gcds, TRANSPOSED: tl.constexpr, RANK: tl.constexpr, FIELD: tl.constexpr):
-    """bits, and set in it, FIELD bits per dimension and the last dimension's lowest, the taps that fall outside."""
+    """Returns `bits` with the bits of `outside_bits` set: FIELD bits per dimension, the last dimension's lowest."""
     for d in tl.static_range(3 - RANK, 3):
         step = D[d] // gcds[d] if TRANSPOSED else D[d]
         bits |= outside_bits(h[d], step, X[d], TRANSPOSED, FIELD) << ((2 - d) * FIELD)
@@ -91,7 +92,7 @@ def outside_word(bits, h, X, D, gcds, TRANSPOSED: tl.constexpr, RANK: tl.constex
 
 @triton.jit
 def tap_word(tap, RANK: tl.constexpr, FIELD: tl.constexpr):
-    """The bits that a tap has in such a word."""
+    """Returns the mask that selects a tap's bits in the word of `outside_word`: one bit per dimension."""
     word = 1 << tap[2]
     if RANK >= 2:
         word |= (1 << FIELD) << tap[1]
@@ -102,42 +103,44 @@ def tap_word(tap, RANK: tl.constexpr, FIELD: tl.constexpr):
 
 @triton.jit
 def multiple(s, VEC: tl.constexpr):
-    """s, known on the host to be a multiple of VEC, in a form from which the compiler sees it too."""
+    """Returns s, which the host knows to be a multiple of VEC, in a form from which the compiler can tell."""
     return s // VEC * VEC
 
 
 @triton.jit
 def reciprocal(d):
-    """What `quotient` needs of a divisor from 1 to 2^15: 2^31 / d, rounded up."""
+    """Returns 2^31 / d rounded up, for `quotient`. d is from 1 to 2^15."""
     return (2147483647 + d.to(tl.uint32)) // d.to(tl.uint32)
 
 
 @triton.jit
 def quotient(n, by, RUN: tl.constexpr):
-    """n // d for 0 <= n <= 2^16 and by = reciprocal(d), by a multiplication; n is the same for RUN neighbours.
+    """Returns n // d by a multiplication, for 0 <= n <= 2^16 and by = reciprocal(d). n is the same for RUN neighbours.
 
-    by is (2^31 + e) / d with 0 <= e < d, so n * by / 2^31 exceeds n / d by n*e / (d * 2^31), less than 1 / d.
+    It is exact: by is (2^31 + e) / d with 0 <= e < d, so n * by / 2^31 exceeds n / d by n*e / (d * 2^31), less than 1 / d.
     """
     if RUN == 1:
         return tl.umulhi(n.to(tl.uint32) * 2, by).to(tl.int32)
-    # Of this form the compiler sees that neighbours have the same quotient, of umulhi it does not.
+    # In this form the compiler can tell that neighbours have the same quotient. With umulhi it cannot.
     return (n.to(tl.int64) * by.to(tl.int64) >> 31).to(tl.int32)
 
 
 @triton.jit
 def phase(index, taps, stride, dilation, padding, gcd, extent, TRANSPOSED: tl.constexpr):
-    """One dimension's (taps, first tap, first input coordinate, outputs, first output) of phase `index`.
+    """Returns (taps, first tap, first input coordinate, outputs, first output) of phase `index` in one dimension.
 
-    Forward, one phase: in = j*stride - padding + i*dilation for every tap i and output j. Transposed, `stride` phases:
-    output a + j*stride meets tap t where a + padding - t*dilation is a multiple of the stride. With g = gcd(stride,
-    dilation) a phase meets no tap, or every (stride/g)-th one from t0 < stride/g on; numbering phases by that t0 puts
-    those with most taps first and needs no modular inverse. Numerators are kept from being negative, so truncating
-    division does; that of the input coordinate is exact.
+    fprop has one phase: output j reads coordinate j*stride - padding + i*dilation at every tap i.
+
+    dgrad has `stride` phases. Output a + j*stride uses tap t only if a + padding - t*dilation is a multiple of the stride.
+    With g = gcd(stride, dilation), a phase uses either no tap, or every (stride/g)-th tap from some t0 < stride/g on. Phases
+    are numbered by t0, which puts those with most taps first and needs no modular inverse.
+
+    Numerators are never negative, so division may truncate. The division that gives the input coordinate is exact.
     """
     if TRANSPOSED:
         step = stride // gcd
         t0 = index % step
-        without = index // step  # 0, or the residue modulo g that no tap reaches
+        without = index // step  # 0, or a residue modulo g that no tap reaches
         a = (t0 * dilation + without + stride - padding % stride) % stride
         n = tl.where(without == 0, (tl.maximum(taps - t0, 0) + step - 1) // step, 0)
         first = (a + padding - t0 * dilation) // stride
@@ -153,7 +156,7 @@ def phase(index, taps, stride, dilation, padding, gcd, extent, TRANSPOSED: tl.co
 
 @triton.jit
 def decode(m, extents, RANK: tl.constexpr):
-    """Pixel number -> (image, coordinate per dimension); the last dimension runs fastest."""
+    """Returns (image, coordinate per dimension) of a pixel number. The last dimension varies fastest."""
     coords = ()
     for i in tl.static_range(3):
         if i < RANK:
@@ -169,10 +172,15 @@ def written_pixels(
     pid, N, Y, T, S, D, P, gcds, sxn, sx, syn, sy,
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The pixels that program `pid` writes: tiles of a phase run fastest, phases with more taps come first.
+    """Returns the pixels that program `pid` writes. Tiles of a phase vary fastest, and phases with more taps come first.
 
-    Returns whether the tile lies past its phase's end; then per pixel: live, offset read at the phase's first tap, offset
-    written; then per dimension: taps met, the first of them, the coordinate read at it [BLOCK_M].
+    Returns:
+        past: whether the tile is past its phase's end. Every phase is given as many tiles as the largest one needs.
+        live: mask of the pixels that exist [BLOCK_M].
+        x_offset: offset in x at the phase's first tap [BLOCK_M].
+        y_offset: offset in y [BLOCK_M].
+        n_taps, t_first: per dimension, the phase's number of taps and its first tap.
+        h: per dimension, the coordinate in x at the first tap [BLOCK_M].
     """
     most = N.to(OFFSET)
     for d in tl.static_range(3 - RANK, 3):
@@ -197,7 +205,7 @@ def written_pixels(
         n_taps = (n,) + n_taps
         t_first = (t0,) + t_first
         x_first = (first,) + x_first
-        J = (tl.maximum(outputs, 1),) + J  # a phase without outputs is past its end, and must not divide by zero
+        J = (tl.maximum(outputs, 1),) + J  # a phase without outputs is past its end; avoids division by zero
         a_first = (a,) + a_first
     past = (pid % tiles).to(OFFSET) * BLOCK_M >= pixels
     live = m < pixels
@@ -222,10 +230,13 @@ def written_pixels(
 
 @triton.jit
 def met_frames(live, n_taps, t_first, h, x_offset, X0, S0, D0, g0, sx0):
-    """What `written_pixels` says of a 3-D dgrad's tile, less the first dimension's taps that meet no frame for any pixel.
+    """Drops the first dimension's taps that read outside the input for every pixel of a 3-D dgrad's tile.
 
-    A tile seldom leaves its frame, and of few frames the outer ones meet few taps: of a 3-tap filter over 4 frames without
-    padding, which writes 6, a third of all. Forward this would hide an infinite weight's NaN, which padding owes it.
+    A tile seldom spans several frames, and a pixel of an outer frame uses fewer taps. A dgrad of 3 taps that reads 4 frames
+    and writes 6 (no padding) skips a third of the taps. In fprop this would be wrong: padding times an infinite weight must
+    give NaN.
+
+    Returns `n_taps`, `t_first`, `h` and `x_offset`, as `written_pixels` does.
     """
     step = D0 // g0
     low = tl.min(tl.where(live, h[0], 2147483647), 0)
@@ -243,10 +254,17 @@ def met_frames(live, n_taps, t_first, h, x_offset, X0, S0, D0, g0, sx0):
 def split_pixels(
     split, chunk, N, Y, S, B, first, sxn, sx, syn, sy, RANK: tl.constexpr, OFFSET: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """The pixels of dy that a split owns, and how to go from BLOCK_P of them to the next without dividing.
+    """Returns a split's first BLOCK_P pixels of dy, and what `advance` needs to step to the next BLOCK_P without dividing.
 
-    BLOCK_P is (Bn, B0, B1, B2) images and coordinates, B[3] = Bn; `first` is the coordinate of x that output 0 reads.
-    Returns (pixels left, offset in x, offset in dy, coordinates in x [BLOCK_P] per dimension), then what `advance` needs.
+    Args:
+        chunk: pixels per split.
+        B: BLOCK_P in the mixed radix of dy's extents, as digits (B0, B1, B2, Bn) of coordinates and images.
+        first: per dimension, the coordinate in x that output 0 reads.
+    Returns:
+        left: the split's number of pixels.
+        xo, yo: offsets in x and dy [BLOCK_P].
+        h: per dimension, the coordinate in x [BLOCK_P].
+        x_step, y_step, end, carry_x, carry_y: for `advance`.
     """
     pixels = N.to(OFFSET)
     for d in tl.static_range(3 - RANK, 3):
@@ -258,7 +276,8 @@ def split_pixels(
     yo = image.to(OFFSET) * syn
     x_step = B[3].to(OFFSET) * sxn
     y_step = B[3].to(OFFSET) * syn
-    # What a coordinate that runs over its end adds: back to its start, and one step of the digit before it.
+    # A coordinate that passes its end goes back to its start and carries one into the next outer coordinate. carry_x and
+    # carry_y are what that adds to the offsets.
     hop_x = sxn.to(OFFSET)
     hop_y = syn.to(OFFSET)
     h = ()
@@ -288,7 +307,7 @@ def split_pixels(
 
 @triton.jit
 def advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK: tl.constexpr):
-    """Offsets and coordinates BLOCK_P pixels on: addition in mixed radix, last dimension first."""
+    """Returns offsets and coordinates BLOCK_P pixels further, by mixed-radix addition, last dimension first."""
     xo += x_step
     yo += y_step
     h0, h1 = h[0], h[1]
@@ -314,10 +333,11 @@ def advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK: tl.
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + a @ b. PRECISION is what tl.dot is told of fp32 operands, or "bf16x6".
+    """Returns acc + a @ b. PRECISION is tl.dot's input_precision for fp32 operands, or "bf16x6".
 
-    "bf16x6": of nine products of three pieces each, the six that matter to fp32, least first, in an accumulator of their own:
-    what tensor cores cut off when they add is then of the size of this step's sum, not of all before it.
+    "bf16x6" cuts each operand into three bf16 pieces. Of their nine products it computes the six that matter to fp32, smallest
+    first. They are summed in an accumulator of their own: tensor cores truncate when they add, and so the error is relative to
+    this step's sum, not to the whole accumulator.
     """
     if PRECISION == "bf16x6":
         ah, am, al = pieces(a, INTERPRET)
@@ -335,7 +355,7 @@ def product(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + a @ b. The interpreter's dot multiplies the raw bits of bf16, so there they are widened first."""
+    """Returns acc + a @ b. The interpreter's tl.dot multiplies the raw bits of bf16, so it gets operands widened to fp32."""
     if INTERPRET and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -344,11 +364,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def pieces(v, INTERPRET: tl.constexpr):
-    """fp32 as a sum of three bf16: the 8 leading bits cut off, the next 8 rounded, the rest; exact where |v| >= 2^-110.
+    """Returns (high, middle, low), three bf16 whose sum is the fp32 v. The sum is exact where |v| >= 2^-110.
 
-    Cut off, not rounded: nothing finite becomes infinite. Rounded, so that middle times low, which is left out, has either
-    sign. What is not finite must meet the whole of the other factor, none of its zero pieces, once: it is the low piece, which
-    meets the high ones only, and 1 or -1 the high one, so that infinity times infinity is met too.
+    The high piece is v truncated to 8 bits. Truncated, because rounding could make a finite number infinite. The middle piece
+    is the next 8 bits, rounded, so that middle times low, which `product` leaves out, has either sign. The low piece is what
+    remains.
+
+    If v is infinite or NaN it must be multiplied by the other operand once, and never by a zero piece of it, since infinity
+    times zero is NaN. So it becomes the low piece, which is multiplied by high pieces only. Its own high piece is 1 or -1, so
+    that infinity times infinity is computed too.
     """
     finite = tl.abs(v) < float("inf")
     bits = v.to(tl.uint32, bitcast=True)
@@ -357,7 +381,7 @@ def pieces(v, INTERPRET: tl.constexpr):
     bits = rest.to(tl.uint32, bitcast=True) + 0x8000
     middle = (bits & tl.where(finite, 0xFFFF0000, 0).to(tl.uint32)).to(tl.float32, bitcast=True)
     low = rest - middle
-    if INTERPRET:  # fp32 that bf16 would hold
+    if INTERPRET:  # pieces stay fp32, with values that bf16 can hold
         return high, middle, nearest_bf16(low)
     else:
         return high.to(tl.bfloat16), middle.to(tl.bfloat16), low.to(tl.bfloat16)
@@ -365,7 +389,7 @@ def pieces(v, INTERPRET: tl.constexpr):
 
 @triton.jit
 def nearest_bf16(v):
-    """The bf16 nearest to v, to even, still in fp32."""
+    """Returns v rounded to the nearest bf16, ties to even, still as fp32."""
     bits = v.to(tl.uint32, bitcast=True)
     kept = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where(v == v, kept, v)
@@ -373,8 +397,10 @@ def nearest_bf16(v):
 
 @triton.jit
 def rounded(acc, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc in the output's type, to nearest even. The interpreter cuts fp32 to bf16 off, and gets what is smaller than 2^-126
-    wrong, so there the bits are rounded and moved."""
+    """Returns acc in the output's dtype, rounded to nearest even.
+
+    The interpreter's conversion from fp32 to bf16 truncates, and is wrong below 2^-126, so there the bits are rounded here.
+    """
     if INTERPRET and dtype == tl.bfloat16:
         return (nearest_bf16(acc).to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:

@@ -1,11 +1,11 @@
-"""Depthwise convolutions, one input channel per group, without tl.dot: fprop and dgrad in one kernel, and wgrad.
+"""Depthwise convolutions (one input channel per group) without tensor cores: fprop and dgrad in one kernel, and wgrad.
 
     fprop  y[n, k, j] = sum over t of x[n, k // m, j*S - P + t*D] * w[k, t]                  m = K / G, the channel multiplier
     dgrad  x[n, c, j*S - P + t*D] += sum over r < m of y[n, c*m + r, j] * w[c*m + r, t]
     wgrad  dw[k, t] = sum over n, j of dy[n, k, j] * x[n, k // m, j*S - P + t*D]
 
-A tile is pixels by channels, accumulated in fp32 (fp64 for fp64) by multiplication and addition. Phases, tap counters and
-pixel digits are those of gather.py and wgrad.py.
+There is no GEMM: each element of a tile [pixels, channels] is multiplied and added on its own, in fp32 (in fp64 for fp64).
+x and y in the code, and phases, are as in gather.py. Pixels are split and advanced as in wgrad.py.
 """
 
 import triton.language as tl
@@ -77,7 +77,7 @@ def depthwise(
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
     for i in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * repeats):
-        r, tap = decode(i, n_taps, 3)  # scalars: cheap beside a tile
+        r, tap = decode(i, n_taps, 3)  # scalar divisions, cheap next to the work on a tile
         ok = live
         if MULTIPLIED:
             dx = r * x_step
@@ -90,8 +90,8 @@ def depthwise(
             ok &= inside(h[d] + tap[d] * step, X[d])
             dx += (tap[d] * step).to(OFFSET) * sx[d]
             wo += (t_first[d] + tap[d] * (S[d] // gcds[d] if TRANSPOSED else 1)) * sw[d]
-        xv = tl.load(xp + dx, mask=lead(ok, X_FLIP) & trail(mask_o, X_FLIP), other=0.0)
-        wv = tl.load(w_ptr + w_row * swk + wo, mask=mask_o, other=0.0).to(ACC)
+        xv = tl.load(xp + dx, mask=lead(ok, X_FLIP) & trail(mask_o, X_FLIP), other=0.0)  # [BLOCK_M, BLOCK_C]
+        wv = tl.load(w_ptr + w_row * swk + wo, mask=mask_o, other=0.0).to(ACC)  # [BLOCK_C]
         acc += turned(xv, X_FLIP, FLIP).to(ACC) * trail(wv, FLIP)
     if HAS_BIAS:
         acc += trail(tl.load(b_ptr + o * sb, mask=mask_o, other=0.0).to(ACC), FLIP)
@@ -113,7 +113,7 @@ def depthwise_wgrad(
     MULTIPLIED: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program owns TAPS taps of a channel tile and one split of the pixels; dy is loaded once for all of its taps."""
+    """A program computes TAPS taps of a tile of channels over one split of the pixels. It loads dy once for all its taps."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FLIP: tl.constexpr = False if Y_UNIT else APART
     X_FLIP: tl.constexpr = FLIP if X_UNIT else APART

@@ -1,19 +1,25 @@
-"""Implicit GEMM by pointer gather: fprop, dgrad and the transposed forward, ranks 1 to 3, any stride of any tensor.
+"""fprop and dgrad (also the forward of transposed layers) as implicit GEMM with pointer loads, ranks 1 to 3, any strides.
 
-    fprop  y[n, k, j] = sum over c, t of x[n, c, j*S - P + t*D] * w[k, c, t]      GEMM_M = N Z P Q, GEMM_N = K, GEMM_K = C T R S
-    dgrad  x[n, c, j*S - P + t*D] += y[n, k, j] * w[k, c, t]                      GEMM_M = N D H W, GEMM_N = C, GEMM_K = K T R S
+    fprop  y[n, k, j] = sum over c, t of x[n, c, j*S - P + t*D] * w[k, c, t]
+    dgrad  x[n, c, j*S - P + t*D] += y[n, k, j] * w[k, c, t]
 
-Below, x is what is read, y what is written: a dgrad reads the output's gradient (or a transposed layer's input), and
-CI, CO are the channels per group read and written. A strided dgrad is cut into phases, outputs that meet the same taps:
-one launch runs them all, the ones with more taps first, no tap is wasted, and a phase without taps still writes zero or
-the bias.
+             GEMM_M     GEMM_N   GEMM_K       per group: K and C are channels per group
+    fprop    N*Z*P*Q    K        C*T*R*S
+    dgrad    N*D*H*W    C        K*T*R*S
 
-The main loop is flat, channels outside and taps inside. Its counters are carried by adding scalars worked out before the
-loop: no division, and no drained pipeline between taps. Where a layer has too few tiles for the device, the channel blocks
-are cut into splits (SPLIT): each writes its sums to a slice of a workspace, the first with the bias, and
-`reduce.sum_splits` adds the slices in a fixed order. Which taps of a pixel fall outside the input is one bit each in a
-word per pixel (FIELD: 32, 16 or 10 taps per dimension at rank 1, 2 or 3); for wider kernels FIELD is 0 and coordinates
-are compared.
+In the code x is the tensor read and y the tensor written, so for a dgrad x is dy (or a transposed layer's input) and y is
+dx. CI and CO are the channels per group of x and y.
+
+A strided dgrad is cut into phases: sets of written pixels that use the same filter taps. One launch runs all phases, those
+with more taps first. No product is computed for a tap that a phase does not use. A phase without taps writes zero or the bias.
+
+The main loop is a single loop over channel blocks (outer) and taps (inner). Its offsets advance by scalars that are computed
+in the prologue, so it has no division and the software pipeline does not drain between taps. The mask of the padding comes
+from one word of bits per pixel, in which each tap that falls outside the input has its bit set. FIELD is the bits per
+dimension: 32, 16 or 10 at rank 1, 2 or 3. For filters with more taps FIELD is 0, and coordinates are compared instead.
+
+If a layer has too few tiles to fill the device, the channel blocks are cut into splits (SPLIT, split-K). Each split writes
+its sums to its slice of a workspace, the first split with the bias, and `reduce.sum_splits` adds the slices in a fixed order.
 """
 
 import triton.language as tl
@@ -43,11 +49,11 @@ def gather(
     S0, S1, S2, D0, D1, D2, P0, P1, P2,  # stride, dilation, leading padding
     g0, g1, g2,  # gcd(S, D)
     sxn, sxg, sxc, sx0, sx1, sx2,
-    swg, swi, swo, sw0, sw1, sw2,  # i: the reduced channel, o: the written one
-    syn, syg, syc, sy0, sy1, sy2, sb, sys, chunk,  # s: from one split to the next; channels per split, whole blocks
+    swg, swi, swo, sw0, sw1, sw2,  # of w: i is the reduced channel (CI), o the written channel (CO)
+    syn, syg, syc, sy0, sy1, sy2, sb, sys, chunk,  # sys: stride of splits; chunk: channels per split
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # contiguous channel axis? (w: "i", "o" or "")
-    X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,  # elements by which all other strides divide
+    X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,  # vector width: divides all other strides
     EVEN: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -68,7 +74,8 @@ def gather(
     sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
 
-    # Channel tiles of all groups run fastest: neighbours read the same pixels. Then splits: phases with more taps come first.
+    # Program order: channel tiles of all groups vary fastest, because they read the same pixels; then splits, then pixel tiles.
+    # Phases with more taps come first.
     tiles_n = tl.cdiv(CO, BLOCK_N)
     pid_n = tl.program_id(0) % tiles_n
     group = tl.program_id(0) // tiles_n % G
@@ -82,7 +89,7 @@ def gather(
     if TRANSPOSED and RANK == 3:
         n_taps, t_first, h, x_offset = met_frames(live, n_taps, t_first, h, x_offset, X0, S0, D0, g0, sx[0])
 
-    x_tap = ()  # from one tap met to the next: coordinates read
+    x_tap = ()  # change of the coordinate read from one tap to the next
     w_offset = group * multiple(swg, W_VEC)
     bits = tl.where(live, 0, -1)
     for d in tl.static_range(3):
@@ -93,7 +100,7 @@ def gather(
     if FIELD:
         bits = outside_word(bits, h, X, D, gcds, TRANSPOSED, RANK, FIELD)
 
-    # --- columns (channels) and pointers ---
+    # --- channels and pointers ---
     o = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_K)
     reduced = multiple(multiple(CI, X_VEC), W_VEC if W_UNIT == "i" else 1)
@@ -101,18 +108,18 @@ def gather(
     x_step = 1 if X_UNIT else sxc.to(OFFSET)
     w_step_i = 1 if W_UNIT == "i" else multiple(swi, W_VEC)
     w_step_o = 1 if W_UNIT == "o" else multiple(swo, W_VEC)
-    # Rows of the weight past the last one are clamped, not masked: what they give is never stored. Never the
-    # contiguous axis, which would lose its wide loads.
+    # Written channels past the last one are clamped instead of masked, because their results are never stored. If they are the
+    # contiguous axis they are masked after all, because clamping would prevent vector loads.
     ow = o if W_UNIT == "o" else tl.minimum(o, CO - 1)
     xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + (lead(x_offset, X_FLIP) + trail(c * x_step, X_FLIP))
     wp = w_ptr + w_offset + (lead(c * w_step_i, W_FLIP) + trail(ow * w_step_o, W_FLIP))
 
-    # --- carried counters: what each dimension adds when its tap advances, and when it wraps ---
+    # --- what the offsets add when a dimension's tap advances (fx, fw) and when it wraps (wrap_x, wrap_w) ---
     fx = ()
     fw = ()
     wrap_x = ()
     wrap_w = ()
-    hop_x = BLOCK_K * x_step  # the next dimension out of the first one is the channel block
+    hop_x = BLOCK_K * x_step  # when the outermost dimension wraps, the channel block advances
     hop_w = BLOCK_K * w_step_i
     for d in tl.static_range(3):
         if d >= FIRST:
@@ -165,8 +172,8 @@ def gather(
                 wv = tl.load(wp + dw, mask=trail(o < written, W_FLIP) & lead(tail, W_FLIP), other=0.0)
             else:
                 wv = tl.load(wp + dw, mask=lead(tail, W_FLIP), other=0.0)
-        xv = turned(xv, X_FLIP, FLIP)
-        wv = turned(wv, W_FLIP, FLIP)
+        xv = turned(xv, X_FLIP, FLIP)  # [BLOCK_M, BLOCK_K], transposed if FLIP
+        wv = turned(wv, W_FLIP, FLIP)  # [BLOCK_K, BLOCK_N], transposed if FLIP
         if FLIP:
             acc = product(wv, xv, acc, PRECISION, INTERPRET)
         else:

@@ -1,9 +1,18 @@
-"""The GEMMs of gather.py and wgrad.py for few channels: taps and channels are one axis, several groups share a tile.
+"""fprop, dgrad and wgrad as implicit GEMM for few channels: one GEMM axis holds taps and channels, a tile several groups.
 
-A pack is PACK neighbouring groups (one where there is one); R of its channels are read, side by side. Where a GEMM has
-taps and channels, they run together, tap * R + channel, so that three channels of 7x7 taps are 147 of an extent, not 49
-times 3. The pack's weights are block-diagonal: read as zero off the diagonal, and of their gradient only the diagonal is
-stored. So a NaN or an infinity in one group meets those zeros and shows in the other groups of its pack.
+The equations are those of gather.py and wgrad.py. K and C are channels per group.
+
+             GEMM_M     GEMM_N        GEMM_K          per pack
+    fprop    N*Z*P*Q    PACK*K        T*R*S*PACK*C
+    dgrad    N*D*H*W    PACK*C        T*R*S*PACK*K
+    wgrad    PACK*K     T*R*S*PACK*C  N*Z*P*Q
+
+A pack is PACK neighbouring groups. In the code R is the number of channels of a pack that are read. Taps and channels share
+one GEMM axis, whose columns are tap * R + channel. So three channels and 7x7 taps give one extent of 147, instead of 49
+extents of 3 that are each padded to a tile.
+
+The weight of a pack is block-diagonal. fprop and dgrad load zero off the diagonal, and wgrad stores only the diagonal. The
+zeros are multiplied, so in fprop and dgrad a NaN or an infinity in one group gives NaN in the other groups of its pack.
 """
 
 import triton.language as tl
@@ -44,10 +53,10 @@ def packed(
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """fprop and dgrad; arguments as gather's. PACKED: PACK is more than one. FIELD: taps per dimension in a word, or 0."""
+    """fprop and dgrad. Arguments are as in gather.py. PACKED: PACK > 1. FIELD: bits per dimension of a word, or 0."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FIRST: tl.constexpr = 3 - RANK
-    RUN: tl.constexpr = max(X_VEC, W_VEC if W_UNIT == "i" else 1)  # channels that stay side by side in GEMM_K
+    RUN: tl.constexpr = max(X_VEC, W_VEC if W_UNIT == "i" else 1)  # so many neighbouring columns of GEMM_K share a tap
     X = (X0, X1, X2)
     Y = (Y0, Y1, Y2)
     T = (T0, T1, T2)
@@ -73,7 +82,7 @@ def packed(
     if past:
         return
 
-    # The word's last bit is set for every pixel: columns past the end select it.
+    # Bit 31 of the word is set for every pixel. Columns past the end of GEMM_K select it, so they are masked.
     PAST: tl.constexpr = -(1 << 31)
     bits = tl.where(live, PAST, -1)
     w_first = group * multiple(swg, W_VEC)
@@ -100,7 +109,7 @@ def packed(
         wide = multiple(CO, W_VEC) if W_UNIT == "o" else CO
         of = o // wide
         diagonal = multiple(CI, W_VEC if W_UNIT == "i" else 1)
-        low = tl.where(o < groups * wide, of * diagonal, -(1 << 30))  # the first of the channels that o's group reads
+        low = tl.where(o < groups * wide, of * diagonal, -(1 << 30))  # the first channel that o's group reads
         w_row = of * multiple(swg - diagonal * w_step_i, W_VEC) + o % wide * w_step_o
     else:
         mask_o = o < multiple(CO, W_VEC if W_UNIT == "o" else 1)
@@ -109,7 +118,7 @@ def packed(
     xp = x_ptr + x_first.to(OFFSET) * x_step + lead(x_offset, X_FLIP)
     wp = w_ptr + w_first + trail(w_row, W_FLIP)
 
-    # --- GEMM_K: (tap, channel) flattened, each column decoded by multiplications ---
+    # --- main loop over GEMM_K: each column is decoded into tap and channel, by multiplications ---
     R = multiple(PACK * CI, RUN)
     read = multiple(groups * CI, RUN)
     total = n_taps[0] * n_taps[1] * n_taps[2] * R
@@ -155,6 +164,7 @@ def packed(
             keep = trail(mask_o, W_FLIP) & lead(within, W_FLIP)
         else:
             keep = lead(within, W_FLIP)
+        # [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N], transposed if FLIP
         xv = turned(tl.load(xp + trail(dx, X_FLIP), mask=ok, other=0.0), X_FLIP, FLIP)
         wv = turned(tl.load(wp + lead(dw, W_FLIP), mask=keep, other=0.0), W_FLIP, FLIP)
         if FLIP:
@@ -186,9 +196,9 @@ def packed_wgrad(
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """wgrad; arguments as wgrad's. BLOCK_C: columns, each a tap of a channel, so dy is read once for several taps.
+    """wgrad. Arguments are as in wgrad.py, but the BLOCK_C columns are taps of channels, so dy is loaded once for several taps.
 
-    TURN: the product's rows, of which wgmma has 64 at least, are the columns, for fewer output channels than that.
+    TURN: compute the transposed product. wgmma needs at least 64 rows, so with fewer output channels the columns become rows.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FIRST: tl.constexpr = 3 - RANK
@@ -204,7 +214,7 @@ def packed_wgrad(
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
     sw = (sw0, sw1, sw2)
 
-    # --- which tile: columns fastest (neighbours share both operands), then output channels, packs, splits ---
+    # --- program order: columns vary fastest (neighbours share both operands), then output channels, packs, splits ---
     pid = tl.program_id(0)
     R = multiple(PACK * C, X_VEC)
     columns = T0 * T1 * T2 * R
@@ -227,7 +237,7 @@ def packed_wgrad(
     rest = column // R
     x_c = c if X_UNIT else c * sxc.to(OFFSET)
     w_c = c.to(tl.int64) * swc
-    shift = ()  # from tap 0 to the column's, in coordinates of x
+    shift = ()  # from tap 0 to the column's tap, in coordinates of x
     for i in tl.static_range(3):
         if i < RANK:
             tap = rest % T[2 - i]
@@ -257,8 +267,8 @@ def packed_wgrad(
             ok &= inside(lead(h[d], X_FLIP) + trail(shift[d], X_FLIP), X[d])
         yq = yp + tl.multiple_of(lead(yo, Y_FLIP), [Y_VEC, Y_VEC])  # as in wgrad.py
         xq = xp + tl.multiple_of(lead(xo, X_FLIP), [X_VEC, X_VEC])
-        gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)
-        xv = tl.load(xq, mask=ok, other=0.0)
+        gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)  # [BLOCK_P, BLOCK_K]
+        xv = tl.load(xq, mask=ok, other=0.0)  # [BLOCK_P, BLOCK_C]
         if TURN:
             acc = product(turned(xv, X_FLIP, True), turned(gv, Y_FLIP, False), acc, PRECISION, INTERPRET)
         else:
@@ -269,7 +279,7 @@ def packed_wgrad(
     kept = lead(mask_c, APART) & trail(mask_k, APART)
     row = (group * K + k).to(tl.int64) * swk
     if PACKED:
-        low = k // K * C  # the first of the channels that k's group reads
+        low = k // K * C  # the first channel that k's group reads
         kept &= inside(lead(c, APART) - trail(low, APART), C)
         row -= low * swc.to(tl.int64)
     out = dw_ptr + split.to(tl.int64) * sws + (trail(row, APART) + lead(w_c, APART))

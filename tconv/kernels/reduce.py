@@ -1,4 +1,10 @@
-"""Sums in a fixed order: a workspace's splits, and an output gradient's pixels (the bias gradient)."""
+"""Sums the splits of a workspace, and the pixels of dy (the bias gradient).
+
+    sum_splits  out[i] = sum over s of ws[s, i]
+    sum_pixels  db[c] = sum over n, j of dy[n, c, j]
+
+One program computes a sum, or a split's part of it, in a fixed order, so the same call gives the same bits.
+"""
 
 import triton.language as tl
 
@@ -7,7 +13,10 @@ from tconv.kernels.common import APART, decode, kernel, lead, multiple, rounded,
 
 @kernel
 def sum_splits(ws_ptr, out_ptr, numel, splits, VEC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = sum over s of ws[s, i], s ascending, in the workspace's type; rounded once to out's. VEC divides numel."""
+    """Adds the slices of a split-K workspace in ascending order, in the workspace's dtype, and rounds once to out's dtype.
+
+    VEC, the vector width, divides numel.
+    """
     numel = multiple(numel, VEC)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < numel
@@ -23,7 +32,10 @@ def sum_pixels(
     RANK: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[split, c] = sum over the split's pixels of dy[n, c, j]."""
+    """Writes out[split, c], the sum of dy[n, c, j] over the `chunk` pixels of a split. A program sums a tile of channels.
+
+    Pixels are contiguous if not Y_UNIT and Y_VEC > 1: Y_VEC is the vector width along the contiguous axis.
+    """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     P_VEC: tl.constexpr = 1 if Y_UNIT else Y_VEC
     FLIP: tl.constexpr = False if Y_UNIT else P_VEC > 1 or APART
@@ -51,6 +63,7 @@ def sum_pixels(
         for d in tl.static_range(3 - RANK, 3):
             offset += j[d].to(OFFSET) * sy[d]
         mask = lead(live, FLIP) & trail(mask_c, FLIP)
+        # [BLOCK_P, BLOCK_C], transposed if FLIP
         acc += tl.load(dy_ptr + (lead(offset, FLIP) + trail(channel, FLIP)), mask=mask, other=0.0).to(ACC)
     total = tl.sum(acc, axis=1 if FLIP else 0)
     tl.store(out_ptr + split * C + c, rounded(total, out_ptr.dtype.element_ty, INTERPRET), mask=mask_c)

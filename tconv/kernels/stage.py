@@ -1,4 +1,9 @@
-"""Copies to channels last, for kernels whose operands have contiguous channels."""
+"""Copies an operand to channels last, for kernels that need contiguous channels or run faster with them.
+
+    y[n, j, c] = x[n, c, j]
+
+A tile is loaded along the pixels and stored along the channels, so that both accesses coalesce.
+"""
 
 import triton.language as tl
 
@@ -11,9 +16,9 @@ def stage(
     RANK: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y[p, c] = x[n, c, j] for the p-th pixel (n, j): read along pixels, written along channels, turned on the way.
+    """A program copies a tile [BLOCK_P, BLOCK_C]. Pixel p is (n, j) flattened.
 
-    X_VEC pixels lie side by side, Y_VEC divides C.
+    X_VEC is the vector width of loads along the pixels, and 1 if pixels are not contiguous. Y_VEC divides C.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     X_FLIP: tl.constexpr = X_VEC > 1 or APART
@@ -32,6 +37,6 @@ def stage(
         offset += j[d].to(OFFSET) * sx[d]
     channel = c.to(OFFSET) * multiple(sxc, X_VEC)
     mask = lead(p < pixels, X_FLIP) & trail(c < C, X_FLIP)
-    read = tl.load(x_ptr + (lead(offset, X_FLIP) + trail(channel, X_FLIP)), mask=mask)
+    read = tl.load(x_ptr + (lead(offset, X_FLIP) + trail(channel, X_FLIP)), mask=mask)  # [BLOCK_P, BLOCK_C] or transposed
     mask = lead(p < pixels, False) & trail(c < C, False)
     tl.store(y_ptr + lead(p * C, False) + trail(c, False), turned(read, X_FLIP, False), mask=mask)

@@ -1,18 +1,20 @@
-"""Depthwise convolutions with one filter per channel, a strip of neighbouring columns per thread.
+"""Depthwise convolutions with one filter per channel. Each thread computes a strip of neighbouring columns.
 
     fprop  y[n, c, j] = sum over t of x[n, c, j*S - P + t*D] * w[c, t]
     dgrad  x[n, c, j*S - P + t*D] += y[n, c, j] * w[c, t]
     wgrad  dw[c, t] = sum over n, j of dy[n, c, j] * x[n, c, j*S - P + t*D]
 
-A thread owns COLUMNS outputs that are neighbours in the last dimension (wgrad: so many pixels of dy), and reads each column
-that they meet once for all of them and for CHUNK taps of that dimension. The last dimension's geometry is therefore known at
-compile time: which output meets which column at which tap costs no instruction, and the phases of a strided dgrad lie side by
-side in one strip. The other dimensions are runtime data; their phases, tap counters and pixel digits are those of gather.py
-and wgrad.py.
+There is no GEMM. A strip is COLUMNS neighbouring outputs in the last dimension (wgrad: pixels of dy). Its window is the
+columns that it reads. A thread loads each column of the window once, for all outputs of the strip and for CHUNK taps of the
+last dimension.
 
-Where channels are contiguous a tile is [strips, channels] and a column is one load, wide along the channels. Where columns
-are contiguous it is [channels, strips], and one load takes READ columns from an aligned address; each of them becomes a tensor
-of its own without leaving its thread.
+The geometry of the last dimension is known at compile time, so it takes no instructions to find which output uses which column
+at which tap. A strip contains all phases of a strided dgrad in that dimension. The other two dimensions are runtime data, with
+phases as in gather.py; wgrad splits and advances strips as wgrad.py does pixels.
+
+Where channels are contiguous, a tile is [strips, channels], and each column is one load, vectorised along the channels. Where
+columns are contiguous, a tile is [channels, strips], and one load takes READ columns from an aligned address. The columns are
+then separated into tensors without exchanging data between threads.
 """
 
 import triton
@@ -23,7 +25,7 @@ from tconv.kernels.common import advance, inside, kernel, lead, multiple, rounde
 
 @triton.jit
 def apart(t, A: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr):
-    """The COUNT slices [A, B] of t [A, B, COUNT], COUNT a power of two up to 8."""
+    """Returns the COUNT slices [A, B] of t [A, B, COUNT], where COUNT is a power of two up to 8."""
     if COUNT == 1:
         slices = (tl.reshape(t, (A, B)),)
     elif COUNT == 2:
@@ -41,7 +43,7 @@ def apart(t, A: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def together(slices, A: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr):
-    """t [A, B, COUNT] of COUNT slices [A, B], what `apart` undoes."""
+    """Returns COUNT slices [A, B] stacked as [A, B, COUNT], the inverse of `apart`."""
     if COUNT == 1:
         t = tl.reshape(slices[0], (A, B, 1))
     elif COUNT == 2:
@@ -58,10 +60,10 @@ def column_products(
     accs, xv, others, I: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     TRANSPOSED: tl.constexpr, WGRAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """accs with the products of column I of a strip's window, xv.
+    """Returns accs with the products of xv added, which is column I of a strip's window.
 
-    Output v meets column I at tap t where I = v*S + t*D, transposed where v + P % S = I*S + t*D. Others are the taps and
-    accs the outputs, in wgrad the outputs' gradients and the taps.
+    Output v uses column I at tap t if I = v*S + t*D (TRANSPOSED: if v + P % S = I*S + t*D). accs has one entry per output and
+    others one per tap. For wgrad accs has one entry per tap, and others are the columns of dy.
     """
     for t in tl.static_range(T):
         if TRANSPOSED:
@@ -77,7 +79,7 @@ def column_products(
 
 @triton.jit
 def added(accs, product, AT: tl.constexpr):
-    """accs with the product added to its entry AT."""
+    """Returns accs with the product added to entry AT."""
     return accs[:AT] + (accs[AT] + product,) + accs[AT + 1 :]
 
 
@@ -87,11 +89,17 @@ def window(
     T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TRANSPOSED: tl.constexpr, WGRAD: tl.constexpr,
     ALIGNED: tl.constexpr, READ: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """accs with the products of one row of x, taps 0 to T - 1 of the last dimension, counted from where `shift` points.
+    """Returns accs with the products of one row of x and T taps of the last dimension added.
 
-    xp: pointers [tile] to the column at coordinate `start` [strips]; ok: whether the row is inside [strips].
+    Args:
+        accs, others: as for `column_products`.
+        xp: pointers to the column at coordinate `start`, in the shape of a tile.
+        start: coordinate in the last dimension from which the window is counted [strips].
+        ok: mask of the strips whose row is inside the input [strips].
+        shift: columns by which the first of the T taps moves the window.
     """
-    # First and last column of the window, relative to where output 0 of the strip meets tap 0.
+    # First and last column of the window, relative to start + ORIGIN + shift. That is the column that output 0 of the strip
+    # reads at tap 0 (TRANSPOSED: rounded down).
     LOW: tl.constexpr = (P % S - (T - 1) * D) // S if TRANSPOSED else 0
     HIGH: tl.constexpr = (P % S + COLUMNS - 1) // S if TRANSPOSED else (COLUMNS - 1) * S + (T - 1) * D
     ORIGIN: tl.constexpr = P // S if TRANSPOSED else -P
@@ -120,9 +128,10 @@ def window(
 
 @triton.jit
 def filter_row(wp, mask_c, sw2, tap, T: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr):
-    """Taps `tap` to tap + T - 1 of a filter's row, each a tensor that broadcasts over strips; WIDTH: T's power of two.
+    """Returns taps `tap` to tap + T - 1 of a filter row, each as a tensor that broadcasts over strips.
 
-    Read as one tile: taps lie side by side, and one exchange between threads does for all of them.
+    WIDTH is T rounded up to a power of two. The taps are loaded as one tile, because they are usually contiguous and one
+    exchange between threads is then enough for all of them.
     """
     t = tl.arange(0, WIDTH)
     BLOCK_C: tl.constexpr = wp.shape[0]
@@ -142,7 +151,7 @@ def strip(
     sxn, sxc, sx0, sx1, sx2, swk, sw0, sw1, sw2, syn, syc, sy0, sy1, sy2, sb,
     T2: tl.constexpr, S2: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
-    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # the contiguous axis: "c", channels, "p", columns, or neither
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # contiguous axis: "c" channels, "p" columns, or ""
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, READ: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr,
@@ -150,7 +159,7 @@ def strip(
 ):  # fmt: skip
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FIRST: tl.constexpr = 3 - RANK
-    STEP: tl.constexpr = COLUMNS // S2 if TRANSPOSED else COLUMNS * S2  # columns read from one strip to the next
+    STEP: tl.constexpr = COLUMNS // S2 if TRANSPOSED else COLUMNS * S2  # columns of x from one strip to the next
     X2 = multiple(X2, X_VEC if X_UNIT == "p" else 1)
     Y2 = multiple(Y2, Y_VEC if Y_UNIT == "p" else 1)
     C = multiple(multiple(C, X_VEC if X_UNIT == "c" else 1), Y_VEC if Y_UNIT == "c" else 1)
@@ -230,7 +239,7 @@ def strip_wgrad(
     dy_ptr, x_ptr, dw_ptr,
     N, C,
     X0, X1, X2, Y0, Y1, Y2, T0, T1, S0, S1, D0, D1, P0, P1,
-    Bn, B0, B1, B2, chunk,  # BLOCK_P strips as digits; strips per split
+    Bn, B0, B1, B2, chunk,  # digits of BLOCK_P strips; chunk: strips per split
     sxn, sxc, sx0, sx1, sx2, syn, syc, sy0, sy1, sy2, sws, swk, sw0, sw1, sw2,
     T2: tl.constexpr, S2: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr,
@@ -238,7 +247,7 @@ def strip_wgrad(
     FLIP: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program owns CHUNK taps of each of ROWS rows of the filter, a channel tile and one split of the strips of dy."""
+    """A program computes CHUNK taps of each of ROWS filter rows, for a tile of channels, over one split of dy's strips."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     CHUNKS: tl.constexpr = (T2 + CHUNK - 1) // CHUNK
     X2 = multiple(X2, X_VEC if X_UNIT == "p" else 1)

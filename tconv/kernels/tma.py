@@ -1,21 +1,29 @@
-"""Implicit GEMM on boxes that the tensor memory accelerator fetches: fprop and wgrad of unit stride, dgrad and the transposed
-forward of any stride, at any dilation, ranks 1 to 3. The contract is gather.py's, x is what is read, y what is written, and
-wgrad.py's.
+"""fprop, dgrad and wgrad as implicit GEMM with operands loaded by the tensor memory accelerator (TMA), ranks 1 to 3.
 
-A program writes a box of pixels [BN, B0, B1, B2] of one phase. What a tap meets of x is a box again, shifted: fetched whole
-at a coordinate that may be negative, and what lies outside reads zero, which is the padding. So there is no mask, no pointer
-and no word of bits in the loop, which walks taps inside and channels outside as gather's does.
+The equations are those of gather.py and wgrad.py, and so are the names: x is read and y is written. Any dilation is
+supported. fprop and wgrad need unit stride; dgrad (also the forward of transposed layers) takes any stride.
 
-The box is the second operand of the product, acc[channels, pixels]: as the first one it would travel through registers on
-its way from shared memory to the tensor cores. Weights come as they lie, [K, T, R, S, C]: fprop takes a box [k, c], dgrad
-[k, c] too and turns it in the product. Channels past the end read zero in both operands, so nothing is multiplied by what
-lies behind them. Where what is written is a box too (unit stride, channels last, no group's channels cut off) it is stored
-as one, and the accelerator leaves out what lies outside; elsewhere through pointers, wherever it belongs.
+             GEMM_M     GEMM_N   GEMM_K       per group: K and C are channels per group
+    fprop    N*Z*P*Q    K        C*T*R*S
+    dgrad    N*D*H*W    C        K*T*R*S
+    wgrad    K          C        N*Z*P*Q      per filter tap
 
-Of wgrad, both operands are boxes of the same pixels, of dy and, shifted by a tap, of x. They are runs along one axis (RUN: the
-images or a dimension), which is put next to the channels: from a box of several pixel extents the product's first operand
-would travel through registers. A run must not reach past the output: dy would read zero there, but x need not, and infinity
-times zero is not zero. So its length divides the output's extent; past the last image both are zero.
+fprop and dgrad: a program writes a box of pixels [BN, B0, B1, B2] of one phase. What a filter tap reads of x is the same
+box, shifted. TMA loads it at coordinates that may be negative and returns zero outside the tensor, which is the padding. So
+the main loop has no masks, no pointers and no words of bits. Like gather's, it runs over channel blocks (outer) and taps
+(inner).
+
+The accumulator is transposed, [channels, pixels], which makes the box of x the second operand of the product. As the first
+operand it would pass through registers on its way from shared memory to the tensor cores. Weights are used in their memory
+order [K, T, R, S, C]. Both passes load boxes [k, c]; dgrad transposes them in the product. Reduced channels past the end are
+zero in both operands, so nothing that is stored behind them is multiplied. y is stored as a box where that is possible (unit
+stride, channels last, whole tiles of channels per group), and TMA skips what is outside. Otherwise y is stored through
+pointers.
+
+wgrad: both operands are boxes of the same pixels, of dy and, shifted by a tap, of x. A box is a run of pixels along one axis
+(RUN: the images or a dimension), which the descriptors put next to the channels. With several pixel extents in a box, the
+first operand would pass through registers. A run must not reach past the output's extent: dy is zero there, but x may be
+infinite, and infinity times zero is NaN. So the run's length divides that extent. Past the last image both operands are zero.
 """
 
 import triton
@@ -27,7 +35,7 @@ from tconv.kernels.common import APART, decode, kernel, lead, multiple, phase, p
 @kernel
 def tma(
     x_desc, w_desc, b_ptr,
-    y_ptr,  # or, where Y_BOX, its descriptor
+    y_ptr,  # a tensor descriptor if Y_BOX
     N, CI, CO, G,
     Y0, Y1, Y2, T0, T1, T2,  # extents: written, taps
     S0, S1, S2, D0, D1, D2, P0, P1, P2,  # stride, dilation, leading padding
@@ -49,7 +57,7 @@ def tma(
     B = (B0, B1, B2)
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
 
-    # Channel tiles run fastest, then boxes, then phases, the ones with more taps first.
+    # Program order: channel tiles vary fastest, then groups, boxes, images and phases. Phases with more taps come first.
     tiles_n = tl.cdiv(CO, BLOCK_N)
     o_first = tl.program_id(0) % tiles_n * BLOCK_N
     rest = tl.program_id(0) // tiles_n
@@ -67,7 +75,7 @@ def tma(
     image = rest % boxes * BN
     rest = rest // boxes
 
-    # --- per dimension: taps met, the first of them, the coordinate read at it, the steps of both ---
+    # --- per dimension: the number of taps, the first tap, the coordinate that it reads, and the steps of both ---
     m = tl.arange(0, BLOCK_M)
     n_taps = ()
     taps = ()
@@ -115,9 +123,9 @@ def tma(
         t0 = taps[0] + i0 * t_step[0]
         t1 = taps[1] + i1 * t_step[1]
         t2 = taps[2] + i2 * t_step[2]
-        xv = x_desc.load([image, h0, h1, h2, group * CI + c]).reshape(BLOCK_M, BLOCK_K).T
+        xv = x_desc.load([image, h0, h1, h2, group * CI + c]).reshape(BLOCK_M, BLOCK_K).T  # [BLOCK_K, BLOCK_M]
         if TRANSPOSED:
-            wv = w_desc.load([t0, t1, t2, group * CI + c, o_first]).reshape(BLOCK_K, BLOCK_N).T
+            wv = w_desc.load([t0, t1, t2, group * CI + c, o_first]).reshape(BLOCK_K, BLOCK_N).T  # [BLOCK_N, BLOCK_K]
         else:
             wv = w_desc.load([t0, t1, t2, group * CO + o_first, c]).reshape(BLOCK_N, BLOCK_K)
         acc = product(wv, xv, acc, PRECISION, INTERPRET)
@@ -151,7 +159,7 @@ def tma(
 
 @triton.jit
 def run_last(image, i0, i1, i2, channel, RUN: tl.constexpr):
-    """Coordinates in the descriptor's order."""
+    """Returns coordinates in the order of the descriptor's axes: the run's axis is next to the channels."""
     if RUN == "n":
         return [i0, i1, i2, image, channel]
     if RUN == 0:
@@ -182,7 +190,7 @@ def tma_wgrad(
     B = (B0, B1, B2)
     sw = (sw0, sw1, sw2)
 
-    # --- which tile, as in wgrad.py: taps fastest, then channels, groups, splits ---
+    # --- program order, as in wgrad.py: taps vary fastest, then channels, groups, splits ---
     pid = tl.program_id(0)
     taps = T0 * T1 * T2
     _, tap = decode(pid % taps, T, 3)
@@ -196,7 +204,7 @@ def tma_wgrad(
     group = pid % G
     split = pid // G
 
-    # --- the split's runs: the first one's coordinates in dy, and where the tap meets x ---
+    # --- the split's runs: the first run's coordinates in dy, and the tap's shift to those in x ---
     runs = tl.cdiv(N, BN)
     rest = split * chunk
     j = ()
@@ -238,7 +246,7 @@ def tma_wgrad(
 
     k = k_first + tl.arange(0, BLOCK_K)
     c = c_first + tl.arange(0, BLOCK_C)
-    # As in wgrad.py.
+    # Stored in the order of wgrad.py.
     out = dw_ptr + dw_offset + (trail(k * swk.to(tl.int64), APART) + lead(c * swc.to(tl.int64), APART))
     dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
     tl.store(out, dw, mask=lead(c < C, APART) & trail(k < K, APART))

@@ -1,12 +1,14 @@
-"""Weight gradient as an implicit GEMM.
+"""wgrad as implicit GEMM with pointer loads.
 
     dw[k, c, t] = sum over n, j of dy[n, k, j] * x[n, c, j*S - P + t*D]
-    GEMM_M = K, GEMM_N = C (one tap per program), GEMM_K = N Z P Q, cut into splits
 
-A program owns one tap, one tile of channels and one split of the pixels. Its result goes to its own slice of a workspace
-(or, with one split, to the gradient itself); `reduce.sum_splits` adds the slices in a fixed order, so that the same call
-gives the same bits. Pixels advance by mixed-radix addition: BLOCK_P pixels are (Bn, B0, B1, B2) images and coordinates,
-added with carries, so the loop has no division.
+             GEMM_M     GEMM_N   GEMM_K       per group and filter tap: K and C are channels per group
+    wgrad    K          C        N*Z*P*Q
+
+A program computes one filter tap of a tile of channels, over one split of the pixels (split-K). It writes to the split's slice
+of a workspace, or, with one split, to dw. `reduce.sum_splits` adds the slices in a fixed order, so the same call gives the same
+bits. Each iteration advances by BLOCK_P pixels, which are added to images and coordinates as the digits (Bn, B0, B1, B2) with
+carries, so the main loop has no division.
 """
 
 import triton.language as tl
@@ -33,10 +35,10 @@ def wgrad(
     N, C, K, G,  # C, K: channels per group
     X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
     S0, S1, S2, D0, D1, D2, P0, P1, P2,
-    Bn, B0, B1, B2, chunk,  # BLOCK_P as digits; pixels per split
+    Bn, B0, B1, B2, chunk,  # digits of BLOCK_P; chunk: pixels per split
     sxn, sxg, sxc, sx0, sx1, sx2,
     syn, syg, syc, sy0, sy1, sy2,
-    sws, swg, swk, swc, sw0, sw1, sw2,  # s: from one split to the next
+    sws, swg, swk, swc, sw0, sw1, sw2,  # sws: stride of splits
     RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
@@ -57,7 +59,7 @@ def wgrad(
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
     sw = (sw0, sw1, sw2)
 
-    # --- which tile: taps fastest (neighbours share both operands), then channels, groups, splits ---
+    # --- program order: taps vary fastest (neighbours share both operands), then channels, groups, splits ---
     pid = tl.program_id(0)
     taps = T0 * T1 * T2
     rest = pid % taps
@@ -96,16 +98,16 @@ def wgrad(
         ok = live
         for d in tl.static_range(FIRST, 3):
             ok &= inside(h[d], X[d])
-        # Triton 3.9 does not see by itself what carried offsets are multiples of, and would load 2 bytes at a time.
+        # Triton 3.9 cannot tell by itself what loop-carried offsets are multiples of, and would load 2 bytes at a time.
         yq = yp + tl.multiple_of(lead(yo, Y_FLIP), [Y_VEC, Y_VEC])
         xq = xp + tl.multiple_of(lead(xo, X_FLIP), [X_VEC, X_VEC])
-        gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)
-        xv = tl.load(xq, mask=lead(ok, X_FLIP) & trail(mask_c, X_FLIP), other=0.0)
+        gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)  # [BLOCK_P, BLOCK_K]
+        xv = tl.load(xq, mask=lead(ok, X_FLIP) & trail(mask_c, X_FLIP), other=0.0)  # [BLOCK_P, BLOCK_C]
         acc = product(turned(gv, Y_FLIP, True), turned(xv, X_FLIP, False), acc, PRECISION, INTERPRET)
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
-    # Input channels lie nearer to each other than output channels, or side by side.
+    # Neighbouring threads store neighbouring input channels, whose stride in dw is usually less than that of output channels.
     out = dw_ptr + dw_offset + (trail(k * swk.to(tl.int64), APART) + lead(c * swc.to(tl.int64), APART))
     dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
     tl.store(out, dw, mask=lead(mask_c, APART) & trail(mask_k, APART))

@@ -4,7 +4,7 @@ What a launch needs besides its pointers is worked out once per kind of call; la
 launch. In reading order:
 
     record          what is told to `last_calls()`: a call, its plan, or why torch computed it
-    cache           a dictionary that forgets the oldest entry
+    cache           a dictionary that clears itself when it is full
     dry_run         calls that are planned and recorded but not computed
     profiling       events for torch.profiler
     memory_format   strides: channels_last or not, dimensions that can be merged, offsets beyond 32 bits

@@ -1,7 +1,7 @@
-"""What a kernel is told besides its pointers: a pass's geometry, strides and constants by the names that kernels use.
+"""The arguments of a kernel besides its pointers: geometry, strides and constants, under the kernels' parameter names.
 
-Only shapes, strides, dtype and alignment are read, so tensors without storage do. Integers are never specialised
-(kernels/common.py): layers that share dtype, rank, layout, tile and alignment share one compiled kernel.
+Only shapes, strides, dtype and alignment are read, so tensors without storage work too. Triton never specialises a kernel on
+its integers (kernels/common.py), so layers with the same dtype, rank, layout, tile and alignment share one compiled kernel.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tconv.planning.simplify import Form, Strides, simplify
 from tconv.planning.tiles import Tile
 
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-INTERPRET = isinstance(sum_splits, InterpretedFunction)  # Triton decided so when the kernels were loaded
-# A product and a sum become one instruction. Said explicitly, for the compiler's default changes with Triton 3.10.
+INTERPRET = isinstance(sum_splits, InterpretedFunction)  # Triton decides this when the kernels are imported
+# Lets the compiler fuse a multiply and an add. Set explicitly, because the default changes with Triton 3.10.
 FUSED = {"enable_fp_fusion": True}
 
 
@@ -38,18 +38,20 @@ class Prepared:
 
     Attributes:
         kernel: the `@triton.jit` function.
-        grid: programs, along one axis.
-        integers: the kernel's runtime integers, after its pointers.
-        constants: its compile-time constants and launch options.
-        call: what `last_calls` will say.
-        shape, strides: of the result.
-        splits: slices of a workspace that the kernel fills; 1 if it writes the result itself.
-        copies: per operand that may be staged the launch that copies it to channels last first, or None; empty for none.
-        swapped: whether the kernel takes its operands, dy and x of a wgrad, in each other's place (planning/simplify.py).
-        pointers: dtypes of what the kernel's pointers point to.
-        total: the launch that adds the slices; None if there is one.
-        ready: how it is launched where it has been before (launching/compiled.py).
-        boxes: per pointer the (shape, strides, box) of the tensor descriptor that takes its place, or None; empty for none.
+        grid: the number of programs, along one axis.
+        integers: the kernel's runtime integers, which follow its pointers.
+        constants: the kernel's compile-time constants and launch options.
+        call: the record for `last_calls`.
+        shape, strides: shape and strides of the result.
+        splits: the number of workspace slices that the kernel writes (split-K); 1 if it writes the result itself.
+        copies: for each operand that can be copied to channels last, the launch that does so, or None if the operand is used
+            as it is; empty if no operand is copied.
+        swapped: True if a wgrad kernel takes dy and x in swapped order (planning/simplify.py).
+        pointers: the dtype behind each of the kernel's pointers.
+        total: the launch that sums the workspace slices; None if splits is 1.
+        boxes: for each pointer, the (shape, strides, box) of the tensor descriptor that replaces it, or None; empty if no
+            pointer is replaced.
+        ready: functions that repeat a launch that has succeeded once, by what it was specialised on (launching/compiled.py).
     """
 
     kernel: Any
@@ -69,19 +71,19 @@ class Prepared:
 
     @property
     def tail(self) -> tuple[Any, ...]:
-        """Every argument of the kernel that follows its pointers."""
+        """All kernel arguments after the pointers, in the kernel's order."""
         named = {**dict(zip(integers_of(self.kernel), self.integers, strict=True)), **self.constants}
         return tuple(named[name] for name in self.kernel.arg_names[len(self.pointers) :])
 
 
 def interpreted() -> bool:
-    """Whether a kernel that is prepared now will be interpreted: in the interpreter, unless it is for another device."""
+    """Returns True in Triton's interpreter, except in a dry run for a device that compiles kernels."""
     dry = DRY.get()
     return INTERPRET and (dry is None or dry.device is None or dry.device.interpreted)
 
 
 def tensor_cores(dtype: torch.dtype) -> bool:
-    """Whether tensor cores may do the products as they are: fp32 only where torch's flag for convolutions says TF32."""
+    """Returns True if tensor cores may be used: for fp32, if torch's flag allows TF32 and no precision is forced."""
     if dtype != torch.float32:
         return True
     wish = forced()
@@ -92,14 +94,15 @@ def tensor_cores(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class PassOperands:
-    """A pass of a problem as it is computed (planning/simplify.py): who reads and who writes.
+    """A pass after the problem was simplified (planning/simplify.py): the problem and the addressing of its tensors.
 
     Attributes:
-        p: the problem computed.
-        rules: the rewrites that made it so.
-        x, w, y: how what is read, the weight, and what is written are addressed; of wgrad x, dw and dy, or dy, dw and x.
-        read, wrote: channels of what is read and of what is written; of wgrad those of x and dy.
-        extents: those of what is written.
+        p: the simplified problem.
+        rules: names of the rewrites that were applied.
+        x, w, y: addressing of (x, w, y) for fprop, (dy, w, dx) for dgrad, and (x, dw, dy) for wgrad, or (dy, dw, x) if
+            `swapped`.
+        read, wrote: channels, over all groups, of the tensors that x and y stand for.
+        extents: spatial extents of the tensor that y stands for.
     """
 
     p: ConvProblem
@@ -113,21 +116,21 @@ class PassOperands:
 
     @property
     def swapped(self) -> bool:
-        """Whether a wgrad's x stands for dy and its dy for x."""
+        """True for a wgrad in which x and dy are swapped."""
         return "swap" in self.rules
 
     @property
     def ci(self) -> int:
-        """Channels per group of what is read."""
+        """Channels per group of the tensor that x stands for."""
         return self.read // self.p.G
 
     @property
     def co(self) -> int:
-        """Channels per group of what is written."""
+        """Channels per group of the tensor that y stands for."""
         return self.wrote // self.p.G
 
     def call(self, pass_: str, problem: ConvProblem, plan: Plan) -> Call:
-        """What `last_calls` will say of a plan for the problem that this one stands for."""
+        """Returns the record for `last_calls`: it names the original problem, and its plan's reason the rewrites applied."""
         if self.rules:
             done = " + ".join(dict.fromkeys(self.rules))
             plan = dataclasses.replace(plan, reason=f"{done} to {self.p}; {plan.reason}")
@@ -137,10 +140,11 @@ class PassOperands:
 def sides(
     pass_: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, channels_stay: bool = False
 ) -> PassOperands:
-    """The sides of a pass; x is what is read, y what is written, of wgrad x is x and y is dy.
+    """Simplifies the problem of a pass and returns the operands of the simplified one.
 
     Args:
-        channels_stay: the channels written must not be merged with anything: there is a bias.
+        x, w, y: (x, w, y) for fprop, (dy, w, dx) for dgrad, (x, dw, dy) for wgrad.
+        channels_stay: keep the output channels as they are, because a bias is added to them in a transposed forward.
     """
     transposed = pass_ == "dgrad"
     big, small = (y, x) if transposed else (x, y)
@@ -168,9 +172,15 @@ def prepared(
     result: torch.Tensor,
     swapped: bool = False,
 ) -> Prepared:
-    """A launch, its integers in the kernel's order; strides of channels that a kernel has no use for may be left over.
+    """Returns a launch with its integers in the kernel's order.
 
-    With splits the kernel writes slices of a workspace instead, each in the result's own memory order.
+    If the plan has splits (split-K), the kernel writes each split's partial sums to a slice of a workspace that has the
+    result's memory order, and a second launch sums the slices.
+
+    Args:
+        programs: the grid's size.
+        named: the kernel's integers by name; names that the kernel does not have are ignored.
+        result: a tensor with the result's shape, strides and dtype.
     """
     integers = tuple(named[n] for n in integers_of(kernel))
     dtype, count, total = result.dtype, sum(name.endswith(("_ptr", "_desc")) for name in kernel.arg_names), None
@@ -189,54 +199,54 @@ def prepared(
 
 
 def triple(prefix: str, values: Sequence[int]) -> dict[str, int]:
-    """One integer per dimension."""
+    """Returns the values as kernel arguments named prefix0, prefix1 and prefix2."""
     return {f"{prefix}{i}": v for i, v in enumerate(values)}
 
 
 def strides(prefix: str, a: Addressing) -> dict[str, int]:
-    """A tensor's strides."""
+    """Returns a tensor's strides as kernel arguments: prefix + n, c, 0, 1 and 2."""
     return {f"{prefix}n": a.outer, f"{prefix}c": a.channel, **triple(prefix, a.spatial)}
 
 
 def window(p: ConvProblem) -> dict[str, int]:
-    """Filter extents, stride, dilation, padding, and what stride and dilation share."""
+    """Returns filter extents T, stride S, dilation D, leading padding P and g = gcd(S, D) as kernel arguments."""
     common = [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]
     return triple("T", p.T) | triple("S", p.S) | triple("D", p.D) | triple("P", p.P) | triple("g", common)
 
 
 def numerics(dtype: torch.dtype) -> dict[str, Any]:
-    """The type that sums have, and whether Triton interprets."""
+    """Returns the constants ACC (the accumulator's dtype) and INTERPRET (True in Triton's interpreter)."""
     return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "INTERPRET": interpreted()}
 
 
 def precision(dtype: torch.dtype, plan: Plan) -> str:
-    """What a kernel's products of fp32 operands are told."""
+    """Returns the constant PRECISION, which says how a kernel multiplies fp32 operands."""
     if plan.precision:
         return plan.precision
     return "tf32" if dtype == torch.float32 and tensor_cores(dtype) and not interpreted() else "ieee"
 
 
 def options(tile: Tile) -> dict[str, int]:
-    """Launch options."""
+    """Returns a tile's launch options for Triton."""
     found = {"num_warps": tile.warps, "num_stages": tile.stages, **FUSED}
-    if tile.registers and not torch.version.hip:  # AMD's compiler knows no such option
+    if tile.registers and not torch.version.hip:  # AMD's compiler does not have this option
         found["maxnreg"] = tile.registers
     return found
 
 
 def wide(t: torch.Tensor, a: Addressing, *channels: int) -> int:
-    """Elements per access along the channels of t, which end at multiples of `channels`; 1 where they are not contiguous."""
+    """Returns the vector width along the channels of t; it divides each of `channels`. 1 if channels are not contiguous."""
     return vector(t.data_ptr(), t.element_size(), a.outer, *a.spatial, *channels) if a.unit else 1
 
 
 def halo(problem: ConvProblem, a: Addressing) -> int:
-    """How far past a tensor's ends a read that will be masked may point, in elements."""
+    """Returns an upper bound, in elements, on how far a masked-out read may point past either end of a tensor."""
     taps = (abs(t * d) + abs(p) + s for t, d, p, s in zip(problem.T, problem.D, problem.P, problem.S, strict=True))
     return sum(t * s for t, s in zip(taps, a.spatial, strict=True))
 
 
 def digits(block: int, extents: tuple[int, int, int]) -> dict[str, int]:
-    """block as images (Bn) and coordinates (B0, B1, B2) in the mixed radix of an output's extents."""
+    """Returns a step of `block` pixels as kernel arguments: whole images (Bn) and output coordinates (B0, B1, B2)."""
     rest, found = block, {}
     for d in (2, 1, 0):
         found[f"B{d}"] = rest % extents[d]

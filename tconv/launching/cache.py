@@ -1,4 +1,4 @@
-"""What is worked out once per kind of call, and kept."""
+"""A bounded dictionary for results that are computed once per kind of call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Found = TypeVar("Found")
 
 
 class BoundedCache(dict[Key, Found]):
-    """A dictionary that starts over when it is full: a program whose shapes never repeat must not fill the memory."""
+    """A dictionary that clears itself at 4096 entries, so that a program whose shapes never repeat does not exhaust memory."""
 
     def __setitem__(self, key: Key, found: Found) -> None:
         if len(self) >= REMEMBERED:

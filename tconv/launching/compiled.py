@@ -1,12 +1,14 @@
-"""Launches kernels, and knows which are compiled.
+"""Launches kernels, and tracks which variants are compiled and which failed.
 
-Triton's own dispatch binds, specialises and hashes some fifty arguments anew on every call. Of a launch that was prepared
-only the addresses change, so from the second time on the compiled kernel is handed them directly. What it was specialised
-on is compared exactly: the device, which addresses are multiples of 16, Triton's settings. Whatever else may want a say in a
-launch (hooks, the interpreter, AMD's compiler, which looks at sizes too) gets Triton's dispatch, and so do descriptors.
+Triton's own dispatch binds, specialises and hashes about fifty arguments on every call. Only the addresses of a prepared
+launch change, so from the second time on the compiled kernel is launched with them directly. That happens only if everything
+it was specialised on is the same: the device, which addresses are multiples of 16, and Triton's settings. Launches still go
+through Triton's dispatch if hooks are set, if the kernel takes tensor descriptors, in the interpreter, and on AMD, whose
+compiler also specialises on sizes.
 
-A kernel that does not compile, or wants more than the device has, is remembered: whoever asks for that variant again is
-declined at once. Any other error (memory has run out, a driver's) costs one call, and the next one tries again.
+If a kernel does not compile, or needs more resources than the device has, its variant is remembered as failed and later calls
+that need it fall back to torch at once. After any other error (out of memory, a driver error) one call falls back, and the
+next one tries again.
 """
 
 from __future__ import annotations
@@ -37,30 +39,37 @@ from tconv.planning.plan import forced
 Pointers = tuple[torch.Tensor, ...]
 Go = Callable[[Pointers, list[int]], bool]
 AMD = torch.version.hip is not None
-SMALL = 2**31 - 1  # bytes of storage that AMD's compiler is told of
-NOBODY: Any = knobs.HookChain()  # type: ignore[var-annotated]  # of hooks of any kind
+SMALL = 2**31 - 1  # AMD's compiler specialises on whether a tensor's storage has at most this many bytes
+NOBODY: Any = knobs.HookChain()  # type: ignore[var-annotated]  # an empty chain, for hooks that are None
 REASON = "not compiled before the capture of a CUDA graph: call the model once before it, or tconv.precompile()"
 
-_known: set[Any] = set()  # what is compiled, and loaded where it runs
-_failed: dict[Any, str] = {}  # what cannot be compiled, or has not the resources it needs, and why
-_warned: BoundedCache[Any, bool] = BoundedCache()  # (variant, text without its numbers) of the warnings given
-# A kernel is compiled and loaded by one thread at a time: Triton hands out one that is half loaded.
+_known: set[Any] = set()  # variants that are compiled, and loaded on their device
+_failed: dict[Any, str] = {}  # variants that fail every time, and why
+_warned: BoundedCache[Any, bool] = BoundedCache()  # warnings given, as (variant, text without numbers)
+# One thread at a time compiles and loads a kernel, because Triton may return to another thread one that is half loaded.
 _first_time = threading.RLock()
-# Triton's interpreter patches its language module while it runs: one launch at a time.
+# Triton's interpreter patches triton.language while it runs, so only one launch may run at a time.
 _alone: Any = threading.RLock() if INTERPRET else contextlib.nullcontext()
-for _lock in (_alone, _first_time):  # a fork waits for kernels that other threads compile or interpret; the last one first
+# A fork waits until no other thread compiles or interprets a kernel. It acquires the locks in reverse order of registration:
+# _first_time, then _alone, as `_run_first` does.
+for _lock in (_alone, _first_time):
     if hasattr(_lock, "acquire"):
         os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def run(launch: Prepared, pointers: Pointers) -> None:
-    """Launches a kernel on tensors of one device, on torch's current stream there.
+    """Launches a kernel on torch's current stream of the tensors' device.
+
+    Args:
+        pointers: a tensor for each of the kernel's pointers, all on one device.
 
     Raises:
-        TransientFallback: it would have to be compiled while a CUDA graph is being captured, or fails this time.
-        Fallback: it fails every time.
+        TransientFallback: the kernel is not compiled and a CUDA graph is being captured, or an error occurred that may not
+            recur.
+        Fallback: this variant of the kernel fails every time.
+        Exception: the original error, if a plan is forced.
     """
-    device = pointers[0].get_device()  # -1 is the CPU's
+    device = pointers[0].get_device()  # -1 for the CPU
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return run(launch, pointers)
@@ -79,7 +88,11 @@ def run(launch: Prepared, pointers: Pointers) -> None:
 
 
 def _specialised(device: int, pointers: Pointers) -> Any:
-    """What Triton specialises a kernel on besides types; a device alone stands for aligned addresses there."""
+    """Returns what Triton specialises a kernel on besides types, as a hashable key.
+
+    The key is the device and, for each pointer, whether its address is a multiple of 16 bytes; if all are, it is the device
+    alone. On AMD it is the device, the alignments, and for each pointer whether its storage has at most `SMALL` bytes.
+    """
     aligned = tuple(t.data_ptr() % 16 == 0 for t in pointers)
     if AMD:
         return device, aligned, tuple(t.untyped_storage().size() <= SMALL for t in pointers)
@@ -87,7 +100,13 @@ def _specialised(device: int, pointers: Pointers) -> Any:
 
 
 def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> None:
-    """A launch by Triton's dispatch, which compiles what is not compiled yet."""
+    """Launches through Triton's dispatch, which compiles the kernel if need be.
+
+    Keeps a function that repeats the launch, unless hooks must see every launch.
+
+    Raises:
+        TransientFallback, Fallback: as for `run`.
+    """
     with _first_time:
         _decline(device, (launch, key), *_sum(launch, device))
         try:
@@ -105,14 +124,14 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
 
 
 def announce(launch: Prepared, operands: Pointers, more: Pointers) -> None:
-    """Says that a launch of several parts is to come, before work is done for it: copies of operands, sums of splits.
+    """Checks that every part of a launch can run, before any part does: copies of operands, the kernel, the sum of splits.
 
     Args:
-        operands: what may be copied first.
-        more: the kernel's other pointers.
+        operands: the operands that may be copied to channels last first.
+        more: tensors for the kernel's other pointers.
 
     Raises:
-        TransientFallback: a part would have to be compiled while a CUDA graph is being captured.
+        TransientFallback: a part is not compiled, and a CUDA graph is being captured.
         Fallback: a part fails every time.
     """
     if launch.ready and (launch.total is None or launch.total.ready):
@@ -130,18 +149,18 @@ def announce(launch: Prepared, operands: Pointers, more: Pointers) -> None:
 
 
 def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
-    """Raises what an error of a launch means for the call that wanted it; a forced launch's error as it is.
+    """Turns an error of a launch into a fallback of its call, with a warning. If a plan is forced, raises the error itself.
 
     Args:
-        key: what the launch is specialised on; None if it did not come so far.
+        key: what the launch is specialised on, from `_specialised`; None if the error came before that was known.
 
     Raises:
-        TransientFallback: the next call may go well.
-        Fallback: none will. The variant is remembered, and declined before it is launched again.
+        TransientFallback: the error may not recur, so the next call tries again.
+        Fallback: the error would recur. The variant is remembered, and later calls that need it fall back at once.
     """
     if forced() is not None:
         raise error
-    text = str(error).strip()[:1000]  # of what a compiler prints, which may be pages
+    text = str(error).strip()[:1000]  # a compiler may print pages
     what = f"{launch.kernel.__name__} of {launch.call.operation} in {str(launch.pointers[0]).removeprefix('torch.')}"
     reason = f"{what} failed: {type(error).__name__}: {text}"
     variant = _variant(launch, key)
@@ -155,20 +174,21 @@ def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
 
 
 def _lasting(error: Exception) -> bool:
-    """Whether a launch would fail so every time: its kernel does not compile, or the device lacks what it needs."""
+    """Returns True if a launch would fail every time: its kernel does not compile, or needs more than the device has."""
     if isinstance(error, (CompilationError, PTXASError, OutOfResources)):
         return True
-    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):  # a full disk stops a compiler, too
+    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):  # a full disk breaks compilation, too
         return False
-    # The compiler's own passes raise errors of any type, RuntimeError for one. What is left is a launch's.
+    # Compiler passes raise errors of any type, such as RuntimeError, so the traceback decides. An error from outside
+    # triton.compile is an error of the launch.
     return any(frame.f_code is triton_compile.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _decline(device: int, *parts: tuple[Prepared, Any]) -> None:
-    """Asks of launches, given with what they are specialised on, whether they can be made.
+    """Raises if one of these launches, each given as (launch, what it is specialised on), cannot run.
 
     Raises:
-        TransientFallback: one would have to be compiled while a CUDA graph is being captured.
+        TransientFallback: one is not compiled, and a CUDA graph is being captured.
         Fallback: one fails every time.
     """
     if _failed:
@@ -185,9 +205,10 @@ def _decline(device: int, *parts: tuple[Prepared, Any]) -> None:
 
 
 def _unload(launch: Prepared) -> None:
-    """Has Triton load a kernel again whose loading was broken off, by a lack of memory, say.
+    """Makes Triton load a kernel again after loading failed, for example because memory ran out.
 
-    Triton sets up a compiled kernel's launcher before it loads the module, and would launch it without one.
+    Triton creates a compiled kernel's launcher before it loads the module. Unless the launcher is removed, it would launch the
+    kernel without a module.
     """
     for kernels, *_ in getattr(launch.kernel, "device_caches", {}).values():
         for kernel in kernels.values():
@@ -196,12 +217,12 @@ def _unload(launch: Prepared) -> None:
 
 
 def _sum(launch: Prepared, device: int) -> list[tuple[Prepared, Any]]:
-    """The launch that sums another's splits, if there are any, and what it is specialised on."""
+    """Returns the launch that sums the splits and what it is specialised on; an empty list if there are no splits."""
     return [(launch.total, _aligned(launch.total, device))] if launch.total else []
 
 
 def _aligned(launch: Prepared, device: int) -> Any:
-    """What `_specialised` says of aligned tensors, which AMD's compiler is told are small."""
+    """Returns `_specialised`'s key for tensors that are all aligned and, for AMD, have at most `SMALL` bytes of storage."""
     return (device, *[(True,) * len(launch.pointers)] * 2) if AMD else device
 
 
@@ -222,12 +243,16 @@ def _indirectly(launch: Prepared) -> Go:
 
 
 def _directly(launch: Prepared, kernel: CompiledKernel, device: int) -> Go:
-    """The launch as JITFunction.run ends it: the same arguments, constants among them, but addresses for tensors."""
+    """Returns a function that launches a compiled kernel without Triton's dispatch.
+
+    It passes the same arguments as the end of JITFunction.run, constants included, but addresses in place of tensors. It
+    launches nothing and returns False if hooks are set or Triton's settings have changed.
+    """
     programs, tail = launch.grid[0], launch.tail
     run, stream = kernel.run, driver.active.get_current_stream
     runtime, compilation = vars(knobs.runtime), vars(knobs.compilation)
     runtime_was, compilation_was = dict(runtime), dict(compilation)
-    # A hook that is another object is seen in `runtime`.
+    # If a hook chain is replaced by another object, `runtime` differs from `runtime_was`.
     enter, leave = knobs.runtime.launch_enter_hook or NOBODY, knobs.runtime.launch_exit_hook or NOBODY
     before = launch.kernel.pre_run_hooks
 
@@ -243,7 +268,7 @@ def _directly(launch: Prepared, kernel: CompiledKernel, device: int) -> Go:
 
 
 def _watched(kernel: Any) -> bool:
-    """Whether somebody is to be told of every launch: a profiler, say."""
+    """Returns True if Triton has hooks, such as a profiler's, that must see every launch."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(
         (enter is not None and getattr(enter, "calls", True))
@@ -253,28 +278,31 @@ def _watched(kernel: Any) -> bool:
 
 
 def _variant(launch: Prepared, key: Any) -> Any:
-    """What tells a compiled kernel from others, as Triton does: an integer counts by whether 32 bits hold it."""
+    """Returns a key that is unique for each compiled kernel. Integers only count by whether they fit 32 bits, as in Triton."""
     wide = tuple(not -(2**31) <= i < 2**31 for i in launch.integers)
     settings = str((vars(knobs.runtime), vars(knobs.compilation)))
     return launch.kernel, launch.pointers, wide, tuple(launch.constants.items()), key, settings
 
 
 def capturing(device: int) -> bool:
-    """Whether the current stream is being captured into a graph."""
+    """Returns True if the current stream is being captured into a CUDA graph; False on the CPU (device -1)."""
     return device >= 0 and torch.cuda.is_current_stream_capturing()
 
 
 def _warn(variant: Any, text: str) -> None:
-    """Warns once of each variant and text. Numbers make no other text: how much memory was free, say."""
+    """Warns once for each variant and text. Texts that differ only in numbers, such as the free memory, count as equal."""
     said = variant, re.sub(r"0x[0-9a-f]+|\d+", "#", text)
     if said not in _warned:
-        # Not by warnings.warn, whose registry knows texts alone: the same text of another variant would go unsaid.
+        # Not warnings.warn: its registry compares only texts, so the same text for another variant would not be shown.
         warnings.warn_explicit(text, UserWarning, __file__, _warn.__code__.co_firstlineno, __name__)
         _warned[said] = True
 
 
 def stand_ins(launch: Prepared) -> tuple[Any, ...]:
-    """What JITFunction.warmup takes for a kernel's pointers and descriptors; of these only the box counts."""
+    """Returns placeholders for a kernel's pointers and tensor descriptors, as JITFunction.warmup takes them.
+
+    Only the box of a descriptor matters there; its shape and strides are dummies.
+    """
     boxes = launch.boxes or (None,) * len(launch.pointers)
     return tuple(
         dtype if box is None else TensorDescriptor(MockTensor(dtype), [1] * 5, [16] * 4 + [1], list(box[2]))
@@ -283,11 +311,11 @@ def stand_ins(launch: Prepared) -> tuple[Any, ...]:
 
 
 def load(launch: Prepared, device: int) -> None:
-    """Makes a kernel ready on the current device for aligned tensors, without launching it; compiles it if need be."""
+    """Compiles a kernel if need be and loads it on the current device, for aligned tensors, without launching it."""
     with _first_time:
         kernel = launch.kernel.warmup(*stand_ins(launch), *launch.integers, grid=launch.grid, **launch.constants)
         try:
-            kernel.run  # noqa: B018 - a property, which loads it
+            kernel.run  # noqa: B018 - reading this property loads the kernel
         except Exception:
             _unload(launch)
             raise

@@ -14,10 +14,10 @@ from tconv.planning.device import Device
 
 @dataclass(frozen=True)
 class Dry:
-    """How calls are made that are not computed.
+    """Settings of a `dry_run` block.
 
     Attributes:
-        device: what to plan for, tensors being anywhere; None for the tensors' own device.
+        device: the device to plan for, wherever the tensors are; None for the tensors' own device.
     """
 
     device: Device | None = None
@@ -28,14 +28,14 @@ DRY: contextvars.ContextVar[Dry | None] = contextvars.ContextVar("tconv_dry", de
 
 @contextlib.contextmanager
 def dry_run(device: Device | None = None) -> Iterator[None]:
-    """Calls made in the block, by this thread, and their backward passes, are planned and recorded but not computed.
+    """Plans and records the calls that this thread makes in the block, and their backward passes, without computing them.
 
     Args:
-        device: plan for this one, and take tensors on any device, such as "meta".
+        device: the device to plan for; tensors may then be on any device, such as "meta". None for the tensors' own device.
     """
     token = DRY.set(Dry(device))
     try:
-        with torch.autograd.set_multithreading_enabled(False):  # a GPU's backward runs in this thread too
+        with torch.autograd.set_multithreading_enabled(False):  # so that a GPU's backward runs in this thread too
             yield
     finally:
         DRY.reset(token)

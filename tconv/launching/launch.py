@@ -1,6 +1,6 @@
-"""Allocates and launches: fprop, dgrad, wgrad and the bias gradient of a problem on given tensors.
+"""Allocates results and launches kernels: fprop, dgrad, wgrad and the bias gradient of a problem on given tensors.
 
-What a launch needs besides its pointers is worked out once per kind of call (launching/prepare.py) and kept.
+Launch configs are prepared once per kind of call (launching/prepare.py) and cached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tconv.planning import plan as planning
 from tconv.planning.device import INTERPRETER, Device, cuda_device
 from tconv.planning.problem import Geometry
 
-Backward = tuple[Prepared | None, Prepared | None, Prepared | None]  # of the gradients by x, w and bias
+Backward = tuple[Prepared | None, Prepared | None, Prepared | None]  # launches for the gradients of x, w and bias
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 _prepared: BoundedCache[Any, Prepared] = BoundedCache()
 _collections: list[list[Prepared]] = []
@@ -32,7 +32,7 @@ _lock = threading.Lock()
 
 
 def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
-    """The launch of `convolve` on such tensors."""
+    """Returns the launch of fprop, or of dgrad if `transposed`, for these tensors; pass it to `convolve`."""
     key = (
         "dgrad" if transposed else "fprop", g, x.stride(), w.stride(), b is not None and b.stride(),
         x.data_ptr() % 16, w.data_ptr() % 16, tensor_cores(x.dtype),
@@ -46,7 +46,7 @@ def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tens
 
 
 class Staged:
-    """A tensor, and its channels_last copy from when one of several launches asks for it."""
+    """A tensor that several launches read, and its channels_last copy, made when the first launch needs it."""
 
     __slots__ = ("copy", "tensor")
 
@@ -58,20 +58,30 @@ class Staged:
 def convolve(
     launch: Prepared, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, dry: bool, shared: Staged | None = None
 ) -> torch.Tensor:
-    """y [N, K, *Y] from x [N, C, *X], w [K, C/G, *T], b [K], or, transposed, dx from dy and w, b [C] being the layer's.
+    """Runs a launch of `convolution`: fprop, dgrad, or the forward pass of a transposed layer.
 
-    Any strides, one dtype; `shared` is an operand that other launches stage too.
+    Tensors may have any strides, but must share one dtype.
+
+    Args:
+        x: x [N, C, *X] for fprop, dy [N, K, *Y] for dgrad.
+        w: the weight [K, C/G, *T].
+        b: the layer's bias, [K] for fprop and [C] for a transposed layer.
+        dry: allocate and record, but launch nothing.
+        shared: an operand whose channels_last copy other launches use too.
+
+    Returns:
+        y [N, K, *Y] for fprop, dx [N, C, *X] for dgrad.
     """
-    return execute(launch, dry, shared, (x, w), x if b is None else b)  # without a bias its pointer is not read
+    return execute(launch, dry, shared, (x, w), x if b is None else b)  # without a bias the kernel does not read its pointer
 
 
 def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: Staged | None = None) -> torch.Tensor:
-    """dw [K, C/G, *T] from dy [N, K, *Y] and x [N, C, *X]; the same bits on every run."""
+    """Returns dw [K, C/G, *T] from dy [N, K, *Y] and x [N, C, *X], with bitwise equal results on every run."""
     return execute(weight_reduction(g, dy, x), g.dry, shared, (dy, x))
 
 
 def weight_reduction(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
-    """The launch of `wgrad` on such tensors."""
+    """Returns the launch of `wgrad` for these tensors."""
     key = ("wgrad", g, dy.stride(), x.stride(), dy.data_ptr() % 16, x.data_ptr() % 16, tensor_cores(x.dtype))
     return _lookup(key, lambda: _prepare_wgrad(g, dy, x))
 
@@ -82,12 +92,12 @@ def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
 
 
 def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:
-    """db [channels] from the gradient of an output, fprop's or a transposed layer's: its sum over batch and pixels."""
+    """Returns db [channels], the sum over batch and pixels of dy, the gradient of a layer's output (transposed or not)."""
     return execute(bias_reduction(g, dy), g.dry, None, (dy,))
 
 
 def bias_reduction(g: Geometry, dy: torch.Tensor) -> Prepared:
-    """The launch of `bias_grad` on such a tensor."""
+    """Returns the launch of `bias_grad` for this tensor."""
     key = ("bias", g, dy.shape, dy.stride(), dy.data_ptr() % 16)
     return _lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy)))
 
@@ -95,7 +105,7 @@ def bias_reduction(g: Geometry, dy: torch.Tensor) -> Prepared:
 def backward(
     transposed: bool, g: Geometry, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: Sequence[bool]
 ) -> Backward:
-    """The launches of a layer's gradients by x, w and bias, as far as they are needed."""
+    """Returns the launches for the gradients of x, w and bias; None for each that `needs` says is not needed."""
     return (
         convolution(not transposed, g, dy, w, None) if needs[0] else None,
         weight_reduction(g, *((x, dy) if transposed else (dy, x))) if needs[1] else None,
@@ -104,7 +114,7 @@ def backward(
 
 
 def gradients(launches: Backward, transposed: bool, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, dry: bool) -> Gradients:
-    """The gradients by x, w and bias of such launches."""
+    """Runs the launches of `backward` and returns the gradients of x, w and bias; None for those without a launch."""
     of_x, of_w, of_b = launches
     shared, pair = Staged(dy), (x, dy) if transposed else (dy, x)
     return (
@@ -115,12 +125,15 @@ def gradients(launches: Backward, transposed: bool, dy: torch.Tensor, x: torch.T
 
 
 def device_of(t: torch.Tensor) -> Device:
-    """The planner's view of a tensor's device."""
+    """Returns the planner's description of a tensor's device."""
     return INTERPRETER if INTERPRET else cuda_device(t.device.index)
 
 
 def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
-    """The launch of a kind of call, key[1] being its geometry."""
+    """Returns the launch for this key from the cache, or makes and caches it.
+
+    key[1] is the call's `Geometry`. The cache is not used for dry calls, nor while plans are forced.
+    """
     if planning.forced() is not None or key[1].dry:
         return make()
     found = _prepared.get(key)
@@ -132,14 +145,18 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
 def execute(
     launch: Prepared, dry: bool, shared: Staged | None, operands: tuple[torch.Tensor, ...], *more: torch.Tensor
 ) -> torch.Tensor:
-    """The result, written straight or, where the reduction is cut into splits, through a workspace summed in order.
+    """Allocates the result of a launch, runs it, records the call and returns the result.
+
+    With split-K the kernel writes to a workspace, whose slices are then summed in a fixed order.
 
     Args:
-        operands: what may be staged.
-        more: what else is read.
+        dry: allocate and record, but launch nothing.
+        shared: an operand whose channels_last copy other launches use too.
+        operands: the operands that may be copied to channels last first.
+        more: other tensors that the kernel reads.
 
     Raises:
-        TransientFallback: there is no memory for the result, a copy or the workspace, or a kernel is not launched this time.
+        TransientFallback: memory ran out for the result, a copy or the workspace, or a kernel cannot be launched this time.
         Fallback: a kernel fails every time.
     """
     try:
@@ -164,14 +181,14 @@ def execute(
             finally:
                 if event is not None:
                     profiling.end(event)
-    except RuntimeError as e:  # an allocation's: torch, which may need less, is to try or to say so
+    except RuntimeError as e:  # an allocation failed: fall back, since torch may need less memory
         fail(launch, None, e)
     record_call(launch.call)
     return out
 
 
 def _stage(launch: Prepared, shared: Staged | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The operands of a launch, those that it wants so copied to channels last."""
+    """Returns the operands of a launch, with those that it needs in channels last copied."""
     return tuple(_copy(copy, t, shared) if copy else t for copy, t in zip(launch.copies, operands, strict=True))
 
 
@@ -184,7 +201,7 @@ def _copy(copy: Prepared, t: torch.Tensor, shared: Staged | None) -> torch.Tenso
 
 
 def to_channels_last(copy: Prepared, t: torch.Tensor) -> torch.Tensor:
-    """A tensor as that launch copies it."""
+    """Returns a channels_last copy of t, made by the launch `copy` (from `prepare_copy`)."""
     made = t.new_empty_strided(copy.shape, copy.strides)
     run(copy, (t, made))
     return made
@@ -197,7 +214,7 @@ def _collect(launch: Prepared) -> None:
 
 @contextlib.contextmanager
 def collecting() -> Iterator[list[Prepared]]:
-    """A list that fills with the launches that the process's dry calls would make while the block runs."""
+    """Yields a list that fills with the launches that dry calls in the process would make while the block runs."""
     launches: list[Prepared] = []
     with _lock:
         _collections.append(launches)

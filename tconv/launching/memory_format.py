@@ -1,4 +1,4 @@
-"""Strides and memory formats: how a tensor is addressed, and which format torch would give a result."""
+"""Strides and memory formats: how a tensor is addressed, and the memory format that torch would give a result."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ LIMIT = 2**31 - 1
 
 
 def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Whether y, dx and dw of this layer are channels_last: if x or w is, but never fp64 on CUDA.
+    """Returns True if y, dx and dw of a layer with input x and weight w are channels_last.
 
-    cuDNN's rule in ATen/native/ConvUtils.h. At rank 1 torch makes x contiguous and applies it to the unsqueezed pair.
+    They are if x or w is, except for fp64 on CUDA. This is the rule that ATen/native/ConvUtils.h applies to cuDNN. At rank 1
+    torch makes x contiguous, unsqueezes x and w to rank 2, and applies the rule to those.
     """
-    if x.dtype == torch.float64 and not x.is_cpu:  # on a GPU, or on meta in place of one
+    if x.dtype == torch.float64 and not x.is_cpu:  # a meta tensor stands for one on a GPU
         return False
     if x.dim() == 3:
         x, w = (
@@ -29,11 +30,12 @@ def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
 
 
 def weight_format(w: torch.Tensor, channels_last: bool) -> bool:
-    """Whether the gradient of a weight is channels_last where y and dx are, or are not.
+    """Returns True if dw, the gradient of weight w, is channels_last.
 
-    It is as they are, unless both formats put the same element at the same place: a filter of one tap, or one channel per
-    group. There only strides of extents of one differ, and the gradient takes the weight's own. Autograd hands such a
-    gradient on as it is, and DDP compares even those strides with the weight's.
+    dw has the memory format of y and dx, given as `channels_last`, unless both formats have the same element order: a filter
+    of one tap, or one channel per group. The formats then differ only in the strides of dimensions of extent one, and dw
+    takes the format of w. Autograd passes such a gradient on unchanged, and DDP compares even those strides with the
+    weight's.
     """
     if w.shape[1] == 1 or math.prod(w.shape[2:]) == 1:
         if w.stride() == make_contiguous_strides_for(w.shape):
@@ -44,16 +46,17 @@ def weight_format(w: torch.Tensor, channels_last: bool) -> bool:
 
 
 def _as_row(x: torch.Tensor) -> torch.Tensor:
-    """`x.contiguous().unsqueeze(2)` of a 1-D batch, without copying: only its strides are asked for."""
+    """Returns a meta tensor with the shape and strides of `x.contiguous().unsqueeze(2)`, for x [N, C, W], without a copy."""
     n, c, w = x.shape
     strides = x.stride() if x.is_contiguous() else (c * w, w, 1)
     return torch.empty(0, device="meta").as_strided((n, c, 1, w), (*strides[:2], strides[2] * w, strides[2]))
 
 
 def shaped(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of that shape in the format asked for, without memory; rank 1 as the squeezed rank 2.
+    """Returns a meta tensor of this shape in the contiguous or channels_last format.
 
-    Its address, zero, is as aligned as that of any tensor that torch allocates.
+    A channels_last tensor of rank 1 is a squeezed one of rank 2. The address is zero, so the tensor counts as aligned, like
+    every tensor that torch allocates.
     """
     if not channels_last:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -64,14 +67,16 @@ def shaped(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> tor
 
 @dataclass(frozen=True)
 class Addressing:
-    """A rank-lifted tensor's strides: (outer, channel, three spatial ones), zero where the extent is one.
+    """The strides of a tensor, with its spatial dimensions padded to three in front.
 
-    Torch leaves any stride on an extent of one; zero there says nothing that is not so.
+    The stride of a dimension of extent one is set to zero, because torch may leave any value there.
 
     Attributes:
-        outer, channel, spatial: strides in elements. For a weight, outer is that of its first axis.
-        unit: the channel axis is contiguous and longer than one.
-        reach: largest offset of an element.
+        outer: stride of the first dimension, in elements: the batch, or a weight's first axis.
+        channel: stride of the second dimension, in elements.
+        spatial: strides of the three spatial dimensions, in elements.
+        unit: True if the channel stride is one and there is more than one channel.
+        reach: the largest offset of an element, in elements.
     """
 
     outer: int
@@ -82,7 +87,7 @@ class Addressing:
 
 
 def addressing(t: torch.Tensor) -> Addressing:
-    """How a tensor of rank 3 to 5 is addressed."""
+    """Returns the `Addressing` of a tensor with 3 to 5 dimensions."""
     strides = [s if n > 1 else 0 for n, s in zip(t.shape, t.stride(), strict=True)]
     reach = sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
     a, b, c = [0] * (5 - len(strides)) + strides[2:]
@@ -90,9 +95,14 @@ def addressing(t: torch.Tensor) -> Addressing:
 
 
 def flattened(a: Addressing, extents: Sequence[int]) -> tuple[Addressing, tuple[int, int, int], int]:
-    """A tensor's addressing and three extents with dimensions merged that lie one behind the other, and how many are left.
+    """Merges neighbouring spatial dimensions that one stride can walk.
 
-    A merged extent still fits 32 bits. What is left comes last, extents of one before it.
+    Two dimensions are merged if the outer stride equals the inner extent times the inner stride, and the merged extent fits a
+    signed 32-bit integer.
+
+    Returns:
+        The addressing and the three extents after merging, and the number of spatial dimensions left, at least one. The
+        dimensions left come last; those before them have extent one.
     """
     kept: list[tuple[int, int]] = []
     for extent, stride in zip(extents, a.spatial, strict=True):
@@ -105,7 +115,7 @@ def flattened(a: Addressing, extents: Sequence[int]) -> tuple[Addressing, tuple[
 
 
 def vector(pointer: int, itemsize: int, *multiples: int) -> int:
-    """Elements of one access, at most 16 bytes: the largest power of two that divides address, strides and extents."""
+    """Returns the vector width in elements: the largest, up to 16 bytes, that divides the address and each of `multiples`."""
     v = 16 // itemsize
     while v > 1 and (pointer % (v * itemsize) or any(m % v for m in multiples)):
         v //= 2

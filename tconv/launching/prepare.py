@@ -1,4 +1,4 @@
-"""Turns a pass on given tensors into a launch: plan, grid, integers and compile-time constants."""
+"""Turns a pass on given tensors into a launch config: plan, grid, integers and compile-time constants."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from tconv.planning.problem import ConvProblem, lift
 from tconv.planning.strips import CHUNK, READ, Strips
 from tconv.planning.tiles import Tile
 
-FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank
-FLAT_FIELD = {1: 31, 2: 15, 3: 10}  # the same of the packed kernel, which needs one bit itself
+FIELD = {1: 32, 2: 16, 3: 10}  # by rank: taps per dimension whose masks fit in one 32-bit word per pixel
+FLAT_FIELD = {1: 31, 2: 15, 3: 10}  # the same for the packed kernel, which reserves one bit
 Prepare = Callable[[torch.Tensor, torch.Tensor], Prepared]
 
 
@@ -57,10 +57,10 @@ def prepare_gather(
     y: torch.Tensor,
     device: Device,
 ) -> Prepared:
-    """fprop (x -> y) or dgrad (x is dy, y is dx), by whichever kernel is planned.
+    """Returns the launch of fprop (x -> y) or dgrad (x is dy, y is dx), with the kernel that the planner chooses.
 
-    Operands whose channels lie apart can be loaded one element at a time only. They are copied to channels last first where
-    that is predicted to pay, or forced; the result is written where it belongs all the same.
+    The implicit GEMM kernels load x one element at a time if its channels are not contiguous. Such operands are copied to
+    channels last first if that is predicted to be faster, or is forced. The result keeps its memory format either way.
     """
     names, operands = ("dy" if pass_ == "dgrad" else "x", "w"), (x, w)
 
@@ -74,7 +74,11 @@ def prepare_gather(
 
 
 def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
-    """wgrad of dy and x into dw, or into a workspace of dw's strides, one per split; operands staged as in fprop."""
+    """Returns the launch of wgrad, from dy and x into dw.
+
+    If the plan has splits, each is written to a workspace slice with dw's strides. Operands are copied to channels last as in
+    `prepare_gather`.
+    """
 
     def prepare(dy: torch.Tensor, x: torch.Tensor) -> Prepared:
         return _prepare_wgrad(problem, dy, x, dw, device)
@@ -86,7 +90,7 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
 
 
 def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepared:
-    """The bias gradient of an output's gradient g [N, channels, *extents]: fprop's or a transposed layer's."""
+    """Returns the launch of the bias gradient, from the gradient g [N, channels, *extents] of a layer's output."""
     channels, extents = g.shape[1], lift(g.shape[2:], 1)
     pixels = g.shape[0] * math.prod(extents)
     plan = planning.choose_bias(channels, pixels, g.element_size(), device)
@@ -107,7 +111,7 @@ def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepa
 
 
 def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -> Prepared:
-    """The copy of an operand of a problem to channels last."""
+    """Returns the launch that copies t, an operand of the problem, to channels last."""
     a, extents, rank = flattened(addressing(t), lift(t.shape[2:], 1))
     images, channels = t.shape[:2]
     pixels = images * math.prod(extents)
@@ -132,7 +136,11 @@ def _best(
     problem: ConvProblem,
     device: Device,
 ) -> Prepared:
-    """By pointers or by boxes, which are the named kernel's: as forced, or whichever is predicted to be faster."""
+    """Returns the launch of a pointer kernel or of the TMA kernel of this name: the forced one, or the faster by prediction.
+
+    Without a forced kernel, TMA is eligible from compute capability 9 on, except for depthwise problems. If anything else is
+    forced, or in the interpreter, the pointer kernel runs.
+    """
     wish = planning.forced()
     if wish and wish.kernel == kernel:
         return boxes(*operands) if wish.staged is False else _copied(boxes, names, operands, device)
@@ -146,7 +154,7 @@ def _best(
 
 
 def _faster(launch: Prepared, rival: Prepared) -> Prepared:
-    """Of two launches the one of less predicted time; a rival that no hardware has seen is listed, but not chosen."""
+    """Returns the faster launch by prediction. A rival that is unproven on hardware is only listed in the plan, not chosen."""
     plan, other = launch.call.plan, rival.call.plan
     assert plan is not None
     assert other is not None
@@ -161,7 +169,10 @@ def _faster(launch: Prepared, rival: Prepared) -> Prepared:
 def _staged(
     prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor], problem: ConvProblem, device: Device
 ) -> Prepared:
-    """A launch on operands as they are, or on channels_last copies of those whose channels lie apart, if that is faster."""
+    """Returns a launch on the operands as they are, or on channels_last copies if that is predicted to be faster, or forced.
+
+    Only operands whose channels are not contiguous are copied, and never those of a depthwise problem.
+    """
     native, wish = prepare(*operands), planning.forced()
     forced = wish.staged if wish else None
     if forced is False or not any(map(_apart, operands)) or problem.depthwise or (device.interpreted and not forced):
@@ -178,8 +189,11 @@ def _staged(
 
 
 def _copied(prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor], device: Device) -> Prepared:
-    """A launch on channels_last copies of the operands whose channels lie apart, and its cost with them."""
-    # A weight is addressed in 32 bits. One that is expanded may lie within them as it is, and beyond as a copy.
+    """Returns a launch on channels_last copies of the operands whose channels are not contiguous.
+
+    Its predicted cost includes the copies.
+    """
+    # Kernels address a weight with 32-bit offsets. An expanded weight may fit these as it is, but not as a copy.
     apart = tuple(_apart(t) and (name != "w" or t.numel() <= LIMIT) for name, t in zip(names, operands, strict=True))
     launch = prepare(*(shaped(t.shape, True, t.dtype) if a else t for t, a in zip(operands, apart, strict=True)))
     if not any(apart):
@@ -197,12 +211,12 @@ def _copied(prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tens
 
 
 def _apart(t: torch.Tensor) -> bool:
-    """Whether a tensor's channels do not lie side by side."""
+    """Returns True if a tensor has several channels and they are not contiguous."""
     return t.shape[1] > 1 and t.stride(1) != 1
 
 
 def _replanned(launch: Prepared, **changes: Any) -> Prepared:
-    """A launch whose plan says something else."""
+    """Returns the launch with these fields of its plan replaced."""
     assert launch.call.plan is not None
     plan = dataclasses.replace(launch.call.plan, **changes)
     return dataclasses.replace(launch, call=dataclasses.replace(launch.call, plan=plan, reason=plan.reason))
@@ -229,16 +243,17 @@ def _prepare_gather(
         outer = written if inner == "i" else reduced
         w_vec = vector(w.data_ptr(), size, outer, *s.w.spatial, group, ci if inner == "i" else co)
 
-    if p.depthwise:  # tiles span groups
+    if p.depthwise:  # a tile spans groups, so vectors may cross them
         direct_x = wide(x, s.x, s.wrote) if p.multiplier == 1 else 1
         direct_y = wide(y, s.y, s.wrote)
-    # Where the result's channels lie apart, the accumulator is turned so that its pixels are neighbours, and nothing is lost.
+    # y counts only if its channels are contiguous. If they are not, the accumulator is transposed and stored along
+    # its pixels, at no loss.
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, w_vec, y_vec if s.y.unit else x_vec)) == 1
-    # Addresses of narrower accesses, or of a 3-D dgrad's pixels, take registers that the largest tiles do not have.
+    # The largest tiles have no registers to spare for the addresses of narrower accesses, or of a 3-D dgrad's pixels.
     large = size * min(x_vec, w_vec, y_vec if s.y.unit else x_vec) == 16 and not (transposed and p.rank == 3 and s.y.unit)
     lanes_x, lanes_y = _lanes(x, s.x, s.wrote, read), _lanes(y, s.y, s.wrote, s.extents)
 
-    def pack_vector(group: int) -> int:  # of x in a packed kernel
+    def pack_vector(group: int) -> int:  # vector width of x in a packed kernel
         return wide(x, s.x, group * ci, s.read)
 
     operands = Operands(
@@ -252,9 +267,9 @@ def _prepare_gather(
     }  # fmt: skip
     constants: dict[str, Any] = {
         "TRANSPOSED": transposed, "RANK": p.rank, "X_UNIT": s.x.unit, "Y_UNIT": s.y.unit, "HAS_BIAS": b is not None,
-        # The first tap's offset may lie in the halo, before a later one brings it back.
+        # Offsets may pass the ends of x by the halo: the first tap may be outside x while a later one is inside.
         "WIDE": max(s.x.reach + halo(p, s.x), s.y.reach, p.N * math.prod(s.extents) + tile.m) > LIMIT,
-        # Pixels that lie side by side in memory are the accumulator's columns; but wgmma's rows are 64 at least.
+        # If pixels are contiguous, they become the accumulator's columns. Its rows are channels, and wgmma needs 64 rows.
         "FLIP": not (s.x.unit and s.y.unit) and (size > 2 or tile.n >= 64 or plan.kernel == "depthwise"),
         "BLOCK_M": tile.m, **numerics(x.dtype), **options(tile),
     }  # fmt: skip
@@ -291,7 +306,7 @@ def _prepare_gather(
         else:
             kernel, field = gather, FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0
             split = plan.splits > 1
-            # Of a whole reduction no size of the result: it may not fit 32 bits, and would be compiled for.
+            # Without splits, "sys" is unused and set to 0: y.numel() may exceed 32 bits, which would compile another kernel.
             integers |= {"chunk": planning.chunk(ci, tile.k, plan.splits), "sys": y.numel() if split else 0}
             constants |= {"X_VEC": x_vec, "Y_VEC": y_vec, "EVEN": ci % tile.k == 0, "FIELD": field, "SPLIT": split}
     programs = cost.tiles_of(p, pass_, plan.kernel, tile) * plan.splits
@@ -304,7 +319,7 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
     if s.swapped:
         dy, x = x, dy
     x_vec, y_vec = wide(x, s.x, c), wide(dy, s.y, k)
-    if p.depthwise:  # tiles span groups
+    if p.depthwise:  # a tile spans groups, so vectors may cross them
         direct_x, direct_y = wide(x, s.x, p.K) if p.multiplier == 1 else 1, wide(dy, s.y, p.K)
     narrow = min((direct_x, direct_y) if p.depthwise else (x_vec, y_vec)) == 1
     lanes_x, lanes_y = _lanes(x, s.x, p.K, p.X), _lanes(dy, s.y, p.K, p.Y)
@@ -337,7 +352,8 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
         integers |= {"C": p.K}
         constants |= {
             **_strip(p, tile, lanes_x, lanes_y, tile.columns * p.S[2]), "BLOCK_C": tile.n, "ROWS": tile.m,
-            "Y_VEC": lanes_y.vec if lanes_y.unit == "c" else math.gcd(lanes_y.vec, tile.columns),  # of where strips begin
+            # Along columns, the vector width must divide the first column of every strip.
+            "Y_VEC": lanes_y.vec if lanes_y.unit == "c" else math.gcd(lanes_y.vec, tile.columns),
             "READ_DY": tile.columns if lanes_x.unit != "c" and lanes_y.unit == "p" else 1,
         }  # fmt: skip
     elif plan.kernel == "depthwise_wgrad":
@@ -366,7 +382,12 @@ def _prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: 
 
 @dataclass(frozen=True)
 class _Lanes:
-    """The axis along which a strip kernel's accesses are wide, "c", "p" (the last dimension) or neither, and how wide."""
+    """How a strip kernel vectorizes its accesses to a tensor.
+
+    Attributes:
+        unit: the contiguous axis: "c" for channels, "p" for the last spatial dimension, "" for neither.
+        vec: the vector width along it, in elements.
+    """
 
     unit: str
     vec: int
@@ -381,7 +402,11 @@ def _lanes(t: torch.Tensor, a: Addressing, channels: int, extents: Sequence[int]
 
 
 def _strip(p: ConvProblem, tile: Tile, x: _Lanes, y: _Lanes, step: int) -> dict[str, Any]:
-    """What both strip kernels know at compile time; step: columns read from one strip to the next."""
+    """Returns the compile-time constants that both strip kernels share.
+
+    Args:
+        step: distance from one strip to the next, in columns of the tensor that is read.
+    """
     x_vec = x.vec if x.unit == "c" else math.gcd(x.vec, step)
     return {
         "T2": p.T[2], "S2": p.S[2], "D2": p.D[2], "P2": p.P[2], "X_UNIT": x.unit, "Y_UNIT": y.unit, "X_VEC": x_vec,
@@ -395,7 +420,7 @@ def _strips(x: _Lanes, y: _Lanes) -> Strips:
 
 
 def _weight_axis(w: Addressing, transposed: bool) -> str:
-    """The weight's contiguous channel axis: "i", the reduced one, "o", the written one, or neither."""
+    """Returns the weight's contiguous channel axis: "i" for the reduced one, "o" for the written one, or ""."""
     if w.unit:
         return "o" if transposed else "i"
     if w.outer == 1:

@@ -1,8 +1,8 @@
-"""What torch's profiler is told of a call while one records.
+"""Events for torch.profiler.
 
-A call of tconv's layers and functions is an event with the name and arguments of torch's operator, from which the profiler
-counts flops. Within it each launch is an event that names pass, kernel, tile and problem. Where calls are made,
-`torch.autograd.profiler._is_profiler_enabled` is asked first, a plain flag that costs next to nothing.
+A call of a tconv layer or function is recorded as an event with the name and arguments of torch's operator, from which the
+profiler counts FLOPs. Within it each launch is an event that names its pass, kernel, tile and problem. Callers check
+`torch.autograd.profiler._is_profiler_enabled` first: it is a plain flag, so a call without a profiler costs next to nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tconv.planning.problem import Geometry
 
 
 def begin_call(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Event:
-    """The event of a layer's forward call, begun.
+    """Begins the event of a layer's forward call and returns it; pass it to `end`.
 
-    The profiler knows of symmetric padding alone. Where more is behind than before it is told the latter, and counts a row or
-    column too little; of torch's own call with padding="same" it counts nothing.
+    The profiler supports symmetric padding only. Where trailing and leading padding differ, it is given the leading one and
+    counts a row or column too few. (For torch's own call with padding="same" it counts nothing.)
 
     Args:
-        x: what the layer is given; of a transposed one the problem's y.
+        x: the layer's input; for a transposed layer this is the problem's y.
     """
     p, skip = g.problem, 3 - g.problem.rank
 
@@ -39,7 +39,7 @@ def begin_call(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, 
 
 
 def begin_launch(call: Call) -> Event:
-    """The event of what a pass launches, begun."""
+    """Begins the event of the kernels that a pass launches and returns it; pass it to `end`."""
     plan = call.plan
     assert plan is not None
     return _begun(f"tconv::{plan.pass_} {plan.kernel} {plan.tile} [{call.problem}]")

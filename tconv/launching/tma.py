@@ -1,4 +1,4 @@
-"""Launches by boxes (kernels/tma.py): what the tensor memory accelerator can fetch, and how it is told."""
+"""Launches of the TMA kernels (kernels/tma.py): which passes and tensors are eligible, and their tensor descriptors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tconv.planning.tiles import BF16X6, Access, tiles
 
 
 class Unfit(ValueError):
-    """A kernel cannot take a pass of these tensors."""
+    """A pass on these tensors is not eligible for a kernel."""
 
 
 def prepare_boxes(
@@ -44,10 +44,10 @@ def prepare_boxes(
     y: torch.Tensor,
     device: Device,
 ) -> Prepared:
-    """fprop (x -> y) or dgrad (x is dy, y is dx) by boxes.
+    """Returns the TMA launch of fprop (x -> y) or dgrad (x is dy, y is dx).
 
     Raises:
-        Unfit: boxes cannot be fetched from such tensors, or for such a problem.
+        Unfit: the problem or its tensors are not eligible for TMA.
     """
     transposed = pass_ == "dgrad"
     s = sides(pass_, problem, x, w, y, transposed and b is not None)
@@ -61,7 +61,9 @@ def prepare_boxes(
     tile = plan.tile
     box, _ = cost.box_of(p, pass_, tile.m)
     box_y = _tensor(y, (p.N, *s.extents, s.wrote), s.y)
-    if (transposed and max(p.S) > 1) or (p.G > 1 and s.co % tile.n):  # a phase's pixels lie apart; the next group's channels
+    # A strided dgrad's phase writes pixels that are not neighbours. A channel tile that passes the end of a group would
+    # overwrite the next group's channels. Both store through pointers, with a mask.
+    if (transposed and max(p.S) > 1) or (p.G > 1 and s.co % tile.n):
         box_y = None
     integers = {
         "N": p.N, "CI": s.ci, "CO": s.co, "G": p.G, **window(p), **triple("Y", s.extents),
@@ -81,10 +83,10 @@ def prepare_boxes(
 
 
 def prepare_wgrad_boxes(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
-    """wgrad of dy and x into dw, or into a workspace, by boxes.
+    """Returns the TMA launch of wgrad, from dy and x into dw, or into a workspace if the plan has splits.
 
     Raises:
-        Unfit: as of `prepare_boxes`.
+        Unfit: the problem or its tensors are not eligible for TMA.
     """
     s = sides("wgrad", problem, x, dw, dy)
     p = s.p
@@ -117,10 +119,14 @@ def prepare_wgrad_boxes(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor,
 def _tensor(
     t: torch.Tensor, shape: tuple[int, ...], a: Addressing, last: int | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """(shape, strides) of t for the tensor memory accelerator, channels last; None where it cannot have them.
+    """Returns (shape, strides) of t for a tensor descriptor, channels last; None if t is not eligible for TMA.
 
-    last: the axis that is put next to the channels, behind all others. A box that is longer than one along it alone has
-    extents of one in front only, and goes from shared memory straight to the tensor cores, not through registers.
+    t is eligible if its channels are contiguous and its address and strides are multiples of 16 bytes.
+
+    Args:
+        shape: t's extents in the order of the descriptor, channels last.
+        last: the axis to move next to the channels. If a box is longer than one along this axis and the channels only, the
+            tensor cores read it from shared memory directly; otherwise it passes through registers.
     """
     aligned = 16 // t.element_size()
     pairs = list(zip(shape[:-1], (a.outer, *a.spatial), strict=True))
@@ -135,7 +141,7 @@ APART = "boxes need contiguous channels, and address and strides in multiples of
 
 
 def _no_boxes(pass_: str, s: PassOperands, dtype: torch.dtype, device: Device) -> str | None:
-    """Why boxes cannot be fetched for a pass, however its tensors lie, or None."""
+    """Returns why a pass is not eligible for TMA, whatever the layout of its tensors; None if it is eligible."""
     p = s.p
     if pass_ != "dgrad" and any(stride > 1 and n > 1 for stride, n in zip(p.S, p.Y, strict=True)):
         return f"boxes of {pass_} need unit stride"

@@ -1,4 +1,4 @@
-"""Which compiled kernels a layer needs, worked out on tensors without storage: for compiling ahead of time."""
+"""Lists the compiled kernels that a layer needs, from tensors without storage, for compiling ahead of time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tconv.planning.tiles import BF16X6, BOXES, DOTS, can_cut
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 VECTORS = ("X_VEC", "W_VEC", "Y_VEC")
-# What a split reduction writes to a workspace instead.
+# The pointer that points to a workspace instead if the reduction is split.
 RESULT = {"fprop": "y_ptr", "dgrad": "y_ptr", "wgrad": "dw_ptr", "bias": "out_ptr"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel: everything Triton's compiler is told.
+    """One compiled kernel: all input to Triton's compiler.
 
     Attributes:
-        name: readable and unique: pass, kernel, rank, dtype, layout, tile, and what else tells it from its likes.
+        name: a readable, unique name: pass, kernel, rank, dtype, layout, tile, and whatever else distinguishes the kernel.
         kernel: the `@triton.jit` function.
         signature: argument name -> Triton's type, "constexpr" for constants.
         constants: constant name -> value.
@@ -47,12 +47,13 @@ class Variant:
 
 
 def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device) -> Iterator[Variant]:
-    """Every variant that the passes of a layer may use on a device, without bias and with aligned tensors.
+    """Yields every variant that the passes of a layer may use on a device, without bias and with aligned tensors.
 
-    That is each legal tile of each kernel, whichever the planner's estimates prefer, and reductions both whole and split,
-    fprop's and dgrad's where the layer is small enough to be split; and the copies of operands to channels last.
-    The shape of a box is no part of a name: of the layers that share one, the first stands for all (boxes of 128 pixels
-    differ by a few instructions in the loop).
+    These are all legal tiles of every kernel, not only those that the cost model prefers, and the copies of operands to
+    channels last. Reductions come both whole and split; those of fprop and dgrad are split only if the layer is small enough.
+
+    The shape of a TMA box is not part of the name. Layers whose variants have the same name are represented by the first one;
+    boxes of 128 pixels differ by only a few instructions in the loop.
     """
     for pass_, prepare in launches(problem, dtype, channels_last, device).items():
         choices: list[tuple[str, bool | None, str | None]] = []
@@ -68,7 +69,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
             with force(kernel, staged=staged, precision=precision):
                 try:
                     plan = prepare().call.plan
-                except ValueError:  # a kernel without a tile for this layer
+                except ValueError:  # the kernel has no tile for this layer
                     continue
             assert plan is not None
             for tile in plan.tiles:
@@ -84,7 +85,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
 def launches(
     problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device
 ) -> dict[str, Callable[[], Prepared]]:
-    """Pass -> how its launch is prepared, on tensors without storage."""
+    """Returns, for each pass, a function that prepares its launch on tensors without storage."""
     x, w, y = (shaped(problem.shape(which), channels_last, dtype) for which in "xwy")
     return {
         "fprop": lambda: prepare_gather("fprop", problem, x, w, None, y, device),
@@ -95,17 +96,17 @@ def launches(
 
 
 def takes_boxes(prepare: Callable[[], Prepared], kernel: str) -> bool:
-    """Whether a launch can be forced to fetch boxes, by a kernel for its pass."""
+    """Returns True if a launch is eligible for this TMA kernel when it is forced."""
     try:
         with force(kernel):
             return prepare().boxes != ()
-    except ValueError:  # what a forced plan that cannot run says
+    except ValueError:  # raised by a forced plan that cannot run
         return False
 
 
 @contextlib.contextmanager
 def float32_precision(tf32: bool) -> Iterator[None]:
-    """Torch's flag for fp32 convolutions set to TF32 or to true fp32 while the block runs."""
+    """Sets torch's flag for fp32 convolutions to TF32 or to IEEE fp32 while the block runs."""
     before = torch._C._get_fp32_precision_getter("cuda", "conv")
     torch._C._set_fp32_precision_setter("cuda", "conv", "tf32" if tf32 else "ieee")
     try:
@@ -115,17 +116,17 @@ def float32_precision(tf32: bool) -> Iterator[None]:
 
 
 def _also_split(prepared: Prepared, dtype: torch.dtype) -> bool:
-    """Whether a launch's kernel is compiled otherwise where its reduction is split."""
+    """Returns True if a split reduction needs another compiled kernel than a whole one."""
     plan = prepared.call.plan
     assert plan is not None
     if "SPLIT" in prepared.constants:
         return max(plan.parts) > 1
-    return plan.pass_ in ("wgrad", "bias") and dtype.itemsize == 2  # results of other dtypes have their workspace's type
+    return plan.pass_ in ("wgrad", "bias") and dtype.itemsize == 2  # for other dtypes the workspace has the result's dtype
 
 
 def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = False) -> Variant:
     c = prepared.constants
-    if "SPLIT" in c:  # whichever was planned
+    if "SPLIT" in c:  # overrides what the planner chose
         c = c | {"SPLIT": split}
     accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
     signature = {}
@@ -173,7 +174,7 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
 
 
 def _sum_splits(dtype: torch.dtype, vec: int) -> Variant:
-    """The sum of a split reduction's workspace, as launching/launch.py launches it."""
+    """Returns the variant that sums a split reduction's workspace, with the launch config of `arguments.prepared`."""
     workspace = "*fp64" if dtype == torch.float64 else "*fp32"
     signature = {"ws_ptr": workspace, "out_ptr": "*" + NAMES[dtype], "numel": "i32", "splits": "i32"}
     constants = {"VEC": vec, "INTERPRET": False, "BLOCK": 1024}

@@ -1,16 +1,16 @@
-"""Counts what a pass must do and what a plan of it does, and predicts its time on a device. Standard library only.
+"""Counts the work of a pass and of a plan for it, and predicts the plan's time on a device. Standard library only.
 
-Operations and bytes are exact counts. The time is a model: the slowest of four rates, plus a launch.
+Operations and bytes are exact counts. The time is a model: a launch, plus the longest of four parts.
 
-    products  of padded tiles, at the tensor cores' (or the multiply-adders') rate
-    issue     instructions of the main loop, four warps a cycle on each unit
-    cache     operands that programs fetch: from L2, or, by direct kernels, whose taps share them, mostly from L1
-    memory    the least bytes, and what is read again because no cache holds it, at the memory's bandwidth
+    products  the products of the padded tiles, at the rate of tensor cores or of multiply-adds
+    issue     the instructions of the main loop, four warps per cycle on each multiprocessor
+    cache     the operands that programs fetch: from L2, or for depthwise kernels, whose taps share them, mostly from L1
+    memory    the least bytes, the workspace, and bytes that are read again because no cache holds them, at memory bandwidth
 
-Programs fill a device in waves: the first three are of the fullest unit. A split reduction ends with a launch of its own,
-which reads the workspace and overlaps with nothing. Loop lengths are fitted to the compiled code that
-scripts/codegen.py reads (tests/test_cost.py holds them to it); what a step's latency hides behind and the fixed times are
-estimates until a GPU has had its say.
+Programs run in waves, so the first three parts are counted for the multiprocessor with the most programs. A split-K reduction
+ends with a second launch, which reads the workspace and overlaps with nothing. Loop lengths are fitted to compiled code, as
+scripts/codegen.py reads it (tests/test_cost.py compares them). Latencies and fixed times are estimates, not yet measured on
+a GPU.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from tconv.planning.device import Device
 from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, BOXES, Access, Tile
 
-LAUNCH = 2e-6  # seconds from one kernel's start to that of an empty next one: an estimate
-LATENCY = 1000  # cycles from asking the memory to having it, where a loop's loads are not pipelined: an estimate
-BOX = 256  # elements of a tensor memory accelerator's box in one dimension
-ISSUE = 4  # instructions a unit starts per cycle, one for each of its schedulers
-L1 = 128  # bytes a unit takes from its own cache per cycle
-START = 300  # instructions of a strip kernel's warp outside its loop
-MOST_COLUMNS = 1 << 15  # taps times channels of a pack that the packed gather can count
-CUT = {"gather": 10, "packed": 10, "wgrad": 20, "packed_wgrad": 20}  # instructions that cut an element into its pieces
-ALONE = 1.5  # a program with a unit to itself is slowed so by its own barriers: an estimate
+LAUNCH = 2e-6  # seconds between the starts of two consecutive empty kernels: an estimate
+LATENCY = 1000  # cycles from a load to its data, in a main loop whose loads are not pipelined: an estimate
+BOX = 256  # the most elements of a tensor memory accelerator's box in one dimension
+ISSUE = 4  # warp instructions that a unit issues per cycle, one per scheduler
+L1 = 128  # bytes that a unit reads from its L1 cache per cycle
+START = 300  # instructions of a strip kernel's warp outside the main loop
+MOST_COLUMNS = 1 << 15  # the most taps times reduced channels of a pack that the packed kernel can decode
+CUT = {"gather": 10, "packed": 10, "wgrad": 20, "packed_wgrad": 20}  # instructions to cut an element into pieces
+ALONE = 1.5  # how much longer products take if a unit has one program, which then waits at its own barriers: an estimate
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one pass costs under a plan.
+    """The counted work and predicted time of one pass under a plan.
 
     Attributes:
-        flops: operations of the pass, two per multiply-add, every tap counted, the halo's too.
+        flops: operations of the pass, two per multiply-add. Taps that fall in the padding count too.
         bytes: least bytes: each operand read once, the result written once.
         executed: operations of the padded tiles.
-        programs: programs launched, all splits together.
-        waves: programs of the fullest unit.
-        units: units of the device.
-        workspace: bytes allocated beside the result.
-        parts: seconds by each of "products", "issue", "cache" and "memory".
-        seconds: the prediction.
+        programs: programs launched, over all splits.
+        waves: programs that the unit with the most programs runs.
+        units: multiprocessors of the device.
+        workspace: bytes allocated besides the result.
+        parts: seconds of "products", "issue", "cache" and "memory".
+        seconds: the predicted time.
     """
 
     flops: int
@@ -64,22 +64,22 @@ class Cost:
 
     @property
     def bound(self) -> str:
-        """The part that takes longest."""
+        """The name of the part that takes longest."""
         return max(self.parts, key=lambda part: part[1])[0]
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What plans are sorted by: the prediction, then all that would take time if it did not overlap."""
+        """The key by which plans are sorted: the predicted time, then the sum of the parts, as if none overlapped."""
         return self.seconds, sum(seconds for _, seconds in self.parts)
 
     @property
     def tile_waste(self) -> float:
-        """Share of the executed operations that tiles' tails make for nothing; none where a dgrad leaves out the halo."""
+        """The share of executed operations wasted in the tails of tiles. Zero if a dgrad skips more taps in the padding."""
         return max(0.0, 1 - self.flops / self.executed)
 
     @property
     def wave_waste(self) -> float:
-        """Share of the units' time that the last wave leaves idle."""
+        """The share of the units' time that is idle in the last wave."""
         return 1 - self.programs / (self.waves * self.units)
 
     def __str__(self) -> str:
@@ -90,47 +90,51 @@ class Cost:
 
 
 def flops(p: ConvProblem) -> int:
-    """Operations of fprop, dgrad or wgrad: the three meet the same pairs of elements."""
+    """Returns the operations of fprop, dgrad or wgrad. All three multiply the same pairs of elements."""
     return 2 * p.N * math.prod(p.Y) * p.K * (p.C // p.G) * p.taps
 
 
 def least_bytes(p: ConvProblem, pass_: str, itemsize: int) -> int:
-    """Bytes of x, w and y, of which a pass reads two and writes the third; of x, dgrad writes all, the others read what
-    the taps meet.
+    """Returns the bytes of x, w and y. A pass reads two of them and writes the third.
+
+    dgrad writes all of x. The other passes read at most Y*T elements of it along each dimension.
     """
     met = [x if pass_ == "dgrad" else min(x, y * t) for x, y, t in zip(p.X, p.Y, p.T, strict=True)]
     return itemsize * (p.N * p.C * math.prod(met) + math.prod(p.shape("w")) + math.prod(p.shape("y")))
 
 
 def written_elements(p: ConvProblem, pass_: str) -> int:
-    """Elements of a pass's result, and of a slice of its workspace."""
+    """Returns the elements of a pass's result, which is also the size of one split's slice of the workspace."""
     return math.prod(p.shape({"fprop": "y", "dgrad": "x", "wgrad": "w"}[pass_]))
 
 
 def phase_pixels(p: ConvProblem, pass_: str) -> int:
-    """Pixels that the largest phase of fprop or dgrad writes."""
+    """Returns the pixels that the largest phase of fprop or dgrad writes."""
     return math.prod(pixel_extents(p, pass_))
 
 
 def pixel_extents(p: ConvProblem, pass_: str) -> tuple[int, ...]:
-    """Images, and per dimension the outputs, of the largest phase of fprop or dgrad."""
+    """Returns the images and the written extents of the largest phase of fprop or dgrad."""
     return p.N, *(p.Y if pass_ == "fprop" else (math.ceil(x / s) for x, s in zip(p.X, p.S, strict=True)))
 
 
 def pixel_tiles(p: ConvProblem, pass_: str, block: int) -> int:
-    """Tiles of written pixels over all phases: what the kernels' own numbering (kernels/common.py) expects."""
+    """Returns the tiles of written pixels over all phases, as kernels/common.py `written_pixels` numbers them."""
     return math.ceil(phase_pixels(p, pass_) / block) * p.phases(pass_)
 
 
 def pack(p: ConvProblem, pass_: str, tile: Tile) -> int:
-    """Groups of which a packed kernel's tile takes the written channels: all, or a power of two for wide accesses' sake."""
+    """Returns the groups per pack of a packed kernel: all, or the largest power of two whose written channels fit in the tile.
+
+    At least one. A power of two keeps accesses wide.
+    """
     written = p.C // p.G if pass_ == "dgrad" else p.K // p.G
     room = (tile.m if pass_ == "wgrad" else tile.n) // written
     return p.G if room >= p.G else 1 << max(0, room.bit_length() - 1)
 
 
 def phase_taps(p: ConvProblem, pass_: str) -> list[int]:
-    """Taps that each phase of fprop or dgrad meets, phases without any left out."""
+    """Returns the number of taps of each phase of fprop or dgrad, without the phases that have none."""
     if pass_ == "fprop":
         return [p.taps]
     met = []
@@ -142,7 +146,10 @@ def phase_taps(p: ConvProblem, pass_: str) -> list[int]:
 
 @functools.lru_cache(1024)
 def frames_met(p: ConvProblem) -> float:
-    """Of the first dimension's taps the share that a 3-D dgrad walks whose tiles stay in a frame (kernels/gather.py)."""
+    """Returns the share of the first dimension's taps that a 3-D dgrad walks if each tile stays within one frame.
+
+    See kernels/common.py `met_frames`.
+    """
     if p.rank < 3:
         return 1.0
     x, y, stride, before, dilation = p.X[0], p.Y[0], p.S[0], p.P[0], p.D[0]
@@ -152,8 +159,10 @@ def frames_met(p: ConvProblem) -> float:
 
 @functools.lru_cache(1024)
 def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int, int], int]:
-    """The box [images, 3 extents] of `block` pixels, powers of two, that covers the largest phase of fprop or dgrad in the
-    fewest pieces, and over all phases their number. Of equal ones the one longest in the last dimension.
+    """Returns the box [images, 3 extents] of `block` pixels that covers the largest phase of fprop or dgrad in the fewest
+    pieces, and the number of pieces over all phases.
+
+    Extents of a box are powers of two. Of equally good boxes, the longest in the last dimension is returned.
     """
     extents, logs = pixel_extents(p, pass_), block.bit_length()
     found = []
@@ -167,9 +176,10 @@ def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int,
 
 
 def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
-    """The axis along which wgrad's boxes are runs of `block` pixels, "n" for images or a dimension, and the number of runs.
+    """Returns the axis along which tma_wgrad's boxes are runs of `block` pixels, and the number of runs.
 
-    A run ends where a dimension does, but may reach past the last image.
+    The axis is "n" for images, or a dimension whose output extent is a multiple of `block`. A run along the images may reach
+    past the last one.
     """
     pixels = math.prod(p.Y)
     found: list[tuple[int, str | int]] = [(p.N * pixels // block, d) for d in (2, 1, 0) if p.Y[d] % block == 0]
@@ -178,7 +188,7 @@ def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
 
 
 def reduction(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
-    """What wgrad's splits share out, in units of which a step takes tile.k: pixels, strips, or those of whole runs."""
+    """Returns the length of wgrad's reduction in pixels, strips, or pixels of whole runs. An iteration takes tile.k of them."""
     if kernel == "strip_wgrad":
         return strips.strips_of(p, pass_, tile.columns)
     if kernel == "tma_wgrad":
@@ -187,7 +197,7 @@ def reduction(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
 
 
 def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
-    """Programs of a plan without splits."""
+    """Returns the programs of a plan without splits."""
     c, k = p.C // p.G, p.K // p.G
     if kernel in ("wgrad", "tma_wgrad"):
         return math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G
@@ -209,34 +219,35 @@ def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
 
 
 def loop_length(kernel: str, tile: Tile, access: Access) -> float:
-    """Instructions of a warp per iteration of a kernel's main loop, fitted to what compilers for sm_90 make of it."""
+    """Returns a warp's instructions per iteration of a kernel's main loop, as fitted to code compiled for sm_90."""
     threads = 32 * tile.warps
     if kernel in ("depthwise", "depthwise_wgrad"):
         taps, pixels = (1, tile.m) if kernel == "depthwise" else (tile.m, tile.k)
         products = taps * pixels * tile.n / threads
         return 60 + products * (10 if access.narrow else 6)
-    if kernel in BOXES:  # one thread asks for the boxes
+    if kernel in BOXES:  # one thread issues the loads
         return 110.0
     loaded = (tile.m + tile.n) * tile.k / threads
-    # wgrad's pixels carry digits, and both operands move with them; packed kernels mask, and the gather decodes, every element.
+    # Instructions per iteration, per 16-byte copy, and per element of narrow loads. wgrad advances pixel digits with carries,
+    # and both operands' offsets with them. The packed kernels mask every element, and `packed` also decodes every column.
     base, copy, one = {"gather": (50, 8, 4), "wgrad": (110, 14, 4), "packed": (120, 10, 9), "packed_wgrad": (100, 14, 9)}[
         kernel
     ]
     copies = loaded * one if access.narrow else copy * loaded * access.itemsize / 16
     products = 0.0 if access.tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
-    if access.precision == BF16X6:  # every element is cut, by each four warps that share its row; a step's sum is added
+    if access.precision == BF16X6:  # each warpgroup cuts the rows it reads; a step's sum is added
         shared = max(1, 16 * tile.warps // tile.m)
         products = CUT[kernel] * (shared * tile.m + tile.n) * tile.k / threads + tile.m * tile.n / threads
     return base + copies + products
 
 
 def strip_length(p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
-    """The same of a strip kernel, per row of the filter, or in wgrad per step over the strips."""
+    """Returns a warp's instructions of a strip kernel per filter row, or in wgrad per iteration over the strips."""
     itemsize, narrow = access.itemsize, access.narrow
     taps, columns = min(strips.CHUNK, p.T[2]), strips.window(p, pass_, tile.columns)
     wide = 1 if narrow else strips.READ if access.flip else 16 // itemsize
     load = 3.5 if narrow and pass_ == "wgrad" else 8 if narrow or itemsize == 2 else 2
-    read = (1.5 if itemsize == 2 else 0.3) + load / wide  # an element's share of a load, and its unpacking
+    read = (1.5 if itemsize == 2 else 0.3) + load / wide  # unpacking an element, and its share of a load
     if pass_ == "wgrad":
         elements, loaded = tile.n * tile.k / (32 * tile.warps), tile.m * columns + tile.columns
         return 120 + 30 * tile.m + elements * (tile.m * tile.columns * taps + loaded * (read - 0.5))
@@ -253,12 +264,12 @@ def predict(
     access: Access,
     device: Device,
 ) -> Cost:
-    """What a plan costs on a device whose limits are known.
+    """Returns the cost of a plan on a device.
 
     Args:
-        p, pass_: what to compute, "fprop", "dgrad" or "wgrad".
-        kernel, tile, splits, access: how.
-        device: where.
+        p, pass_: the problem and "fprop", "dgrad" or "wgrad".
+        kernel, tile, splits, access: the plan.
+        device: the device, whose limits set the rates.
     """
     limits, itemsize, strip = device.limits, access.itemsize, kernel.startswith("strip")
     direct = strip or kernel.startswith("depthwise")
@@ -270,7 +281,7 @@ def predict(
         work = _gemm_work(p, pass_, kernel, tile, splits, access, device)
     programs = tiles_of(p, pass_, kernel, tile) * splits
     waves = math.ceil(programs / device.units)
-    steps = work.steps / programs * waves  # of the fullest unit
+    steps = work.steps / programs * waves  # of the unit with the most programs
 
     rate = limits.fma_32 if direct or not access.tensor_cores else limits.matrix_tf32 if itemsize == 4 else limits.matrix_16
     if access.precision == BF16X6:
@@ -282,11 +293,12 @@ def predict(
     resident = max(1, min(waves, work.resident))
     if access.narrow or direct:
         cycles = max(cycles, LATENCY / resident)
-    elif resident == 1:  # in pieces, a program cuts, then multiplies
+    elif resident == 1:  # a lone BF16X6 program cuts, then multiplies
         products = products + steps * cycles / limits.clock if access.precision == BF16X6 else products * ALONE
     workspace = splits * written_elements(p, pass_) * max(4, itemsize) if splits > 1 else 0
     least = least_bytes(p, pass_, itemsize)
-    # Phases of a strided dgrad run one after the other over all of dy; what the L2 cache has lost by then is read again.
+    # The phases of a strided dgrad run one after the other, and each reads all of dy. If dy does not fit in L2, it is read from
+    # memory each time.
     again = 0
     read = itemsize * math.prod(p.shape("y"))
     if pass_ == "dgrad" and read > limits.l2_bytes:
@@ -305,13 +317,13 @@ def predict(
 
 @dataclass(frozen=True)
 class _Work:
-    """What the programs of a plan do.
+    """The work of a plan's programs.
 
     Attributes:
-        steps: iterations of all their loops together.
+        steps: iterations of the main loops of all programs.
         flops, length, fetched: operations, instructions of a warp, and bytes fetched, all per iteration.
-        resident: programs at most that a unit has room for.
-        start: instructions of a warp outside the loop, where they count.
+        resident: the most programs that fit on a unit at once (occupancy).
+        start: instructions of a warp outside the main loop, where they matter.
     """
 
     steps: int
@@ -335,7 +347,7 @@ def _gemm_work(
     if pass_ == "wgrad":
         steps = tiles * _split_steps(reduction(p, pass_, kernel, tile), tile.k, splits)
     else:
-        # A tap belongs to one phase of a dgrad, so over the phases each counts once.
+        # A tap belongs to exactly one phase of a dgrad, so over all phases each tap counts once.
         reduced, per_phase = (p.C if pass_ == "fprop" else p.K) // p.G, tiles // p.phases(pass_)
         steps = per_phase * p.taps * _split_steps(reduced, tile.k, splits)
         if kernel == "gather" and pass_ == "dgrad" and tile.m * math.prod(p.S[1:]) <= math.prod(p.X[1:]):
@@ -344,8 +356,9 @@ def _gemm_work(
             reduced *= pack(p, pass_, tile)
             steps = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
     length = loop_length(kernel, tile, access)
-    shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize  # of its pipeline
-    # Warps for which there are registers: pieces take many, and so do addresses one by one beside fp32 products.
+    shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize  # bytes of the software pipeline
+    # How many warps the registers suffice for. BF16X6 pieces take many registers, and so do per-element addresses beside true
+    # fp32 products.
     many = access.precision == BF16X6 or (access.narrow and not access.tensor_cores and kernel != "gather")
     warps = 8 if many else 16
     resident = min(device.shared_bytes // shared, warps // tile.warps)
@@ -376,29 +389,36 @@ def _strip_work(p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Acc
         elements, accumulators = tile.n * tile.m, tile.columns
         met, fetched = tile.columns * p.T[2] / (p.S[2] if pass_ == "dgrad" else 1), elements * strips.chunks(p) * columns
     threads = 32 * tile.warps
-    resident = int(65536 / (threads * (56 + elements / threads * (accumulators + 6))))  # by registers
+    resident = int(65536 / (threads * (56 + elements / threads * (accumulators + 6))))  # registers limit the occupancy
     length = strip_length(p, pass_, tile, access)
     return _Work(steps, 2 * elements * met, length, access.itemsize * fetched, resident, START)
 
 
 def _split_steps(reduced: int, block: int, splits: int) -> int:
-    """Iterations over all splits of a reduction, the last of which may be short but takes as long."""
+    """Returns the iterations over all splits of a reduction. The last split may be shorter but is counted in full."""
     return splits * math.ceil(math.ceil(reduced / block) / splits)
 
 
 def _summing(workspace: int, device: Device) -> float:
-    """Seconds of a split reduction's second launch, which reads the slices when all are written."""
+    """Returns the seconds of a split reduction's second launch, which reads the workspace after all slices are written."""
     return LAUNCH + workspace / device.limits.bandwidth if workspace else 0.0
 
 
 def with_copies(cost: Cost, copied: int, operands: int, device: Device) -> Cost:
-    """A plan's cost with so many bytes of operands copied to another layout before it, each read and written once."""
+    """Returns the cost of a plan with copies of its operands to another layout before it.
+
+    Args:
+        cost: the plan's cost without the copies.
+        copied: bytes copied, each read once and written once.
+        operands: number of operands copied, one launch each.
+        device: the device.
+    """
     seconds = cost.seconds + 2 * copied / device.limits.bandwidth + operands * LAUNCH
     return replace(cost, workspace=cost.workspace + copied, seconds=seconds)
 
 
 def predict_bias(channels: int, pixels: int, tile: Tile, splits: int, itemsize: int, device: Device) -> Cost:
-    """What a bias gradient costs: an addition per element of the output's gradient."""
+    """Returns the cost of a bias gradient: one addition per element of the output's gradient."""
     limits = device.limits
     tiles = math.ceil(channels / tile.n)
     steps = math.ceil(math.ceil(pixels / tile.k) / splits)

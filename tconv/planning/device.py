@@ -1,4 +1,4 @@
-"""Facts about a device, asked for when first needed. Standard library above, torch inside."""
+"""What a device has and how fast it can be. Only `cuda_device` imports torch, when it is first called."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device reaches at best, in operations (a multiply-add is two), bytes and cycles per second.
+    """Peak rates that a device reaches in practice, per second: operations (a multiply-add counts two), bytes, cycles.
 
     Attributes:
-        matrix_16, matrix_tf32, matrix_64: dense matrix products by tensor cores in fp16 or bf16, TF32, fp64.
-        fma_32: fp32 multiply-adds.
+        matrix_16, matrix_tf32, matrix_64: operations of dense matrix products in fp16 or bf16, in TF32, and in fp64.
+        fma_32: operations of fp32 multiply-adds without tensor cores.
         bandwidth: device memory, bytes read plus bytes written.
         l2_bandwidth: from the L2 cache to the multiprocessors.
-        l2_bytes: size of the L2 cache, or of the cache behind it where that is what catches re-reads.
-        clock: of the multiprocessors.
+        l2_bytes: size of the L2 cache, or of a larger cache behind it that serves repeated reads.
+        clock: cycles of a multiprocessor.
     """
 
     matrix_16: float
@@ -30,8 +30,8 @@ class Limits:
     clock: float
 
 
-# Matrix rates are 0.8 of the data sheet's and bandwidths 0.9: what is reported of an H200 (790 of 990 TFLOP/s in an 8192^3
-# bf16 product of random data, 4.3 of 4.8 TB/s in a copy). The L2 bandwidths are estimates. None was measured by this project.
+# Matrix rates are 0.8 of the data sheet's and bandwidths 0.9. Those are the ratios reported for an H200: 790 of 990 TFLOP/s
+# in an 8192^3 bf16 product of random data, 4.3 of 4.8 TB/s in a copy. L2 bandwidths are estimates. This project measured none.
 H100 = Limits(790e12, 395e12, 53e12, 54e12, 3.0e12, 8e12, 50e6, 1.755e9)
 H200 = dataclasses.replace(H100, bandwidth=4.3e12)
 A100 = Limits(250e12, 125e12, 15.6e12, 15.6e12, 1.83e12, 4.5e12, 40e6, 1.41e9)
@@ -40,14 +40,14 @@ MI300X = Limits(1045e12, 522e12, 130e12, 130e12, 4.8e12, 16e12, 256e6, 2.1e9)
 
 @dataclass(frozen=True)
 class Device:
-    """What planning needs to know.
+    """What planning needs to know about a device.
 
     Attributes:
         name: as the driver gives it, or "interpreter".
         units: multiprocessors (compute units).
-        shared_bytes: shared memory one program may use.
-        interpreted: Triton's interpreter runs the kernels; its cost is per operation, not per element.
-        limits: what it reaches at best; an H100's where not given.
+        shared_bytes: shared memory that one program may use.
+        interpreted: True if Triton's interpreter runs the kernels. Its time is per operation, not per element.
+        limits: peak rates; by default those of an H100.
         generation: CUDA's major compute capability, 0 for AMD.
     """
 
@@ -65,7 +65,7 @@ DEVICES = {
     "A100": Device("A100", 108, 166912, limits=A100, generation=8),
     "MI300X": Device("MI300X", 304, 65536, limits=MI300X, generation=0),
 }
-ARCHITECTURES = {  # name: (Triton's backend, its name for the architecture, warp size, a device that has it)
+ARCHITECTURES = {  # name: (Triton's backend, its name for the architecture, warp size, a device of that architecture)
     "sm_80": ("cuda", 80, 32, DEVICES["A100"]),
     "sm_90": ("cuda", 90, 32, DEVICES["H100"]),
     "sm_100": ("cuda", 100, 32, Device("B200", 148, 232448, generation=10)),
@@ -75,11 +75,13 @@ INTERPRETER = Device("interpreter", 1, 1 << 40, interpreted=True)
 
 
 def limits_of(name: str, units: int, generation: int) -> Limits:
-    """The limits of a device by its name; of one not listed, the nearest listed one's. In proportion to its units.
+    """Returns the limits of a device, scaled from a listed device to its number of units.
+
+    The listed device is the one whose name occurs in `name`, else a listed one of the same or the nearest generation.
 
     Args:
-        name: as the driver gives it.
-        units: multiprocessors.
+        name: the name that the driver gives.
+        units: number of multiprocessors.
         generation: CUDA's major compute capability, 0 for AMD.
     """
     nearest = "MI300X" if generation == 0 else "A100" if generation < 9 else "H100"
@@ -90,7 +92,7 @@ def limits_of(name: str, units: int, generation: int) -> Limits:
 
 @functools.cache
 def cuda_device(index: int) -> Device:
-    """The CUDA or ROCm device of that index."""
+    """Returns the CUDA or ROCm device with that index."""
     import torch
 
     p = torch.cuda.get_device_properties(index)

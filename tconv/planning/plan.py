@@ -1,4 +1,4 @@
-"""Chooses how a pass of a problem is run: kernel, tile, splits, and the reason, for people to read."""
+"""Chooses the kernel, tile and number of splits of a pass, and records the reason for people to read."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from tconv.planning.strips import Strips, strips_of, why_not
 from tconv.planning.tiles import BF16X6, BOXES, DOTS, Access, Tile, can_cut, tiles, why_illegal
 
 INTERPRETED = "one large tile for the interpreter"
-WORKSPACE = 32 << 20  # bytes that a reduction's splits may take at most
-FILLED = 2  # waves from which on fprop and dgrad are not split: there is little left to fill
+WORKSPACE = 32 << 20  # the most bytes that the workspace of a split reduction may take
+FILLED = 2  # fprop and dgrad are not split if they have at least so many waves: little of the device is idle then
 KERNELS = {
     "fprop": ("gather", "packed", "depthwise", "strip", "tma"),
     "dgrad": ("gather", "packed", "depthwise", "strip", "tma"),
     "wgrad": ("wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "tma_wgrad"),
     "bias": ("bias",),
 }
-UNPROVEN = {*BOXES, BF16X6}  # right in the interpreter, never run on hardware: compared, but chosen only if forced
+UNPROVEN = {*BOXES, BF16X6}  # tested in the interpreter, never run on hardware: listed, but chosen only if forced
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Plan:
 
     Attributes:
         pass_: "fprop", "dgrad", "wgrad", "bias" (the bias gradient) or "stage" (an operand's copy to channels last).
-        kernel: "bias", "stage" or one of the others in KERNELS.
+        kernel: one of KERNELS, or "stage".
         tile: block extents and launch options.
-        splits: parts into which the reduction is cut, added in a fixed order afterwards.
+        splits: parts into which the reduction is cut. Their sums are added in a fixed order afterwards.
         reason: one line for `explain`.
-        cost: what the cost model says of it; None in the interpreter.
+        cost: the cost model's prediction; None in the interpreter.
         staged: operands that are first copied to channels last.
-        precision: BF16X6, or empty for that of the data type and torch's flag.
-        kernels: those among which the planner had to choose.
-        tiles: those among which the kernel's was chosen.
-        parts: numbers of splits among which the tile's was chosen.
-        others: the next best that were considered, at most three.
+        precision: BF16X6, or empty for the precision of the data type and torch's flag.
+        kernels: the kernels that the planner considered.
+        tiles: the tiles that it considered for this kernel.
+        parts: the numbers of splits that it considered for this tile.
+        others: the next best plans, three at most, then unproven plans that the chosen one was compared with.
     """
 
     pass_: str
@@ -71,11 +71,11 @@ class Plan:
 
     @property
     def unproven(self) -> bool:
-        """Whether it rests on a mechanism that no hardware has been seen to do yet."""
+        """True if the plan uses a kernel or precision that has never run on hardware."""
         return self.kernel in UNPROVEN or self.precision in UNPROVEN
 
     def unchosen(self) -> Plan:
-        """An unproven plan as a chosen one lists it."""
+        """Returns this unproven plan with the reason that it has when a chosen plan lists it."""
         return replace(self, reason=f"not chosen: a mechanism not seen on hardware yet; {self.cost}")
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Forced:
-    """What `force` was given."""
+    """The arguments of `force`."""
 
     kernel: str | None
     tile: Tile | None
@@ -100,7 +100,7 @@ _forced: Forced | None = None
 
 
 def forced() -> Forced | None:
-    """What plans are forced to now, if anything."""
+    """Returns the arguments of the innermost active `force`, or None."""
     return _forced
 
 
@@ -112,18 +112,22 @@ def force(
     staged: bool | None = None,
     precision: str | None = None,
 ) -> Iterator[None]:
-    """Inside the block every plan uses what is given; one that cannot run raises ValueError. For tests and measurements.
+    """Makes every plan inside the block use the given choices. For tests and measurements.
 
-    It holds for the whole process: backward passes run on threads of autograd's own.
+    It holds for the whole process, not for the thread, because autograd runs backward passes on threads of its own. A forced
+    plan that cannot run raises ValueError when a convolution is called.
 
     Args:
-        kernel: name of a kernel, one of KERNELS; passes that do not know it plan freely.
+        kernel: name of a kernel, one of KERNELS. Passes that do not have this kernel are planned freely.
         tile: block extents for those passes, a `tconv.Tile`.
-        splits: parts of the reduction. More than one are for wgrad and the bias gradient; for fprop and dgrad, most of
-            which have too few channels for that, only together with `kernel="gather"`.
-        staged: whether operands whose channels lie apart are first copied to channels last, where a kernel can gain by it.
-        precision: of the products of fp32, whatever torch's flag says and in every pass whose kernel has a dot: "ieee", or
-            "bf16x6", three bf16 for each number and six products on tensor cores. Other data types stay as they are.
+        splits: parts of the reduction, for wgrad and the bias gradient. It applies to fprop and dgrad only together with
+            `kernel="gather"`, since most of them have too few channels to split.
+        staged: whether operands without contiguous channels are first copied to channels last, where a kernel can gain by it.
+        precision: how fp32 products are computed in every pass whose kernel uses tl.dot, whatever torch's flag says. "ieee",
+            or "bf16x6": three bf16 for each number and six products on tensor cores. Other data types are not affected.
+    Raises:
+        ValueError: the kernel or precision does not exist.
+        TypeError: the tile is not a `tconv.Tile`.
 
     Example:
         >>> with force(splits=3):
@@ -145,21 +149,22 @@ def force(
 
 
 def pow2(n: int, low: int, high: int) -> int:
-    """The power of two at or above n, within [low, high]."""
+    """Returns the smallest power of two that is at least n, clamped to [low, high]."""
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
 @dataclass(frozen=True)
 class Operands:
-    """How the operands of a pass lie, as far as it decides which kernels may be chosen and how fast they are.
+    """The layout of a pass's operands, as far as planning depends on it.
 
     Attributes:
         itemsize: bytes of an element.
-        tensor_cores: whether the precision asked for lets tensor cores do the products.
-        narrow: whether an operand's layout or alignment allows only element by element loads.
-        large: whether they are met simply enough for the largest tiles.
-        strips: how a depthwise problem's operands lie for strip kernels; None: as `narrow`.
-        pack_narrow: the same of a packed kernel, whose weights do not count, by the groups in a pack; None: as `narrow`.
+        tensor_cores: True if the precision asked for lets tensor cores compute the products.
+        narrow: True if an operand's layout or alignment allows only element-by-element access.
+        large: True if the accesses leave enough registers for the largest tiles.
+        strips: how strip kernels access a depthwise problem's operands; None if as `narrow` says.
+        pack_narrow: maps the groups per pack to `narrow` for a packed kernel, which ignores how weights are accessed; None if
+            as `narrow` says.
     """
 
     itemsize: int
@@ -170,7 +175,7 @@ class Operands:
     pack_narrow: Callable[[int], bool] | None = None
 
     def precisions(self, kernel: str, device: Device) -> tuple[str, ...]:
-        """Those among which there is a choice, as `Plan.precision`: fp32 without TF32 can be cut into pieces."""
+        """Returns the precisions to consider, as values of `Plan.precision`. Only fp32 without TF32 has a choice: BF16X6."""
         if self.itemsize != 4 or self.tensor_cores or kernel not in DOTS:
             return ("",)
         if _forced and _forced.precision:
@@ -178,20 +183,20 @@ class Operands:
         return ("", BF16X6) if can_cut(device) and not device.interpreted else ("",)
 
     def access(self, problem: ConvProblem, pass_: str, kernel: str, tile: Tile | None = None, precision: str = "") -> Access:
-        """How a kernel meets them; of a packed one, with a tile, or at best."""
+        """Returns how a kernel accesses the operands. For a packed kernel that depends on the tile; None is the best case."""
         if kernel.startswith("strip") and self.strips:
             return Access(self.itemsize, self.tensor_cores, self.strips.narrow, self.strips.flip)
         narrow = self.narrow
         if kernel.startswith("packed") and self.pack_narrow:
             narrow = tile is not None and self.pack_narrow(pack(problem, pass_, tile))
-        # Of a group's one channel, a dot's operands can only be gathered one by one.
+        # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
         elif problem.depthwise and kernel in ("gather", "wgrad", "packed", "packed_wgrad"):
             narrow = True
         cores = self.tensor_cores or precision == BF16X6
         return Access(self.itemsize, cores, narrow, large=self.large, precision=precision)
 
     def tiles(self, problem: ConvProblem, pass_: str, kernel: str, device: Device, precision: str = "") -> tuple[Tile, ...]:
-        """Every tile with which a kernel can take them."""
+        """Returns the tiles with which a kernel can access the operands."""
         best = self.access(problem, pass_, kernel, precision=precision)
         found = tiles(kernel, best, device)
         if not kernel.startswith("packed"):
@@ -202,16 +207,16 @@ class Operands:
 
 
 def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None = None) -> Plan:
-    """The plan for one pass: of all candidates the one with the least predicted time (planning/cost.py).
+    """Returns the plan for one pass: of all candidates the one with the least predicted time (planning/cost.py).
 
     Args:
-        problem: what to compute.
+        problem: the convolution.
         pass_: "fprop", "dgrad" or "wgrad".
-        operands: on what.
-        device: where.
-        only: the only kernel to consider; None for all that are proven.
+        operands: the layout of its operands.
+        device: the device to plan for.
+        only: the only kernel to consider; None for all kernels that load through pointers.
     Raises:
-        ValueError: a plan was forced (`force`) that cannot run.
+        ValueError: a forced plan (`force`) cannot run, or no tile fits.
     """
     request, itemsize = _request_for(pass_), operands.itemsize
     if request and request.kernel:
@@ -245,10 +250,10 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
 
 
 def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
-    """The plan for a bias gradient, the sum of `pixels` numbers for each of `channels`.
+    """Returns the plan for a bias gradient: for each of `channels`, the sum over `pixels`.
 
     Raises:
-        ValueError: a plan was forced (`force`) that cannot run.
+        ValueError: a forced plan (`force`) cannot run.
     """
     request, limit = _request_for("bias"), WORKSPACE // (channels * max(4, itemsize))
     n = pow2(channels, 1, 1024)
@@ -265,7 +270,7 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
 
 
 def choose_stage(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
-    """The plan for a copy to channels last: the widest tile that is not wider than the channels need."""
+    """Returns the plan for a copy to channels last: the widest tile that is no wider than the channels need."""
     if device.interpreted:
         n = pow2(channels, 1, 1024)
         return Plan("stage", "stage", Tile(pow2(pixels, 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
@@ -275,14 +280,14 @@ def choose_stage(channels: int, pixels: int, itemsize: int, device: Device) -> P
 
 
 def _fastest(plans: list[Plan], request: Forced | None) -> Plan:
-    """The plan of least predicted time, of equals the one with more to spare, knowing the others."""
+    """Returns the plan that `Cost.rank` sorts first. Its `others` are the next three."""
     first, *rest = sorted(plans, key=lambda plan: plan.cost.rank if plan.cost else (0.0, 0.0))
     why = "forced" if request else f"best of {len(plans)}"
     return replace(first, reason=f"{why}; {first.cost}", others=tuple(rest[:3]))
 
 
 def _request_for(pass_: str) -> Forced | None:
-    """What this pass is forced to; a kernel that it does not know leaves it free."""
+    """Returns the forced choices for this pass, or None, also if the forced kernel is not one of this pass."""
     request = _forced
     return None if request is None or not (request.kernel is None or request.kernel in KERNELS[pass_]) else request
 
@@ -290,7 +295,7 @@ def _request_for(pass_: str) -> Forced | None:
 def _legal_tiles(
     request: Forced | None, candidates: tuple[Tile, ...], illegal: Callable[[Tile], str | None]
 ) -> tuple[Tile, ...]:
-    """The candidates that can run, or the forced one."""
+    """Returns the candidates that can run, or only the forced tile. Raises ValueError if the forced tile cannot run."""
     if request is None or request.tile is None:
         return tuple(t for t in candidates if not illegal(t))
     reason = illegal(request.tile)
@@ -302,7 +307,7 @@ def _legal_tiles(
 def _illegal(
     problem: ConvProblem, pass_: str, kernel: str, itemsize: int, device: Device, precision: str = ""
 ) -> Callable[[Tile], str | None]:
-    """Tile -> why a kernel cannot run a pass with it, or None."""
+    """Returns a function from a tile to why the kernel cannot run the pass with it, or None."""
 
     def illegal(tile: Tile) -> str | None:
         reason = why_illegal(kernel, tile, itemsize, device)
@@ -322,17 +327,17 @@ def _illegal(
 
 
 def _kernels(problem: ConvProblem, pass_: str) -> tuple[str, ...]:
-    """The kernels that could take a pass, some of them perhaps with none of their tiles."""
+    """Returns the kernels to consider for a pass. Some may turn out to have no legal tile."""
     dot, packs, direct, strip = KERNELS[pass_][:4]
     if problem.depthwise:
         return (direct, dot) if problem.multiplier > 1 else (strip, direct, dot)
-    few = FEW * (2 if pass_ == "wgrad" else 1)  # its packed tiles are wider than a tap of so many channels
+    few = FEW * (2 if pass_ == "wgrad" else 1)  # its tiles are up to 128 wide, two taps of so many channels
     gains = min(problem.C, problem.K) <= few * problem.G and (problem.taps > 1 or problem.G > 1)
     return (dot, packs) if gains and not _unfit(problem, pass_, packs) else (dot,)
 
 
 def _unfit(problem: ConvProblem, pass_: str, kernel: str) -> str | None:
-    """What a kernel would need to take a pass, or None."""
+    """Returns why a kernel does not support a pass, or None."""
     if kernel.startswith("depthwise") and not problem.depthwise:
         return "needs one input channel per group"
     if kernel.startswith("strip") and not (problem.depthwise and problem.multiplier == 1):
@@ -343,14 +348,14 @@ def _unfit(problem: ConvProblem, pass_: str, kernel: str) -> str | None:
 
 
 def _countable(problem: ConvProblem, pass_: str) -> bool:
-    """Whether the packed gather's columns can be decoded (kernels/common.py `quotient`) for every tile."""
+    """Returns True if `packed` can decode GEMM_K's columns (kernels/common.py `quotient`) with every tile."""
     written, reduced = _channels(problem, pass_, "gather")
     groups = problem.G if written < MOST_COLUMNS else 1
     return min(groups, max(1, 1024 // written)) * reduced * problem.taps <= MOST_COLUMNS
 
 
 def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
-    """(channels written, channels reduced) of a program's reach: per group, or all where a tile spans groups."""
+    """Returns (channels written, channels reduced): per group, or over all groups if the kernel's tiles span groups."""
     c, k = problem.C // problem.G, problem.K // problem.G
     if kernel == "depthwise":
         return (problem.K if pass_ == "fprop" else problem.C), 1
@@ -358,7 +363,10 @@ def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
 
 
 def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, device: Device, request: Forced | None) -> Plan:
-    """The interpreter's time is per operation: few programs, and direct kernels while groups have few outputs."""
+    """Returns the plan for the interpreter, whose time is per operation, not per element.
+
+    That favours few programs, and depthwise kernels while the channel multiplier is small.
+    """
     dot, _, direct, _ = KERNELS[pass_][:4]
     itemsize = operands.itemsize
     kernel = request.kernel if request and request.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
@@ -373,7 +381,7 @@ def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, devi
 
 
 def _interpreter_tiles(problem: ConvProblem, pass_: str, kernel: str) -> tuple[Tile, ...]:
-    """The interpreter's time is per operation, not per element: one program, or as few as 2^18 elements a block allow."""
+    """Returns the interpreter's tiles for a kernel: one program, or as few as blocks of at most 2^18 elements allow."""
     if kernel.startswith("strip"):
         n, columns = pow2(problem.K, 1, 1024), (4, 8, 6)
         m = [pow2(strips_of(problem, pass_, c), 1, (1 << 18) // n) for c in columns]
@@ -384,7 +392,7 @@ def _interpreter_tiles(problem: ConvProblem, pass_: str, kernel: str) -> tuple[T
 
 
 def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
-    """The one tile of a kernel that is not cut into strips."""
+    """Returns the interpreter's tile for a kernel other than the strip kernels."""
     written, reduced = _channels(problem, pass_, kernel)
     if kernel == "depthwise_wgrad":
         n = pow2(problem.K, 1, 1024)
@@ -401,27 +409,27 @@ def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
     if kernel == "packed":
         written, reduced = min(written * problem.G, max(written, 64)), 256
     n, k = pow2(written, low, 1024), pow2(reduced, low, 256)
-    if kernel == "tma":  # a box has powers of two in each extent, and must end where its group does
+    if kernel == "tma":  # a box's extents are powers of two, and it must not cross into the next group
         m = math.prod(pow2(e, 1, 64) for e in pixel_extents(problem, pass_))
         return Tile(pow2(m, low, (1 << 18) // max(n, k)), n, k if problem.G == 1 else min(k, reduced & -reduced))
     return Tile(pow2(phase_pixels(problem, pass_), low, (1 << 18) // max(n, k)), n, k)
 
 
 def chunk(reduced: int, block: int, splits: int) -> int:
-    """Pixels, or channels, per split: the least multiple of the block with which `splits` splits are enough."""
+    """Returns the pixels or channels per split: the least multiple of `block` with which `splits` splits are enough."""
     return math.ceil(math.ceil(reduced / block) / splits) * block
 
 
 def _all_splits(
     problem: ConvProblem, pass_: str, kernel: str, tile: Tile, itemsize: int, device: Device, request: Forced | None
 ) -> tuple[int, ...]:
-    """Numbers of splits worth considering for a pass: of pixels in wgrad, of channels in the gather where tiles are few."""
+    """Returns the numbers of splits to consider. wgrad splits its pixels; gather splits channels, if it has few tiles."""
     limit = WORKSPACE // (written_elements(problem, pass_) * max(4, itemsize))
     programs = tiles_of(problem, pass_, kernel, tile)
     if pass_ == "wgrad":
         return _split_counts(reduction(problem, pass_, kernel, tile), tile.k, programs, limit, device, request)
     named = request is not None and request.kernel == "gather" and request.splits is not None
-    # The largest tiles have no registers for a slice's offsets.
+    # With the largest tiles there are no registers left for the offsets of a split's slice.
     small = programs < FILLED * device.units and tile.m * tile.n <= 128 * 128 and not device.interpreted
     if kernel != "gather" or not (named or small) or (request and request.splits == 1):
         return (1,)
@@ -431,10 +439,10 @@ def _all_splits(
 def _split_counts(
     reduced: int, block: int, programs: int, limit: int, device: Device, request: Forced | None
 ) -> tuple[int, ...]:
-    """Numbers of parts of a reduction: up to 16, and what fills one to four waves of the device; at most `limit`.
+    """Returns the numbers of splits to consider: 1 to 16, and those that fill one to four waves; at most `limit`.
 
-    Each is a number that is used up: rounding a part up to whole blocks may leave the last ones without work. A part's
-    pixels are counted in 32 bits, so one per 2^30 is the least.
+    A split is rounded up to whole blocks, which may leave the last splits without work. Only numbers for which every split has
+    work are returned. A split's pixels are counted in 32 bits, so there is at least one split per 2^30 of them.
     """
     steps = math.ceil(reduced / block)
     most, least = max(1, min(steps, limit)), math.ceil(reduced / 2**30)

@@ -1,17 +1,19 @@
-"""What a convolution is, free of rank, layout, dtype and device. Standard library only.
+"""The description of a convolution: extents and parameters, without layout, dtype or device. Standard library only.
 
 Glossary, used everywhere below the public functions:
 
     N C K G     batch, input channels, output channels, groups
-    D H W       input extents, here X = (D, H, W); 1-D and 2-D problems have leading extents of one
-    T R S       filter extents, here T; Z P Q output extents, here Y
+    D H W       input extents, as a tuple X; 1-D and 2-D problems have leading extents of one
+    T R S       filter extents, as a tuple T
+    Z P Q       output extents, as a tuple Y
+    S P D       in ConvProblem: stride, padding, dilation
     x w y b     input, weight [K, C/G, T, R, S], output, bias; gradients dx dw dy db
     fprop       y from x and w
     dgrad       dx from dy and w; also the forward of a transposed convolution
     wgrad       dw from dy and x
 
-A transposed layer is the problem whose fprop is its input gradient: its input is y, its output x, so C counts its output
-channels and K its input channels.
+A transposed layer is described by the convolution that it transposes. The layer's input is that problem's y and its output
+is x, so C counts the layer's output channels and K its input channels. Its forward is the problem's dgrad.
 """
 
 from __future__ import annotations
@@ -27,20 +29,20 @@ PASSES = ("fprop", "dgrad", "wgrad")
 
 
 def lift(values: Sequence[int], fill: int) -> Triple:
-    """`rank` numbers as three, the missing leading ones being `fill`."""
+    """Returns three numbers: `values`, with `fill` for the missing leading dimensions."""
     full = (fill,) * (3 - len(values)) + tuple(values)
     return full[0], full[1], full[2]
 
 
 @dataclass(frozen=True)
 class ConvProblem:
-    """Extents and parameters of one convolution; every tuple has three entries.
+    """Extents and parameters of one convolution. Every tuple has three entries, one per dimension.
 
     Attributes:
         rank: spatial dimensions of the tensors, 1 to 3.
         N, C, K, G: batch, input channels, output channels, groups.
         X, Y, T: input, output and filter extents.
-        S, P, D: stride, padding before the first element, dilation. What padding follows the last element shows in Y.
+        S, P, D: stride, padding before the first element, dilation. The padding after the last element is implied by Y.
     """
 
     rank: int
@@ -57,7 +59,7 @@ class ConvProblem:
 
     def __post_init__(self) -> None:
         fields = (self.rank, self.N, self.C, self.K, self.G, self.X, self.Y, self.T, self.S, self.P, self.D)
-        object.__setattr__(self, "_hash", hash(fields))  # hashed on every call, so once
+        object.__setattr__(self, "_hash", hash(fields))  # every call needs the hash, so it is computed once
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
@@ -68,23 +70,23 @@ class ConvProblem:
 
     @property
     def multiplier(self) -> int:
-        """Output channels per group."""
+        """Output channels per group (depthwise: the channel multiplier)."""
         return self.K // self.G
 
     @property
     def depthwise(self) -> bool:
-        """One input channel per group, more than one group."""
+        """True if there is more than one group and each has one input channel."""
         return self.G > 1 and self.G == self.C
 
     def shape(self, which: str) -> tuple[int, ...]:
-        """Shape of "x", "y" or "w" as torch sees it."""
+        """Returns the shape of "x", "y" or "w" as torch sees it, at the problem's rank."""
         skip = 3 - self.rank
         if which == "w":
             return (self.K, self.C // self.G, *self.T[skip:])
         return (self.N, self.C, *self.X[skip:]) if which == "x" else (self.N, self.K, *self.Y[skip:])
 
     def gemm(self, pass_: str) -> Triple:
-        """(GEMM_M, GEMM_N, GEMM_K) of one group, every tap counted."""
+        """Returns (GEMM_M, GEMM_N, GEMM_K) of one group's implicit GEMM, with taps that fall in the padding counted."""
         c, k = self.C // self.G, self.K // self.G
         if pass_ == "fprop":
             return self.N * math.prod(self.Y), k, c * self.taps
@@ -93,7 +95,7 @@ class ConvProblem:
         return k, c * self.taps, self.N * math.prod(self.Y)
 
     def phases(self, pass_: str) -> int:
-        """Groups of outputs that meet the same taps: one, but for dgrad the product of the strides."""
+        """Returns the number of phases (sets of written pixels that use the same taps), for dgrad the product of strides."""
         return math.prod(self.S) if pass_ == "dgrad" else 1
 
     def __str__(self) -> str:
@@ -113,16 +115,17 @@ class ConvProblem:
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """What a call's operations share: a problem, the memory format of all it computes, and whether to compute at all.
+    """What the passes of one call share: the problem, the memory format of the results, and whether to launch anything.
 
-    Launches are remembered by the object itself, so one belongs to one dtype on one device.
+    Launches are cached by the identity of this object, so an object must be used with one dtype on one device only.
 
     Attributes:
         problem: the convolution.
-        channels_last: whether y, dx and dw are channels_last.
+        channels_last: True if y, dx and dw are channels_last.
         dry: plan and record, but launch nothing (`explain`).
-        device: what a dry call is planned for; None for the tensors' own device.
-        dw_channels_last: whether dw is, where its format is not that of y and dx (layout.weight_format).
+        device: the device that a dry call is planned for; None for the tensors' own device.
+        dw_channels_last: True if dw is channels_last, where its format may differ from that of y and dx
+            (launching/memory_format.py `weight_format`).
     """
 
     problem: ConvProblem
@@ -140,7 +143,7 @@ def forward_problem(
     dilation: Sequence[int],
     groups: int,
 ) -> ConvProblem:
-    """The problem of a batched convolution.
+    """Returns the problem of a batched convolution.
 
     Args:
         x: input shape, (N, C, *spatial).
@@ -149,7 +152,7 @@ def forward_problem(
         padding: (before, after) per spatial dimension.
         groups: number of groups.
     Returns:
-        The problem; Y = (X + before + after - D*(T - 1) - 1) // S + 1, which is not positive where the kernel does not fit.
+        The problem, with Y = (X + before + after - D*(T - 1) - 1) // S + 1. Y is not positive if the filter does not fit.
     """
     rank = len(x) - 2
     y = [(x[2 + i] + sum(padding[i]) - dilation[i] * (w[2 + i] - 1) - 1) // stride[i] + 1 for i in range(rank)]
@@ -168,7 +171,7 @@ def transposed_problem(
     dilation: Sequence[int],
     groups: int,
 ) -> ConvProblem:
-    """The problem whose dgrad is a batched transposed convolution of x.
+    """Returns the problem whose dgrad computes a batched transposed convolution of x.
 
     Args:
         x: the transposed layer's input shape, (N, C_in, *spatial).
@@ -176,7 +179,7 @@ def transposed_problem(
         stride, padding, output_padding, dilation: one number per spatial dimension.
         groups: number of groups.
     Returns:
-        The problem; X = (in - 1)*S - 2*P + D*(T - 1) + output_padding + 1.
+        The problem, with X = (in - 1)*S - 2*P + D*(T - 1) + output_padding + 1.
     """
     rank = len(x) - 2
     out = [
@@ -189,5 +192,8 @@ def transposed_problem(
 
 
 def _useful(stride: Sequence[int], x: Sequence[int], y: Sequence[int]) -> Triple:
-    """Strides, where there is one output only no larger than the input: any would do, and dgrad has one phase per unit."""
+    """Returns the strides, lifted to three. Where there is a single output, the stride is limited to the input's extent.
+
+    With one output any stride gives the same result, but dgrad has as many phases as the stride.
+    """
     return lift([s if n > 1 else max(1, min(s, e)) for s, e, n in zip(stride, x, y, strict=True)], 1)

@@ -1,15 +1,18 @@
-"""Exact rewrites of a problem into one with fewer dimensions or longer channels, as other strides over the same memory.
+"""Rewrites a problem, exactly, into one with fewer dimensions or more channels, by viewing the same memory with other strides.
 
-    fold    taps that tile a dimension (kernel == stride, or a kernel that covers it) become channels: (t, c) -> t*C + c
-    slice   dgrad of one output along a dimension: what it writes there meets one tap each, as with a longer stride
-    spread  where the taps, not the channels, are contiguous, they become the channels, and the channels a dimension of taps
-    merge   two dimensions, the inner one pointwise, become one: T' = T, D' = D*X, P' = P*X of the outer one
+    fold    patches that do not overlap (filter == stride, or one filter covers the input): taps become channels,
+            (t, c) -> t*C + c
+    slice   dgrad with one output along a dimension: a longer stride, so that each written pixel there uses one tap
+    spread  patches that do not overlap, where taps are contiguous and channels are not: taps become the channels, and the
+            channels become taps of another dimension
+    merge   two dimensions, the inner one pointwise, become one: T' = T, D' = D*X, P' = P*X, where X is the inner extent
     batch   a pointwise outermost dimension becomes part of the batch
-    swap    wgrad of few output channels: x and dy change places, so that taps lengthen those and x is read once for all
+    swap    wgrad with few output channels: x and dy change places, so that GEMM_N is few channels times taps, and x is read
+            once for several taps
 
-Nothing is copied: a problem and the strides of x, w and y go in, others come out, and every product x[i]*w[j] added into y[k]
-stays itself (tests/test_simplify.py enumerates them). So fprop and wgrad follow at once, dgrad where the rewritten x is the
-whole of x. Standard library only.
+Nothing is copied. A rule takes a problem and the strides of x, w and y, and returns others. It preserves every product
+x[i]*w[j] that is added into y[k] (tests/test_simplify.py enumerates them). That is enough for fprop and wgrad; dgrad also
+needs the rewritten x to cover all of x. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,19 +25,19 @@ from dataclasses import dataclass
 
 from tconv.planning.problem import ConvProblem, Triple
 
-PHASE = 128  # pixels at least that a phase must have to be worth programs of its own
-FEW = 32  # channels per group that count as few
-FAR = 2**30  # coordinates beyond this are left as they are: kernels count them in 32 bits
+PHASE = 128  # the fewest pixels in a phase that are worth separate programs
+FEW = 32  # up to so many channels per group count as few
+FAR = 2**30  # no rule makes coordinates larger than this: kernels compute them in 32 bits
 
 
 @dataclass(frozen=True)
 class Strides:
-    """A rank-lifted tensor's strides in elements; those of extents of one say nothing and are zero.
+    """A tensor's strides in elements, lifted to three spatial dimensions. The stride of an extent of one is zero.
 
     Attributes:
-        outer: the batch's, or of a weight the output channels'.
-        channel: the channels', of a weight those of the input channels.
-        spatial: three.
+        outer: stride of the batch, for a weight that of the output channels.
+        channel: stride of the channels, for a weight that of the input channels.
+        spatial: strides of the three spatial dimensions.
     """
 
     outer: int
@@ -44,7 +47,7 @@ class Strides:
 
 @dataclass(frozen=True)
 class Form:
-    """A problem and how its tensors lie."""
+    """A problem, the strides of its tensors, and the names of the rules applied so far."""
 
     p: ConvProblem
     x: Strides
@@ -54,12 +57,12 @@ class Form:
 
 
 def simplify(form: Form, pass_: str, channels_stay: bool = False) -> Form:
-    """The form with every rule applied as often as it applies, and what was done.
+    """Returns the form after applying rules until none applies. `rules` of the result lists them in order.
 
     Args:
-        form: what to rewrite.
+        form: the form to rewrite.
         pass_: "fprop", "dgrad" or "wgrad".
-        channels_stay: whether x's channels must stay as they are: a bias is added to them in a transposed forward.
+        channels_stay: True if x's channels must not change: a transposed forward adds a bias to them.
     """
     rules: list[tuple[str, Callable[[Form, int, str], Form | None]]] = [
         ("fold", _fold), ("slice", _slice), ("merge", _merge), ("batch", _batch), ("spread", _spread), ("swap", _swap),
@@ -76,16 +79,21 @@ def simplify(form: Form, pass_: str, channels_stay: bool = False) -> Form:
 
 
 def _tiled(p: ConvProblem, d: int, pass_: str) -> bool:
-    """Whether windows cut dimension d into pieces of T, each met once: for dgrad, which writes them all, without a rest."""
+    """Returns True if the filter's positions cut dimension d into pieces of T elements that do not overlap.
+
+    For dgrad the pieces must also cover the dimension exactly, because dgrad writes all of x.
+    """
     apart = p.T[d] > 1 and p.P[d] == 0 and p.D[d] == 1 and (p.S[d] == p.T[d] or p.Y[d] == 1)
     return apart and p.G == 1 and (pass_ != "dgrad" or p.X[d] == p.Y[d] * p.T[d])
 
 
 def _pointwise(p: ConvProblem, d: int) -> bool:
+    """Returns True if the convolution leaves dimension d alone: one tap, stride one, no padding."""
     return p.T[d] == 1 and p.S[d] == 1 and p.P[d] == 0 and p.X[d] == p.Y[d]
 
 
 def _trivial(p: ConvProblem, d: int) -> bool:
+    """Returns True if dimension d has one element, one output, one tap and no padding."""
     return p.X[d] == 1 and p.Y[d] == 1 and p.T[d] == 1 and p.P[d] == 0
 
 
@@ -109,13 +117,16 @@ def _fold(f: Form, d: int, pass_: str) -> Form | None:
 
 
 def _slice(f: Form, d: int, pass_: str) -> Form | None:
-    """A stride past the only output moves nothing, and leaves dgrad phases of one tap where it walked all of them."""
+    """Lengthens the stride of a dgrad with one output along dimension d, which does not change the result.
+
+    With the longer stride a phase has at most one tap. Without it a pixel walks several, of which at most one reads the output.
+    """
     p = f.p
     rest = p.N * math.prod(x for e, x in enumerate(p.X) if e != d)
     if pass_ != "dgrad" or p.Y[d] > 1 or p.S[d] // math.gcd(p.S[d], p.D[d]) >= p.T[d] or rest < PHASE:
         return None
     stride = next(s for s in itertools.count(p.X[d]) if s // math.gcd(s, p.D[d]) >= p.T[d])
-    if (p.depthwise and d == 2) or stride > 2 * p.X[d]:  # a strip has all phases of its columns; more phases than outputs
+    if (p.depthwise and d == 2) or stride > 2 * p.X[d]:  # strip kernels handle all column phases; too many phases
         return None
     return dataclasses.replace(f, p=dataclasses.replace(p, S=_put(p.S, d, stride)))
 
@@ -125,7 +136,8 @@ def _spread(f: Form, d: int, pass_: str) -> Form | None:
     free = next((e for e in (2, 1, 0) if _trivial(p, e)), None)
     if not _tiled(p, d, pass_) or free is None or not 1 < p.C < taps or f.x.spatial[d] != 1:
         return None
-    # One output along the channels: of all strides the longest leaves dgrad one tap per phase.
+    # The channels become a dimension with one output, where any stride gives the same result. With a stride of p.C each phase
+    # of a dgrad has one tap.
     q = _tapless(p, d, C=taps)
     q = dataclasses.replace(q, X=_put(q.X, free, p.C), T=_put(q.T, free, p.C), S=_put(q.S, free, p.C))
     window = taps * f.x.spatial[d] if p.Y[d] > 1 else 0
@@ -138,11 +150,11 @@ def _spread(f: Form, d: int, pass_: str) -> Form | None:
 
 
 def _merge(f: Form, d: int, pass_: str) -> Form | None:
-    """Dimension d into the one outside it."""
+    """Merges dimension d into the next outer one."""
     p, a = f.p, d - 1
     if d == 0 or _trivial(p, a) or _trivial(p, d) or not _pointwise(p, d) or p.S[a] != 1:
         return None
-    if p.depthwise and p.T[a] > 1:  # strips want columns that are neighbours, not taps that lie a row apart
+    if p.depthwise and p.T[a] > 1:  # strip kernels need neighbouring columns, not taps a row apart
         return None
     n = p.X[d]
     chained = all(
@@ -172,9 +184,10 @@ def _batch(f: Form, d: int, pass_: str) -> Form | None:
 
 
 def _swap(f: Form, d: int, pass_: str) -> Form | None:
-    """By unit strides x and dy stand to each other as dy and x: from j - P + t*D = i follows i + P - t*D = j.
+    """Exchanges x and dy of a wgrad. At unit stride, i = j - P + t*D is the same as j = i + P - t*D.
 
-    Every pixel of x is then multiplied, by zero where it meets no dy. One that no tap meets must not be: it may be infinite.
+    The swapped kernel multiplies every pixel of x, by zero where no dy belongs to it. The rule does not apply if some pixel
+    of x is used by no tap: that pixel may be infinite, and infinity times zero is NaN.
     """
     p = f.p
     few = p.K <= FEW and 2 * p.K <= p.C
@@ -193,12 +206,12 @@ def _negative(v: Triple) -> Triple:
 
 
 def _tapless(p: ConvProblem, d: int, C: int) -> ConvProblem:
-    """The problem with so many channels and dimension d cut into windows that are one element each."""
+    """Returns the problem with C channels where dimension d has one element per output, and one tap."""
     return dataclasses.replace(p, C=C, X=_put(p.X, d, p.Y[d]), T=_put(p.T, d, 1), S=_put(p.S, d, 1))
 
 
 def _shifted(f: Form) -> Form:
-    """Dimensions of one element moved outside, and the rank that is left, at least one."""
+    """Moves trivial dimensions outermost and sets the rank to the number of the others, at least one."""
     kept = [d for d in range(3) if not _trivial(f.p, d)]
     order = [d for d in range(3) if d not in kept] + kept
 
@@ -214,6 +227,7 @@ def _shifted(f: Form) -> Form:
 
 
 def _put(v: Triple, d: int, value: int) -> Triple:
+    """Returns v with entry d replaced."""
     out = list(v)
     out[d] = value
     return out[0], out[1], out[2]

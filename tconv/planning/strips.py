@@ -1,5 +1,7 @@
-"""How the strip kernels (kernels/strip.py) cut a depthwise problem: which they take, and what a strip reads. Standard library
-only.
+"""Which depthwise problems the strip kernels (kernels/strip.py) support, and how many columns a strip reads.
+
+A strip is a run of neighbouring outputs in the last dimension, computed by one thread per channel or vector of channels. Its
+window is the range of columns that it reads. Standard library only.
 """
 
 from __future__ import annotations
@@ -9,20 +11,20 @@ from dataclasses import dataclass
 
 from tconv.planning.problem import ConvProblem
 
-CHUNK = 8  # taps of a filter's row whose products with a strip are unrolled
-READ = 8  # columns that one load takes, where they are contiguous
-UNROLLED = 64  # columns of a window at most
-UNROLLED_WGRAD = 24  # there all of a strip's gradients are kept beside the window
-ACCUMULATORS = 12  # of a program of strip_wgrad, one for each of its taps, at most
+CHUNK = 8  # the most taps of a filter row whose products with a strip are unrolled
+READ = 8  # columns per load where columns are contiguous
+UNROLLED = 64  # the most columns of a window
+UNROLLED_WGRAD = 24  # the same for wgrad, which also holds all of a strip's dy in registers
+ACCUMULATORS = 12  # the most accumulators of a strip_wgrad program, one per tap
 
 
 @dataclass(frozen=True)
 class Strips:
-    """How a depthwise problem's operands lie.
+    """How the strip kernels access a depthwise problem's operands.
 
     Attributes:
-        flip: columns, not channels, are contiguous in what is read.
-        narrow: something is read or written element by element.
+        flip: True if the operand read has no contiguous channels; usually its columns are contiguous.
+        narrow: True if some operand is read or written element by element.
     """
 
     flip: bool
@@ -30,12 +32,12 @@ class Strips:
 
 
 def why_not(p: ConvProblem, pass_: str, columns: int, rows: int = 1) -> str | None:
-    """Why a pass cannot be cut into strips of so many columns, or None.
+    """Returns why a pass cannot run as strips of so many columns, or None.
 
     Args:
         p, pass_: the problem and "fprop", "dgrad" or "wgrad".
-        columns: outputs of a strip.
-        rows: of wgrad, rows of the filter that a program owns.
+        columns: outputs of a strip (wgrad: columns of dy).
+        rows: for wgrad, rows of the filter per program.
     """
     stride, step = p.S[2], min(CHUNK, p.T[2]) * p.D[2]
     if not p.depthwise or p.multiplier > 1:
@@ -53,7 +55,7 @@ def why_not(p: ConvProblem, pass_: str, columns: int, rows: int = 1) -> str | No
 
 
 def window(p: ConvProblem, pass_: str, columns: int) -> int:
-    """Columns from the first to the last that a strip meets in one chunk of a row's taps."""
+    """Returns the number of columns, first to last, that a strip reads for one chunk of a filter row's taps."""
     taps = (min(CHUNK, p.T[2]) - 1) * p.D[2]
     if pass_ == "dgrad":
         shift = p.P[2] % p.S[2]
@@ -62,17 +64,17 @@ def window(p: ConvProblem, pass_: str, columns: int) -> int:
 
 
 def chunks(p: ConvProblem) -> int:
-    """Chunks of a filter's row, the last of which may be shorter."""
+    """Returns the number of chunks of a filter row. The last one may be shorter than CHUNK."""
     return math.ceil(p.T[2] / CHUNK)
 
 
 def phases(p: ConvProblem, pass_: str) -> int:
-    """Groups of rows that meet the same taps; columns of all phases lie in one strip."""
+    """Returns the number of phases over the first two dimensions. A strip contains all phases of the last dimension."""
     return p.S[0] * p.S[1] if pass_ == "dgrad" else 1
 
 
 def strips_of(p: ConvProblem, pass_: str, columns: int) -> int:
-    """Strips that a pass writes (wgrad: reads of dy), of a dgrad those of its largest phase."""
+    """Returns the number of strips that a pass writes (wgrad: reads of dy); for a dgrad, those of its largest phase."""
     if pass_ != "dgrad":
         return p.N * p.Y[0] * p.Y[1] * math.ceil(p.Y[2] / columns)
     return p.N * math.ceil(p.X[0] / p.S[0]) * math.ceil(p.X[1] / p.S[1]) * math.ceil(p.X[2] / columns)

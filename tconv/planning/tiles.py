@@ -1,4 +1,4 @@
-"""Tiles: what a kernel is compiled with, and which of them are legal. Standard library only."""
+"""The tiles that each kernel may be compiled with, and which of them a device can run. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,26 +6,36 @@ from dataclasses import dataclass, replace
 
 from tconv.planning.device import Device
 
-BF16X6 = "bf16x6"  # a precision: fp32 as sums of three bf16, of whose nine products six are made (kernels/common.py `product`)
-DOTS = ("gather", "wgrad", "packed", "packed_wgrad")  # kernels that can cut their operands so
-MAX_TILE = 1 << 20  # elements: Triton's own limit for one block
-BOXES = ("tma", "tma_wgrad")  # kernels to which the tensor memory accelerator brings their operands
+BF16X6 = "bf16x6"  # a precision: fp32 as three bf16, and six of their nine products (kernels/common.py `product`)
+DOTS = ("gather", "wgrad", "packed", "packed_wgrad")  # kernels that support BF16X6
+MAX_TILE = 1 << 20  # elements of a block: Triton's own limit
+BOXES = ("tma", "tma_wgrad")  # kernels that load with the tensor memory accelerator
 
 
 @dataclass(frozen=True)
 class Tile:
     """Block extents and launch options.
 
+    The meaning of m, n and k depends on the kernel:
+
+        gather, tma         pixels, written channels, reduced channels
+        packed              pixels, written channels of a pack of groups, taps times reduced channels of the pack
+        wgrad, tma_wgrad    output channels, input channels, pixels
+        packed_wgrad        output channels of a pack, taps times input channels of the pack, pixels
+        depthwise           pixels, channels, 1
+        depthwise_wgrad     taps, channels, pixels
+        strip               strips, channels, 1
+        strip_wgrad         rows of the filter, channels, strips
+        bias                1, channels, pixels
+        stage               pixels, channels, 1
+
     Attributes:
-        m, n, k: gather, tma: pixels, written channels, reduced channels. wgrad, tma_wgrad: K, C, pixels (packed kernels:
-            K and C of several groups, C or reduced channels times taps). depthwise: pixels, channels, 1.
-            depthwise_wgrad: taps, channels, pixels. strip: strips, channels, 1. strip_wgrad: rows of the filter, channels,
-            strips. bias: 1, channels, pixels. stage: pixels, channels, 1.
+        m, n, k: block extents.
         warps: warps per program.
-        stages: depth of the loop's software pipeline.
-        registers: what a thread may use at most on NVIDIA; 0 leaves it to ptxas, which then sometimes spills a few for room
-            for one more program per multiprocessor.
-        columns: outputs side by side that a thread of a strip kernel owns.
+        stages: stages of the main loop's software pipeline.
+        registers: limit of registers per thread on NVIDIA. 0 leaves it to ptxas, which sometimes spills a few registers to
+            fit one more program on a multiprocessor.
+        columns: neighbouring outputs that a thread of a strip kernel computes.
     """
 
     m: int
@@ -44,15 +54,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Access:
-    """How a kernel meets its operands.
+    """How a kernel accesses its operands.
 
     Attributes:
         itemsize: bytes of an element.
-        tensor_cores: whether they may do the products, in the precision asked for.
-        narrow: whether some operand is accessed element by element, which is not pipelined either.
-        flip: of a strip kernel, whether columns are contiguous, not channels.
-        large: whether the largest tiles' accumulators leave it registers enough.
-        precision: BF16X6, or empty for that of the data type and torch's flag.
+        tensor_cores: True if tensor cores may compute the products in the precision asked for.
+        narrow: True if some operand is accessed element by element. Such loads are not pipelined either.
+        flip: for a strip kernel, True if the operand read has no contiguous channels; usually its columns are contiguous.
+        large: True if the accesses leave enough registers for the accumulators of the largest tiles.
+        precision: BF16X6, or empty for the precision of the data type and torch's flag.
     """
 
     itemsize: int
@@ -63,26 +73,27 @@ class Access:
     precision: str = ""
 
 
-# Chosen by compiling for sm_90 (`scripts/codegen.py` prints registers, spills and shared memory): none may spill.
+# Tiles for tl.dot kernels, named by bits of an element. They were chosen by compiling for sm_90, where none may spill registers
+# (`scripts/codegen.py` prints registers, spills and shared memory).
 GEMM_16 = (
-    Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3),  # where Access.large
+    Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3),  # only if Access.large
     Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4),
-    Tile(128, 32, 32, 4, 4), Tile(64, 32, 64, 4, 4),  # for 32 channels and fewer
+    Tile(128, 32, 32, 4, 4), Tile(64, 32, 64, 4, 4),  # for 32 channels or fewer
 )  # fmt: skip
 GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3, 255), Tile(64, 128, 32, 4, 3))
-# CUDA cores (true fp32) and fp64. Where 128 registers are enough they leave room for two programs per multiprocessor. In fp32
-# 32 products a thread need 1.2 instructions each, 16 need 1.3, eight 1.6; four warps of 168 registers go three times into a
-# multiprocessor, eight once.
+# fp64, and true fp32 on CUDA cores. Tiles that need at most 128 registers let two programs of eight warps share a
+# multiprocessor. In fp32 a product needs 1.2 instructions at 32 accumulators per thread, 1.3 at 16 and 1.6 at eight. At 168
+# registers per thread a multiprocessor holds three programs of four warps, but one of eight warps.
 GEMM_64 = (Tile(64, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 128))
 FMA_32 = (Tile(64, 64, 16, 4, 2, 255), Tile(64, 32, 16, 4, 2, 255))
-# Element by element, accesses go through registers and keep an address each: larger tiles spill up to 470 of them.
+# Element-by-element loads pass through registers and hold one address per element: larger tiles spill up to 470 registers.
 GEMM_16_NARROW = (Tile(64, 64, 32, 8, 2),)
 GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
-FMA_32_NARROW = (Tile(64, 32, 16, 8, 2, 128),)  # the gather's, for which four warps spill
-# In pieces, which pass through registers: larger tiles spill, and element by element four warps do.
+FMA_32_NARROW = (Tile(64, 32, 16, 8, 2, 128),)  # for gather, which spills with four warps
+# BF16X6, whose pieces pass through registers: larger tiles spill, and so do four warps with element-by-element loads.
 PIECES_32 = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
 PIECES_32_NARROW = (Tile(64, 64, 32, 8, 2),)
-# The packed kernels. Element by element, pixels of 128 with 16 or 32 channels spill.
+# Packed kernels. With element-by-element loads, tiles of 128 pixels by 16 or 32 channels spill.
 PACKED_16 = (Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 8, 3), Tile(128, 16, 64, 8, 3))
 PACKED_WGRAD_16 = (
     Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), *(Tile(m, 128, 64, 8, 3) for m in (16, 32, 64)),
@@ -91,23 +102,23 @@ PACKED_WGRAD_16_NARROW = (Tile(64, 64, 64, 8, 3), Tile(16, 64, 64, 8, 3))
 PACKED_32 = (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2))
 PACKED_FMA = FMA_32[1:]
 PACKED_64 = (Tile(32, 32, 16, 8, 2, 255),)
-# Direct kernels, [pixels, channels]: 32 fp32 accumulators per thread, half as many where addresses are not shared.
+# Depthwise kernels, [pixels, channels]: 32 fp32 accumulators per thread, half as many if elements do not share addresses.
 DIRECT = (Tile(64, 64, 1, 4, 3), Tile(128, 32, 1, 4, 3), Tile(256, 16, 1, 4, 3))
 DIRECT_NARROW = (Tile(64, 32, 1, 4, 3), Tile(128, 16, 1, 4, 3))
 DIRECT_64 = (Tile(32, 32, 1, 4, 3), Tile(64, 16, 1, 4, 3))
 DIRECT_WGRAD = (Tile(3, 64, 32, 4, 2), Tile(3, 32, 64, 4, 2))  # taps, channels, pixels
 DIRECT_WGRAD_64 = (Tile(1, 32, 32, 4, 2),)
-# Strip kernels: where channels are contiguous, 16 bytes of one strip per thread. Six columns are for a dgrad of stride three.
-# There are no registers for fp64.
+# Strip kernels. Where channels are contiguous, a thread owns 16 bytes of channels of one strip. Six columns are for a dgrad of
+# stride three. fp64 would need too many registers.
 STRIP_16 = (Tile(16, 64, 1, 4, 1, 255, 8), *(Tile(32, 32, 1, 4, 1, 255, columns) for columns in (8, 4, 6)))
 STRIP_32 = (Tile(8, 64, 1, 4, 1, 255, 8), *(Tile(16, 32, 1, 4, 1, 255, columns) for columns in (8, 4, 6)))
 STRIP_FLIP = tuple(Tile(64, 4, 1, 4, 1, 255, columns) for columns in (8, 6))
 STRIP_WGRAD_16 = (Tile(1, 64, 16, 4, 1, 255, 8), *(Tile(rows, 32, 32, 4, 1, 255, c) for rows, c in ((1, 8), (1, 4), (3, 4))))
 STRIP_WGRAD_32 = (Tile(1, 64, 8, 4, 1, 255, 8), *(Tile(rows, 32, 16, 4, 1, 255, c) for rows, c in ((1, 8), (1, 4), (3, 4))))
 STRIP_WGRAD_FLIP = (Tile(1, 4, 64, 4, 1, 255, 8), Tile(3, 4, 64, 4, 1, 255, 8))
-# Boxes go past the registers, so there is room for more accumulators.
+# The tensor memory accelerator writes to shared memory without using registers, which leaves room for more accumulators.
 TMA_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4))
-# wgrad turns dy's box on its way to the tensor cores, which only 16 bits allow.
+# wgrad needs dy's box transposed on its way to the tensor cores, which wgmma does for 16-bit elements only.
 TMA_WGRAD_16 = (
     Tile(128, 128, 64, 8, 4),
     Tile(128, 256, 64, 8, 3),
@@ -117,10 +128,10 @@ TMA_WGRAD_16 = (
 )
 TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 BIAS = (Tile(1, 64, 64, 4, 3),)
-# Copies: 8 KiB, in both directions runs of 128 bytes or more unless channels are few.
+# Copies of 8 KiB by itemsize. Unless channels are few, both the load and the store access runs of 128 bytes or more.
 STAGE = {size: tuple(Tile(8192 // size // n, n, 1, 4, 1) for n in (64, 32, 16, 8, 4)) for size in (2, 4, 8)}
-# What spills, as (kernel, tile) by generation of the device. Before Hopper tensor cores read operands from registers, where
-# they take the place of accumulators.
+# (kernel, tile) pairs that spill registers, by generation of the device. Before Hopper, tensor cores read their operands from
+# registers, which leaves fewer for accumulators.
 SPILLING = {
     8: {
         *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (*GEMM_16[:2], GEMM_16[3], GEMM_16[5])),
@@ -138,8 +149,9 @@ SPILLING = {
         ("packed_wgrad", PACKED_WGRAD_16[1]),
     },
 }
-# The same where leaving the tile out would be predicted to lose speed, and what is taken instead: ptxas spills a few registers
-# of some variants for room for one more program, and does not where it is given a limit. AMD's wavefronts are twice as wide.
+# Pairs that spill but cannot be left out without a predicted loss of speed, and the tile that replaces each. ptxas spills a few
+# registers of some variants to fit one more program, but not if it is given a limit. AMD's wavefronts are twice as wide, so
+# fewer are needed.
 INSTEAD = {
     0: {
         ("gather", FMA_32_NARROW[0]): replace(FMA_32_NARROW[0], warps=4),
@@ -162,12 +174,12 @@ INSTEAD = {
 
 
 def can_cut(device: Device) -> bool:
-    """Whether fp32 may be computed in pieces."""
+    """Returns True if the device may compute fp32 products in BF16X6."""
     return device.interpreted or device.generation == 9
 
 
 def tiles(kernel: str, access: Access, device: Device) -> tuple[Tile, ...]:
-    """Every tile that a planner on a GPU may choose for a kernel that so meets its operands, if `why_illegal` agrees."""
+    """Returns the tiles that the planner may consider for a kernel on a GPU. `why_illegal` then rules out some of them."""
     instead = INSTEAD.get(device.generation, {})
     return tuple(instead.get((kernel, tile), tile) for tile in _tiles(kernel, access))
 
@@ -177,7 +189,7 @@ def _tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
     if kernel == "strip":
         return () if itemsize == 8 else STRIP_FLIP if access.flip else STRIP_16 if itemsize == 2 else STRIP_32
     if kernel == "strip_wgrad":
-        if access.flip:  # fp32 has registers for one row
+        if access.flip:  # fp32 has registers for one filter row only
             return STRIP_WGRAD_FLIP[: {2: 2, 4: 1}.get(itemsize, 0)]
         return () if itemsize == 8 else STRIP_WGRAD_16 if itemsize == 2 else STRIP_WGRAD_32
     if kernel == "bias":
@@ -209,7 +221,7 @@ def _tiles(kernel: str, access: Access) -> tuple[Tile, ...]:
 
 
 def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str | None:
-    """Why a tile cannot run, or None: the one place that planner, forced plans and tests ask."""
+    """Returns why a kernel cannot run with a tile on a device, or None. The planner, forced plans and tests all ask here."""
     if any(v <= 0 or v & (v - 1) for v in (tile.n, tile.k, tile.warps)) or tile.stages < 1:
         return f"tile {tile}: extents and warps must be powers of two"
     if tile.m <= 0 or (kernel not in ("depthwise_wgrad", "strip_wgrad") and tile.m & (tile.m - 1)):

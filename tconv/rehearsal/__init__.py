@@ -1,7 +1,7 @@
-"""Calls a model without computing a convolution and without leaving a trace, for `explain` and `precompile`.
+"""Calls a model without computing its convolutions and without side effects, for `explain` and `precompile`.
 
-The model's own Python code runs, on stand-ins for its tensors; whatever it changes is set back. In reading order:
+The model's own Python code runs, on stand-ins for its tensors. Whatever it changes is restored. In reading order:
 
-    state     finds everything a call could change, and sets it back
-    runner    calls the model, and its backward pass
+    state     finds everything that a call could change, and restores it
+    runner    calls the model and its backward pass
 """

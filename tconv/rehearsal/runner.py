@@ -1,7 +1,7 @@
-"""Calls a model, and the backward pass of what it returns, without computing a convolution and without leaving a trace.
+"""Calls a model, and the backward pass of its result, without computing convolutions and without side effects.
 
-`explain` and `precompile` do this. The model's own Python code runs, with stand-ins for every tensor that can be found in
-it and in its inputs; rehearsal/state.py finds them, and sets back whatever the code changes.
+`explain` and `precompile` use this. The model's own Python code runs, with stand-ins for every tensor that can be found in it
+and in its inputs. rehearsal/state.py finds them, and restores whatever the code changes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tconv.launching.record import Call, recording_apart
 from tconv.planning.device import Device
 from tconv.rehearsal.state import Place, Reached, exchanged, reach, tensors, thread_kept
 
-COPIED = 1 << 30  # bytes of parameters up to which they are copied; a model of more would need its memory twice
+COPIED = 1 << 30  # parameters are copied up to this many bytes in total; a larger model would need twice its memory
 
 
 def check_callable(function: str, name: str, model: Any) -> None:
-    """TypeError unless a model can be called with inputs."""
+    """Raises TypeError unless a model can be called with inputs."""
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
         raise TypeError(
             f"{function}: {name} must be a module or a function, got the class {model.__name__}: make a module of it"
@@ -40,20 +40,20 @@ def rehearse(
     device: Device | None = None,
     backward: bool = True,
 ) -> list[Call]:
-    """The calls that a model's call and its backward pass would make.
+    """Returns the calls that a model's forward and backward pass would make.
 
     Args:
         model: a module or a function.
-        args, kwargs: its inputs, in any containers and objects. Every floating tensor among them asks for its gradient, a
-            Parameter only if it does so itself.
-        device: plan for this one; tensors that are not all on a GPU are replaced by meta tensors then. None for the
-            tensors' own.
-        backward: whether to go backward too, from every tensor of the result that has a gradient, by inputs and parameters.
+        args, kwargs: its inputs, in any containers and objects. Every floating-point or complex tensor among them is treated
+            as if it had `requires_grad`; a Parameter only if it has.
+        device: the device to plan for. The model then runs on meta tensors, unless all of its tensors are on a GPU. None: the
+            tensors' own device.
+        backward: whether to run the backward pass too, from every tensor in the result that has a gradient, to all leaves.
     Raises:
-        RuntimeError: the model does not run on meta tensors. What else it raises comes as it is.
+        RuntimeError: the model does not run on meta tensors. Other errors of the model are passed on.
     """
     while isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-        model = model.module  # whose gradients would be exchanged with other processes, or whose replicas are other modules
+        model = model.module  # DDP would exchange gradients with other processes; DataParallel would call replicas
     inputs = [list(args), dict(kwargs)]
     found = reach((inputs, Place.INPUT), (model, Place.MODEL))
     meta = device is not None and not _on_gpu(found)
@@ -63,19 +63,19 @@ def rehearse(
     except Exception:
         if not asking.asked:
             raise
-    # The model may refuse inputs that ask for gradients, which the caller's do not: it may hand them to NumPy, say.
+    # The model may raise because inputs require gradients which the caller's do not, for example if it calls `.numpy()`.
     return _attempt(model, inputs, found, StandIns(meta, found, ask=False), device, backward)
 
 
 def _attempt(
     model: Callable[..., Any], inputs: list[Any], found: Reached, stand_ins: StandIns, device: Device | None, backward: bool
 ) -> list[Call]:
-    """`rehearse` with such stand-ins for what was found in a model and in its inputs, [args, kwargs]."""
+    """Does `rehearse` with these stand-ins. `found` are the contents of the model and of `inputs`, [args, kwargs]."""
     with contextlib.ExitStack() as during:
         calls = during.enter_context(recording_apart())
         during.enter_context(thread_kept())
         during.enter_context(dry_run(device))
-        if "torch._dynamo" in sys.modules:  # a compiled model: nothing is compiled for this, and no recorded graph replayed
+        if "torch._dynamo" in sys.modules:  # a compiled model must neither compile for this nor run a compiled graph
             during.enter_context(torch.compiler.set_stance("force_eager"))
         during.enter_context(exchanged(found, stand_ins))
         try:
@@ -90,25 +90,25 @@ def _attempt(
 
 
 def _on_gpu(found: Reached) -> bool:
-    """Whether inputs, parameters and buffers are all on a GPU."""
+    """Returns True if inputs, parameters and buffers are all on a GPU, not counting scalars."""
     held = {id(t) for module in found.modules for t in (*module.parameters(), *module.buffers())}
     counted = [t for t, place in found.tensors if (place is Place.INPUT or id(t) in held) and (is_lazy(t) or t.dim())]
-    return bool(counted) and all(t.is_cuda for t in counted)  # scalars on the CPU may take part in what a GPU computes
+    return bool(counted) and all(t.is_cuda for t in counted)  # GPU computations may use CPU scalars
 
 
 class StandIns:
-    """Makes the tensors that a model sees in place of its own and its inputs'.
+    """Creates the tensors that a model sees instead of its own and its inputs'.
 
-    None shares memory with what it stands for, so that the model may write to it. There are two exceptions: the parameters of
-    a large model, and tensors that only objects of other classes hold.
+    They do not share memory with the originals, so the model may write to them. There are two exceptions: the parameters of
+    a large model, and tensors found only in objects of other classes.
 
     Args:
-        meta: whether to make meta tensors.
-        found: all tensors that are to be replaced.
-        ask: whether floating tensors among the inputs ask for their gradients even if the caller's own do not.
+        meta: whether to create meta tensors.
+        found: has all tensors to replace.
+        ask: whether floating-point and complex inputs require gradients even if the caller's do not.
 
     Attributes:
-        asked: whether an input asks for its gradient whose own does not.
+        asked: True if the stand-in of an input requires a gradient that the input itself does not.
     """
 
     def __init__(self, meta: bool, found: Reached, ask: bool) -> None:
@@ -131,7 +131,7 @@ class StandIns:
         self.asked |= made_to_ask
         asks = made_to_ask or t.requires_grad
         if self.meta:
-            # The values of scalars are asked for: of BatchNorm's number of batches, say.
+            # Models read the values of scalars, such as BatchNorm's number of batches.
             new = _meta(t) if t.dim() or asks or t.is_meta else t.detach().to("cpu", copy=True)
         elif parameter and self.shared and not t.is_inference():
             new = t.detach()
@@ -149,20 +149,20 @@ class StandIns:
 
 
 def _plain(t: torch.Tensor) -> bool:
-    """Whether a tensor is its shape, its strides and the elements that memory holds."""
+    """Returns True if shape, strides and memory fully describe a tensor: it is dense, not quantized, no lazy view etc."""
     ordinary = type(t) in PLAIN and t.layout is torch.strided
     return ordinary and not (t.is_quantized or t.is_nested or t.is_neg() or t.is_conj())
 
 
 def _written(t: torch.Tensor) -> torch.Tensor:
-    """A tensor that has a gradient and can nevertheless be written to, as an input can that asks for none."""
+    """Returns a tensor that requires a gradient and can still be written in place, like an input that requires none."""
     leaf = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape).requires_grad_()
     new: torch.Tensor = _Follows.apply(leaf, t)  # type: ignore[no-untyped-call]
     return new
 
 
 class _Follows(torch.autograd.Function):
-    """A tensor as it is, as if it had been computed from a leaf of its shape."""
+    """Returns the tensor itself, with a graph as if it had been computed from a leaf of its shape."""
 
     @staticmethod
     def forward(ctx: Any, leaf: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -175,7 +175,7 @@ class _Follows(torch.autograd.Function):
 
 
 def _lazy(t: Any, device: Any) -> torch.Tensor:
-    """Another uninitialized parameter or buffer, for the model to initialize."""
+    """Returns a new uninitialized parameter or buffer, for the model to initialize."""
     more = {"persistent": t.persistent} if isinstance(t, torch.nn.parameter.UninitializedBuffer) else {}
     new: torch.Tensor = type(t)(requires_grad=t.requires_grad, device=device, dtype=t.data.dtype, **more)
     return new
@@ -188,7 +188,7 @@ def _meta(t: torch.Tensor) -> torch.Tensor:
 
 
 def _copy(t: torch.Tensor) -> torch.Tensor:
-    """The same elements elsewhere: with the same strides, and at an address that the same powers of two divide, up to 16."""
+    """Returns a copy with the same strides and an address with the same remainder modulo 16."""
     t = t.detach()
     if not _plain(t):
         return t.clone()
@@ -198,14 +198,14 @@ def _copy(t: torch.Tensor) -> torch.Tensor:
     offset = t.data_ptr() % 16 // t.itemsize
     memory = torch.empty(offset + reach, dtype=t.dtype, device=t.device)
     memory[offset:].copy_(t.as_strided((reach,), (1,)))
-    return memory.as_strided(t.shape, t.stride(), offset).detach()  # a view would have its history from `memory`
+    return memory.as_strided(t.shape, t.stride(), offset).detach()  # not a view of `memory` for autograd
 
 
 # --- backward ---
 
 
 def _backward(results: list[torch.Tensor]) -> None:
-    """Goes backward from all results that have a graph, to all of its leaves, whose `grad` stays as it is."""
+    """Runs the backward pass from all results that have a graph to all leaves, without changing the leaves' `grad`."""
     results = [t for t in results if t.grad_fn is not None]
     if not results:
         return
@@ -214,19 +214,19 @@ def _backward(results: list[torch.Tensor]) -> None:
     upstream = [torch.empty_like(t) for t in results]
     try:
         if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-            # A reentrant checkpoint, torch's or another library's, refuses to be told of leaves: gradients are accumulated.
+            # Reentrant checkpoints, torch's or another library's, do not support autograd.grad: accumulate into `grad`.
             with _gradients_aside(leaves):
                 torch.autograd.backward(results, upstream)
         else:
             torch.autograd.grad(results, leaves, upstream, allow_unused=True)
     except RuntimeError as e:
         if "backward through the graph a second time" not in str(e):
-            raise  # else the model has gone backward itself, as a training step does
+            raise  # else the model has run its own backward pass, as a training step does
 
 
 @contextlib.contextmanager
 def _gradients_aside(leaves: list[torch.Tensor]) -> Iterator[None]:
-    """Leaves are without a `grad` in the block, and have theirs back after it: the user's own that could not be found."""
+    """Sets the leaves' `grad` to None within a block and restores it after. Some leaves may be the user's own tensors."""
     kept = [(t, t.grad) for t in leaves]
     for t in leaves:
         t.grad = None
@@ -238,7 +238,7 @@ def _gradients_aside(leaves: list[torch.Tensor]) -> Iterator[None]:
 
 
 def _nodes(results: list[torch.Tensor]) -> list[Any]:
-    """The nodes of the graph that led to results."""
+    """Returns all nodes of the autograd graph of results."""
     nodes: dict[Any, None] = dict.fromkeys(t.grad_fn for t in results)
     stack = [*nodes]
     while stack:

@@ -1,8 +1,13 @@
-"""What a model's call may change besides computing its result, kept before the call and set back after it.
+"""Saves what a model's call may change as a side effect, and restores it after the call.
 
-Three things are kept. The Python objects that can be reached from the model and its inputs: modules, containers, the
-variables that functions close over, objects of the user's own classes. The generators of random numbers. The settings of
-torch that belong to the thread. Tensors' elements are not kept here: runner.py gives a call stand-ins for the tensors.
+It saves three things:
+
+- Python objects that can be reached from the model and its inputs: modules, containers, variables that functions close over,
+  objects of users' classes;
+- the states of random number generators;
+- torch's per-thread settings.
+
+The elements of tensors are not saved: runner.py gives the call stand-ins for the tensors.
 """
 
 from __future__ import annotations
@@ -23,10 +28,10 @@ from typing import Any
 import torch
 
 Items = list[tuple[Any, Any]]
-# Objects of these packages' classes are not entered, for they hold the state of a library and not of a model.
+# Objects of these packages' classes are not searched, since they have a library's state and not a model's.
 LIBRARIES = sys.stdlib_module_names | {"torch", "triton", "tconv", "numpy"}
-ENTERED = ("types.SimpleNamespace", "collections.UserDict", "collections.UserList", "torch.distributions.")  # nevertheless
-# An object that has one of these is in use by other threads or stands for something outside: it is not entered either.
+ENTERED = ("types.SimpleNamespace", "collections.UserDict", "collections.UserList", "torch.distributions.")  # exceptions
+# Objects with an attribute of these types are not searched either: other threads may use them, or they stand for a resource.
 LIVE = (type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.Condition, threading.Event, io.IOBase)
 METHODS = (types.MethodType, types.BuiltinMethodType)
 RUNNING = (torch.nn.Module, types.FunctionType, functools.partial, *METHODS)
@@ -42,11 +47,11 @@ class Place(enum.Enum):
 
 @dataclass(frozen=True)
 class Holder:
-    """Something that refers to values and can be made to refer to others.
+    """An object that refers to others, with a way to read and replace its references.
 
     Attributes:
-        read: its references, as (key, value) in order.
-        write: makes exactly these its references.
+        read: returns its references as (key, value), in order.
+        write: replaces all of its references by the given ones.
     """
 
     read: Callable[[], Items]
@@ -55,13 +60,14 @@ class Holder:
 
 @dataclass
 class Reached:
-    """What can be reached from a model and its inputs.
+    """Everything that can be reached from a model and its inputs.
 
     Attributes:
-        holders: each with what it held and where it was found. A module has one for its class, one for its attributes.
-        tensors: each once, with where it was found first.
-        modules: every `torch.nn.Module`, but for scripted ones.
-        scripted: modules of TorchScript. Their tensors lie in C++ and cannot be exchanged.
+        holders: each with its references and the place where it was found. A module has one for its class and one for its
+            attributes.
+        tensors: each once, with the place where it was first found.
+        modules: every `torch.nn.Module` except scripted ones.
+        scripted: TorchScript modules. Their tensors are in C++ and cannot be replaced.
         generators: the user's own `torch.Generator`s.
     """
 
@@ -73,11 +79,11 @@ class Reached:
 
 
 def reach(*roots: tuple[Any, Place], within_modules: bool = True) -> Reached:
-    """Follows references from the roots, the first one's first.
+    """Returns everything that can be reached by following references from the roots, searched one root after another.
 
     Args:
-        roots: where to start, and what place that is.
-        within_modules: whether to enter modules and functions, too.
+        roots: the objects to start from, each with its place.
+        within_modules: whether to search modules and functions too.
     """
     found, seen = Reached(), {}
     for root in roots:
@@ -86,7 +92,7 @@ def reach(*roots: tuple[Any, Place], within_modules: bool = True) -> Reached:
             value, place = stack.pop()
             if id(value) in seen:
                 continue
-            seen[id(value)] = value  # alive, so that no other object gets its id
+            seen[id(value)] = value  # keeps it alive, so that no other object gets its id
             if isinstance(value, torch.Tensor):
                 found.tensors.append((value, place))
             elif isinstance(value, torch.Generator):
@@ -109,7 +115,7 @@ def reach(*roots: tuple[Any, Place], within_modules: bool = True) -> Reached:
 
 
 def _holders(value: Any, place: Place, root: bool) -> tuple[Place, list[Holder]]:
-    """A value's holders, and what place its inside is."""
+    """Returns the place of a value's contents, and the value's holders."""
     if isinstance(value, torch.nn.Module):
         return Place.MODEL, [_class(value), _dictionary(vars(value))]
     if isinstance(value, types.FunctionType):
@@ -128,7 +134,7 @@ def _holders(value: Any, place: Place, root: bool) -> tuple[Place, list[Holder]]
 
 
 def _attributes(value: Any) -> list[Holder]:
-    """The attributes and slots of an object of a class that is no library's, unless other threads may be using it."""
+    """Returns holders of an object's attributes and slots; none if it is a library's or other threads may use it."""
     if isinstance(value, (type, types.ModuleType)):
         return []
     name = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -148,12 +154,12 @@ def _attributes(value: Any) -> list[Holder]:
 
 
 def _class(module: torch.nn.Module) -> Holder:
-    """A lazy module changes its class."""
+    """Returns a holder of a module's class, which a lazy module changes."""
     return Holder(lambda: [(None, module.__class__)], lambda items: object.__setattr__(module, "__class__", items[0][1]))
 
 
 def _dictionary(d: dict[Any, Any]) -> Holder:
-    """By the methods of `dict` itself: a subclass may forbid or translate what its own are given."""
+    """Returns a holder of a dict's items. It uses the methods of `dict` itself, which a subclass may have restricted."""
     base: Any = OrderedDict if isinstance(d, OrderedDict) else dict
 
     def write(items: Items) -> None:
@@ -202,7 +208,7 @@ def _slots(value: Any, members: list[Any]) -> Holder:
 
 
 def _partial(p: functools.partial[Any]) -> Holder:
-    """Its keywords are a dictionary that it reads at each call; the rest is set as unpickling would."""
+    """Returns a holder of a partial's parts. `write` sets all but its keywords, a dict which has its own holder."""
 
     def write(items: Items) -> None:
         (_, function), (_, args), _ = items
@@ -212,9 +218,9 @@ def _partial(p: functools.partial[Any]) -> Holder:
 
 
 def _function(f: types.FunctionType) -> list[Holder]:
-    """The variables of a function: those it closes over, its defaults, and the globals that its code names.
+    """Returns holders of a function's variables: those it closes over, its defaults, and the globals that its code names.
 
-    A library's own wrappers, such as vmap's, are read for what they call, and nothing of theirs is ever set back.
+    Wrappers of a library, such as vmap's, are searched for the functions that they call, but their variables are not restored.
     """
     cells = [c for c in f.__closure__ or () if _filled(c)]
     if str(f.__globals__.get("__name__")).partition(".")[0] in LIBRARIES:
@@ -242,12 +248,12 @@ def _function(f: types.FunctionType) -> list[Holder]:
 def _filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not cell
-    except ValueError:  # nothing has been assigned yet
+    except ValueError:  # the variable has no value yet
         return False
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """The names of a function's code and of functions defined in it, globals' among them."""
+    """Yields the names used in a function's code and in functions defined in it. Globals are among them."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -259,19 +265,20 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 @contextlib.contextmanager
 def exchanged(found: Reached, of: Callable[[torch.Tensor, Place], torch.Tensor]) -> Iterator[None]:
-    """While the block runs, all holders have stand-ins for their tensors; after it they hold what they did before.
+    """Replaces the tensors in all holders by stand-ins within a block, and restores the holders' references after it.
 
-    The tensors themselves keep their `grad`, which is put aside meanwhile.
+    The `grad` of the tensors is None within the block, and restored after it.
 
     Args:
-        of: the stand-in for a tensor, which may be the tensor itself. Asked once per tensor.
+        found: the holders and tensors.
+        of: returns the stand-in for a tensor, which may be the tensor itself. Called once per tensor.
     """
     own = [t for t, _ in found.tensors] + [p for module in found.scripted for p in module.parameters()]
     gradients = [(t, t.grad) for t in own if _collects(t)]
     scripted = [(b, b.detach().clone()) for module in found.scripted for b in module.buffers()]
     states = [(g, g.get_state()) for g in found.generators]
     stand_ins = {id(t): of(t, place) for t, place in found.tensors}
-    with contextlib.ExitStack() as after:  # which does everything that it can, whatever fails
+    with contextlib.ExitStack() as after:  # runs all callbacks, even if some raise
         for buffer, value in scripted:
             after.callback(_refill, buffer, value)
         for t, gradient in gradients:
@@ -298,12 +305,12 @@ def _set_back(holder: Holder, items: Items) -> None:
 
 
 def _collects(t: torch.Tensor) -> bool:
-    """Whether gradients are accumulated in a tensor's `grad`."""
+    """Returns True if autograd accumulates gradients in a tensor's `grad`."""
     return not torch.nn.parameter.is_lazy(t) and t.is_leaf and t.requires_grad
 
 
 def _with(value: Any, stand_ins: dict[int, torch.Tensor]) -> Any:
-    """A tensor's stand-in; a tuple with those of its elements; anything else as it is."""
+    """Returns a tensor's stand-in, or a tuple with its elements' stand-ins; anything else unchanged."""
     if isinstance(value, torch.Tensor):
         return stand_ins.get(id(value), value)
     if isinstance(value, tuple):
@@ -311,7 +318,7 @@ def _with(value: Any, stand_ins: dict[int, torch.Tensor]) -> Any:
         if any(a is not b for a, b in zip(new, value, strict=True)):
             if hasattr(type(value), "n_sequence_fields"):  # one of torch.return_types
                 return type(value)(new)
-            return tuple.__new__(type(value), new)  # a named tuple too, whatever its class makes of arguments
+            return tuple.__new__(type(value), new)  # works for named tuples with any constructor
     return value
 
 
@@ -321,9 +328,9 @@ def _same(a: Items, b: Items) -> bool:
 
 @contextlib.contextmanager
 def thread_kept() -> Iterator[None]:
-    """After the block torch's, Python's and NumPy's random numbers, and the thread's settings, are as before it.
+    """Restores torch's, Python's and NumPy's random number generators, and torch's per-thread settings, after a block.
 
-    Within it gradients are recorded, and autocast keeps no casts of weights: it would hold those of stand-ins.
+    Within the block gradients are enabled. Autocast's weight cache is off, since it would keep casts of stand-ins.
     """
     with contextlib.ExitStack() as after:
         on_gpus: Any = torch.cuda
@@ -345,5 +352,5 @@ def thread_kept() -> Iterator[None]:
 
 
 def tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors in values, in containers and in objects' attributes, but not in modules or functions."""
+    """Returns the tensors in values, their containers and objects' attributes, but not in modules or functions."""
     return [t for t, _ in reach(([*values], Place.INPUT), within_modules=False).tensors]

@@ -9,6 +9,8 @@ launch. In reading order:
     profiling       events for torch.profiler
     memory_format   strides: channels_last or not, dimensions that can be merged, offsets beyond 32 bits
     arguments       the arguments of a kernel, and what may be promised of them
+    pointers        fprop and dgrad with operands loaded through pointers: gather, packed, depthwise, strip
+    wgrad_pointers  wgrad with operands loaded through pointers: wgrad, packed_wgrad, depthwise_wgrad, strip_wgrad
     tma             operands that the tensor memory accelerator brings
     prepare         a plan and its operands as a launch
     compiled        launches a kernel, directly from the second time on; knows what is compiled and what failed

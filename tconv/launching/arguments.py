@@ -24,6 +24,7 @@ from tconv.launching.record import Call
 from tconv.planning.plan import Plan, forced
 from tconv.planning.problem import ConvProblem
 from tconv.planning.simplify import Form, Strides, simplify
+from tconv.planning.strips import CHUNK, READ, Strips
 from tconv.planning.tiles import Tile
 
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -252,3 +253,44 @@ def digits(block: int, extents: tuple[int, int, int]) -> dict[str, int]:
         found[f"B{d}"] = rest % extents[d]
         rest //= extents[d]
     return {**found, "Bn": rest}
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How a tensor's elements can be accessed as vectors.
+
+    Attributes:
+        unit: the contiguous axis: "c" for channels, "p" for the last spatial dimension, "" for neither.
+        vec: the vector width along it, in elements.
+    """
+
+    unit: str
+    vec: int
+
+
+def lanes(t: torch.Tensor, a: Addressing, channels: int, extents: Sequence[int]) -> Lanes:
+    """Returns the lanes of t, which has so many channels and such spatial extents where it is accessed."""
+    if a.unit:
+        return Lanes("c", wide(t, a, channels))
+    if a.spatial[2] != 1:
+        return Lanes("", 1)
+    return Lanes("p", vector(t.data_ptr(), t.element_size(), a.outer, a.channel, *a.spatial[:2], extents[2]))
+
+
+def strip_constants(p: ConvProblem, tile: Tile, x: Lanes, y: Lanes, step: int) -> dict[str, Any]:
+    """Returns the compile-time constants that both strip kernels share.
+
+    Args:
+        step: distance from one strip to the next, in columns of the tensor that is read.
+    """
+    x_vec = x.vec if x.unit == "c" else math.gcd(x.vec, step)
+    return {
+        "T2": p.T[2], "S2": p.S[2], "D2": p.D[2], "P2": p.P[2], "X_UNIT": x.unit, "Y_UNIT": y.unit, "X_VEC": x_vec,
+        "Y_VEC": y.vec, "READ": (x_vec if x_vec >= 4 else READ) if x.unit == "p" else 1, "FLIP": x.unit != "c",
+        "COLUMNS": tile.columns, "CHUNK": min(CHUNK, p.T[2]),
+    }  # fmt: skip
+
+
+def strips_of(x: Lanes, y: Lanes) -> Strips:
+    """Returns how strip kernels access tensors with such lanes."""
+    return Strips(x.unit != "c", min(x.vec, y.vec) == 1)

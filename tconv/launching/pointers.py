@@ -36,8 +36,8 @@ from tconv.launching.memory_format import LIMIT, Addressing, vector
 from tconv.planning import cost
 from tconv.planning import plan as planning
 from tconv.planning.device import Device
-from tconv.planning.plan import Operands, Plan, pow2
-from tconv.planning.problem import ConvProblem
+from tconv.planning.plan import Operands, Plan
+from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.strips import CHUNK
 
 FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank

@@ -108,6 +108,14 @@ def written_elements(p: ConvProblem, pass_: str) -> int:
     return math.prod(p.shape({"fprop": "y", "dgrad": "x", "wgrad": "w"}[pass_]))
 
 
+def channels_of(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
+    """Returns (channels written, channels reduced): per group, or over all groups if the kernel's tiles span groups."""
+    c, k = problem.C // problem.G, problem.K // problem.G
+    if kernel == "depthwise":
+        return (problem.K if pass_ == "fprop" else problem.C), 1
+    return (k, c) if pass_ == "fprop" else (c, k)
+
+
 def phase_pixels(p: ConvProblem, pass_: str) -> int:
     """Returns the pixels that the largest phase of fprop or dgrad writes."""
     return math.prod(pixel_extents(p, pass_))

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from tconv.planning.cost import (
     MOST_COLUMNS,
     Cost,
+    channels_of,
     pack,
-    phase_pixels,
-    pixel_extents,
     predict,
     predict_bias,
     reduction,
@@ -20,9 +19,10 @@ from tconv.planning.cost import (
     written_elements,
 )
 from tconv.planning.device import Device
-from tconv.planning.problem import ConvProblem
+from tconv.planning.interpreter import interpreter_tiles
+from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.simplify import FEW
-from tconv.planning.strips import Strips, strips_of, why_not
+from tconv.planning.strips import Strips, why_not
 from tconv.planning.tiles import BF16X6, BOXES, DOTS, Access, Tile, can_cut, tiles, why_illegal
 
 INTERPRETED = "one large tile for the interpreter"
@@ -146,11 +146,6 @@ def force(
         yield
     finally:
         _forced = before
-
-
-def pow2(n: int, low: int, high: int) -> int:
-    """Returns the smallest power of two that is at least n, clamped to [low, high]."""
-    return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
 @dataclass(frozen=True)
@@ -316,7 +311,7 @@ def _illegal(
         if reason is None and kernel.startswith("strip"):
             reason = why_not(problem, pass_, tile.columns, tile.m if kernel == "strip_wgrad" else 1)
         if reason is None and kernel == "tma":
-            written, reduced = _channels(problem, pass_, kernel)
+            written, reduced = channels_of(problem, pass_, kernel)
             if problem.G > 1 and reduced % tile.k:
                 reason = f"tile {tile}: its boxes of channels would reach into the next group"
             elif tile.m * tile.n > 128 * 128 and written % 8 and not device.interpreted:
@@ -349,17 +344,9 @@ def _unfit(problem: ConvProblem, pass_: str, kernel: str) -> str | None:
 
 def _countable(problem: ConvProblem, pass_: str) -> bool:
     """Returns True if `packed` can decode GEMM_K's columns (kernels/common.py `quotient`) with every tile."""
-    written, reduced = _channels(problem, pass_, "gather")
+    written, reduced = channels_of(problem, pass_, "gather")
     groups = problem.G if written < MOST_COLUMNS else 1
     return min(groups, max(1, 1024 // written)) * reduced * problem.taps <= MOST_COLUMNS
-
-
-def _channels(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
-    """Returns (channels written, channels reduced): per group, or over all groups if the kernel's tiles span groups."""
-    c, k = problem.C // problem.G, problem.K // problem.G
-    if kernel == "depthwise":
-        return (problem.K if pass_ == "fprop" else problem.C), 1
-    return (k, c) if pass_ == "fprop" else (c, k)
 
 
 def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, device: Device, request: Forced | None) -> Plan:
@@ -371,48 +358,13 @@ def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, devi
     itemsize = operands.itemsize
     kernel = request.kernel if request and request.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
     illegal = _illegal(problem, pass_, kernel, itemsize, device)
-    candidates = _legal_tiles(request, _interpreter_tiles(problem, pass_, kernel), illegal)
+    candidates = _legal_tiles(request, interpreter_tiles(problem, pass_, kernel), illegal)
     if not candidates:
         raise ValueError(f"no tile of {kernel} fits: {problem}")
     tile = candidates[0]
     splits = _all_splits(problem, pass_, kernel, tile, itemsize, device, request)[0]
     (precision,) = operands.precisions(kernel, device)
     return Plan(pass_, kernel, tile, splits, "forced" if request else INTERPRETED, precision=precision)
-
-
-def _interpreter_tiles(problem: ConvProblem, pass_: str, kernel: str) -> tuple[Tile, ...]:
-    """Returns the interpreter's tiles for a kernel: one program, or as few as blocks of at most 2^18 elements allow."""
-    if kernel.startswith("strip"):
-        n, columns = pow2(problem.K, 1, 1024), (4, 8, 6)
-        m = [pow2(strips_of(problem, pass_, c), 1, (1 << 18) // n) for c in columns]
-        if kernel == "strip":
-            return tuple(Tile(k, n, 1, columns=c) for k, c in zip(m, columns, strict=True))
-        return tuple(Tile(rows, n, k, columns=c) for rows in (3, 1) for k, c in zip(m, columns, strict=True))
-    return (_interpreter_tile(problem, pass_, kernel),)
-
-
-def _interpreter_tile(problem: ConvProblem, pass_: str, kernel: str) -> Tile:
-    """Returns the interpreter's tile for a kernel other than the strip kernels."""
-    written, reduced = _channels(problem, pass_, kernel)
-    if kernel == "depthwise_wgrad":
-        n = pow2(problem.K, 1, 1024)
-        return Tile(min(problem.taps, 27), n, pow2(problem.gemm("wgrad")[2], 1, (1 << 18) // n))
-    if kernel == "tma_wgrad":
-        k = pow2(problem.N, 16, 256)
-        return Tile(pow2(problem.K // problem.G, 16, 256), pow2(problem.C // problem.G, 16, 256), k)
-    if kernel.endswith("wgrad"):
-        m, n = pow2(problem.K // problem.G, 16, 1024), pow2(problem.C // problem.G, 16, 1024)
-        if kernel == "packed_wgrad":
-            m, n = pow2(problem.K, 16, 256), pow2(problem.C * problem.taps, 16, 256)
-        return Tile(m, n, pow2(problem.gemm("wgrad")[2], 16, (1 << 18) // max(m, n)))
-    low = 1 if kernel == "depthwise" else 16
-    if kernel == "packed":
-        written, reduced = min(written * problem.G, max(written, 64)), 256
-    n, k = pow2(written, low, 1024), pow2(reduced, low, 256)
-    if kernel == "tma":  # a box's extents are powers of two, and it must not cross into the next group
-        m = math.prod(pow2(e, 1, 64) for e in pixel_extents(problem, pass_))
-        return Tile(pow2(m, low, (1 << 18) // max(n, k)), n, k if problem.G == 1 else min(k, reduced & -reduced))
-    return Tile(pow2(phase_pixels(problem, pass_), low, (1 << 18) // max(n, k)), n, k)
 
 
 def chunk(reduced: int, block: int, splits: int) -> int:
@@ -433,7 +385,7 @@ def _all_splits(
     small = programs < FILLED * device.units and tile.m * tile.n <= 128 * 128 and not device.interpreted
     if kernel != "gather" or not (named or small) or (request and request.splits == 1):
         return (1,)
-    return _split_counts(_channels(problem, pass_, kernel)[1], tile.k, programs, limit, device, request if named else None)
+    return _split_counts(channels_of(problem, pass_, kernel)[1], tile.k, programs, limit, device, request if named else None)
 
 
 def _split_counts(

@@ -197,3 +197,8 @@ def _useful(stride: Sequence[int], x: Sequence[int], y: Sequence[int]) -> Triple
     With one output any stride gives the same result, but dgrad has as many phases as the stride.
     """
     return lift([s if n > 1 else max(1, min(s, e)) for s, e, n in zip(stride, x, y, strict=True)], 1)
+
+
+def pow2(n: int, low: int, high: int) -> int:
+    """Returns the smallest power of two that is at least n, clamped to [low, high]."""
+    return min(max(1 << max(n - 1, 0).bit_length(), low), high)

@@ -1,7 +1,7 @@
 """Takes a call of PyTorch apart: whether tconv computes it, as which problem, and in which of PyTorch's contexts.
 
 A plain tensor's call goes to the kernels under autograd's own functions; torch.compile, vmap, tensor subclasses and other
-modes get registered operators; what tconv does not take goes to torch. In reading order:
+modes get registered operators; any other call falls back to torch. In reading order:
 
     context       whether a kernel may run here: plain tensors, modes, transforms, precision
     dynamo        marks code that torch.compile must not compile

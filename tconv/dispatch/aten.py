@@ -268,7 +268,7 @@ def _geometry(
     if x.dim() != w.dim() or not 3 <= w.dim() <= 5:
         raise Fallback(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
     weight = w
-    g = check.examine(check.Asked(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b)
+    g = check.examine(check.CallArguments(transposed, w.dim() - 2, stride, padding, output_padding, groups, dilation), x, w, b)
     backend = torch._C._select_conv_backend(x, w, b, stride, padding, dilation, transposed, output_padding, groups)
     if x.dim() == 3:
         try:

@@ -30,7 +30,7 @@ KEPT = 4  # how many times a layer's backward is prepared for reuse; every new l
 
 
 def convolve(
-    transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry, shared: launch.Staged | None = None
+    transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, g: Geometry, shared: launch.SharedOperand | None = None
 ) -> torch.Tensor:
     """Returns the fprop of a problem, x -> y, or its dgrad if `transposed`, where `x` is dy. Differentiable in x, w and b."""
     prepared = launch.convolution(transposed, g, x, w, b)
@@ -87,7 +87,7 @@ class _CachedBackward:
         return launch.gradients(self.launches, self.transposed, dy, x, w, dry=False)
 
 
-def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry, shared: launch.Staged | None = None) -> torch.Tensor:
+def wgrad(dy: torch.Tensor, x: torch.Tensor, g: Geometry, shared: launch.SharedOperand | None = None) -> torch.Tensor:
     """Returns dw of a problem. Differentiable in dy and x."""
     return _apply_wgrad(dy, x, g) if _differentiable(dy, x) else launch.wgrad(g, dy, x, shared)
 
@@ -204,7 +204,7 @@ class _ByKernels:
 
     def __init__(self, g: Geometry, dy: torch.Tensor) -> None:
         self.g = g
-        self.shared = launch.Staged(dy)
+        self.shared = launch.SharedOperand(dy)
 
     def fprop(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         try:

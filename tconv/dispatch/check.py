@@ -19,7 +19,7 @@ from tconv.launching.record import Fallback
 from tconv.planning.problem import Geometry
 
 
-class Asked(NamedTuple):
+class CallArguments(NamedTuple):
     """The arguments of a call besides its tensors, exactly as the caller gave them. The first two tell which function it is."""
 
     transposed: bool
@@ -67,7 +67,7 @@ def per_dimension(value: int | tuple[int, ...], rank: int, name: str) -> tuple[i
     return values
 
 
-def accepted(asked: Asked, x: Any, w: Any, b: Any, autocast: bool = False) -> Window:
+def accepted(asked: CallArguments, x: Any, w: Any, b: Any, autocast: bool = False) -> Window:
     """Checks what torch checks, and returns the call's window: stride, padding, dilation and groups, one per dimension.
 
     Raises:
@@ -108,7 +108,7 @@ def accepted(asked: Asked, x: Any, w: Any, b: Any, autocast: bool = False) -> Wi
     return h
 
 
-def examine(asked: Asked, x: Any, w: Any, b: Any) -> Geometry:
+def examine(asked: CallArguments, x: Any, w: Any, b: Any) -> Geometry:
     """Returns the geometry of a call that torch accepts and tconv's kernels support.
 
     Raises:

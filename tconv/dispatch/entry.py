@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
 from tconv.dispatch import operators
-from tconv.dispatch.check import Asked, accepted, examine, parameter
+from tconv.dispatch.check import CallArguments, accepted, examine, parameter
 from tconv.dispatch.context import NOT_STRIDED, PLAIN, foreign_modes, why_ineligible
 from tconv.dispatch.dynamo import opaque
 from tconv.launching import profiling
@@ -32,7 +32,7 @@ from tconv.planning.problem import Geometry
 INTERPRETED = operators.interpreted()  # a plain flag, for torch.compile to read
 # The functions of tconv.functional by rank, forward and transposed, which put themselves here: torch.fx's graphs call them.
 PUBLIC: tuple[dict[int, Callable[..., torch.Tensor]], dict[int, Callable[..., torch.Tensor]]] = ({}, {})
-geometries: BoundedCache[Any, Geometry | str] = BoundedCache()  # of calls that were examined, or why they are not taken
+geometries: BoundedCache[Any, Geometry | str] = BoundedCache()  # of calls that were checked, or why they fall back
 # (id of weight, of bias, shape of input) -> fast_path.FastPath, which checks all: ids may be used again.
 fast_paths: BoundedCache[Any, Any] = BoundedCache()
 
@@ -71,7 +71,7 @@ def convolve(
         stride, padding, output_padding, groups, dilation: in any form that torch accepts.
     """
     if is_dynamo_compiling():
-        return _operator(Asked(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
+        return _operator(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
     try:
         if type(x) in PLAIN and DRY.get() is None:
             try:
@@ -86,14 +86,14 @@ def convolve(
                 )
                 if y is not None:
                     return y
-        return _convolve(Asked(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
+        return _convolve(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
     except Fallback as e:
         record_call(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
 
 
 @opaque
-def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
+def _convolve(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
     tensors: tuple[Any, ...] = (x, w) if b is None else (x, w, b)
     for t in tensors:
         if isinstance(t, Proxy):
@@ -153,7 +153,7 @@ def _convolve(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
     return y if batched else y.squeeze(0)
 
 
-def _operator(asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor | None:
+def _operator(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor | None:
     """Computes a call by tconv's registered operator, which works in every context of PyTorch. None if torch must compute it.
 
     torch.compile traces this function: it must not ask anything that would specialise a graph to one size.
@@ -193,7 +193,7 @@ def _exporting_to_onnx() -> bool:
     return onnx is not None and bool(onnx.is_in_onnx_export())
 
 
-def _traced(tracer: Any, asked: Asked, x: Any, w: Any, b: Any) -> torch.Tensor:
+def _traced(tracer: Any, asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
     """Returns the proxy that torch.fx records: a call of the public function."""
     transposed, rank, stride, padding, output_padding, groups, dilation = asked
     how = (stride, padding, output_padding, groups, dilation) if transposed else (stride, padding, dilation, groups)

@@ -87,8 +87,8 @@ def tensor_cores(dtype: torch.dtype) -> bool:
     """Returns True if tensor cores may be used: for fp32, if torch's flag allows TF32 and no precision is forced."""
     if dtype != torch.float32:
         return True
-    wish = forced()
-    if wish and wish.precision:
+    request = forced()
+    if request and request.precision:
         return False
     return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
@@ -138,7 +138,7 @@ class PassOperands:
         return Call(pass_, problem, plan, plan.reason)
 
 
-def sides(
+def simplified(
     pass_: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, channels_stay: bool = False
 ) -> PassOperands:
     """Simplifies the problem of a pass and returns the operands of the simplified one.

@@ -37,7 +37,7 @@ from tconv.launching.record import Fallback, TransientFallback
 from tconv.planning.plan import forced
 
 Pointers = tuple[torch.Tensor, ...]
-Go = Callable[[Pointers, list[int]], bool]
+Relaunch = Callable[[Pointers, list[int]], bool]
 AMD = torch.version.hip is not None
 SMALL = 2**31 - 1  # AMD's compiler specialises on whether a tensor's storage has at most this many bytes
 NOBODY: Any = knobs.HookChain()  # type: ignore[var-annotated]  # an empty chain, for hooks that are None
@@ -108,7 +108,7 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
         TransientFallback, Fallback: as for `run`.
     """
     with _first_time:
-        _decline(device, (launch, key), *_sum(launch, device))
+        _require_launchable(device, (launch, key), *_sum(launch, device))
         try:
             kernel = _by_triton(launch, pointers)
             if kernel is None and not INTERPRET:
@@ -123,7 +123,7 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
             launch.ready[key] = _directly(launch, kernel, device)
 
 
-def announce(launch: Prepared, operands: Pointers, more: Pointers) -> None:
+def require_launchable(launch: Prepared, operands: Pointers, more: Pointers) -> None:
     """Checks that every part of a launch can run, before any part does: copies of operands, the kernel, the sum of splits.
 
     Args:
@@ -145,7 +145,7 @@ def announce(launch: Prepared, operands: Pointers, more: Pointers) -> None:
             parts.append((copy, _specialised(device, (t, made))))
     if launch.swapped:
         given.reverse()
-    _decline(device, *parts, (launch, _specialised(device, (*given, *more))), *_sum(launch, device))
+    _require_launchable(device, *parts, (launch, _specialised(device, (*given, *more))), *_sum(launch, device))
 
 
 def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
@@ -184,7 +184,7 @@ def _lasting(error: Exception) -> bool:
     return any(frame.f_code is triton_compile.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _decline(device: int, *parts: tuple[Prepared, Any]) -> None:
+def _require_launchable(device: int, *parts: tuple[Prepared, Any]) -> None:
     """Raises if one of these launches, each given as (launch, what it is specialised on), cannot run.
 
     Raises:
@@ -234,7 +234,7 @@ def _by_triton(launch: Prepared, pointers: Pointers) -> Any:
         return launch.kernel[launch.grid](*given, *launch.integers, **launch.constants)
 
 
-def _indirectly(launch: Prepared) -> Go:
+def _indirectly(launch: Prepared) -> Relaunch:
     def go(pointers: Pointers, _: list[int]) -> bool:
         _by_triton(launch, pointers)
         return True
@@ -242,7 +242,7 @@ def _indirectly(launch: Prepared) -> Go:
     return go
 
 
-def _directly(launch: Prepared, kernel: CompiledKernel, device: int) -> Go:
+def _directly(launch: Prepared, kernel: CompiledKernel, device: int) -> Relaunch:
     """Returns a function that launches a compiled kernel without Triton's dispatch.
 
     It passes the same arguments as the end of JITFunction.run, constants included, but addresses in place of tensors. It

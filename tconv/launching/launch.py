@@ -16,7 +16,7 @@ from torch.autograd import profiler
 from tconv.launching import profiling
 from tconv.launching.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.launching.cache import BoundedCache
-from tconv.launching.compiled import announce, fail, run
+from tconv.launching.compiled import fail, require_launchable, run
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.launching.record import record_call
@@ -45,7 +45,7 @@ def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tens
     return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x))
 
 
-class Staged:
+class SharedOperand:
     """A tensor that several launches read, and its channels_last copy, made when the first launch needs it."""
 
     __slots__ = ("copy", "tensor")
@@ -56,7 +56,7 @@ class Staged:
 
 
 def convolve(
-    launch: Prepared, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, dry: bool, shared: Staged | None = None
+    launch: Prepared, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, dry: bool, shared: SharedOperand | None = None
 ) -> torch.Tensor:
     """Runs a launch of `convolution`: fprop, dgrad, or the forward pass of a transposed layer.
 
@@ -75,7 +75,7 @@ def convolve(
     return execute(launch, dry, shared, (x, w), x if b is None else b)  # without a bias the kernel does not read its pointer
 
 
-def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: Staged | None = None) -> torch.Tensor:
+def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: SharedOperand | None = None) -> torch.Tensor:
     """Returns dw [K, C/G, *T] from dy [N, K, *Y] and x [N, C, *X], with bitwise equal results on every run."""
     return execute(weight_reduction(g, dy, x), g.dry, shared, (dy, x))
 
@@ -116,7 +116,7 @@ def backward(
 def gradients(launches: Backward, transposed: bool, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, dry: bool) -> Gradients:
     """Runs the launches of `backward` and returns the gradients of x, w and bias; None for those without a launch."""
     of_x, of_w, of_b = launches
-    shared, pair = Staged(dy), (x, dy) if transposed else (dy, x)
+    shared, pair = SharedOperand(dy), (x, dy) if transposed else (dy, x)
     return (
         convolve(of_x, dy, w, None, dry, shared) if of_x else None,
         execute(of_w, dry, shared, pair) if of_w else None,
@@ -143,7 +143,7 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
 
 
 def execute(
-    launch: Prepared, dry: bool, shared: Staged | None, operands: tuple[torch.Tensor, ...], *more: torch.Tensor
+    launch: Prepared, dry: bool, shared: SharedOperand | None, operands: tuple[torch.Tensor, ...], *more: torch.Tensor
 ) -> torch.Tensor:
     """Allocates the result of a launch, runs it, records the call and returns the result.
 
@@ -167,7 +167,7 @@ def execute(
             event = profiling.begin_launch(launch.call) if profiler._is_profiler_enabled else None
             try:
                 if launch.copies or launch.total:
-                    announce(launch, operands, (*more, out))
+                    require_launchable(launch, operands, (*more, out))
                 if launch.copies:
                     operands = _stage(launch, shared, *operands)
                 if launch.swapped:
@@ -187,12 +187,12 @@ def execute(
     return out
 
 
-def _stage(launch: Prepared, shared: Staged | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _stage(launch: Prepared, shared: SharedOperand | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Returns the operands of a launch, with those that it needs in channels last copied."""
     return tuple(_copy(copy, t, shared) if copy else t for copy, t in zip(launch.copies, operands, strict=True))
 
 
-def _copy(copy: Prepared, t: torch.Tensor, shared: Staged | None) -> torch.Tensor:
+def _copy(copy: Prepared, t: torch.Tensor, shared: SharedOperand | None) -> torch.Tensor:
     if shared is None or t is not shared.tensor:
         return to_channels_last(copy, t)
     if shared.copy is None:

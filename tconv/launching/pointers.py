@@ -23,7 +23,7 @@ from tconv.launching.arguments import (
     options,
     precision,
     prepared,
-    sides,
+    simplified,
     strides,
     strip_constants,
     strips_of,
@@ -81,7 +81,7 @@ class _Pass:
     ) -> None:
         self.pass_, self.transposed = pass_, pass_ == "dgrad"
         self.x, self.b, self.y = x, b, y
-        self.s = s = sides(pass_, problem, x, w, y, self.transposed and b is not None)
+        self.s = s = simplified(pass_, problem, x, w, y, self.transposed and b is not None)
         self.p = p = s.p
         self.read = p.Y if self.transposed else p.X
         self.reduced, self.written = (s.w.outer, s.w.channel) if self.transposed else (s.w.channel, s.w.outer)

@@ -23,7 +23,7 @@ from tconv.launching.arguments import (
 from tconv.launching.memory_format import LIMIT, addressing, flattened, shaped, vector
 from tconv.launching.pointers import prepare_pointers
 from tconv.launching.record import Call
-from tconv.launching.tma import Unfit, prepare_boxes, prepare_wgrad_boxes
+from tconv.launching.tma import Ineligible, prepare_tma, prepare_wgrad_tma
 from tconv.launching.wgrad_pointers import prepare_wgrad_pointers
 from tconv.planning import cost
 from tconv.planning import plan as planning
@@ -52,7 +52,7 @@ def prepare_gather(
     names, operands = ("dy" if pass_ == "dgrad" else "x", "w"), (x, w)
 
     def boxes(x: torch.Tensor, w: torch.Tensor) -> Prepared:
-        return prepare_boxes(pass_, problem, x, w, b, y, device)
+        return prepare_tma(pass_, problem, x, w, b, y, device)
 
     def pointers(x: torch.Tensor, w: torch.Tensor) -> Prepared:
         return prepare_pointers(pass_, problem, x, w, b, y, device)
@@ -71,7 +71,7 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
         return prepare_wgrad_pointers(problem, dy, x, dw, device)
 
     def boxes(dy: torch.Tensor, x: torch.Tensor) -> Prepared:
-        return prepare_wgrad_boxes(problem, dy, x, dw, device)
+        return prepare_wgrad_tma(problem, dy, x, dw, device)
 
     return _best(prepare, boxes, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
 
@@ -128,15 +128,15 @@ def _best(
     Without a forced kernel, TMA is eligible from compute capability 9 on, except for depthwise problems. If anything else is
     forced, or in the interpreter, the pointer kernel runs.
     """
-    wish = planning.forced()
-    if wish and wish.kernel == kernel:
-        return boxes(*operands) if wish.staged is False else _copied(boxes, names, operands, device)
+    request = planning.forced()
+    if request and request.kernel == kernel:
+        return boxes(*operands) if request.staged is False else _copied(boxes, names, operands, device)
     launch = _staged(pointers, names, operands, problem, device)
-    if wish or device.interpreted or device.generation < 9 or problem.depthwise:
+    if request or device.interpreted or device.generation < 9 or problem.depthwise:
         return launch
     try:
         return _faster(launch, _copied(boxes, names, operands, device))
-    except Unfit:
+    except Ineligible:
         return launch
 
 
@@ -160,9 +160,9 @@ def _staged(
 
     Only operands whose channels are not contiguous are copied, and never those of a depthwise problem.
     """
-    native, wish = prepare(*operands), planning.forced()
-    forced = wish.staged if wish else None
-    if forced is False or not any(map(_apart, operands)) or problem.depthwise or (device.interpreted and not forced):
+    native, request = prepare(*operands), planning.forced()
+    forced = request.staged if request else None
+    if forced is False or not any(map(_channels_apart, operands)) or problem.depthwise or (device.interpreted and not forced):
         return native
     launch = _copied(prepare, names, operands, device)
     before, after = native.call.plan, launch.call.plan
@@ -181,7 +181,7 @@ def _copied(prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tens
     Its predicted cost includes the copies.
     """
     # Kernels address a weight with 32-bit offsets. An expanded weight may fit these as it is, but not as a copy.
-    apart = tuple(_apart(t) and (name != "w" or t.numel() <= LIMIT) for name, t in zip(names, operands, strict=True))
+    apart = tuple(_channels_apart(t) and (name != "w" or t.numel() <= LIMIT) for name, t in zip(names, operands, strict=True))
     launch = prepare(*(shaped(t.shape, True, t.dtype) if a else t for t, a in zip(operands, apart, strict=True)))
     if not any(apart):
         return launch
@@ -197,7 +197,7 @@ def _copied(prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tens
     return dataclasses.replace(_replanned(launch, cost=total, reason=reason, staged=staged), copies=copies)
 
 
-def _apart(t: torch.Tensor) -> bool:
+def _channels_apart(t: torch.Tensor) -> bool:
     """Returns True if a tensor has several channels and they are not contiguous."""
     return t.shape[1] > 1 and t.stride(1) != 1
 

@@ -16,7 +16,7 @@ from tconv.launching.arguments import (
     options,
     precision,
     prepared,
-    sides,
+    simplified,
     strides,
     tensor_cores,
     triple,
@@ -31,11 +31,11 @@ from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, Access, tiles
 
 
-class Unfit(ValueError):
+class Ineligible(ValueError):
     """A pass on these tensors is not eligible for a kernel."""
 
 
-def prepare_boxes(
+def prepare_tma(
     pass_: str,
     problem: ConvProblem,
     x: torch.Tensor,
@@ -47,16 +47,16 @@ def prepare_boxes(
     """Returns the TMA launch of fprop (x -> y) or dgrad (x is dy, y is dx).
 
     Raises:
-        Unfit: the problem or its tensors are not eligible for TMA.
+        Ineligible: the problem or its tensors are not eligible for TMA.
     """
     transposed = pass_ == "dgrad"
-    s = sides(pass_, problem, x, w, y, transposed and b is not None)
+    s = simplified(pass_, problem, x, w, y, transposed and b is not None)
     p = s.p
     box_x = _tensor(x, (p.N, *(p.Y if transposed else p.X), s.read), s.x)
     box_w = _tensor(w, (p.K, *p.T, p.C // p.G), s.w, last=0)
-    why = _no_boxes(pass_, s, x.dtype, device)
+    why = _why_no_tma(pass_, s, x.dtype, device)
     if why or box_x is None or box_w is None:
-        raise Unfit(f"forced plan cannot run: {why or APART}")
+        raise Ineligible(f"forced plan cannot run: {why or APART}")
     plan = planning.choose(p, pass_, planning.Operands(x.element_size(), tensor_cores(x.dtype)), device, only="tma")
     tile = plan.tile
     box, _ = cost.box_of(p, pass_, tile.m)
@@ -82,26 +82,26 @@ def prepare_boxes(
     return dataclasses.replace(launch, boxes=((*box_x, (*box, tile.k)), (*box_w, weights), None, written))
 
 
-def prepare_wgrad_boxes(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
+def prepare_wgrad_tma(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
     """Returns the TMA launch of wgrad, from dy and x into dw, or into a workspace if the plan has splits.
 
     Raises:
-        Unfit: the problem or its tensors are not eligible for TMA.
+        Ineligible: the problem or its tensors are not eligible for TMA.
     """
-    s = sides("wgrad", problem, x, dw, dy)
+    s = simplified("wgrad", problem, x, dw, dy)
     p = s.p
     if s.swapped:
         dy, x = x, dy
-    why = _no_boxes("wgrad", s, x.dtype, device)
+    why = _why_no_tma("wgrad", s, x.dtype, device)
     if why:
-        raise Unfit(f"forced plan cannot run: {why}")
+        raise Ineligible(f"forced plan cannot run: {why}")
     plan = planning.choose(p, "wgrad", planning.Operands(x.element_size(), tensor_cores(x.dtype)), device, only="tma_wgrad")
     tile = plan.tile
     run, runs = cost.run_of(p, tile.k)
     last = 0 if run == "n" else 1 + int(run)
     box_x, box_y = _tensor(x, (p.N, *p.X, p.C), s.x, last), _tensor(dy, (p.N, *p.Y, p.K), s.y, last)
     if box_x is None or box_y is None:
-        raise Unfit(f"forced plan cannot run: {APART}")
+        raise Ineligible(f"forced plan cannot run: {APART}")
     integers = {
         "N": p.N, "C": s.ci, "K": s.co, "G": p.G, **window(p), **triple("Y", p.Y), "chunk": math.ceil(runs / plan.splits),
         "sws": dw.numel(), "swg": s.co * s.w.outer, "swk": s.w.outer, "swc": s.w.channel, **triple("sw", s.w.spatial),
@@ -140,7 +140,7 @@ def _tensor(
 APART = "boxes need contiguous channels, and address and strides in multiples of 16 bytes"
 
 
-def _no_boxes(pass_: str, s: PassOperands, dtype: torch.dtype, device: Device) -> str | None:
+def _why_no_tma(pass_: str, s: PassOperands, dtype: torch.dtype, device: Device) -> str | None:
     """Returns why a pass is not eligible for TMA, whatever the layout of its tensors; None if it is eligible."""
     p = s.p
     if pass_ != "dgrad" and any(stride > 1 and n > 1 for stride, n in zip(p.S, p.Y, strict=True)):
@@ -152,8 +152,8 @@ def _no_boxes(pass_: str, s: PassOperands, dtype: torch.dtype, device: Device) -
     least = 16 if device.interpreted else min(t.k for t in tiles("tma", Access(dtype.itemsize, True), device))
     if pass_ != "wgrad" and p.G > 1 and s.ci % least:
         return f"boxes would reach into the next group: {s.ci} channels per group are no multiple of {least}"
-    wish = planning.forced()
-    if dtype == torch.float32 and wish and wish.precision == BF16X6:
+    request = planning.forced()
+    if dtype == torch.float32 and request and request.precision == BF16X6:
         return "boxes are not cut into pieces"
     if not tensor_cores(dtype) and not device.interpreted:
         return "true fp32 has no tensor cores to fetch boxes for"

@@ -16,7 +16,7 @@ from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.planning.device import Device
 from tconv.planning.plan import KERNELS, force
 from tconv.planning.problem import ConvProblem
-from tconv.planning.tiles import BF16X6, BOXES, DOTS, can_cut
+from tconv.planning.tiles import BF16X6, DOTS, TMA_KERNELS, can_cut
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
@@ -64,7 +64,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
             choices += [(kernel, copied, None) for kernel in plan.kernels]
             if dtype == torch.float32 and not tensor_cores(dtype) and can_cut(device):
                 choices += [(kernel, copied, BF16X6) for kernel in plan.kernels if kernel in DOTS]
-        choices += [(kernel, None, None) for kernel in KERNELS[pass_] if kernel in BOXES and takes_boxes(prepare, kernel)]
+        choices += [(kernel, None, None) for kernel in KERNELS[pass_] if kernel in TMA_KERNELS and takes_boxes(prepare, kernel)]
         for kernel, staged, precision in choices:
             with force(kernel, staged=staged, precision=precision):
                 try:

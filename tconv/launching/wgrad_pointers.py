@@ -24,7 +24,7 @@ from tconv.launching.arguments import (
     options,
     precision,
     prepared,
-    sides,
+    simplified,
     strides,
     strip_constants,
     strips_of,
@@ -67,7 +67,7 @@ class _Pass:
     """
 
     def __init__(self, problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor) -> None:
-        self.s = s = sides("wgrad", problem, x, dw, dy)
+        self.s = s = simplified("wgrad", problem, x, dw, dy)
         self.p = p = s.p
         self.dy, self.x, self.dw = (x, dy, dw) if s.swapped else (dy, x, dw)
         self.x_vec, self.y_vec = wide(self.x, s.x, s.ci), wide(self.dy, s.y, s.co)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from tconv.planning import strips
 from tconv.planning.device import Device
 from tconv.planning.problem import ConvProblem
-from tconv.planning.tiles import BF16X6, BOXES, Access, Tile
+from tconv.planning.tiles import BF16X6, TMA_KERNELS, Access, Tile
 
 LAUNCH = 2e-6  # seconds between the starts of two consecutive empty kernels: an estimate
 LATENCY = 1000  # cycles from a load to its data, in a main loop whose loads are not pipelined: an estimate
@@ -233,7 +233,7 @@ def loop_length(kernel: str, tile: Tile, access: Access) -> float:
         taps, pixels = (1, tile.m) if kernel == "depthwise" else (tile.m, tile.k)
         products = taps * pixels * tile.n / threads
         return 60 + products * (10 if access.narrow else 6)
-    if kernel in BOXES:  # one thread issues the loads
+    if kernel in TMA_KERNELS:  # one thread issues the loads
         return 110.0
     loaded = (tile.m + tile.n) * tile.k / threads
     # Instructions per iteration, per 16-byte copy, and per element of narrow loads. wgrad advances pixel digits with carries,

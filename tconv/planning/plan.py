@@ -23,7 +23,7 @@ from tconv.planning.interpreter import interpreter_tiles
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.simplify import FEW
 from tconv.planning.strips import Strips, why_not
-from tconv.planning.tiles import BF16X6, BOXES, DOTS, Access, Tile, can_cut, tiles, why_illegal
+from tconv.planning.tiles import BF16X6, DOTS, TMA_KERNELS, Access, Tile, can_cut, tiles, why_illegal
 
 INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # the most bytes that the workspace of a split reduction may take
@@ -34,7 +34,7 @@ KERNELS = {
     "wgrad": ("wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "tma_wgrad"),
     "bias": ("bias",),
 }
-UNPROVEN = {*BOXES, BF16X6}  # tested in the interpreter, never run on hardware: listed, but chosen only if forced
+UNPROVEN = {*TMA_KERNELS, BF16X6}  # tested in the interpreter, never run on hardware: listed, but chosen only if forced
 
 
 @dataclass(frozen=True)

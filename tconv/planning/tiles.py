@@ -9,7 +9,7 @@ from tconv.planning.device import Device
 BF16X6 = "bf16x6"  # a precision: fp32 as three bf16, and six of their nine products (kernels/common.py `product`)
 DOTS = ("gather", "wgrad", "packed", "packed_wgrad")  # kernels that support BF16X6
 MAX_TILE = 1 << 20  # elements of a block: Triton's own limit
-BOXES = ("tma", "tma_wgrad")  # kernels that load with the tensor memory accelerator
+TMA_KERNELS = ("tma", "tma_wgrad")  # kernels that load with the tensor memory accelerator
 
 
 @dataclass(frozen=True)
@@ -230,14 +230,14 @@ def why_illegal(kernel: str, tile: Tile, itemsize: int, device: Device) -> str |
         return f"tile {tile}: so many columns are not for {kernel}"
     if max(tile.m * tile.n, tile.n * tile.k, tile.m * tile.k) > MAX_TILE:
         return f"tile {tile}: more than {MAX_TILE} elements in a block"
-    if kernel in BOXES and not device.interpreted:
+    if kernel in TMA_KERNELS and not device.interpreted:
         if device.generation < 9:
             return f"{device.name} has no tensor memory accelerator"
         if kernel == "tma_wgrad" and (itemsize > 2 or min(tile.m, tile.n) < 64):
             return f"tile {tile}: wgmma turns an operand of 2 bytes an element only, and wants 64 rows"
         if itemsize == 8 or tile.n < 64:
             return f"tile {tile}: wgmma wants 64 channels written and no more than 4 bytes an element"
-    if kernel in ("gather", "wgrad", "packed", "packed_wgrad", *BOXES):
+    if kernel in ("gather", "wgrad", "packed", "packed_wgrad", *TMA_KERNELS):
         if min(tile.m, tile.n, tile.k) < 16:
             return f"tile {tile}: tl.dot needs at least 16 in each extent"
         shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tconv.dispatch import chain, entry, scope
+from tconv.dispatch import entry, registration, scope
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.selection import EVERYTHING, Choice, Selection, choice, select
 from tconv.launching.cache import BoundedCache
@@ -32,8 +32,8 @@ DYNAMO = os.path.join("torch", "_dynamo")
 F = TypeVar("F", bound=Callable[..., Any])
 PROCESS: Any = ...  # the default for `model`. Not None: `enable(None)` is a mistake, and must not enable the whole process
 
-_layers: list[_Layer] = []  # our registered kernels, oldest first
-_nodes: chain.Layer | None = None  # kernels that mark autograd's nodes, registered while models are enabled
+_overrides: list[_Override] = []  # our registered kernels, oldest first
+_nodes: registration.Registration | None = None  # kernels that mark autograd's nodes, registered while models are enabled
 
 
 def enable(
@@ -87,7 +87,7 @@ def disable(model: torch.nn.Module = PROCESS, /) -> None:
         RuntimeError: no `enable()` is active.
     """
     _check("disable", model)
-    with chain.lock:
+    with registration.lock:
         every = _process() if model is PROCESS else _hooked(model)
         one = next((one for one in reversed(every) if not one.block), None)
         if one is None:
@@ -162,7 +162,7 @@ class _Enabled:
 
     def __init__(self, selection: Selection, block: bool) -> None:
         self.selection, self.block = selection, block
-        self.layer: _Layer | None = None
+        self.layer: _Override | None = None
 
 
 def _hook(function: F) -> F:
@@ -190,7 +190,7 @@ class _Inside(_Enabled):
         return _copied, (self.selection, self.block)
 
 
-class _Layer(chain.Layer):
+class _Override(registration.Registration):
     """Our convolution kernels, and the `enable()`s made while they were on top.
 
     Attributes:
@@ -247,7 +247,7 @@ class _Layer(chain.Layer):
         self._known = BoundedCache()
 
 
-def _kernels(layer: _Layer, device: str) -> dict[tuple[str, str], Any]:
+def _kernels(layer: _Override, device: str) -> dict[tuple[str, str], Any]:
     """Returns our kernels for a device, by operator and dispatch key.
 
     Raises:
@@ -263,7 +263,7 @@ def _kernels(layer: _Layer, device: str) -> dict[tuple[str, str], Any]:
 
 
 def _begin(stacklevel: int, model: Any, block: bool, operations: Any, ranks: Any, dtypes: Any) -> _Enabled:
-    """Does what `enable()` and `enabled()` do. `stacklevel` is that of the user's call in a warning of `_Layer`."""
+    """Does what `enable()` and `enabled()` do. `stacklevel` is that of the user's call in a warning of `_Override`."""
     _check("enabled" if block else "enable", model)
     selection = select(operations, ranks, dtypes)
     if model is PROCESS:
@@ -289,16 +289,16 @@ def _check(function: str, model: Any) -> None:
 
 
 def _open(one: _Enabled, stacklevel: int) -> None:
-    with chain.lock:
+    with registration.lock:
         _tidy()
-        if not _layers or not _layers[-1].on_top():
-            _layers.append(_Layer(stacklevel))
-        _layers[-1].change(one, True)
+        if not _overrides or not _overrides[-1].on_top():
+            _overrides.append(_Override(stacklevel))
+        _overrides[-1].change(one, True)
         _tidy()
 
 
 def _close(one: _Enabled) -> None:
-    with chain.lock:
+    with registration.lock:
         if one.layer is not None:
             one.layer.change(one, False)
             _tidy()
@@ -307,23 +307,23 @@ def _close(one: _Enabled) -> None:
 def _tidy() -> None:
     """Removes kernels that serve no `enable()`, unless others' are on top. Adds or removes the kernels that mark nodes."""
     global _nodes
-    for layer in _layers:
+    for layer in _overrides:
         layer.forget()
-    while _layers and not _layers[-1].process and not _layers[-1].inside and _layers[-1].on_top():
-        _layers.pop().remove()
-    if not any(layer.inside for layer in _layers):
+    while _overrides and not _overrides[-1].process and not _overrides[-1].inside and _overrides[-1].on_top():
+        _overrides.pop().remove()
+    if not any(layer.inside for layer in _overrides):
         if _nodes is not None and _nodes.on_top():
             _nodes.remove()
             _nodes = None
     elif _nodes is None:
-        devices = {below.key for layer in _layers for below in layer.kernels}
+        devices = {below.key for layer in _overrides for below in layer.kernels}
         kernels = [(operator, f"Autograd{device}") for operator in MADE_BY for device in devices]
         # If two Autograd kernels are registered from Python, torch runs the wrong one under a dispatch mode.
-        _nodes = chain.Layer({kernel: scope.marking for kernel in kernels if chain.torchs_own(*kernel)})
+        _nodes = registration.Registration({kernel: scope.marking for kernel in kernels if registration.torchs_own(*kernel)})
 
 
 def _process() -> list[_Enabled]:
-    return [one for layer in _layers for one in layer.process]
+    return [one for layer in _overrides for one in layer.process]
 
 
 def _hooked(model: torch.nn.Module) -> list[_Enabled]:
@@ -355,4 +355,5 @@ def _copied(selection: Selection, block: bool) -> _Inside:
 
 
 if hasattr(os, "register_at_fork"):  # a child inherits consistent state and a free lock
-    os.register_at_fork(before=chain.lock.acquire, after_in_parent=chain.lock.release, after_in_child=chain.lock.release)
+    lock = registration.lock
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)

@@ -31,7 +31,7 @@ def _restored():
     gc.collect()  # of models that a test leaves enabled
     with tconv.enabled():
         pass
-    assert override._layers == []
+    assert override._overrides == []
     assert override._nodes is None
     assert scope._passes.get() == ()
     assert not overridden()

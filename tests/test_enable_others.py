@@ -28,7 +28,7 @@ def _restored():
     assert not tconv.is_enabled()
     with tconv.enabled():  # takes out what had to stay under another library's kernels
         pass
-    assert override._layers == []
+    assert override._overrides == []
     assert not overridden()
 
 
@@ -115,7 +115,7 @@ def test_the_one_below_the_older_of_two_layers_goes(device, path):
     with tconv.enabled():
         between = Other("other", path)
         with tconv.enabled(ranks=(2,)):
-            assert len(override._layers) == 2
+            assert len(override._overrides) == 2
             lowest.close()
             assert seen_by(path, device, LEFT) == ["tconv", "other", "tconv"]
             assert seen_by(path, device, LEFT) == ["tconv", "other", "tconv"]

@@ -326,7 +326,7 @@ TENSORS = {
     "integers": (lambda x, w: (x.long(), w.long()), "dtype torch.int64"),
     "complex numbers": (lambda x, w: (x.cfloat(), w.cfloat()), "dtype torch.complex64"),
     "no images": (lambda x, w: (x[:0], w), "a tensor without elements"),
-    "a subclass": (lambda x, w: (x.as_subclass(Wrapped), w), "a tensor subclass, Wrapped"),
+    "a subclass": (lambda x, w: (x.as_subclass(Wrapped), w), "a user's tensor subclass, Wrapped"),
     "a meta tensor": (lambda x, w: (x.to("meta"), w.to("meta")), "device meta"),
 }
 

@@ -124,7 +124,7 @@ def test_a_users_class_in_our_functions(cls, which, device):
         got_types, got = called(CLASSES[cls], which, "Conv2d", tconv.functional, device)
     assert got_types == types
     same(got, expected)
-    assert [str(call) for call in calls] == [f"conv2d: torch (a tensor subclass, {CLASSES[cls].__name__})"]
+    assert [str(call) for call in calls] == [f"conv2d: torch (a user's tensor subclass, {CLASSES[cls].__name__})"]
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["gradients", "their gradients"])

@@ -13,7 +13,7 @@ modes get registered operators; any other call falls back to torch. In reading o
     fast_path     a call that repeats an earlier one
     entry         a call of one of the six functions
     selection     which shapes and layers `enable()` takes
-    aten          torch's own operators under `enable()`
+    aten          what `enable()` runs in place of aten's `_convolution` and `convolution_backward`
     scope         which modules `enable(model)` holds in
-    chain         other libraries' kernels of the same operators
+    registration  registers tconv's kernels for aten's operators, and finds the kernels registered before, for fallbacks
 """

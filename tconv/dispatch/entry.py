@@ -101,7 +101,7 @@ def _convolve(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
         if not isinstance(t, torch.Tensor):
             raise Fallback(f"a {type(t).__name__} where a tensor was expected")
         if type(t) not in PLAIN and not type(t).__module__.startswith("torch."):  # whose methods are the user's
-            raise Fallback(f"a tensor subclass, {type(t).__name__}")
+            raise Fallback(f"a user's tensor subclass, {type(t).__name__}")
     dry = DRY.get()
     device = "cuda" if dry and dry.device else x.device.type
     fast_path = kernels_for(device)

@@ -12,7 +12,7 @@ launch. In reading order:
     pointers        fprop and dgrad with operands loaded through pointers: gather, packed, depthwise, strip
     wgrad_pointers  wgrad with operands loaded through pointers: wgrad, packed_wgrad, depthwise_wgrad, strip_wgrad
     tma             operands that the tensor memory accelerator brings
-    prepare         a plan and its operands as a launch
+    prepare         works out a launch: pointers or TMA, operands as they are or copied to channels_last
     compiled        launches a kernel, directly from the second time on; knows what is compiled and what failed
     launch          fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
     variants        every kernel variant that the planner can choose, for scripts/codegen.py

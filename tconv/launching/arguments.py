@@ -189,12 +189,12 @@ def prepared(
     if splits > 1:
         reach = sum((n - 1) * s for n, s in zip(result.shape, result.stride(), strict=True))
         assert reach == result.numel() - 1, "slices are summed as they lie, without gaps"
-        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        summed = accumulator(dtype)
         ends = {"VEC": vector(0, dtype.itemsize, result.numel()), "INTERPRET": interpreted(), "BLOCK": 1024, "num_warps": 4}
         ends |= FUSED
-        pointers = *pointers[:-1], accumulator
+        pointers = *pointers[:-1], summed
         grid, whole = (math.ceil(result.numel() / 1024),), (result.shape, result.stride())
-        total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(accumulator, dtype))
+        total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(summed, dtype))
     form = result.shape, result.stride()
     return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
 
@@ -215,9 +215,14 @@ def window(p: ConvProblem) -> dict[str, int]:
     return triple("T", p.T) | triple("S", p.S) | triple("D", p.D) | triple("P", p.P) | triple("g", common)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which products are summed, in registers and in a split-K workspace: fp32, but fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def numerics(dtype: torch.dtype) -> dict[str, Any]:
     """Returns the constants ACC (the accumulator's dtype) and INTERPRET (True in Triton's interpreter)."""
-    return {"ACC": tl.float64 if dtype == torch.float64 else tl.float32, "INTERPRET": interpreted()}
+    return {"ACC": tl.float64 if accumulator(dtype) == torch.float64 else tl.float32, "INTERPRET": interpreted()}
 
 
 def precision(dtype: torch.dtype, plan: Plan) -> str:

@@ -40,8 +40,8 @@ from tconv.planning.plan import Operands, Plan
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.strips import CHUNK
 
-FIELD = {1: 32, 2: 16, 3: 10}  # taps per dimension in a packed word, by rank
-FLAT_FIELD = {1: 31, 2: 15, 3: 10}  # the same of the packed kernel, which needs one bit itself
+FIELD = {1: 32, 2: 16, 3: 10}  # by rank: taps per dimension whose masks fit in one 32-bit word per pixel
+FLAT_FIELD = {1: 31, 2: 15, 3: 10}  # the same for the packed kernel, which reserves one bit
 Arguments = tuple[Any, dict[str, int], dict[str, Any]]  # a kernel, its integers and its constants by name
 
 

@@ -30,8 +30,6 @@ from tconv.planning import plan as planning
 from tconv.planning.device import Device
 from tconv.planning.problem import ConvProblem, lift
 
-FIELD = {1: 32, 2: 16, 3: 10}  # by rank: taps per dimension whose masks fit in one 32-bit word per pixel
-FLAT_FIELD = {1: 31, 2: 15, 3: 10}  # the same for the packed kernel, which reserves one bit
 Prepare = Callable[[torch.Tensor, torch.Tensor], Prepared]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tconv.kernels.reduce import sum_splits
-from tconv.launching.arguments import FUSED, Prepared, tensor_cores
+from tconv.launching.arguments import FUSED, Prepared, accumulator, tensor_cores
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.planning.device import Device
@@ -128,7 +128,7 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
     c = prepared.constants
     if "SPLIT" in c:  # overrides what the planner chose
         c = c | {"SPLIT": split}
-    accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
+    summed = "*" + NAMES[accumulator(dtype)]
     signature = {}
     boxes = dict(zip(prepared.kernel.arg_names, prepared.boxes, strict=False))
     for argument in prepared.kernel.arg_names:
@@ -137,7 +137,7 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
         elif box := boxes.get(argument):
             signature[argument] = f"tensordesc<{NAMES[dtype]}{list(box[2])}>"
         elif argument.endswith("_ptr"):
-            signature[argument] = accumulator if split and argument == RESULT[pass_] else "*" + NAMES[dtype]
+            signature[argument] = summed if split and argument == RESULT[pass_] else "*" + NAMES[dtype]
         else:
             signature[argument] = "i32"
     plan = prepared.call.plan

@@ -133,7 +133,7 @@ STAGE = {size: tuple(Tile(8192 // size // n, n, 1, 4, 1) for n in (64, 32, 16, 8
 # (kernel, tile) pairs that spill registers, by generation of the device. Before Hopper, tensor cores read their operands from
 # registers, which leaves fewer for accumulators.
 SPILLING = {
-    8: {
+    8: {  # A100, sm_80
         *((kernel, tile) for kernel in ("gather", "wgrad") for tile in (*GEMM_16[:2], GEMM_16[3], GEMM_16[5])),
         *(("wgrad", tile) for tile in (GEMM_32[0], GEMM_32[1], GEMM_32[3], GEMM_16[6])),
         ("gather", GEMM_16[6]),
@@ -142,7 +142,7 @@ SPILLING = {
         ("packed", PACKED_16[1]),
         ("packed_wgrad", PACKED_WGRAD_16[2]),
     },
-    10: {
+    10: {  # B200, sm_100
         *(("wgrad", tile) for tile in (GEMM_16[3], GEMM_16[5], GEMM_64[0])),
         *(("gather", tile) for tile in (GEMM_16[4], GEMM_16[6], GEMM_16[7], GEMM_32[3])),
         *(("packed", tile) for tile in PACKED_16[2:]),
@@ -153,16 +153,16 @@ SPILLING = {
 # registers of some variants to fit one more program, but not if it is given a limit. AMD's wavefronts are twice as wide, so
 # fewer are needed.
 INSTEAD = {
-    0: {
+    0: {  # AMD
         ("gather", FMA_32_NARROW[0]): replace(FMA_32_NARROW[0], warps=4),
         ("packed", PACKED_32[1]): replace(PACKED_32[1], warps=4),
     },
-    8: {
+    8: {  # A100, sm_80
         ("gather", GEMM_16[4]): replace(GEMM_16[4], registers=255),
         ("packed", PACKED_16[3]): replace(PACKED_16[3], registers=96),
         ("packed_wgrad", PACKED_WGRAD_16[1]): replace(PACKED_WGRAD_16[1], registers=255),
     },
-    10: {
+    10: {  # B200, sm_100
         ("gather", GEMM_16[2]): replace(GEMM_16[2], registers=255),
         **{(kernel, GEMM_32[1]): replace(GEMM_32[1], registers=255) for kernel in ("gather", "wgrad")},
         ("gather", FMA_32[0]): replace(FMA_32[0], registers=168),

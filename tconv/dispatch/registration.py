@@ -4,8 +4,8 @@ The dispatcher keeps a list of kernels for each operator and key, and runs the l
 in whatever order, the one before it runs again. But the dispatcher does not help a kernel call the one before it.
 `torch.library.get_kernel` returns a handle to that, which becomes invalid when its kernel is removed.
 
-So a `Layer` looks the kernel below up again when that has been removed. If another library has registered a kernel on top of
-a `Layer`, the `Layer` stays registered, inactive, since that library may have a handle to it.
+So a `Registration` looks the kernel below up again when that has been removed. If another library has registered a kernel on
+top of it, it stays registered, inactive, since that library may have a handle to it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Below:
 
     __slots__ = ("_handle", "_layer", "key", "operator")
 
-    def __init__(self, layer: Layer, operator: str, key: str) -> None:
+    def __init__(self, layer: Registration, operator: str, key: str) -> None:
         self._layer, self.operator, self.key = layer, operator, key
         self._handle: Any = None
 
@@ -75,7 +75,7 @@ def written_in_python(handle: Any) -> bool:
     return ".py:" in repr(handle)
 
 
-class Layer:
+class Registration:
     """Kernels of ours that are registered together, on top of those registered before.
 
     Args:
@@ -139,10 +139,10 @@ class Layer:
             below.settle()
 
 
-_registered: list[Layer] = []  # in the order in which they were registered
+_registered: list[Registration] = []  # in the order in which they were registered
 
 
-def _newest(operator: str, key: str) -> Layer | None:
+def _newest(operator: str, key: str) -> Registration | None:
     """Returns the layer registered last for an operator and a key, or None."""
     return next((layer for layer in reversed(_registered) if (operator, key) in layer._texts), None)
 

@@ -1,4 +1,4 @@
-"""The first minutes on a GPU, ordered by worth per second: is it right, what can the device do, how fast is it.
+"""Spends the first minutes on a GPU by worth per second: is it right, what does the device reach, how fast is it.
 
     scripts/gpu.sh first [--minutes 9] [--out DIR] [--commit ID] [--dry-run] [--only STAGE] [--keep-going]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import pathlib
 import signal
@@ -41,11 +42,11 @@ class Stage:
     """A process to run.
 
     Attributes:
-        name: for people; several stages may share a record.
-        command: the arguments after Python's; LIMIT stands for the seconds it may take.
-        share: of the time that is left, the part that it may take at most.
-        vital: nothing after it is worth its time if it fails.
-        quiet: it measures; whatever compiles in the background is waited for first.
+        name: shown to people. Several stages may write to one record.
+        command: the arguments after Python's. LIMIT stands for the seconds that the stage may take.
+        share: the largest part of the remaining time that the stage may take.
+        vital: if this stage fails, the later ones are not run.
+        quiet: the stage measures times, so it waits for compilers in the background to end.
     """
 
     name: str
@@ -109,13 +110,13 @@ class Session:
         self.background = self._start(command)
 
     def wait_for_compilers(self, most: float) -> None:
-        """Until the background is done, or so many seconds have passed, when it is ended."""
+        """Waits until the compilers in the background end, and ends them after so many seconds."""
         if self.background is not None:
             self._wait(self.background, most)
             self.background = None
 
     def run(self, stage: Stage) -> int:
-        """A stage's exit status; CUT if there was no time for it, or not enough."""
+        """Runs a stage and returns its exit status: CUT if there was too little time for it."""
         if stage.quiet:
             self.wait_for_compilers(self.left() * 0.2)
         budget = self.left() * stage.share
@@ -129,7 +130,7 @@ class Session:
             process = self._start([word.replace(LIMIT, f"{limit - LATE:.0f}") for word in stage.command])
             status = self._wait(process, limit)
             self.say(f"== {stage.name} {ENDED.get(status, f'ended with status {status}')} after {self.clock() - before:.0f} s")
-            # It died, hung, or its device failed: another goes on behind the cell.
+            # If it died, hung, or its device failed, another process goes on with the next cell.
             unfinished = status == CUT or any(self.log.parent.glob(".*.running"))
             if not unfinished or end - self.clock() < LEAST:
                 break
@@ -160,7 +161,7 @@ class Session:
 
 
 def run_all(session: Session, planned: Sequence[Stage], keep_going: bool = False) -> int:
-    """Runs stages in order, and tells what all of them together came to: 0, 1, or CUT."""
+    """Runs stages in order. Returns 1 if one failed, CUT if one was cut or not run, else 0."""
     statuses = []
     for stage in planned:
         status = session.run(stage)
@@ -186,7 +187,8 @@ def main() -> int:
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     session = Session(60 * args.minutes, out / "first.log")
-    planned = stages(out, 1 if args.tiny else max(2, cores * 3 // 4), args.tiny, args.commit)
+    spread = not args.tiny and importlib.util.find_spec("xdist") is not None
+    planned = stages(out, max(2, cores * 3 // 4) if spread else 1, args.tiny, args.commit)
     planned = [stage for stage in planned if not args.only or stage.name in args.only]
     try:
         if not args.tiny and any(stage.quiet for stage in planned):

@@ -1,4 +1,7 @@
-"""A record of recent calls: which plan ran, or why the call fell back to torch. No fallback goes unrecorded."""
+"""A record of recent calls: which plan ran, or why the call fell back to torch.
+
+Every fallback is recorded, except what torch.compile decides while it traces.
+"""
 
 from __future__ import annotations
 

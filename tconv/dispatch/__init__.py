@@ -1,7 +1,8 @@
 """Takes a call of PyTorch apart: whether tconv computes it, as which problem, and in which of PyTorch's contexts.
 
-A plain tensor's call goes to the kernels under autograd's own functions. torch.compile, vmap, modes and torch's own fake tensors
-get registered operators. Any other call, such as one with a user's tensor subclass, falls back to torch. In reading order:
+A plain tensor's call goes to the kernels under autograd's own functions. torch.compile, vmap, modes and torch's own fake
+tensors get registered operators. Any other call, such as one with a user's tensor subclass, falls back to torch. In reading
+order:
 
     context       whether a kernel may run here: plain tensors, modes, transforms, precision
     dynamo        marks code that torch.compile must not compile

@@ -7,7 +7,7 @@ launch. In reading order:
     cache           a dictionary that clears itself when it is full
     dry_run         calls that are planned and recorded but not computed
     profiling       events for torch.profiler
-    memory_format   strides; the memory format of a result (under `enable()` dispatch/aten.py asks torch); offsets beyond 32 bits
+    memory_format   strides; the memory format of a result (under `enable()`, dispatch/aten.py asks torch); 64-bit offsets
     arguments       the arguments of a kernel, and what may be promised of them
     pointers        fprop and dgrad with operands loaded through pointers: gather, packed, depthwise, strip
     wgrad_pointers  wgrad with operands loaded through pointers: wgrad, packed_wgrad, depthwise_wgrad, strip_wgrad

@@ -176,7 +176,7 @@ def run_all(session: Session, planned: Sequence[Stage], keep_going: bool = False
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="to spend")
+    parser.add_argument("--minutes", type=float, help="to spend; 9, or 4 in a dry run, if not given")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the records")
     parser.add_argument("--commit", help="the commit, where the checkout has no git beside it")
     parser.add_argument("--tiny", action="store_true", help="a dry run, on a CPU by the interpreter")
@@ -186,7 +186,8 @@ def main() -> int:
     cores = os.cpu_count() or 1
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    session = Session(60 * args.minutes, out / "first.log")
+    minutes = args.minutes or (4 if args.tiny else 9)
+    session = Session(60 * minutes, out / "first.log")
     spread = not args.tiny and importlib.util.find_spec("xdist") is not None
     planned = stages(out, max(2, cores * 3 // 4) if spread else 1, args.tiny, args.commit)
     planned = [stage for stage in planned if not args.only or stage.name in args.only]

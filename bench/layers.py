@@ -110,6 +110,11 @@ def first_and_rest() -> tuple[list[Layer], list[Layer]]:
     return [every[name] for name in FIRST], [layer for name, layer in every.items() if name not in FIRST]
 
 
+def part_of_suite(part: str, tiny: bool) -> list[Layer]:
+    """Returns the "first" or the "rest" of `first_and_rest`; for a dry run, one layer of it."""
+    return first_and_rest()[part == "rest"][: 1 if tiny else None]
+
+
 def _layer(row: dict[str, Any]) -> Layer:
     rank = len(row["spatial"])
     return Layer(

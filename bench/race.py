@@ -15,7 +15,7 @@ import torch
 
 import tconv
 from bench import cells
-from bench.layers import Layer, first_and_rest
+from bench.layers import Layer, part_of_suite
 from bench.providers import LAYOUTS, PRECISIONS, Operands, operands, reference, set_precision, tconv_, torch_nn
 from bench.timing import Clock, in_turns
 from tconv.launching.arguments import INTERPRET
@@ -51,8 +51,8 @@ class Held:
         return self.made[layout]
 
 
-def race(o: Operands, pass_: str, clock: Clock, tolerance: float) -> dict[str, object]:
-    """A cell: is ours right, is it ours, and both sides' times."""
+def race(o: Operands, pass_: str, clock: Clock, tolerance: float, most: int) -> dict[str, object]:
+    """Returns a cell: the error of tconv's result, its plans, and both sides' times of at most so many rounds."""
     mine, theirs = tconv_(o, pass_), torch_nn(o, pass_)
     with tconv.recording() as calls:
         got = mine()
@@ -63,7 +63,7 @@ def race(o: Operands, pass_: str, clock: Clock, tolerance: float) -> dict[str, o
     if not all(c.ours for c in calls):
         line["not_ours"] = "; ".join(str(c) for c in calls if not c.ours)
     costs = [c.plan.cost for c in calls if c.ours and c.plan and c.plan.cost]
-    times = in_turns(clock, {"torch.nn": theirs, "tconv": mine})
+    times = in_turns(clock, {"torch.nn": theirs, "tconv": mine}, most=most)
     problem = o.layer.problem
     return line | {
         "predicted_ms": 1e3 * sum(c.seconds for c in costs),
@@ -86,7 +86,7 @@ def main() -> int:
     run, clock, held = cells.Cells(args), Clock(device), Held(args.precision, device, args.tiny)
     set_precision(args.precision)
     torch.backends.cudnn.benchmark = True
-    chosen = first_and_rest()[args.part == "rest"]
+    chosen = part_of_suite(args.part, args.tiny)
     table = {
         f"{layer.name} {args.precision} {pass_} {layout}": (layer, pass_, layout)
         for layer, layout, pass_ in itertools.product(chosen, LAYOUTS, PASSES)
@@ -97,7 +97,9 @@ def main() -> int:
             "layer": layer.name, "family": layer.family, "precision": args.precision, "pass": pass_, "layout": layout,
         }  # fmt: skip
         try:
-            run.write(name, line | race(held.get(layer, layout), pass_, clock, TOLERANCE[args.precision]))
+            run.write(
+                name, line | race(held.get(layer, layout), pass_, clock, TOLERANCE[args.precision], 2 if args.tiny else 40)
+            )
         except Exception as e:
             run.failed(name, e, line)
     return run.status

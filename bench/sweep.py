@@ -18,7 +18,7 @@ import torch
 
 import tconv
 from bench import cells
-from bench.layers import Layer, first_and_rest
+from bench.layers import Layer, part_of_suite
 from bench.providers import LAYOUTS, Operands, operands, torch_nn
 from bench.race import PASSES, Held, error_norm
 from bench.stage import FATAL, first_line
@@ -114,7 +114,7 @@ def plans_of(part: str, layouts: Sequence[str], tiny: bool, device: Device) -> t
     """The cells of a part of the suite, (layer, pass, layout) by name, and the plans of each, with operands on "meta"."""
     table = {
         f"{layer.name} bf16 {pass_} {layout}": (layer, pass_, layout)
-        for layer, layout, pass_ in itertools.product(first_and_rest()[part == "rest"], layouts, PASSES)
+        for layer, layout, pass_ in itertools.product(part_of_suite(part, tiny), layouts, PASSES)
     }
     todo = {}
     for name, (layer, pass_, layout) in table.items():
@@ -136,8 +136,8 @@ def compile_all(todo: Iterable[tuple[Operands, str, list[tuple[Plan, Forced]]]],
     print(f"{len(answers)} kernels of {len(launches)} launches, {len(bad)} failed", *bad[:20], sep="\n", flush=True)
 
 
-def sweep(o: Operands, pass_: str, plans: list[tuple[Plan, Forced]], clock: Clock) -> dict[str, Any]:
-    """A cell: each plan's time and error, torch.nn's time beside them."""
+def sweep(o: Operands, pass_: str, plans: list[tuple[Plan, Forced]], clock: Clock, most: int) -> dict[str, Any]:
+    """Returns a cell: the time of each plan, of at most so many rounds, and its error against torch.nn's result."""
     right = torch_nn(o, pass_)()
     calls: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -156,7 +156,7 @@ def sweep(o: Operands, pass_: str, plans: list[tuple[Plan, Forced]], clock: Cloc
             if any(text in str(e) for text in FATAL):
                 raise
     chosen = next(iter(rows))
-    for name, times in in_turns(clock, calls, budget=0.02 * len(calls), most=15).items():
+    for name, times in in_turns(clock, calls, budget=0.02 * len(calls), most=most).items():
         rows[name] |= {"ms": times.ms, "low_ms": times.low_ms, "high_ms": times.high_ms}
     timed = {name: row["ms"] for name, row in rows.items() if "ms" in row}
     proven = {name: ms for name, ms in timed.items() if name.split()[0] not in TMA_KERNELS}
@@ -191,7 +191,13 @@ def main() -> int:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                run.write(name, line | sweep(held.get(layer, layout), pass_, todo[name][2], clock))
+                run.write(
+                    name,
+                    line
+                    | sweep(
+                        held.get(layer, layout), pass_, todo[name][2][: 2 if args.tiny else None], clock, 2 if args.tiny else 15
+                    ),
+                )
         except Exception as e:
             run.failed(name, e, line)
     return run.status

@@ -82,17 +82,17 @@ class Times:
 
 
 def in_turns(clock: Clock, calls: dict[str, Callable[[], Any]], budget: float = BUDGET, most: int = 40) -> dict[str, Times]:
-    """Times of calls that take turns, so that whatever drifts meets them all; each is warmed up by a call before.
+    """Times calls in turns, so that whatever drifts affects all of them. Each is called once before, to warm up.
 
     Args:
-        budget: seconds to spend, as far as 5 rounds allow.
-        most: rounds at most.
+        budget: seconds to spend on the timed rounds, of which there are at least 5 unless `most` is less.
+        most: the largest number of rounds, at least 2.
     """
     once = 0.0
     for call in calls.values():
         call()
         once += clock.once(call)
-    rounds = int(min(most, max(5, budget / max(once, 1e-6))))
+    rounds = int(min(most, max(5, budget / max(once, 1e-6))))  # quartiles need two
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

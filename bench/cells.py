@@ -46,12 +46,16 @@ class Cells:
         self.done = {line["cell"] for line in self.writer.lines if "cell" in line}
         self.status = 0
 
+    def late(self) -> bool:
+        """Returns True if no more cells are to be started."""
+        return time.monotonic() > self.deadline
+
     def each(self, names: list[str]) -> Iterator[str]:
         """The cells that are left to do, as long as there is time."""
         for name in names:
             if name in self.done:
                 continue
-            if time.monotonic() > self.deadline:
+            if self.late():
                 self.status = self.status or CUT
                 return
             self.running.write_text(name)

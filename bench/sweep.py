@@ -3,7 +3,7 @@
     python -m bench.sweep --record bench/results/DIR/sweep.jsonl --seconds 100 [--part first|rest]
 
 A cell is a layer, pass and layout; its line has a time for each kernel, tile and number of splits, those of kernels that are
-not chosen by themselves yet included. All kernels are compiled first, on all cores.
+not chosen by themselves yet included. The kernels of some cells are compiled on all cores, then those cells are timed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tconv.planning.tiles import TMA_KERNELS, Tile
 from tconv.precompile import COMPILED, FOUND, compile_launches
 
 SPLITS = 2  # numbers of splits to try on either side of the planned one
+SLICE = 24  # cells whose kernels are compiled at a time, so that a run that is cut has measured some
 LIKELY = 3  # plans, the best by prediction, of which other splits and layouts of operands are tried too
 # Tiles that the planner does not have, by kernel: what fewer stages, which leave room for a second program on a
 # multiprocessor, and narrower or taller tiles would give.
@@ -183,23 +184,22 @@ def main() -> int:
     torch.backends.cudnn.benchmark = False
     planned = INTERPRETER if INTERPRET else cuda_device(torch.cuda.current_device())
     table, todo = plans_of(args.part, args.layout or LAYOUTS, args.tiny, planned)
-    if not INTERPRET:
-        compile_all([cell for name, cell in todo.items() if name not in run.done], planned, args.jobs)
-    for name in run.each(list(table)):
-        layer, pass_, layout = table[name]
-        line = {"layer": layer.name, "family": layer.family, "pass": pass_, "layout": layout}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                run.write(
-                    name,
-                    line
-                    | sweep(
-                        held.get(layer, layout), pass_, todo[name][2][: 2 if args.tiny else None], clock, 2 if args.tiny else 15
-                    ),
-                )
-        except Exception as e:
-            run.failed(name, e, line)
+    names = list(table)
+    for start in range(0, len(names), SLICE):
+        part = names[start : start + SLICE]
+        left = [todo[name] for name in part if name not in run.done]
+        if left and not INTERPRET and not run.late():
+            compile_all(left, planned, args.jobs)
+        for name in run.each(part):
+            layer, pass_, layout = table[name]
+            line = {"layer": layer.name, "family": layer.family, "pass": pass_, "layout": layout}
+            plans = todo[name][2][: 2 if args.tiny else None]
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    run.write(name, line | sweep(held.get(layer, layout), pass_, plans, clock, 2 if args.tiny else 15))
+            except Exception as e:
+                run.failed(name, e, line)
     return run.status
 
 

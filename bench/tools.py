@@ -103,7 +103,7 @@ def classifier() -> Built:
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.running_mean, std=0.3)  # type: ignore[arg-type]
-            nn.init.uniform_(m.running_var, 0.5, 2)  # type: ignore[arg-type]
+            nn.init.uniform_(m.running_var, 0.5, 2)  # type: ignore[arg-type]  # None in the stubs unless statistics are tracked
     return model.eval(), torch.randn(2, 3, 8, 8)
 
 
@@ -142,7 +142,7 @@ def products(t: torch.Tensor) -> list[float]:
     """A tensor as few numbers: its products with eight random tensors."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(8, t.numel(), generator=generator, dtype=torch.float64)
-    return (weights @ t.detach().double().flatten().cpu()).tolist()  # type: ignore[no-any-return]
+    return (weights @ t.detach().double().flatten().cpu()).tolist()  # type: ignore[no-any-return]  # a list of floats
 
 
 def counted(things: Sequence[str]) -> str:

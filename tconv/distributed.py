@@ -286,7 +286,7 @@ def _local(t: Any, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:
     """
     if not isinstance(t, DTensor):
         if all(p == Replicate() for p in placements):
-            return t  # type: ignore[no-any-return]
+            return t  # type: ignore[no-any-return]  # a list of floats
         t = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if t.device_mesh != mesh:
         raise ValueError(f"a tensor is on {t.device_mesh}, the input on {mesh}")
@@ -463,7 +463,7 @@ class _Transposed(modules._Transposed):
         if not isinstance(input, DTensor):
             return modules._Transposed.forward(self, input, output_size)
         known = self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
-        more = self._output_padding(input, output_size, *known)  # type: ignore[arg-type]
+        more = self._output_padding(input, output_size, *known)  # type: ignore[arg-type]  # torch's stubs want lists of int
         return conv_transpose(
             input, self.weight, self.bias, self.stride, self.padding, more, self.groups, self.dilation  # type: ignore[arg-type]
         )  # fmt: skip

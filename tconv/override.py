@@ -167,7 +167,7 @@ class _Enabled:
 
 def _hook(function: F) -> F:
     """Keeps dynamo from tracing a module hook. Does what torch.compiler.disable does, without importing dynamo."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # not in torch's stubs
     function._torchdynamo_disable_msg = "tconv.enable(model) has hooks: enable what torch.compile returns"  # type: ignore[attr-defined]
     return opaque(function)
 

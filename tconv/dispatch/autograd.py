@@ -118,7 +118,7 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]  # one gradient, not any number
         x, w = ctx.saved_tensors  # read even if unused: this raises if they were edited in place
         if dy is None:
             return None, None, None, None
@@ -156,7 +156,7 @@ class _Wgrad(torch.autograd.Function):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, gw: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gw: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]  # one gradient, not any number
         dy, x = ctx.saved_tensors
         if gw is None:
             return None, None, None
@@ -179,7 +179,7 @@ class _BiasGrad(torch.autograd.Function):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, gb: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gb: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]  # one gradient, not any number
         if gb is None:
             return None, None
         return plain(gb).view(1, -1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None

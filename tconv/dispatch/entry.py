@@ -171,7 +171,7 @@ def _operator(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor | No
         return None
     tracing = None if is_dynamo_compiling() else torch._C._get_tracing_state()
     if tracing:  # torch.jit.trace would take the extents that are asked for below for the graph's
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
     try:
         autocast = torch.is_autocast_enabled(device)
         h = accepted(asked, x, w, b, autocast)
@@ -179,7 +179,7 @@ def _operator(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor | No
         return None
     finally:
         if tracing:
-            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]  # not in torch's stubs
     if not is_dynamo_compiling() and torch._C._len_torch_dispatch_stack():
         operators.count_flops()  # as the operator's autograd does, which inference_mode passes over
     run: Any = torch.ops.tconv.dgrad if asked.transposed else torch.ops.tconv.fprop

@@ -57,7 +57,7 @@ INTERPRETED = ("1", "true", "yes", "on", "y")  # the values of TRITON_INTERPRET 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # a leaf's autograd node
 _asks_for_leaves = -2  # id of the last backward pass seen to ask for a leaf's gradient; -1 is the id outside of any pass
-_library: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped-call]  # untyped in torch
 _known: BoundedCache[Any, Geometry | str] = BoundedCache()
 
 
@@ -268,7 +268,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, g: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]  # one gradient, not any number
         a, b = ctx.saved_tensors
         if g is None:
             return (None,) * 6
@@ -317,7 +317,7 @@ def _autograd(name: str, keys: Any, a: Any, b: Any, bias: Any, *rest: Any) -> to
         count_flops()
     y: torch.Tensor
     if torch._C._are_functorch_transforms_active():
-        with enable_single_level_autograd_function():  # type: ignore[no-untyped-call]
+        with enable_single_level_autograd_function():  # type: ignore[no-untyped-call]  # untyped in torch
             y = _apply(keys, name, a, b, bias, h)
     elif forward_ad._current_level >= 0 or (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, bias))

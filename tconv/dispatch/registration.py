@@ -95,7 +95,7 @@ class Registration:
     def _register(self) -> None:
         # Torch 2.11 warns that a kernel is overridden, which is intended. Removing the filter again would not be thread-safe.
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-        self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # untyped in torch
         try:
             _registered.append(self)
             for below, function in self.kernels.items():

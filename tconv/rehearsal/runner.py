@@ -157,7 +157,7 @@ def _plain(t: torch.Tensor) -> bool:
 def _written(t: torch.Tensor) -> torch.Tensor:
     """Returns a tensor that requires a gradient and can still be written in place, like an input that requires none."""
     leaf = torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape).requires_grad_()
-    new: torch.Tensor = _Follows.apply(leaf, t)  # type: ignore[no-untyped-call]
+    new: torch.Tensor = _Follows.apply(leaf, t)  # type: ignore[no-untyped-call]  # untyped in torch
     return new
 
 

@@ -51,6 +51,7 @@ def _extend_torchs_default_table() -> None:
     def run_decompositions(self: Any, decomp_table: Any = None, *args: Any, **kwargs: Any) -> Any:
         return run(self, default_decompositions() if decomp_table is None else decomp_table, *args, **kwargs)
 
+    # torch looks both names up when it calls them, so replacing them here is enough; types know one function only.
     torch.export.default_decompositions = default_decompositions  # type: ignore[assignment]
     ExportedProgram.run_decompositions = run_decompositions  # type: ignore[method-assign]
 

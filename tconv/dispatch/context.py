@@ -88,9 +88,11 @@ def global_state_differs(precision: str) -> bool:
 
 def function_modes() -> bool:
     """Returns True if a function mode is active, other than torch.set_default_device's, which does not affect convolutions."""
+    # The stack has no types in torch.
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def foreign_modes() -> bool:
     """Returns True if a function mode from outside torch is active. Such a mode expects to see torch's own function."""
+    # The stack has no types in torch.
     return any(not type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]

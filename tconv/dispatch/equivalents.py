@@ -39,8 +39,10 @@ def dgrad(dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, *rest: Any) -> torc
     if _all_ints(h.before, h.after) and min(h.before) >= 0:
         more = _less(h.before, h.after)  # what torch calls output_padding
         if all(0 <= m < max(s, d) for m, s, d in zip(more, h.stride, h.dilation, strict=True)):
+            # torch's stubs want lists of int, where these may be symbolic.
             return _laid_out(transposed(dy, w, b, h.stride, h.before, more, h.groups, h.dilation), h)  # type: ignore[arg-type]
     zero = [0] * rank
+    # torch's stubs want lists of int, where these may be symbolic.
     dx = transposed(dy, w, None, h.stride, zero, zero, h.groups, h.dilation)  # type: ignore[arg-type]
     dx = _pad(dx, [-n for n in h.before], [-n for n in h.after])
     if b is not None:  # added after the padding, for dx has a bias also where no tap reads it

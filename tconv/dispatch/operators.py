@@ -287,6 +287,7 @@ class _Differentiable(torch.autograd.Function):
         with contextlib.ExitStack() as stack:
             if torch._C._are_functorch_transforms_active():
                 _outer_levels(stack)
+                # _VF is made at import, which torch's stubs do not show.
                 a, b = (torch._VF._unpack_dual(t, level=0)[0] for t in (a, b))  # type: ignore[attr-defined]
             terms = []
             if da is not None:
@@ -358,6 +359,7 @@ def _vmap(name: str, info: Any, dims: Any, a: Any, b: Any, bias: Any, *rest: Any
     if at_a is None and at_b is None:
         y = y.unsqueeze(0).expand(size, *y.shape)
     else:
+        # `unflatten` has no types in torch.
         y = y.unflatten(axis, (groups, size, y.shape[axis] // (groups * size))).movedim(axis + 1, 0)  # type: ignore[no-untyped-call]
         y = y.flatten(axis + 1, axis + 2)
     if bias is not None and inside is None:
@@ -370,6 +372,7 @@ def _vmap(name: str, info: Any, dims: Any, a: Any, b: Any, bias: Any, *rest: Any
 def _fold(t: torch.Tensor, dim: int, axis: int, groups: int) -> torch.Tensor:
     """Folds the batch dimension `dim` of a tensor into `axis`, inside each group."""
     t = t.movedim(dim, 0)
+    # `unflatten` has no types in torch.
     split: torch.Tensor = t.unflatten(axis + 1, (groups, t.shape[axis + 1] // groups))  # type: ignore[no-untyped-call]
     return split.movedim(0, axis + 1).flatten(axis, axis + 2)
 

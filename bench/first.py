@@ -28,6 +28,7 @@ from bench.stage import CUT
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LATE = 10  # seconds that a stage has to stop by itself; what takes longer is ended
 LEAST = 20  # seconds of which a stage can make use
+PATIENCE = 5  # seconds to wait for compilers; what they leave, a stage compiles on all cores or as it needs it
 TRIES = 4  # processes for one stage, where they die
 SMOKE = "graph or precompile or direct or stream or capture"
 # Files of tests that put kernels to the test on the device's own tensors, the most telling first.
@@ -46,7 +47,7 @@ class Stage:
         command: the arguments after Python's. LIMIT stands for the seconds that the stage may take.
         share: the largest part of the remaining time that the stage may take.
         vital: if this stage fails, the later ones are not run.
-        quiet: the stage measures times, so it waits for compilers in the background to end.
+        quiet: the stage measures times, so compilers in the background are ended first.
     """
 
     name: str
@@ -118,7 +119,7 @@ class Session:
     def run(self, stage: Stage) -> int:
         """Runs a stage and returns its exit status: CUT if there was too little time for it."""
         if stage.quiet:
-            self.wait_for_compilers(self.left() * 0.2)
+            self.wait_for_compilers(PATIENCE)
         budget = self.left() * stage.share
         if budget < LEAST:
             self.say(f"== {stage.name}: no time left")

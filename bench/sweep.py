@@ -155,7 +155,7 @@ def sweep(o: Operands, pass_: str, plans: list[tuple[Plan, Forced]], clock: Cloc
         except Exception as e:
             row["error"] = first_line(e)
             if any(text in str(e) for text in FATAL):
-                raise
+                raise RuntimeError(f"{name}: {e}") from e
     chosen = next(iter(rows))
     for name, times in in_turns(clock, calls, budget=0.02 * len(calls), most=most).items():
         rows[name] |= {"ms": times.ms, "low_ms": times.low_ms, "high_ms": times.high_ms}

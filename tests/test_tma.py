@@ -188,6 +188,16 @@ def test_refusals_are_errors(reason, device):
         TF.conv2d(x, w, b, **case.arguments)
 
 
+@pytest.mark.parametrize(("c", "k", "groups"), [(16, 16, 16), (24, 16, 2), (16, 24, 2)], ids=["depthwise", "12 in", "12 out"])
+def test_a_wgrad_whose_groups_begin_between_16_bytes_is_refused(c, k, groups, device):
+    """An H200 met an illegal instruction while the plans of a depthwise wgrad were swept, these among them."""
+    x, w = torch.randn(2, c, 6, 6, device=device).half(), torch.randn(k, c // groups, 3, 3, device=device).half()
+    x, w = oracle.to_channels_last(x), oracle.to_channels_last(w).requires_grad_()
+    y = TF.conv2d(x, w, groups=groups)
+    with tconv.force(kernel="tma_wgrad"), pytest.raises(ValueError, match="begin at multiples of 16 bytes"):
+        torch.autograd.grad(y, w, torch.ones_like(y))
+
+
 def test_a_misaligned_address_and_refused_copies_are_errors(device):
     base = torch.randn(16 * 36 + 1, device=device).half()[1:]
     x, w = base.view(1, 6, 6, 16).permute(0, 3, 1, 2), torch.randn(16, 16, 3, 3, device=device).half()

@@ -152,6 +152,9 @@ def _why_no_tma(pass_: str, s: PassOperands, dtype: torch.dtype, device: Device)
     least = 16 if device.interpreted else min(t.k for t in tiles("tma", Access(dtype.itemsize, True), device))
     if pass_ != "wgrad" and p.G > 1 and s.ci % least:
         return f"boxes would reach into the next group: {s.ci} channels per group are no multiple of {least}"
+    aligned = 16 // dtype.itemsize
+    if pass_ == "wgrad" and p.G > 1 and (s.ci % aligned or s.co % aligned):
+        return f"boxes must begin at multiples of 16 bytes: {s.ci} or {s.co} channels per group are no multiple of {aligned}"
     request = planning.forced()
     if dtype == torch.float32 and request and request.precision == BF16X6:
         return "boxes are not cut into pieces"

@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=pathlib.Path, help="records; default all under bench/results")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "out" / "report")
     parser.add_argument("--summary", type=pathlib.Path, help="print a short table of one folder and stop")
+    parser.add_argument("--together", action="store_true", help="one report of all folders: parts of one measurement")
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
     args = parser.parse_args()
@@ -53,6 +54,10 @@ def main() -> int:
             records["layers"] = as_layers(records)
         if "layers" in records and (args.folders or not records["layers"].machine.get("tiny")):
             runs.append(records)
+    if args.together and runs:
+        first = runs[0]["layers"]
+        every = Record(first.path, first.machine, [line for run in runs for line in run["layers"].lines], None)
+        runs = [runs[0] | {"layers": every}]
     runs.sort(key=lambda records: str(records["layers"].machine.get("date")))
     args.out.mkdir(parents=True, exist_ok=True)
     text, short = measured(runs, args) if runs else predicted(args)

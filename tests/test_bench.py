@@ -524,7 +524,7 @@ def test_the_first_minutes_in_a_dry_run(tmp_path):
     assert read.lines
     assert not any("error" in line for line in read.lines)
     assert "== facts: no time left" in text
-    assert "== race was cut" in text
+    assert "== race was cut" in text or "== race is done" in text  # a fast machine runs all of it in its half minute
     assert text.rstrip().endswith((tmp_path / "summary.txt").read_text().rstrip())
 
 

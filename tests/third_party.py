@@ -59,6 +59,10 @@ class Scaled(nn.Conv2d):
             raise AttributeError("weight")
         return 2 * self._parameters["weight"]
 
+    def reset_parameters(self):  # torch's would initialise the product
+        nn.init.normal_(self._parameters["weight"])
+        nn.init.zeros_(self.bias)
+
 
 class LazySimple(nn.LazyConv2d):
     """A lazy layer that becomes a class of its own."""

@@ -27,9 +27,10 @@ from tconv.launching import launch
 from tconv.launching.arguments import INTERPRET, Prepared
 from tconv.launching.memory_format import result_is_channels_last, weight_format
 from tconv.planning.device import INTERPRETER, Device, cuda_device
+from tconv.planning.families import FAMILIES
 from tconv.planning.plan import KERNELS, Plan
 from tconv.planning.problem import Geometry
-from tconv.planning.tiles import TMA_KERNELS, Tile
+from tconv.planning.tiles import Tile
 from tconv.precompile import COMPILED, FOUND, compile_launches
 
 SPLITS = 2  # numbers of splits to try on either side of the planned one
@@ -160,7 +161,7 @@ def sweep(o: Operands, pass_: str, plans: list[tuple[Plan, Forced]], clock: Cloc
     for name, times in in_turns(clock, calls, budget=0.02 * len(calls), most=most).items():
         rows[name] |= {"ms": times.ms, "low_ms": times.low_ms, "high_ms": times.high_ms}
     timed = {name: row["ms"] for name, row in rows.items() if "ms" in row}
-    proven = {name: ms for name, ms in timed.items() if name.split()[0] not in TMA_KERNELS}
+    proven = {name: ms for name, ms in timed.items() if not FAMILIES[name.split()[0]].tma}
     line: dict[str, Any] = {"chosen": chosen, "rows": rows}
     if chosen in timed:
         best, proven_best = min(timed, key=timed.__getitem__), min(proven, key=proven.__getitem__)

@@ -18,8 +18,9 @@ import triton
 
 from tconv.kernels.common import APART
 from tconv.launching.variants import NAMES, launches, variants
+from tconv.planning.families import FAMILIES
 from tconv.planning.problem import forward_problem
-from tconv.planning.tiles import BF16X6, DOTS, Access, tiles, why_illegal
+from tconv.planning.tiles import BF16X6, Access
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
 import codegen
@@ -206,22 +207,18 @@ def test_the_gate_knows_every_pass_dtype_layout_and_architecture(names):
 
 def test_the_gate_knows_every_legal_tile_and_no_other(names):
     found = {(line.split()[0], line.split()[2], line.split()[4], line.split(" inner=")[0].split(" ", 5)[-1]) for line in names}
-    kernels = (
-        "gather", "packed", "depthwise", "strip", "tma", "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad",
-        "tma_wgrad", "bias",
-    )  # fmt: skip
     legal = {
-        (arch, kernel, name, str(tile))
-        for arch, kernel, (dtype, name) in itertools.product(codegen.ARCHS, kernels, NAMES.items())
+        (arch, family.name, name, str(tile))
+        for arch, family, (dtype, name) in itertools.product(codegen.ARCHS, FAMILIES.values(), NAMES.items())
         for tensor_cores, narrow, flip in itertools.product((True, False), repeat=3)
         if tensor_cores or dtype.itemsize == 4
-        for tile in tiles(kernel, Access(dtype.itemsize, tensor_cores, narrow, flip), codegen.ARCHS[arch][3])
-        if not why_illegal(kernel, tile, dtype.itemsize, codegen.ARCHS[arch][3])
+        for tile in family.tiles_on(Access(dtype.itemsize, tensor_cores, narrow, flip), codegen.ARCHS[arch][3])
+        if not family.why_illegal(tile, dtype.itemsize, codegen.ARCHS[arch][3])
     }
     legal |= {
-        ("sm_90", kernel, "fp32", str(tile))
-        for kernel, narrow in itertools.product(DOTS, (True, False))
-        for tile in tiles(kernel, Access(4, True, narrow, precision=BF16X6), codegen.ARCHS["sm_90"][3])
+        ("sm_90", family.name, "fp32", str(tile))
+        for family, narrow in itertools.product((f for f in FAMILIES.values() if f.cuts), (True, False))
+        for tile in family.tiles_on(Access(4, True, narrow, precision=BF16X6), codegen.ARCHS["sm_90"][3])
     }
     # A copy's tile goes by its channels: there are those that the layers have.
     assert {key for key in found if key[1] not in ("sum_splits", "stage")} == legal

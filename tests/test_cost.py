@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.layers import layers
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
-from tconv.planning import cost, plan, strips
+from tconv.planning import cost, plan
 from tconv.planning.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
+from tconv.planning.families import FAMILIES
 from tconv.planning.problem import PASSES, forward_problem, transposed_problem
-from tconv.planning.tiles import BF16X6, DOTS, Access, Tile, tiles
+from tconv.planning.strip import CHUNK
+from tconv.planning.tiles import BF16X6, Access, Tile
 from tests import cases, oracle
 
 BUDGETS = pathlib.Path(__file__).parent.parent / "bench" / "codegen"
@@ -108,16 +110,18 @@ def test_loop_lengths_are_near_those_compiled():
         cores = not direct and (dtype != "fp32" or "tf32" in flags or bool(split))
         if kernel.startswith("strip"):
             size, stride, dilation, padding = map(int, re.search(r"row=(\d+)s(\d+)d(\d+)p(\d+)", flags).groups())
-            if row["loop_instructions"] == "0" or size > strips.CHUNK:  # unrolled, or a loop in the loop
+            if row["loop_instructions"] == "0" or size > CHUNK:  # unrolled, or a loop in the loop
                 continue
             p = forward_problem((1, 2, 9, 99), (2, 1, 3, size), (1, stride), [(0, padding)] * 2, (1, dilation), 2)
-            tile_ = Tile(*map(int, extents), columns=int(columns))
-            length = cost.strip_length(p, pass_, tile_, Access(sizes[dtype], False, narrow, inner[0] != "c"))
         else:
-            length = cost.loop_length(kernel, Tile(*map(int, extents)), Access(sizes[dtype], cores, narrow, precision=split))
+            p = forward_problem(
+                (1, 16, 9, 9), (16, 16, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 1
+            )  # its length depends on no problem
+        access = Access(sizes[dtype], cores, narrow, kernel.startswith("strip") and inner[0] != "c", precision=split)
+        length = FAMILIES[kernel].length(p, pass_, Tile(*map(int, extents), columns=int(columns or 1)), access)
         ratios[kernel, dtype, cores, split, narrow].append(int(row["loop_instructions"]) / length)
     assert {kernel for kernel, *_ in ratios} == set().union(*plan.KERNELS.values()) - {"bias"}
-    assert {kernel for kernel, _, _, split, _ in ratios if split} == set(DOTS)
+    assert {kernel for kernel, _, _, split, _ in ratios if split} == {f.name for f in FAMILIES.values() if f.cuts}
     for kind, found in ratios.items():
         assert 1 / 1.5 < statistics.median(found) < 1.5, kind
 
@@ -133,7 +137,7 @@ def test_a_gather_worked_by_hand():
     """2 x 5x5 outputs of 3x3 over 20 channels, 40 written: 50 pixels in 4 tiles of 16, 3 of channels, 9 taps, 2 blocks."""
     p = forward_problem((2, 20, 7, 7), (40, 20, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 1)
     tile = Tile(16, 16, 16, 4, 2)
-    c = cost.predict(p, "fprop", "gather", tile, 1, Access(4, True), HAND)
+    c = FAMILIES["gather"].predict(p, "fprop", tile, 1, Access(4, True), HAND)
     assert c.flops == 2 * 50 * 40 * 20 * 9
     assert c.bytes == 4 * (2 * 20 * 49 + 40 * 20 * 9 + 2 * 40 * 25)
     assert c.programs == 4 * 3
@@ -160,7 +164,7 @@ def test_phases_of_a_strided_dgrad_are_counted_one_by_one():
         tile = Tile(16, 16, 16, 4, 2)
         met = sum((a - t * dilation) % stride == 0 for a in range(stride) for t in range(taps))
         blocks = math.ceil(math.ceil(extent / stride) / 16)
-        c = cost.predict(p, "dgrad", "gather", tile, 1, Access(2, True), HAND)
+        c = FAMILIES["gather"].predict(p, "dgrad", tile, 1, Access(2, True), HAND)
         assert c.executed == met * blocks * 2 * 16**3
         assert c.programs == stride * blocks
 
@@ -175,17 +179,17 @@ def test_taps_of_phases_are_all_taps():
 def test_packs_worked_by_hand():
     """6 groups of 3 -> 4 channels, 3x3 taps, 50 pixels: two packs of four groups, 108 columns in 7 steps."""
     p = forward_problem((2, 18, 7, 7), (24, 3, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 6)
-    c = cost.predict(p, "fprop", "packed", Tile(16, 16, 16, 4, 2), 1, Access(4, True), HAND)
+    c = FAMILIES["packed"].predict(p, "fprop", Tile(16, 16, 16, 4, 2), 1, Access(4, True), HAND)
     assert c.programs == 4 * 2
     assert c.executed == 8 * 7 * 2 * 16**3
-    c = cost.predict(p, "wgrad", "packed_wgrad", Tile(16, 32, 16, 4, 2), 2, Access(4, True), HAND)
+    c = FAMILIES["packed_wgrad"].predict(p, "wgrad", Tile(16, 32, 16, 4, 2), 2, Access(4, True), HAND)
     assert c.programs == 2 * 4 * 2
     assert c.executed == 8 * 2 * 2 * 2 * 16 * 32 * 16  # 50 pixels: four blocks, two in each split
 
 
 def test_a_split_wgrad_worked_by_hand():
     p = forward_problem((4, 16, 10), (16, 16, 1), (1,), [(0, 0)], (1,), 1)
-    c = cost.predict(p, "wgrad", "wgrad", Tile(16, 16, 16, 4, 2), 2, Access(2, True), HAND)
+    c = FAMILIES["wgrad"].predict(p, "wgrad", Tile(16, 16, 16, 4, 2), 2, Access(2, True), HAND)
     assert (c.programs, c.waves, c.workspace) == (2, 1, 2 * 256 * 4)
     assert c.executed == 2 * 2 * 2 * 16**3  # 40 pixels: three blocks, two in each split
     assert dict(c.parts)["memory"] == c.bytes + c.workspace
@@ -197,7 +201,7 @@ def test_a_split_gather_worked_by_hand():
     """3 blocks of 16 channels in two parts, of two and of one: 25 pixels in 2 tiles, one of channels, 9 taps."""
     p = forward_problem((1, 48, 7, 7), (16, 48, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 1)
     tile = Tile(16, 16, 16, 4, 2)
-    whole, split = (cost.predict(p, "fprop", "gather", tile, splits, Access(2, True), HAND) for splits in (1, 2))
+    whole, split = (FAMILIES["gather"].predict(p, "fprop", tile, splits, Access(2, True), HAND) for splits in (1, 2))
     assert (whole.programs, whole.waves, whole.workspace) == (2, 1, 0)
     assert (split.programs, split.waves, split.workspace) == (4, 2, 2 * 16 * 25 * 4)
     assert whole.executed == 2 * 9 * 3 * 2 * 16**3
@@ -206,7 +210,7 @@ def test_a_split_gather_worked_by_hand():
     after = cost.LAUNCH + split.workspace
     assert split.seconds == cost.LAUNCH + max(seconds for _, seconds in split.parts) + after
     strided = forward_problem((1, 16, 9), (48, 16, 3), (2,), [(0, 0)], (1,), 1)
-    c = cost.predict(strided, "dgrad", "gather", tile, 3, Access(8, True), HAND)
+    c = FAMILIES["gather"].predict(strided, "dgrad", tile, 3, Access(8, True), HAND)
     assert (c.programs, c.workspace) == (2 * 3, 3 * 16 * 9 * 8)  # two phases of up to 5 pixels; fp64's own workspace
     assert c.executed == 3 * 3 * 2 * 16**3  # three taps over both phases, a block of each part
 
@@ -214,10 +218,10 @@ def test_a_split_gather_worked_by_hand():
 def test_frames_that_taps_do_not_meet_are_not_counted():
     """Four frames written as six: of 6 x 3 pairs of frame and tap 4 x 3 meet, and tiles of 16 stay in frames of 64 pixels."""
     p = forward_problem((1, 16, 6, 8, 8), (16, 16, 3, 3, 3), (1, 1, 1), [(0, 0), (1, 1), (1, 1)], (1, 1, 1), 1)
-    c = cost.predict(p, "dgrad", "gather", Tile(16, 16, 16, 4, 2), 1, Access(2, True), HAND)
+    c = FAMILIES["gather"].predict(p, "dgrad", Tile(16, 16, 16, 4, 2), 1, Access(2, True), HAND)
     assert (c.programs, c.executed) == (24, 24 * 27 * 2 // 3 * 2 * 16**3)
     assert c.tile_waste == 0
-    beyond = cost.predict(p, "dgrad", "gather", Tile(128, 16, 16, 4, 2), 1, Access(2, True), HAND)
+    beyond = FAMILIES["gather"].predict(p, "dgrad", Tile(128, 16, 16, 4, 2), 1, Access(2, True), HAND)
     assert beyond.executed == 3 * 27 * 2 * 128 * 16 * 16
     strided = forward_problem((1, 16, 7, 8, 8), (16, 16, 3, 3, 3), (2, 1, 1), [(1, 1)] * 3, (1, 1, 1), 1)
     # Outputs 0 to 3 by taps 0 to 2 meet frames -1 to 7 but for -1 and 7; four outputs of each of two phases were counted.
@@ -226,7 +230,7 @@ def test_frames_that_taps_do_not_meet_are_not_counted():
 
 def test_depthwise_is_counted_by_its_taps():
     p = forward_problem((1, 32, 9, 9), (32, 1, 3, 3), (1, 1), [(1, 1)] * 2, (1, 1), 32)
-    c = cost.predict(p, "fprop", "depthwise", Tile(64, 32, 1, 4, 2), 1, Access(2, True), HAND)
+    c = FAMILIES["depthwise"].predict(p, "fprop", Tile(64, 32, 1, 4, 2), 1, Access(2, True), HAND)
     assert c.flops == 2 * 81 * 32 * 9
     assert c.executed == 2 * 9 * 2 * 64 * 32
     assert c.programs == 2
@@ -238,7 +242,7 @@ def test_the_planner_takes_what_is_predicted_fastest(pass_):
         p = layer.problem
         best = plan.choose(p, pass_, plan.Operands(2, True), device)
         assert all(best.cost.seconds <= other.cost.seconds for other in best.others)
-        for tile in tiles(best.kernel, Access(2, True), device):
+        for tile in FAMILIES[best.kernel].tiles_on(Access(2, True), device):
             try:
                 with plan.force(kernel=best.kernel, tile=tile):
                     forced = plan.choose(p, pass_, plan.Operands(2, True), device)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import tconv
 from tconv import functional as TF
-from tconv.planning.tiles import PACKED_WGRAD_16, Tile
+from tconv.planning.packed import PACKED_WGRAD_16
+from tconv.planning.tiles import Tile
 from tests import cases, oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -8,10 +8,13 @@ import torch
 
 import tconv
 from tconv import functional as TF
-from tconv.planning import cost, plan
+from tconv.planning import plan
 from tconv.planning.device import ARCHITECTURES, INTERPRETER, Device
+from tconv.planning.families import FAMILIES
+from tconv.planning.gemm import GEMM_16
+from tconv.planning.packed import pack
 from tconv.planning.problem import forward_problem, transposed_problem
-from tconv.planning.tiles import GEMM_16, INSTEAD, Access, Tile, tiles, why_illegal
+from tconv.planning.tiles import Access, Tile
 
 H200 = Device("H200", 132, 232448)
 SMALL = Device("a GPU with little shared memory", 40, 65536)
@@ -53,7 +56,7 @@ def test_every_plan_on_a_gpu_is_legal_and_says_why(pass_):
         shapes, (2, 4, 8), (True, False), (True, False), (H200, SMALL)
     ):
         chosen = plan.choose(conv(x, w), pass_, plan.Operands(itemsize, tc, narrow), device)
-        assert why_illegal(chosen.kernel, chosen.tile, itemsize, device) is None
+        assert FAMILIES[chosen.kernel].why_illegal(chosen.tile, itemsize, device) is None
         assert chosen.reason
         assert chosen.splits * math.prod(w) * 4 <= max(plan.WORKSPACE, math.prod(w) * 8)
 
@@ -125,27 +128,40 @@ def test_few_channels_are_packed_and_only_they():
 
 def test_packs_are_all_groups_or_a_power_of_two():
     p = conv((1, 42, 9), (70, 3, 3), groups=14)  # 3 channels read, 5 written
-    assert [cost.pack(p, "fprop", Tile(64, n, 64)) for n in (4, 16, 32, 64, 128)] == [1, 2, 4, 8, 14]
-    assert [cost.pack(p, "dgrad", Tile(64, n, 64)) for n in (16, 32, 64)] == [4, 8, 14]
-    assert cost.pack(p, "wgrad", Tile(64, 16, 64)) == 8
+    assert [pack(p, "fprop", Tile(64, n, 64)) for n in (4, 16, 32, 64, 128)] == [1, 2, 4, 8, 14]
+    assert [pack(p, "dgrad", Tile(64, n, 64)) for n in (16, 32, 64)] == [4, 8, 14]
+    assert pack(p, "wgrad", Tile(64, 16, 64)) == 8
 
 
 def test_no_gpu_tile_lacks_a_device_that_can_run_it():
     for kernel, itemsize, tc, narrow in itertools.product(("gather", "wgrad"), (2, 4, 8), (True, False), (True, False)):
-        assert all(why_illegal(kernel, t, itemsize, H200) is None for t in tiles(kernel, Access(itemsize, tc, narrow), H200))
+        family = FAMILIES[kernel]
+        tiles = family.tiles_on(Access(itemsize, tc, narrow), H200)
+        assert tiles
+        assert all(family.why_illegal(t, itemsize, H200) is None for t in tiles)
 
 
-@pytest.mark.parametrize("generation", INSTEAD)
-def test_where_a_tile_spills_another_is_taken(generation):
-    device = next(d for *_, d in ARCHITECTURES.values() if d.generation == generation)
-    for (kernel, tile), other in INSTEAD[generation].items():
-        precisions = itertools.product((2, 4, 8), (True, False), (True, False))
-        found = [access for access in itertools.starmap(Access, precisions) if tile in tiles(kernel, access, H200)]
-        assert found
-        for access in found:
-            assert other in tiles(kernel, access, device)
-            assert tile not in tiles(kernel, access, device)
-            assert why_illegal(kernel, other, access.itemsize, device) is None
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.instead], ids=lambda f: f.name)
+def test_where_a_tile_spills_another_is_taken(family):
+    for generation, instead in family.instead.items():
+        device = next(d for *_, d in ARCHITECTURES.values() if d.generation == generation)
+        for tile, other in instead.items():
+            precisions = itertools.product((2, 4, 8), (True, False), (True, False))
+            found = [access for access in itertools.starmap(Access, precisions) if tile in family.tiles_on(access, H200)]
+            assert found
+            for access in found:
+                assert other in family.tiles_on(access, device)
+                assert tile not in family.tiles_on(access, device)
+                assert family.why_illegal(other, access.itemsize, device) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
+def test_tiles_that_spill_are_tiles_of_the_kernel_that_no_other_replaces(family):
+    accesses = [Access(size, *flags) for size in (2, 4, 8) for flags in itertools.product((True, False), repeat=4)]
+    own = {tile for access in accesses for tile in family.tiles(access)}
+    for generation, tiles in family.spills.items():
+        assert set(tiles) <= own
+        assert not set(tiles) & set(family.instead.get(generation, {}))
 
 
 @pytest.mark.parametrize(
@@ -176,9 +192,9 @@ def test_a_tile_that_is_none_is_refused_at_once():
 
 
 def test_shared_memory_bounds_a_tile():
-    assert why_illegal("gather", GEMM_16[2], 2, H200) is None
-    assert "bytes of shared memory" in why_illegal("gather", GEMM_16[2], 2, SMALL)
-    assert why_illegal("gather", Tile(256, 256, 64, 8, 9), 8, INTERPRETER) is None
+    assert FAMILIES["gather"].why_illegal(GEMM_16[2], 2, H200) is None
+    assert "bytes of shared memory" in FAMILIES["gather"].why_illegal(GEMM_16[2], 2, SMALL)
+    assert FAMILIES["gather"].why_illegal(Tile(256, 256, 64, 8, 9), 8, INTERPRETER) is None
 
 
 def test_forcing_reaches_the_backward_pass_on_another_thread(device):

@@ -17,10 +17,11 @@ from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.launching.record import Call
 from tconv.launching.variants import float32_precision
-from tconv.planning import plan as planning
 from tconv.planning.device import DEVICES
+from tconv.planning.families import FAMILIES
+from tconv.planning.gemm import PIECES_32
 from tconv.planning.problem import forward_problem
-from tconv.planning.tiles import BF16X6, DOTS, PIECES_32, Access, Tile, tiles
+from tconv.planning.tiles import BF16X6, Access, Tile
 from tests import cases, oracle
 
 H200, A100 = DEVICES["H200"], DEVICES["A100"]
@@ -47,7 +48,7 @@ def compare(case, x, w, b, **forced):
         got = oracle.run(ours, case, x, w, b)
     assert {c.operation for c in calls} == {"fprop", "dgrad", "wgrad", "bias"}
     for call in calls:
-        assert call.plan.precision == (BF16X6 if call.plan.kernel in DOTS else "")
+        assert call.plan.precision == (BF16X6 if FAMILIES[call.plan.kernel].cuts else "")
     dy = oracle.upstream(got[0])
     theirs = oracle.run(eager, case, x, w, b, dy=dy)
     right = oracle.run(eager, case, *(t.double() for t in (x, w, b)), dy=dy.double())
@@ -221,8 +222,7 @@ def test_what_cannot_be_forced():
 
 
 def test_every_kernel_with_a_dot_has_tiles_for_it():
-    for kernel, narrow in itertools.product(DOTS, (False, True)):
-        found = tiles(kernel, Access(4, True, narrow, precision=BF16X6), H200)
+    for family, narrow in itertools.product((f for f in FAMILIES.values() if f.cuts), (False, True)):
+        found = family.tiles_on(Access(4, True, narrow, precision=BF16X6), H200)
         assert found
         assert all(tile.n >= 64 <= tile.m for tile in found)  # wgmma's least rows, whichever way round
-    assert set(DOTS) < set().union(*planning.KERNELS.values())

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tconv
-from tconv.planning import strips
 from tconv.planning.problem import forward_problem, transposed_problem
-from tconv.planning.tiles import STRIP_16, STRIP_FLIP, STRIP_WGRAD_16, STRIP_WGRAD_FLIP, Tile
+from tconv.planning.strip import CHUNK, STRIP_16, STRIP_FLIP, STRIP_WGRAD_16, STRIP_WGRAD_FLIP, window
+from tconv.planning.tiles import Tile
 from tests import cases, oracle
 from tests.test_kernels import ours
 
@@ -125,14 +125,14 @@ def test_windows_are_as_long_as_what_strips_meet():
     """Against the pairs of outputs and taps, one by one."""
     for size, stride, dilation, padding, columns in itertools.product((1, 3, 8, 11), (1, 2, 3), (1, 2), (0, 1, 4), (4, 6, 8)):
         p = forward_problem((1, 2, 64), (2, 1, size), (stride,), [(padding, padding)], (dilation,), 2)
-        taps = range(min(size, strips.CHUNK))
+        taps = range(min(size, CHUNK))
         met = {v * stride + t * dilation for v in range(columns) for t in taps}
-        assert strips.window(p, "fprop", columns) == max(met) - min(met) + 1
+        assert window(p, "fprop", columns) == max(met) - min(met) + 1
         if columns % stride == 0:
             t = transposed_problem((1, 2, 9), (2, 1, size), (stride,), (0,), (0,), (dilation,), 2)
             pairs = [(v - t * dilation) for v in range(columns) for t in taps]
             met = {v // stride for v in pairs if v % stride == 0}
-            assert strips.window(t, "dgrad", columns) >= max(met) - min(met) + 1
+            assert window(t, "dgrad", columns) >= max(met) - min(met) + 1
 
 
 def test_the_planner_takes_strips_where_a_row_has_taps_to_share():

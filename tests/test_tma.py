@@ -13,10 +13,12 @@ from tconv.launching.dry_run import dry_run
 from tconv.launching.launch import collecting
 from tconv.launching.prepare import prepare_gather
 from tconv.launching.record import Call
-from tconv.planning.cost import box_of, pixel_extents, run_of
+from tconv.planning.cost import pixel_extents
 from tconv.planning.device import DEVICES, INTERPRETER
+from tconv.planning.families import FAMILIES
 from tconv.planning.problem import forward_problem
-from tconv.planning.tiles import Tile, why_illegal
+from tconv.planning.tiles import Tile
+from tconv.planning.tma import box_of, run_of
 from tests import cases, oracle
 
 H200, A100 = DEVICES["H200"], DEVICES["A100"]
@@ -234,10 +236,10 @@ def test_a_box_is_written_only_where_it_is_all_ours(what, device, poisoned):
 
 
 def test_what_no_device_before_hopper_has():
-    assert "tensor memory" in why_illegal("tma", Tile(128, 128, 64, 8, 4), 2, A100)
-    assert why_illegal("tma", Tile(128, 128, 64, 8, 4), 2, H200) is None
-    assert "64 channels" in why_illegal("tma", Tile(128, 32, 64, 4, 4), 2, H200)
-    assert "shared memory" in why_illegal("tma", Tile(256, 256, 64, 8, 4), 2, H200)
+    assert "tensor memory" in FAMILIES["tma"].why_illegal(Tile(128, 128, 64, 8, 4), 2, A100)
+    assert FAMILIES["tma"].why_illegal(Tile(128, 128, 64, 8, 4), 2, H200) is None
+    assert "64 channels" in FAMILIES["tma"].why_illegal(Tile(128, 32, 64, 4, 4), 2, H200)
+    assert "shared memory" in FAMILIES["tma"].why_illegal(Tile(256, 256, 64, 8, 4), 2, H200)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import torch
 
 from tconv.dispatch import operators
 from tconv.dispatch.window import Window
-from tconv.launching.memory_format import LIMIT, result_is_channels_last, weight_format
+from tconv.launching.memory_format import result_is_channels_last, weight_format
 from tconv.launching.record import Fallback
+from tconv.planning.addressing import LIMIT
 from tconv.planning.problem import Geometry
 
 

@@ -40,8 +40,9 @@ from tconv.dispatch.equivalents import IN_ATEN
 from tconv.dispatch.window import Window, exact, extents, result_shape
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
-from tconv.launching.memory_format import LIMIT, addressing, result_is_channels_last, shaped, weight_format
+from tconv.launching.memory_format import reach, result_is_channels_last, shaped, weight_format
 from tconv.launching.record import Call, Fallback, record_call
+from tconv.planning.addressing import LIMIT
 from tconv.planning.problem import ConvProblem, Geometry, forward_problem
 
 MaybeTensor = torch.Tensor | None
@@ -74,7 +75,7 @@ def too_large(p: ConvProblem, w: torch.Tensor | None, b: MaybeTensor) -> bool:
     """Returns True if a coordinate, an offset into the weight or bias, or a dgrad's number of programs may not fit 32 bits."""
     far = max(*p.X, *p.Y, *p.P, *p.T) * max(*p.S, *p.D)
     programs = p.phases("dgrad") * p.C * (p.N * max(p.X) // 16 + 1)
-    weights = [0 if w is None else addressing(w).reach, 0 if b is None else b.shape[0] * b.stride(0)]
+    weights = [0 if w is None else reach(w), 0 if b is None else b.shape[0] * b.stride(0)]
     return max(far, max(p.S) * max(p.D), programs, *weights) > LIMIT
 
 

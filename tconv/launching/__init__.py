@@ -3,17 +3,14 @@
 What a launch needs besides its pointers is worked out once per kind of call; later calls of that kind allocate the result and
 launch. In reading order:
 
-    record          what is told to `last_calls()`: a call, its plan, or why torch computed it
-    cache           a dictionary that clears itself when it is full
-    dry_run         calls that are planned and recorded but not computed
-    profiling       events for torch.profiler
-    memory_format   strides; the memory format of a result (under `enable()`, dispatch/aten.py asks torch); 64-bit offsets
-    arguments       the arguments of a kernel, and what may be promised of them
-    pointers        fprop and dgrad with operands loaded through pointers: gather, packed, depthwise, strip
-    wgrad_pointers  wgrad with operands loaded through pointers: wgrad, packed_wgrad, depthwise_wgrad, strip_wgrad
-    tma             operands that the tensor memory accelerator brings
-    prepare         works out a launch: pointers or TMA, operands as they are or copied to channels_last
-    compiled        launches a kernel, directly from the second time on; knows what is compiled and what failed
-    launch          fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
-    variants        every kernel variant that the planner can choose, for scripts/codegen.py
+    record         what is told to `last_calls()`: a call, its plan, or why torch computed it
+    cache          a dictionary that clears itself when it is full
+    dry_run        calls that are planned and recorded but not computed
+    profiling      events for torch.profiler
+    memory_format  strides; the memory format of a result (under `enable()`, dispatch/aten.py asks torch); 64-bit offsets
+    arguments      a launch without its pointers
+    prepare        works out a launch: pointers or TMA, operands as they are or copied to channels_last
+    compiled       launches a kernel, directly from the second time on; knows what is compiled and what failed
+    launch         fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
+    variants       every kernel variant that the planner can choose, for scripts/codegen.py
 """

@@ -1,4 +1,4 @@
-"""The arguments of a kernel besides its pointers: geometry, strides and constants, under the kernels' parameter names.
+"""A launch without its pointers: the kernel, its grid, its integers and its compile-time constants.
 
 Only shapes, strides, dtype and alignment are read, so tensors without storage work too. Triton never specialises a kernel on
 its integers (kernels/common.py), so layers with the same dtype, rank, layout, tile and alignment share one compiled kernel.
@@ -6,9 +6,8 @@ its integers (kernels/common.py), so layers with the same dtype, rank, layout, t
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +18,22 @@ from triton.runtime.interpreter import InterpretedFunction
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.reduce import sum_splits
 from tconv.launching.dry_run import DRY
-from tconv.launching.memory_format import Addressing, addressing, vector
+from tconv.launching.memory_format import reach
 from tconv.launching.record import Call
+from tconv.planning.addressing import vector
+from tconv.planning.families import FAMILIES
 from tconv.planning.plan import Plan, forced
-from tconv.planning.problem import ConvProblem
-from tconv.planning.simplify import Form, Strides, simplify
-from tconv.planning.strips import CHUNK, READ, Strips
 from tconv.planning.tiles import Tile
 
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 INTERPRET = isinstance(sum_splits, InterpretedFunction)  # Triton decides this when the kernels are imported
 # Lets the compiler fuse a multiply and an add. Set explicitly, because the default changes with Triton 3.10.
 FUSED = {"enable_fp_fusion": True}
+# The kernel of each family, a `@triton.jit` function.
+KERNELS = {
+    name: getattr(importlib.import_module(f"tconv.kernels.{file}"), function)
+    for name, (file, function) in ((name, family.kernel) for name, family in FAMILIES.items())
+}
 
 
 @dataclass(frozen=True)
@@ -93,77 +96,6 @@ def tensor_cores(dtype: torch.dtype) -> bool:
     return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
 
 
-@dataclass(frozen=True)
-class PassOperands:
-    """A pass after the problem was simplified (planning/simplify.py): the problem and the addressing of its tensors.
-
-    Attributes:
-        p: the simplified problem.
-        rules: names of the rewrites that were applied.
-        x, w, y: addressing of (x, w, y) for fprop, (dy, w, dx) for dgrad, and (x, dw, dy) for wgrad, or (dy, dw, x) if
-            `swapped`.
-        read, wrote: channels, over all groups, of the tensors that x and y stand for.
-        extents: spatial extents of the tensor that y stands for.
-    """
-
-    p: ConvProblem
-    rules: tuple[str, ...]
-    x: Addressing
-    w: Addressing
-    y: Addressing
-    read: int
-    wrote: int
-    extents: tuple[int, int, int]
-
-    @property
-    def swapped(self) -> bool:
-        """True for a wgrad in which x and dy are swapped."""
-        return "swap" in self.rules
-
-    @property
-    def ci(self) -> int:
-        """Channels per group of the tensor that x stands for."""
-        return self.read // self.p.G
-
-    @property
-    def co(self) -> int:
-        """Channels per group of the tensor that y stands for."""
-        return self.wrote // self.p.G
-
-    def call(self, pass_: str, problem: ConvProblem, plan: Plan) -> Call:
-        """Returns the record for `last_calls`: it names the original problem, and its plan's reason the rewrites applied."""
-        if self.rules:
-            done = " + ".join(dict.fromkeys(self.rules))
-            plan = dataclasses.replace(plan, reason=f"{done} to {self.p}; {plan.reason}")
-        return Call(pass_, problem, plan, plan.reason)
-
-
-def simplified(
-    pass_: str, problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, channels_stay: bool = False
-) -> PassOperands:
-    """Simplifies the problem of a pass and returns the operands of the simplified one.
-
-    Args:
-        x, w, y: (x, w, y) for fprop, (dy, w, dx) for dgrad, (x, dw, dy) for wgrad.
-        channels_stay: keep the output channels as they are, because a bias is added to them in a transposed forward.
-    """
-    transposed = pass_ == "dgrad"
-    big, small = (y, x) if transposed else (x, y)
-    before = [addressing(t) for t in (big, w, small)]
-    big_, w_, small_ = (Strides(a.outer, a.channel, a.spatial) for a in before)
-    form = simplify(Form(problem, big_, w_, small_), pass_, channels_stay)
-    if "swap" in form.rules:
-        before.reverse()
-    a_big, aw, a_small = [
-        dataclasses.replace(a, outer=s.outer, channel=s.channel, spatial=s.spatial, unit=s.channel == 1)
-        for a, s in zip(before, (form.x, form.w, form.y), strict=True)
-    ]
-    p = form.p
-    if transposed:
-        return PassOperands(p, form.rules, a_small, aw, a_big, p.K, p.C, p.X)
-    return PassOperands(p, form.rules, a_big, aw, a_small, p.C, p.K, p.Y)
-
-
 def prepared(
     kernel: Any,
     programs: int,
@@ -187,8 +119,7 @@ def prepared(
     dtype, count, total = result.dtype, sum(name.endswith(("_ptr", "_desc")) for name in kernel.arg_names), None
     pointers, splits = (dtype,) * count, call.plan.splits if call.plan else 1
     if splits > 1:
-        reach = sum((n - 1) * s for n, s in zip(result.shape, result.stride(), strict=True))
-        assert reach == result.numel() - 1, "slices are summed as they lie, without gaps"
+        assert reach(result) == result.numel() - 1, "slices are summed as they lie, without gaps"
         summed = accumulator(dtype)
         ends = {"VEC": vector(0, dtype.itemsize, result.numel()), "INTERPRET": interpreted(), "BLOCK": 1024, "num_warps": 4}
         ends |= FUSED
@@ -197,22 +128,6 @@ def prepared(
         total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(summed, dtype))
     form = result.shape, result.stride()
     return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
-
-
-def triple(prefix: str, values: Sequence[int]) -> dict[str, int]:
-    """Returns the values as kernel arguments named prefix0, prefix1 and prefix2."""
-    return {f"{prefix}{i}": v for i, v in enumerate(values)}
-
-
-def strides(prefix: str, a: Addressing) -> dict[str, int]:
-    """Returns a tensor's strides as kernel arguments: prefix + n, c, 0, 1 and 2."""
-    return {f"{prefix}n": a.outer, f"{prefix}c": a.channel, **triple(prefix, a.spatial)}
-
-
-def window(p: ConvProblem) -> dict[str, int]:
-    """Returns filter extents T, stride S, dilation D, leading padding P and g = gcd(S, D) as kernel arguments."""
-    common = [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]
-    return triple("T", p.T) | triple("S", p.S) | triple("D", p.D) | triple("P", p.P) | triple("g", common)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -238,64 +153,3 @@ def options(tile: Tile) -> dict[str, int]:
     if tile.registers and not torch.version.hip:  # AMD's compiler does not have this option
         found["maxnreg"] = tile.registers
     return found
-
-
-def wide(t: torch.Tensor, a: Addressing, *channels: int) -> int:
-    """Returns the vector width along the channels of t; it divides each of `channels`. 1 if channels are not contiguous."""
-    return vector(t.data_ptr(), t.element_size(), a.outer, *a.spatial, *channels) if a.unit else 1
-
-
-def halo(problem: ConvProblem, a: Addressing) -> int:
-    """Returns an upper bound, in elements, on how far a masked-out read may point past either end of a tensor."""
-    taps = (abs(t * d) + abs(p) + s for t, d, p, s in zip(problem.T, problem.D, problem.P, problem.S, strict=True))
-    return sum(t * s for t, s in zip(taps, a.spatial, strict=True))
-
-
-def digits(block: int, extents: tuple[int, int, int]) -> dict[str, int]:
-    """Returns a step of `block` pixels as kernel arguments: whole images (Bn) and output coordinates (B0, B1, B2)."""
-    rest, found = block, {}
-    for d in (2, 1, 0):
-        found[f"B{d}"] = rest % extents[d]
-        rest //= extents[d]
-    return {**found, "Bn": rest}
-
-
-@dataclass(frozen=True)
-class Lanes:
-    """How a tensor's elements can be accessed as vectors.
-
-    Attributes:
-        unit: the contiguous axis: "c" for channels, "p" for the last spatial dimension, "" for neither.
-        vec: the vector width along it, in elements.
-    """
-
-    unit: str
-    vec: int
-
-
-def lanes(t: torch.Tensor, a: Addressing, channels: int, extents: Sequence[int]) -> Lanes:
-    """Returns the lanes of t, which has so many channels and such spatial extents where it is accessed."""
-    if a.unit:
-        return Lanes("c", wide(t, a, channels))
-    if a.spatial[2] != 1:
-        return Lanes("", 1)
-    return Lanes("p", vector(t.data_ptr(), t.element_size(), a.outer, a.channel, *a.spatial[:2], extents[2]))
-
-
-def strip_constants(p: ConvProblem, tile: Tile, x: Lanes, y: Lanes, step: int) -> dict[str, Any]:
-    """Returns the compile-time constants that both strip kernels share.
-
-    Args:
-        step: distance from one strip to the next, in columns of the tensor that is read.
-    """
-    x_vec = x.vec if x.unit == "c" else math.gcd(x.vec, step)
-    return {
-        "T2": p.T[2], "S2": p.S[2], "D2": p.D[2], "P2": p.P[2], "X_UNIT": x.unit, "Y_UNIT": y.unit, "X_VEC": x_vec,
-        "Y_VEC": y.vec, "READ": (x_vec if x_vec >= 4 else READ) if x.unit == "p" else 1, "FLIP": x.unit != "c",
-        "COLUMNS": tile.columns, "CHUNK": min(CHUNK, p.T[2]),
-    }  # fmt: skip
-
-
-def strips_of(x: Lanes, y: Lanes) -> Strips:
-    """Returns how strip kernels access tensors with such lanes."""
-    return Strips(x.unit != "c", min(x.vec, y.vec) == 1)

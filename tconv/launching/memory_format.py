@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for, suggest_memory_format
 
+from tconv.planning.addressing import Addressing
+
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-LIMIT = 2**31 - 1
 
 
 def result_is_channels_last(x: torch.Tensor, w: torch.Tensor) -> bool:
@@ -65,58 +65,14 @@ def shaped(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> tor
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[len(shape)])
 
 
-@dataclass(frozen=True)
-class Addressing:
-    """The strides of a tensor, with its spatial dimensions padded to three in front.
-
-    The stride of a dimension of extent one is set to zero, because torch may leave any value there.
-
-    Attributes:
-        outer: stride of the first dimension, in elements: the batch, or a weight's first axis.
-        channel: stride of the second dimension, in elements.
-        spatial: strides of the three spatial dimensions, in elements.
-        unit: True if the channel stride is one and there is more than one channel.
-        reach: the largest offset of an element, in elements.
-    """
-
-    outer: int
-    channel: int
-    spatial: tuple[int, int, int]
-    unit: bool
-    reach: int
+def reach(t: torch.Tensor) -> int:
+    """Returns the largest offset of an element, in elements. Reads no address, so it takes fake tensors too."""
+    return sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
 
 
 def addressing(t: torch.Tensor) -> Addressing:
     """Returns the `Addressing` of a tensor with 3 to 5 dimensions."""
     strides = [s if n > 1 else 0 for n, s in zip(t.shape, t.stride(), strict=True)]
-    reach = sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
     a, b, c = [0] * (5 - len(strides)) + strides[2:]
-    return Addressing(strides[0], strides[1], (a, b, c), strides[1] == 1, reach)
-
-
-def flattened(a: Addressing, extents: Sequence[int]) -> tuple[Addressing, tuple[int, int, int], int]:
-    """Merges neighbouring spatial dimensions that one stride can walk.
-
-    Two dimensions are merged if the outer stride equals the inner extent times the inner stride, and the merged extent fits a
-    signed 32-bit integer.
-
-    Returns:
-        The addressing and the three extents after merging, and the number of spatial dimensions left, at least one. The
-        dimensions left come last; those before them have extent one.
-    """
-    kept: list[tuple[int, int]] = []
-    for extent, stride in zip(extents, a.spatial, strict=True):
-        if kept and kept[-1][1] == extent * stride and kept[-1][0] * extent <= LIMIT:
-            kept[-1] = kept[-1][0] * extent, stride
-        elif extent != 1:
-            kept.append((extent, stride))
-    (e0, s0), (e1, s1), (e2, s2) = [(1, 0)] * (3 - len(kept)) + kept
-    return replace(a, spatial=(s0, s1, s2)), (e0, e1, e2), max(1, len(kept))
-
-
-def vector(pointer: int, itemsize: int, *multiples: int) -> int:
-    """Returns the vector width in elements: the largest, up to 16 bytes, that divides the address and each of `multiples`."""
-    v = 16 // itemsize
-    while v > 1 and (pointer % (v * itemsize) or any(m % v for m in multiples)):
-        v //= 2
-    return v
+    unit = strides[1] == 1
+    return Addressing(t.data_ptr(), t.element_size(), t.numel(), strides[0], strides[1], (a, b, c), unit, reach(t))

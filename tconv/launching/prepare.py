@@ -9,28 +9,27 @@ from typing import Any
 
 import torch
 
-from tconv.kernels.reduce import sum_pixels
 from tconv.kernels.stage import stage
-from tconv.launching.arguments import (
-    Prepared,
-    lanes,
-    numerics,
-    options,
-    prepared,
-    strides,
-    triple,
-)
-from tconv.launching.memory_format import LIMIT, addressing, flattened, shaped, vector
-from tconv.launching.pointers import prepare_pointers
+from tconv.launching.arguments import KERNELS, Prepared, numerics, options, precision, prepared, tensor_cores
+from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call
-from tconv.launching.tma import Ineligible, prepare_tma, prepare_wgrad_tma
-from tconv.launching.wgrad_pointers import prepare_wgrad_pointers
 from tconv.planning import cost
 from tconv.planning import plan as planning
+from tconv.planning.addressing import LIMIT, flattened, vector
 from tconv.planning.device import Device
+from tconv.planning.families import FAMILIES
+from tconv.planning.operands import GatherPass, Pass, WgradPass, chunk, strides, triple
 from tconv.planning.problem import ConvProblem, lift
+from tconv.planning.tiles import BF16X6
+from tconv.planning.tma import APART
 
-Prepare = Callable[[torch.Tensor, torch.Tensor], Prepared]
+# Prepares a pass on these two operands. The last argument is the only kernel to consider, or None for all that load through
+# pointers.
+Prepare = Callable[[torch.Tensor, torch.Tensor, "str | None"], Prepared]
+
+
+class Ineligible(ValueError):
+    """A pass on these tensors is not eligible for a kernel."""
 
 
 def prepare_gather(
@@ -47,15 +46,15 @@ def prepare_gather(
     The implicit GEMM kernels load x one element at a time if its channels are not contiguous. Such operands are copied to
     channels last first if that is predicted to be faster, or is forced. The result keeps its memory format either way.
     """
-    names, operands = ("dy" if pass_ == "dgrad" else "x", "w"), (x, w)
+    bias = None if b is None else b.stride(0)
 
-    def boxes(x: torch.Tensor, w: torch.Tensor) -> Prepared:
-        return prepare_tma(pass_, problem, x, w, b, y, device)
+    def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
+        c = GatherPass(
+            pass_, problem, addressing(x), addressing(w), addressing(y), bias, tensor_cores(x.dtype), _cut_forced()
+        )  # fmt: skip
+        return _launch(c, problem, y, device, only)
 
-    def pointers(x: torch.Tensor, w: torch.Tensor) -> Prepared:
-        return prepare_pointers(pass_, problem, x, w, b, y, device)
-
-    return _best(pointers, boxes, "tma", names, operands, problem, device)
+    return _best(prepare, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
 
 
 def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
@@ -65,13 +64,11 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
     `prepare_gather`.
     """
 
-    def prepare(dy: torch.Tensor, x: torch.Tensor) -> Prepared:
-        return prepare_wgrad_pointers(problem, dy, x, dw, device)
+    def prepare(dy: torch.Tensor, x: torch.Tensor, only: str | None) -> Prepared:
+        c = WgradPass(problem, addressing(x), addressing(dw), addressing(dy), tensor_cores(x.dtype), _cut_forced())
+        return _launch(c, problem, dw, device, only)
 
-    def boxes(dy: torch.Tensor, x: torch.Tensor) -> Prepared:
-        return prepare_wgrad_tma(problem, dy, x, dw, device)
-
-    return _best(prepare, boxes, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
+    return _best(prepare, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
 
 
 def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepared:
@@ -83,16 +80,16 @@ def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepa
     tile = plan.tile
     integers = {
         "N": g.shape[0], "C": channels, **triple("Y", extents), **strides("sy", a),
-        "chunk": planning.chunk(pixels, tile.k, plan.splits),
+        "chunk": chunk(pixels, tile.k, plan.splits),
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "RANK": rank, "Y_UNIT": a.unit, "Y_VEC": min(lanes(g, a, channels, extents).vec, tile.k),
+        "RANK": rank, "Y_UNIT": a.unit, "Y_VEC": min(a.lanes(channels, extents).vec, tile.k),
         "WIDE": max(a.reach, pixels + tile.k) > LIMIT, "BLOCK_P": tile.k, "BLOCK_C": tile.n,
         **numerics(g.dtype), **options(tile),
     }  # fmt: skip
     call = Call("bias", problem, plan, plan.reason)
     db, programs = shaped((channels,), False, g.dtype), math.ceil(channels / tile.n) * plan.splits
-    return prepared(sum_pixels, programs, integers, constants, call, db)
+    return prepared(KERNELS["bias"], programs, integers, constants, call, db)
 
 
 def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -> Prepared:
@@ -104,7 +101,7 @@ def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -
     tile = plan.tile
     integers = {"N": images, "C": channels, **triple("X", extents), **strides("sx", a)}
     constants: dict[str, Any] = {
-        "RANK": rank, "X_VEC": lanes(t, a, channels, extents).vec, "Y_VEC": vector(0, t.element_size(), channels),
+        "RANK": rank, "X_VEC": a.lanes(channels, extents).vec, "Y_VEC": vector(0, t.element_size(), channels),
         "WIDE": max(a.reach, t.numel(), pixels + tile.m) > LIMIT, "BLOCK_P": tile.m, "BLOCK_C": tile.n, **options(tile),
     }  # fmt: skip
     programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n)
@@ -112,10 +109,47 @@ def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -
     return prepared(stage, programs, integers, constants, call, shaped(t.shape, True, t.dtype))
 
 
+def _launch(c: Pass, problem: ConvProblem, result: torch.Tensor, device: Device, only: str | None) -> Prepared:
+    """Returns the launch of a pass with the kernel that the planner chooses.
+
+    Args:
+        c: the pass.
+        problem: its problem before it was simplified.
+        result: a tensor like the result.
+        device: the device to plan for.
+        only: the only kernel to consider; None for all that load through pointers.
+    Raises:
+        Ineligible: the tensors are not eligible for the only kernel.
+    """
+    reason = FAMILIES[only].ineligible(c, device) if only else None
+    if reason:
+        raise Ineligible(reason)
+    plan = planning.choose(c.p, c.pass_, c.operands(), device, only)
+    family, kernel = FAMILIES[plan.kernel], KERNELS[plan.kernel]
+    integers, constants = family.arguments(c, plan.tile, plan.splits)
+    boxes = family.boxes(c, plan.tile)
+    if boxes is None:
+        raise Ineligible(APART)
+    programs = family.programs(c.p, c.pass_, plan.tile) * plan.splits
+    shared = c.constants(plan.tile, family.dot) | {"PRECISION": precision(result.dtype, plan)} | numerics(result.dtype)
+    constants = {k: v for k, v in (shared | constants).items() if k in kernel.arg_names} | options(plan.tile)
+    if c.rules:
+        done = " + ".join(dict.fromkeys(c.rules))
+        plan = dataclasses.replace(plan, reason=f"{done} to {c.p}; {plan.reason}")
+    call = Call(c.pass_, problem, plan, plan.reason)
+    launch = prepared(kernel, programs, c.integers(plan.tile, plan.splits) | integers, constants, call, result, c.swapped)
+    return dataclasses.replace(launch, boxes=boxes)
+
+
+def _cut_forced() -> bool:
+    """Returns True if a forced plan computes fp32 in BF16X6."""
+    request = planning.forced()
+    return request is not None and request.precision == BF16X6
+
+
 def _best(
-    pointers: Prepare,
-    boxes: Prepare,
-    kernel: str,
+    prepare: Prepare,
+    tma: str,
     names: tuple[str, str],
     operands: tuple[torch.Tensor, torch.Tensor],
     problem: ConvProblem,
@@ -127,13 +161,16 @@ def _best(
     forced, or in the interpreter, the pointer kernel runs.
     """
     request = planning.forced()
-    if request and request.kernel == kernel:
-        return boxes(*operands) if request.staged is False else _copied(boxes, names, operands, device)
-    launch = _staged(pointers, names, operands, problem, device)
+    if request and request.kernel == tma:
+        try:
+            return prepare(*operands, tma) if request.staged is False else _copied(prepare, tma, names, operands, device)
+        except Ineligible as e:
+            raise Ineligible(f"forced plan cannot run: {e}") from None
+    launch = _staged(prepare, names, operands, problem, device)
     if request or device.interpreted or device.generation < 9 or problem.depthwise:
         return launch
     try:
-        return _faster(launch, _copied(boxes, names, operands, device))
+        return _faster(launch, _copied(prepare, tma, names, operands, device))
     except Ineligible:
         return launch
 
@@ -158,11 +195,11 @@ def _staged(
 
     Only operands whose channels are not contiguous are copied, and never those of a depthwise problem.
     """
-    native, request = prepare(*operands), planning.forced()
+    native, request = prepare(*operands, None), planning.forced()
     forced = request.staged if request else None
     if forced is False or not any(map(_channels_apart, operands)) or problem.depthwise or (device.interpreted and not forced):
         return native
-    launch = _copied(prepare, names, operands, device)
+    launch = _copied(prepare, None, names, operands, device)
     before, after = native.call.plan, launch.call.plan
     assert before is not None
     assert after is not None
@@ -173,14 +210,17 @@ def _staged(
     return _replanned(launch, reason=f"{after.reason}, without {before.cost.seconds * 1e6:.1f} us")
 
 
-def _copied(prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor], device: Device) -> Prepared:
+def _copied(
+    prepare: Prepare, only: str | None, names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor], device: Device
+) -> Prepared:
     """Returns a launch on channels_last copies of the operands whose channels are not contiguous.
 
     Its predicted cost includes the copies.
     """
     # Kernels address a weight with 32-bit offsets. An expanded weight may fit these as it is, but not as a copy.
     apart = tuple(_channels_apart(t) and (name != "w" or t.numel() <= LIMIT) for name, t in zip(names, operands, strict=True))
-    launch = prepare(*(shaped(t.shape, True, t.dtype) if a else t for t, a in zip(operands, apart, strict=True)))
+    first, second = (shaped(t.shape, True, t.dtype) if a else t for t, a in zip(operands, apart, strict=True))
+    launch = prepare(first, second, only)
     if not any(apart):
         return launch
     plan = launch.call.plan

@@ -14,9 +14,10 @@ from tconv.launching.arguments import FUSED, Prepared, accumulator, tensor_cores
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.planning.device import Device
-from tconv.planning.plan import KERNELS, force
+from tconv.planning.families import FAMILIES, families
+from tconv.planning.plan import force
 from tconv.planning.problem import ConvProblem
-from tconv.planning.tiles import BF16X6, DOTS, TMA_KERNELS, can_cut
+from tconv.planning.tiles import BF16X6, can_cut
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
@@ -63,8 +64,8 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
             assert plan is not None
             choices += [(kernel, copied, None) for kernel in plan.kernels]
             if dtype == torch.float32 and not tensor_cores(dtype) and can_cut(device):
-                choices += [(kernel, copied, BF16X6) for kernel in plan.kernels if kernel in DOTS]
-        choices += [(kernel, None, None) for kernel in KERNELS[pass_] if kernel in TMA_KERNELS and takes_boxes(prepare, kernel)]
+                choices += [(kernel, copied, BF16X6) for kernel in plan.kernels if FAMILIES[kernel].cuts]
+        choices += [(f.name, None, None) for f in families(pass_) if f.tma and takes_boxes(prepare, f.name)]
         for kernel, staged, precision in choices:
             with force(kernel, staged=staged, precision=precision):
                 try:

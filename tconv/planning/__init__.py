@@ -6,9 +6,19 @@ the plan with the least predicted time is chosen. In reading order:
     device       what a device has and what it reaches at best
     problem      what to compute: extents, strides, padding, dilation, groups; 1-D and 2-D are 3-D with unit extents
     simplify     the same result from an easier problem
-    tiles        the tiles of each kernel, and which of them a device can run
-    strips       how depthwise problems are cut for the strip kernels
+    addressing   strides and vector widths of a tensor
+    tiles        block extents and launch options
+    operands     a pass on given tensors: the simplified problem, and how its operands are addressed
     cost         operations, bytes and predicted time of a plan
-    interpreter  tiles for Triton's interpreter
+    family       what the planner and the launcher ask of a kernel: what it can take, its tiles, cost and arguments
+    gemm         what the kernels with tl.dot have in common
+    gather       answers for kernels/gather.py
+    wgrad        answers for kernels/wgrad.py
+    packed       answers for kernels/packed.py
+    depthwise    answers for kernels/depthwise.py
+    strip        answers for kernels/strip.py
+    tma          answers for kernels/tma.py
+    bias         the bias gradient and the copy to channels last
+    families     all kernels by name
     plan         all plans of a pass, the chosen one, and plans forced by hand
 """

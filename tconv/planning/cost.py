@@ -20,19 +20,14 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
-from tconv.planning import strips
 from tconv.planning.device import Device
 from tconv.planning.problem import ConvProblem
-from tconv.planning.tiles import BF16X6, TMA_KERNELS, Access, Tile
+from tconv.planning.tiles import BF16X6, Access, Tile
 
 LAUNCH = 2e-6  # seconds between the starts of two consecutive empty kernels: an estimate
 LATENCY = 1000  # cycles from a load to its data, in a main loop whose loads are not pipelined: an estimate
-BOX = 256  # the most elements of a tensor memory accelerator's box in one dimension
 ISSUE = 4  # warp instructions that a unit issues per cycle, one per scheduler
 L1 = 128  # bytes that a unit reads from its L1 cache per cycle
-START = 300  # instructions of a strip kernel's warp outside the main loop
-MOST_COLUMNS = 1 << 15  # the most taps times reduced channels of a pack that the packed kernel can decode
-CUT = {"gather": 10, "packed": 10, "wgrad": 20, "packed_wgrad": 20}  # instructions to cut an element into pieces
 ALONE = 1.5  # how much longer products take if a unit has one program, which then waits at its own barriers: an estimate
 
 
@@ -108,14 +103,6 @@ def written_elements(p: ConvProblem, pass_: str) -> int:
     return math.prod(p.shape({"fprop": "y", "dgrad": "x", "wgrad": "w"}[pass_]))
 
 
-def channels_of(problem: ConvProblem, pass_: str, kernel: str) -> tuple[int, int]:
-    """Returns (channels written, channels reduced): per group, or over all groups if the kernel's tiles span groups."""
-    c, k = problem.C // problem.G, problem.K // problem.G
-    if kernel == "depthwise":
-        return (problem.K if pass_ == "fprop" else problem.C), 1
-    return (k, c) if pass_ == "fprop" else (c, k)
-
-
 def phase_pixels(p: ConvProblem, pass_: str) -> int:
     """Returns the pixels that the largest phase of fprop or dgrad writes."""
     return math.prod(pixel_extents(p, pass_))
@@ -129,16 +116,6 @@ def pixel_extents(p: ConvProblem, pass_: str) -> tuple[int, ...]:
 def pixel_tiles(p: ConvProblem, pass_: str, block: int) -> int:
     """Returns the tiles of written pixels over all phases, as kernels/common.py `written_pixels` numbers them."""
     return math.ceil(phase_pixels(p, pass_) / block) * p.phases(pass_)
-
-
-def pack(p: ConvProblem, pass_: str, tile: Tile) -> int:
-    """Returns the groups per pack of a packed kernel: all, or the largest power of two whose written channels fit in the tile.
-
-    At least one. A power of two keeps accesses wide.
-    """
-    written = p.C // p.G if pass_ == "dgrad" else p.K // p.G
-    room = (tile.m if pass_ == "wgrad" else tile.n) // written
-    return p.G if room >= p.G else 1 << max(0, room.bit_length() - 1)
 
 
 def phase_taps(p: ConvProblem, pass_: str) -> list[int]:
@@ -165,166 +142,8 @@ def frames_met(p: ConvProblem) -> float:
     return met / (math.ceil(x / stride) * p.T[0])
 
 
-@functools.lru_cache(1024)
-def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int, int], int]:
-    """Returns the box [images, 3 extents] of `block` pixels that covers the largest phase of fprop or dgrad in the fewest
-    pieces, and the number of pieces over all phases.
-
-    Extents of a box are powers of two. Of equally good boxes, the longest in the last dimension is returned.
-    """
-    extents, logs = pixel_extents(p, pass_), block.bit_length()
-    found = []
-    for b, c, d in itertools.product(range(logs), repeat=3):
-        box = (block >> b + c + d, 1 << b, 1 << c, 1 << d)
-        if box[0] and max(box) <= BOX:
-            pieces = math.prod(math.ceil(n / e) for n, e in zip(extents, box, strict=True))
-            found.append((pieces, (-d, -c, -b), box))
-    pieces, _, best = min(found)
-    return best, pieces * p.phases(pass_)
-
-
-def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
-    """Returns the axis along which tma_wgrad's boxes are runs of `block` pixels, and the number of runs.
-
-    The axis is "n" for images, or a dimension whose output extent is a multiple of `block`. A run along the images may reach
-    past the last one.
-    """
-    pixels = math.prod(p.Y)
-    found: list[tuple[int, str | int]] = [(p.N * pixels // block, d) for d in (2, 1, 0) if p.Y[d] % block == 0]
-    runs, axis = min([*found, (math.ceil(p.N / block) * pixels, "n")], key=lambda f: f[0])
-    return axis, runs
-
-
-def reduction(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
-    """Returns the length of wgrad's reduction in pixels, strips, or pixels of whole runs. An iteration takes tile.k of them."""
-    if kernel == "strip_wgrad":
-        return strips.strips_of(p, pass_, tile.columns)
-    if kernel == "tma_wgrad":
-        return run_of(p, tile.k)[1] * tile.k
-    return p.gemm("wgrad")[2]
-
-
-def tiles_of(p: ConvProblem, pass_: str, kernel: str, tile: Tile) -> int:
-    """Returns the programs of a plan without splits."""
-    c, k = p.C // p.G, p.K // p.G
-    if kernel in ("wgrad", "tma_wgrad"):
-        return math.ceil(k / tile.m) * math.ceil(c / tile.n) * p.taps * p.G
-    if kernel == "packed_wgrad":
-        group = pack(p, pass_, tile)
-        return math.ceil(group * k / tile.m) * math.ceil(p.taps * group * c / tile.n) * math.ceil(p.G / group)
-    if kernel == "depthwise_wgrad":
-        return math.ceil(p.taps / tile.m) * math.ceil(p.K / tile.n)
-    if kernel == "strip_wgrad":
-        return strips.chunks(p) * math.ceil(p.T[0] * p.T[1] / tile.m) * math.ceil(p.K / tile.n)
-    if kernel == "strip":
-        phases = strips.phases(p, pass_)
-        return math.ceil(strips.strips_of(p, pass_, tile.columns) / tile.m) * phases * math.ceil(p.K / tile.n)
-    tiles = box_of(p, pass_, tile.m)[1] if kernel == "tma" else pixel_tiles(p, pass_, tile.m)
-    if kernel == "depthwise":
-        return tiles * math.ceil((p.K if pass_ == "fprop" else p.C) / tile.n)
-    group = pack(p, pass_, tile) if kernel == "packed" else 1
-    return tiles * math.ceil(group * (k if pass_ == "fprop" else c) / tile.n) * math.ceil(p.G / group)
-
-
-def loop_length(kernel: str, tile: Tile, access: Access) -> float:
-    """Returns a warp's instructions per iteration of a kernel's main loop, as fitted to code compiled for sm_90."""
-    threads = 32 * tile.warps
-    if kernel in ("depthwise", "depthwise_wgrad"):
-        taps, pixels = (1, tile.m) if kernel == "depthwise" else (tile.m, tile.k)
-        products = taps * pixels * tile.n / threads
-        return 60 + products * (10 if access.narrow else 6)
-    if kernel in TMA_KERNELS:  # one thread issues the loads
-        return 110.0
-    loaded = (tile.m + tile.n) * tile.k / threads
-    # Instructions per iteration, per 16-byte copy, and per element of narrow loads. wgrad advances pixel digits with carries,
-    # and both operands' offsets with them. The packed kernels mask every element, and `packed` also decodes every column.
-    base, copy, one = {"gather": (50, 8, 4), "wgrad": (110, 14, 4), "packed": (120, 10, 9), "packed_wgrad": (100, 14, 9)}[
-        kernel
-    ]
-    copies = loaded * one if access.narrow else copy * loaded * access.itemsize / 16
-    products = 0.0 if access.tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
-    if access.precision == BF16X6:  # each warpgroup cuts the rows it reads; a step's sum is added
-        shared = max(1, 16 * tile.warps // tile.m)
-        products = CUT[kernel] * (shared * tile.m + tile.n) * tile.k / threads + tile.m * tile.n / threads
-    return base + copies + products
-
-
-def strip_length(p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
-    """Returns a warp's instructions of a strip kernel per filter row, or in wgrad per iteration over the strips."""
-    itemsize, narrow = access.itemsize, access.narrow
-    taps, columns = min(strips.CHUNK, p.T[2]), strips.window(p, pass_, tile.columns)
-    wide = 1 if narrow else strips.READ if access.flip else 16 // itemsize
-    load = 3.5 if narrow and pass_ == "wgrad" else 8 if narrow or itemsize == 2 else 2
-    read = (1.5 if itemsize == 2 else 0.3) + load / wide  # unpacking an element, and its share of a load
-    if pass_ == "wgrad":
-        elements, loaded = tile.n * tile.k / (32 * tile.warps), tile.m * columns + tile.columns
-        return 120 + 30 * tile.m + elements * (tile.m * tile.columns * taps + loaded * (read - 0.5))
-    elements, met = tile.n * tile.m / (32 * tile.warps), tile.columns * taps / (p.S[2] if pass_ == "dgrad" else 1)
-    return 40 + strips.chunks(p) * (30 + elements * (met + taps + columns * read))
-
-
-def predict(
-    p: ConvProblem,
-    pass_: str,
-    kernel: str,
-    tile: Tile,
-    splits: int,
-    access: Access,
-    device: Device,
-) -> Cost:
-    """Returns the cost of a plan on a device.
-
-    Args:
-        p, pass_: the problem and "fprop", "dgrad" or "wgrad".
-        kernel, tile, splits, access: the plan.
-        device: the device, whose limits set the rates.
-    """
-    limits, itemsize, strip = device.limits, access.itemsize, kernel.startswith("strip")
-    direct = strip or kernel.startswith("depthwise")
-    if strip:
-        work = _strip_work(p, pass_, tile, splits, access)
-    elif direct:
-        work = _direct_work(p, pass_, kernel, tile, splits, access)
-    else:
-        work = _gemm_work(p, pass_, kernel, tile, splits, access, device)
-    programs = tiles_of(p, pass_, kernel, tile) * splits
-    waves = math.ceil(programs / device.units)
-    steps = work.steps / programs * waves  # of the unit with the most programs
-
-    rate = limits.fma_32 if direct or not access.tensor_cores else limits.matrix_tf32 if itemsize == 4 else limits.matrix_16
-    if access.precision == BF16X6:
-        rate = limits.matrix_16 / 6
-    if itemsize == 8:
-        rate = limits.fma_32 / 2 if direct else limits.matrix_64
-    products = steps * work.flops / (rate / device.units)
-    cycles = tile.warps * work.length / ISSUE
-    resident = max(1, min(waves, work.resident))
-    if access.narrow or direct:
-        cycles = max(cycles, LATENCY / resident)
-    elif resident == 1:  # a lone BF16X6 program cuts, then multiplies
-        products = products + steps * cycles / limits.clock if access.precision == BF16X6 else products * ALONE
-    workspace = splits * written_elements(p, pass_) * max(4, itemsize) if splits > 1 else 0
-    least = least_bytes(p, pass_, itemsize)
-    # The phases of a strided dgrad run one after the other, and each reads all of dy. If dy does not fit in L2, it is read from
-    # memory each time.
-    again = 0
-    read = itemsize * math.prod(p.shape("y"))
-    if pass_ == "dgrad" and read > limits.l2_bytes:
-        again = read * (min(strips.phases(p, pass_) if strip else p.phases(pass_), p.taps) - 1)
-    start = waves * tile.warps * work.start / ISSUE
-    parts = {
-        "products": products,
-        "issue": (steps * cycles + start) / limits.clock,
-        "cache": steps * work.fetched / (L1 * limits.clock if direct else limits.l2_bandwidth / device.units),
-        "memory": (least + again + workspace) / limits.bandwidth,
-    }
-    seconds = LAUNCH + max(parts.values()) + _summing(workspace, device)
-    executed = math.ceil(work.steps * work.flops)
-    return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
-
-
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """The work of a plan's programs.
 
     Attributes:
@@ -342,67 +161,72 @@ class _Work:
     start: int = 0
 
 
-def _gemm_work(
+def price(
     p: ConvProblem,
     pass_: str,
-    kernel: str,
     tile: Tile,
     splits: int,
     access: Access,
     device: Device,
-) -> _Work:
-    tiles, itemsize = tiles_of(p, pass_, kernel, tile), access.itemsize
-    if pass_ == "wgrad":
-        steps = tiles * _split_steps(reduction(p, pass_, kernel, tile), tile.k, splits)
-    else:
-        # A tap belongs to exactly one phase of a dgrad, so over all phases each tap counts once.
-        reduced, per_phase = (p.C if pass_ == "fprop" else p.K) // p.G, tiles // p.phases(pass_)
-        steps = per_phase * p.taps * _split_steps(reduced, tile.k, splits)
-        if kernel == "gather" and pass_ == "dgrad" and tile.m * math.prod(p.S[1:]) <= math.prod(p.X[1:]):
-            steps = math.ceil(steps * frames_met(p))
-        if kernel == "packed":
-            reduced *= pack(p, pass_, tile)
-            steps = per_phase * sum(math.ceil(taps * reduced / tile.k) for taps in phase_taps(p, pass_))
-    length = loop_length(kernel, tile, access)
-    shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize  # bytes of the software pipeline
-    # How many warps the registers suffice for. BF16X6 pieces take many registers, and so do per-element addresses beside true
-    # fp32 products.
-    many = access.precision == BF16X6 or (access.narrow and not access.tensor_cores and kernel != "gather")
-    warps = 8 if many else 16
-    resident = min(device.shared_bytes // shared, warps // tile.warps)
-    return _Work(steps, 2 * tile.m * tile.n * tile.k, length, itemsize * tile.k * (tile.m + tile.n), resident)
+    work: Work,
+    programs: int,
+    phases: int,
+    dot: bool,
+) -> Cost:
+    """Returns the cost of a plan on a device.
+
+    Args:
+        p, pass_: the problem and "fprop", "dgrad" or "wgrad".
+        tile, splits, access: the plan.
+        device: the device, whose limits set the rates.
+        work: what the plan's kernel counts (planning/family.py).
+        programs: programs of the plan, over all splits.
+        phases: groups of programs that run one after the other and each read all of dy.
+        dot: True if the kernel multiplies with tl.dot.
+    """
+    limits, itemsize = device.limits, access.itemsize
+    waves = math.ceil(programs / device.units)
+    steps = work.steps / programs * waves  # of the unit with the most programs
+    products = steps * work.flops / (_rate(access, device, dot) / device.units)
+    cycles = tile.warps * work.length / ISSUE
+    resident = max(1, min(waves, work.resident))
+    if access.narrow or not dot:
+        cycles = max(cycles, LATENCY / resident)
+    elif resident == 1:  # a lone BF16X6 program cuts, then multiplies
+        products = products + steps * cycles / limits.clock if access.precision == BF16X6 else products * ALONE
+    workspace = splits * written_elements(p, pass_) * max(4, itemsize) if splits > 1 else 0
+    least = least_bytes(p, pass_, itemsize)
+    # The phases of a strided dgrad run one after the other, and each reads all of dy. If dy does not fit in L2, it is read from
+    # memory each time.
+    again = 0
+    read = itemsize * math.prod(p.shape("y"))
+    if pass_ == "dgrad" and read > limits.l2_bytes:
+        again = read * (min(phases, p.taps) - 1)
+    start = waves * tile.warps * work.start / ISSUE
+    parts = {
+        "products": products,
+        "issue": (steps * cycles + start) / limits.clock,
+        "cache": steps * work.fetched / (limits.l2_bandwidth / device.units if dot else L1 * limits.clock),
+        "memory": (least + again + workspace) / limits.bandwidth,
+    }
+    seconds = LAUNCH + max(parts.values()) + _summing(workspace, device)
+    executed = math.ceil(work.steps * work.flops)
+    return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
 
 
-def _direct_work(p: ConvProblem, pass_: str, kernel: str, tile: Tile, splits: int, access: Access) -> _Work:
-    tiles, fetched = tiles_of(p, pass_, kernel, tile), access.itemsize * tile.n * tile.m
-    if pass_ == "wgrad":
-        steps = tiles * _split_steps(p.N * math.prod(p.Y), tile.k, splits)
-        fetched = access.itemsize * tile.n * (tile.m + 1) * tile.k
-    else:
-        steps = tiles // p.phases(pass_) * p.taps * (p.multiplier if pass_ == "dgrad" else 1)
-    length = loop_length(kernel, tile, access)
-    return _Work(steps, 2 * tile.m * tile.n * tile.k, length, fetched, 16 // tile.warps)
+def _rate(access: Access, device: Device, dot: bool) -> float:
+    """Returns the operations per second of a kernel's products on the whole device."""
+    limits = device.limits
+    if access.itemsize == 8:
+        return limits.matrix_64 if dot else limits.fma_32 / 2
+    if access.precision == BF16X6:
+        return limits.matrix_16 / 6
+    if not dot or not access.tensor_cores:
+        return limits.fma_32
+    return limits.matrix_tf32 if access.itemsize == 4 else limits.matrix_16
 
 
-def _strip_work(p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access) -> _Work:
-    kernel = "strip_wgrad" if pass_ == "wgrad" else "strip"
-    tiles, columns = tiles_of(p, pass_, kernel, tile), strips.window(p, pass_, tile.columns)
-    if pass_ == "wgrad":
-        taps = min(strips.CHUNK, p.T[2])
-        steps = tiles * _split_steps(strips.strips_of(p, pass_, tile.columns), tile.k, splits)
-        elements, accumulators = tile.n * tile.k, tile.m * taps + tile.columns / 2
-        met, fetched = float(tile.m * tile.columns * taps), elements * (tile.columns + tile.m * columns)
-    else:
-        steps = tiles // strips.phases(p, pass_) * p.T[0] * p.T[1]
-        elements, accumulators = tile.n * tile.m, tile.columns
-        met, fetched = tile.columns * p.T[2] / (p.S[2] if pass_ == "dgrad" else 1), elements * strips.chunks(p) * columns
-    threads = 32 * tile.warps
-    resident = int(65536 / (threads * (56 + elements / threads * (accumulators + 6))))  # registers limit the occupancy
-    length = strip_length(p, pass_, tile, access)
-    return _Work(steps, 2 * elements * met, length, access.itemsize * fetched, resident, START)
-
-
-def _split_steps(reduced: int, block: int, splits: int) -> int:
+def split_steps(reduced: int, block: int, splits: int) -> int:
     """Returns the iterations over all splits of a reduction. The last split may be shorter but is counted in full."""
     return splits * math.ceil(math.ceil(reduced / block) / splits)
 

@@ -7,34 +7,20 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tconv.planning.cost import (
-    MOST_COLUMNS,
-    Cost,
-    channels_of,
-    pack,
-    predict,
-    predict_bias,
-    reduction,
-    tiles_of,
-    written_elements,
-)
+from tconv.planning.bias import BIAS, STAGE
+from tconv.planning.cost import Cost, predict_bias, written_elements
 from tconv.planning.device import Device
-from tconv.planning.interpreter import interpreter_tiles
+from tconv.planning.families import FAMILIES, families
+from tconv.planning.family import Family
+from tconv.planning.operands import Operands, chunk
 from tconv.planning.problem import ConvProblem, pow2
-from tconv.planning.simplify import FEW
-from tconv.planning.strips import Strips, why_not
-from tconv.planning.tiles import BF16X6, DOTS, TMA_KERNELS, Access, Tile, can_cut, tiles, why_illegal
+from tconv.planning.tiles import BF16X6, Tile, can_cut
 
 INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # the most bytes that the workspace of a split reduction may take
-FILLED = 2  # fprop and dgrad are not split if they have at least so many waves: little of the device is idle then
-KERNELS = {
-    "fprop": ("gather", "packed", "depthwise", "strip", "tma"),
-    "dgrad": ("gather", "packed", "depthwise", "strip", "tma"),
-    "wgrad": ("wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "tma_wgrad"),
-    "bias": ("bias",),
-}
-UNPROVEN = {*TMA_KERNELS, BF16X6}  # tested in the interpreter, never run on hardware: listed, but chosen only if forced
+KERNELS = {pass_: tuple(f.name for f in families(pass_)) for pass_ in ("fprop", "dgrad", "wgrad", "bias")}
+# Tested in the interpreter, never run on hardware: listed, but chosen only if forced.
+UNPROVEN = {*(name for name, family in FAMILIES.items() if family.tma), BF16X6}
 
 
 @dataclass(frozen=True)
@@ -148,59 +134,6 @@ def force(
         _forced = before
 
 
-@dataclass(frozen=True)
-class Operands:
-    """The layout of a pass's operands, as far as planning depends on it.
-
-    Attributes:
-        itemsize: bytes of an element.
-        tensor_cores: True if the precision asked for lets tensor cores compute the products.
-        narrow: True if an operand's layout or alignment allows only element-by-element access.
-        large: True if the accesses leave enough registers for the largest tiles.
-        strips: how strip kernels access a depthwise problem's operands; None if as `narrow` says.
-        pack_narrow: maps the groups per pack to `narrow` for a packed kernel, which ignores how weights are accessed; None if
-            as `narrow` says.
-    """
-
-    itemsize: int
-    tensor_cores: bool
-    narrow: bool = False
-    large: bool = True
-    strips: Strips | None = None
-    pack_narrow: Callable[[int], bool] | None = None
-
-    def precisions(self, kernel: str, device: Device) -> tuple[str, ...]:
-        """Returns the precisions to consider, as values of `Plan.precision`. Only fp32 without TF32 has a choice: BF16X6."""
-        if self.itemsize != 4 or self.tensor_cores or kernel not in DOTS:
-            return ("",)
-        if _forced and _forced.precision:
-            return (BF16X6 if _forced.precision == BF16X6 else "",)
-        return ("", BF16X6) if can_cut(device) and not device.interpreted else ("",)
-
-    def access(self, problem: ConvProblem, pass_: str, kernel: str, tile: Tile | None = None, precision: str = "") -> Access:
-        """Returns how a kernel accesses the operands. For a packed kernel that depends on the tile; None is the best case."""
-        if kernel.startswith("strip") and self.strips:
-            return Access(self.itemsize, self.tensor_cores, self.strips.narrow, self.strips.flip)
-        narrow = self.narrow
-        if kernel.startswith("packed") and self.pack_narrow:
-            narrow = tile is not None and self.pack_narrow(pack(problem, pass_, tile))
-        # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
-        elif problem.depthwise and kernel in ("gather", "wgrad", "packed", "packed_wgrad"):
-            narrow = True
-        cores = self.tensor_cores or precision == BF16X6
-        return Access(self.itemsize, cores, narrow, large=self.large, precision=precision)
-
-    def tiles(self, problem: ConvProblem, pass_: str, kernel: str, device: Device, precision: str = "") -> tuple[Tile, ...]:
-        """Returns the tiles with which a kernel can access the operands."""
-        best = self.access(problem, pass_, kernel, precision=precision)
-        found = tiles(kernel, best, device)
-        if not kernel.startswith("packed"):
-            return found
-        every = dict.fromkeys((*found, *tiles(kernel, replace(best, narrow=True), device)))
-        met = {tile: self.access(problem, pass_, kernel, tile, precision) for tile in every}
-        return tuple(tile for tile in every if tile in tiles(kernel, met[tile], device))
-
-
 def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None = None) -> Plan:
     """Returns the plan for one pass: of all candidates the one with the least predicted time (planning/cost.py).
 
@@ -213,25 +146,22 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
     Raises:
         ValueError: a forced plan (`force`) cannot run, or no tile fits.
     """
-    request, itemsize = _request_for(pass_), operands.itemsize
+    request = _request_for(pass_)
+    only = only or (request.kernel if request else None)
     if request and request.kernel:
-        unfit = _unfit(problem, pass_, request.kernel)
+        unfit = FAMILIES[request.kernel].unfit(problem, pass_)
         if unfit:
             raise ValueError(f"forced kernel {request.kernel!r} {unfit}, got {problem}")
     if device.interpreted:
-        return _interpreter_plan(problem, pass_, operands, device, request)
-    plans = []
-    only = only or (request.kernel if request else None)
-    kernels = (only,) if only else _kernels(problem, pass_)
-    for kernel, precision in [(k, precision) for k in kernels for precision in operands.precisions(k, device)]:
-        illegal = _illegal(problem, pass_, kernel, itemsize, device, precision)
-        legal = _legal_tiles(request, operands.tiles(problem, pass_, kernel, device, precision), illegal)
-        for tile in legal:
-            access = operands.access(problem, pass_, kernel, tile, precision)
-            parts = _all_splits(problem, pass_, kernel, tile, itemsize, device, request)
-            for splits in parts:
-                cost = predict(problem, pass_, kernel, tile, splits, access, device)
-                plans.append(Plan(pass_, kernel, tile, splits, "", cost, (), precision, kernels, legal, parts))
+        return _interpreter_plan(problem, pass_, operands, device, only)
+    considered = [FAMILIES[only]] if only else [f for f in families(pass_) if f.considered(problem, pass_)]
+    kernels = tuple(family.name for family in considered)
+    plans = [
+        replace(plan, kernels=kernels)
+        for family in considered
+        for precision in _precisions(family, operands, device)
+        for plan in _candidates(family, problem, pass_, operands, device, precision)
+    ]
     asked = _forced is not None and _forced.precision is not None
     proven = [plan for plan in plans if asked or plan.precision not in UNPROVEN]
     if not proven:
@@ -244,6 +174,40 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
     return plan
 
 
+def _precisions(family: Family, operands: Operands, device: Device) -> tuple[str, ...]:
+    """Returns the precisions to consider, as values of `Plan.precision`. Only fp32 without TF32 has a choice: BF16X6."""
+    if operands.itemsize != 4 or operands.tensor_cores or not family.cuts:
+        return ("",)
+    if _forced and _forced.precision:
+        return (BF16X6 if _forced.precision == BF16X6 else "",)
+    return ("", BF16X6) if can_cut(device) and not device.interpreted else ("",)
+
+
+def _candidates(
+    family: Family, problem: ConvProblem, pass_: str, operands: Operands, device: Device, precision: str
+) -> Iterator[Plan]:
+    """Yields every plan of a kernel in one precision: its tiles, each with every number of splits."""
+    request = _request_for(pass_)
+
+    def illegal(tile: Tile) -> str | None:
+        if precision == BF16X6 and not can_cut(device):
+            return f"{BF16X6} has been compiled for Hopper only, not for {device.name}"
+        return _why_illegal(family, problem, pass_, tile, operands.itemsize, device)
+
+    legal = _legal_tiles(request, family.tiles_for(operands, problem, pass_, device, precision), illegal)
+    for tile in legal:
+        access = family.access(operands, problem, pass_, tile, precision)
+        parts = _all_splits(family, problem, pass_, tile, operands.itemsize, device)
+        for splits in parts:
+            cost = family.predict(problem, pass_, tile, splits, access, device)
+            yield Plan(pass_, family.name, tile, splits, "", cost, (), precision, tiles=legal, parts=parts)
+
+
+def _why_illegal(family: Family, problem: ConvProblem, pass_: str, tile: Tile, itemsize: int, device: Device) -> str | None:
+    """Returns why a kernel cannot run a pass with a tile, or None."""
+    return family.why_illegal(tile, itemsize, device) or family.why_misfit(problem, pass_, tile, device)
+
+
 def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
     """Returns the plan for a bias gradient: for each of `channels`, the sum over `pixels`.
 
@@ -253,9 +217,9 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     request, limit = _request_for("bias"), WORKSPACE // (channels * max(4, itemsize))
     n = pow2(channels, 1, 1024)
     interpreted = (Tile(1, n, pow2(pixels, 1, (1 << 18) // n)),)
-    found = interpreted if device.interpreted else tiles("bias", Access(itemsize, False), device)
     plans = []
-    legal = _legal_tiles(request, found, lambda tile: why_illegal("bias", tile, itemsize, device))
+    found = interpreted if device.interpreted else BIAS
+    legal = _legal_tiles(request, found, lambda tile: FAMILIES["bias"].why_illegal(tile, itemsize, device))
     for tile in legal:
         parts = _split_counts(pixels, tile.k, math.ceil(channels / tile.n), limit, device, request)
         for splits in parts:
@@ -269,7 +233,7 @@ def choose_stage(channels: int, pixels: int, itemsize: int, device: Device) -> P
     if device.interpreted:
         n = pow2(channels, 1, 1024)
         return Plan("stage", "stage", Tile(pow2(pixels, 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
-    found = tiles("stage", Access(itemsize, False), device)
+    found = STAGE[itemsize]
     tile = next((t for t in found if t.n <= pow2(channels, 1, found[0].n)), found[-1])
     return Plan("stage", "stage", tile, 1, f"for {channels} channels", kernels=("stage",), tiles=found)
 
@@ -299,93 +263,34 @@ def _legal_tiles(
     return (request.tile,)
 
 
-def _illegal(
-    problem: ConvProblem, pass_: str, kernel: str, itemsize: int, device: Device, precision: str = ""
-) -> Callable[[Tile], str | None]:
-    """Returns a function from a tile to why the kernel cannot run the pass with it, or None."""
-
-    def illegal(tile: Tile) -> str | None:
-        reason = why_illegal(kernel, tile, itemsize, device)
-        if precision == BF16X6 and not can_cut(device):
-            reason = f"{BF16X6} has been compiled for Hopper only, not for {device.name}"
-        if reason is None and kernel.startswith("strip"):
-            reason = why_not(problem, pass_, tile.columns, tile.m if kernel == "strip_wgrad" else 1)
-        if reason is None and kernel == "tma":
-            written, reduced = channels_of(problem, pass_, kernel)
-            if problem.G > 1 and reduced % tile.k:
-                reason = f"tile {tile}: its boxes of channels would reach into the next group"
-            elif tile.m * tile.n > 128 * 128 and written % 8 and not device.interpreted:
-                reason = f"tile {tile}: it spills where channels are written one by one"
-        return reason
-
-    return illegal
-
-
-def _kernels(problem: ConvProblem, pass_: str) -> tuple[str, ...]:
-    """Returns the kernels to consider for a pass. Some may turn out to have no legal tile."""
-    dot, packs, direct, strip = KERNELS[pass_][:4]
-    if problem.depthwise:
-        return (direct, dot) if problem.multiplier > 1 else (strip, direct, dot)
-    few = FEW * (2 if pass_ == "wgrad" else 1)  # its tiles are up to 128 wide, two taps of so many channels
-    gains = min(problem.C, problem.K) <= few * problem.G and (problem.taps > 1 or problem.G > 1)
-    return (dot, packs) if gains and not _unfit(problem, pass_, packs) else (dot,)
-
-
-def _unfit(problem: ConvProblem, pass_: str, kernel: str) -> str | None:
-    """Returns why a kernel does not support a pass, or None."""
-    if kernel.startswith("depthwise") and not problem.depthwise:
-        return "needs one input channel per group"
-    if kernel.startswith("strip") and not (problem.depthwise and problem.multiplier == 1):
-        return "needs one filter per channel"
-    if kernel == "packed" and not _countable(problem, pass_):
-        return f"counts at most {MOST_COLUMNS} taps times channels"
-    return None
-
-
-def _countable(problem: ConvProblem, pass_: str) -> bool:
-    """Returns True if `packed` can decode GEMM_K's columns (kernels/common.py `quotient`) with every tile."""
-    written, reduced = channels_of(problem, pass_, "gather")
-    groups = problem.G if written < MOST_COLUMNS else 1
-    return min(groups, max(1, 1024 // written)) * reduced * problem.taps <= MOST_COLUMNS
-
-
-def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, device: Device, request: Forced | None) -> Plan:
-    """Returns the plan for the interpreter, whose time is per operation, not per element.
-
-    That favours few programs, and depthwise kernels while the channel multiplier is small.
-    """
-    dot, _, direct, _ = KERNELS[pass_][:4]
-    itemsize = operands.itemsize
-    kernel = request.kernel if request and request.kernel else direct if problem.depthwise and problem.multiplier <= 8 else dot
-    illegal = _illegal(problem, pass_, kernel, itemsize, device)
-    candidates = _legal_tiles(request, interpreter_tiles(problem, pass_, kernel), illegal)
+def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None) -> Plan:
+    """Returns the plan for the interpreter: the first tile that is legal, since its time is per operation."""
+    request = _request_for(pass_)
+    family = FAMILIES[only] if only else next(f for f in families(pass_) if f.interpreted(problem))
+    candidates = _legal_tiles(
+        request, family.interpreter_tiles(problem, pass_),
+        lambda tile: _why_illegal(family, problem, pass_, tile, operands.itemsize, device),
+    )  # fmt: skip
     if not candidates:
-        raise ValueError(f"no tile of {kernel} fits: {problem}")
-    tile = candidates[0]
-    splits = _all_splits(problem, pass_, kernel, tile, itemsize, device, request)[0]
-    (precision,) = operands.precisions(kernel, device)
-    return Plan(pass_, kernel, tile, splits, "forced" if request else INTERPRETED, precision=precision)
+        raise ValueError(f"no tile of {family.name} fits: {problem}")
+    splits = _all_splits(family, problem, pass_, candidates[0], operands.itemsize, device)[0]
+    (precision,) = _precisions(family, operands, device)
+    reason = "forced" if request else INTERPRETED
+    return Plan(pass_, family.name, candidates[0], splits, reason, precision=precision)
 
 
-def chunk(reduced: int, block: int, splits: int) -> int:
-    """Returns the pixels or channels per split: the least multiple of `block` with which `splits` splits are enough."""
-    return math.ceil(math.ceil(reduced / block) / splits) * block
-
-
-def _all_splits(
-    problem: ConvProblem, pass_: str, kernel: str, tile: Tile, itemsize: int, device: Device, request: Forced | None
-) -> tuple[int, ...]:
+def _all_splits(family: Family, problem: ConvProblem, pass_: str, tile: Tile, itemsize: int, device: Device) -> tuple[int, ...]:
     """Returns the numbers of splits to consider. wgrad splits its pixels; gather splits channels, if it has few tiles."""
-    limit = WORKSPACE // (written_elements(problem, pass_) * max(4, itemsize))
-    programs = tiles_of(problem, pass_, kernel, tile)
-    if pass_ == "wgrad":
-        return _split_counts(reduction(problem, pass_, kernel, tile), tile.k, programs, limit, device, request)
-    named = request is not None and request.kernel == "gather" and request.splits is not None
-    # With the largest tiles there are no registers left for the offsets of a split's slice.
-    small = programs < FILLED * device.units and tile.m * tile.n <= 128 * 128 and not device.interpreted
-    if kernel != "gather" or not (named or small) or (request and request.splits == 1):
+    request = _request_for(pass_)
+    # A forced number is for wgrad, or for a kernel that is forced too: most others cannot be split so often, or at all.
+    asked = pass_ == "wgrad" or (request is not None and request.kernel == family.name and request.splits is not None)
+    if not family.splittable or not (asked or family.splits(problem, pass_, tile, device)):
         return (1,)
-    return _split_counts(channels_of(problem, pass_, kernel)[1], tile.k, programs, limit, device, request if named else None)
+    if pass_ != "wgrad" and request and request.splits == 1:
+        return (1,)
+    limit = WORKSPACE // (written_elements(problem, pass_) * max(4, itemsize))
+    programs, reduced = family.programs(problem, pass_, tile), family.reduction(problem, pass_, tile)
+    return _split_counts(reduced, tile.k, programs, limit, device, request if asked else None)
 
 
 def _split_counts(

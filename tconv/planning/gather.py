@@ -1,0 +1,100 @@
+"""kernels/gather.py, fprop and dgrad as an implicit GEMM, as the planner and the launcher see it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from tconv.planning.cost import frames_met, phase_pixels, pixel_tiles
+from tconv.planning.device import Device
+from tconv.planning.family import Instead, Spills
+from tconv.planning.gemm import Gemm
+from tconv.planning.operands import GatherPass, Operands, chunk
+from tconv.planning.problem import ConvProblem, pow2
+from tconv.planning.tiles import Access, Tile
+
+FILLED = 2  # fprop and dgrad are not split if they have at least so many waves: little of the device is idle then
+FIELD = {1: 32, 2: 16, 3: 10}  # by rank: taps per dimension whose masks fit in one 32-bit word per pixel
+NARROW = Tile(64, 32, 16, 8, 2, 128)  # for true fp32 with element-by-element loads, where four warps spill
+
+
+class Gather(Gemm):
+    """An implicit GEMM of [pixels, reduced channels] by [reduced channels, written channels], tap by tap."""
+
+    name = "gather"
+    passes = ("fprop", "dgrad")
+    cuts = True
+    splittable = True
+    base, copy, one = 50, 8, 4
+    cut = 10
+    fma_narrow = (NARROW,)
+    spills: ClassVar[Spills] = {
+        8: (
+            Tile(128, 256, 64, 8, 3),
+            Tile(256, 128, 64, 8, 3),
+            Tile(128, 64, 64, 4, 4),
+            Tile(64, 128, 64, 4, 4),
+            Tile(128, 32, 32, 4, 4),
+            Tile(128, 64, 32, 4, 3),
+        ),
+        10: (
+            Tile(64, 64, 64, 4, 4),
+            Tile(128, 32, 32, 4, 4),
+            Tile(64, 32, 64, 4, 4),
+            Tile(64, 128, 32, 4, 3),
+        ),
+    }
+    instead: ClassVar[Instead] = {
+        0: {Tile(64, 32, 16, 8, 2, 128): Tile(64, 32, 16, 4, 2, 128)},
+        8: {Tile(64, 64, 64, 4, 4): Tile(64, 64, 64, 4, 4, 255)},
+        10: {
+            Tile(128, 128, 64, 8, 4): Tile(128, 128, 64, 8, 4, 255),
+            Tile(128, 64, 32, 4, 3): Tile(128, 64, 32, 4, 3, 255),
+            Tile(64, 64, 16, 4, 2, 255): Tile(64, 64, 16, 4, 2, 168),
+            Tile(64, 32, 16, 8, 2, 128): Tile(64, 32, 16, 8, 2, 240),
+        },
+    }
+
+    def considered(self, p: ConvProblem, pass_: str) -> bool:
+        return True
+
+    def interpreted(self, p: ConvProblem) -> bool:
+        return True
+
+    def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
+        # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
+        return operands.access(operands.narrow or p.depthwise, precision)
+
+    def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
+        written, reduced = self.channels(p, pass_)
+        n, k = pow2(written, 16, 1024), pow2(reduced, 16, 256)
+        return (Tile(pow2(phase_pixels(p, pass_), 16, (1 << 18) // max(n, k)), n, k),)
+
+    def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        return pixel_tiles(p, pass_, tile.m) * math.ceil(self.channels(p, pass_)[0] / tile.n) * p.G
+
+    def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        return self.channels(p, pass_)[1]
+
+    def splits(self, p: ConvProblem, pass_: str, tile: Tile, device: Device) -> bool:
+        # With the largest tiles there are no registers left for the offsets of a split's slice.
+        few = self.programs(p, pass_, tile) < FILLED * device.units
+        return few and tile.m * tile.n <= 128 * 128 and not device.interpreted
+
+    def steps(self, p: ConvProblem, pass_: str, tile: Tile, splits: int) -> int:
+        steps = super().steps(p, pass_, tile, splits)
+        if pass_ == "dgrad" and tile.m * math.prod(p.S[1:]) <= math.prod(p.X[1:]):
+            return math.ceil(steps * frames_met(p))
+        return steps
+
+    def warps(self, access: Access) -> int:
+        return 8 if access.precision else 16
+
+    def arguments(self, c: GatherPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
+        split = splits > 1
+        # Without splits, "sys" is unused and set to 0: y.numel may exceed 32 bits, which would compile another kernel.
+        integers = {"chunk": chunk(c.ci, tile.k, splits), "sys": c.y.numel if split else 0}
+        return integers, {
+            "X_VEC": c.x_vec, "Y_VEC": c.y_vec, "EVEN": c.ci % tile.k == 0, "SPLIT": split,
+            "FIELD": FIELD[c.p.rank] if max(c.p.T) <= FIELD[c.p.rank] else 0,
+        }  # fmt: skip

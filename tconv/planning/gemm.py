@@ -1,0 +1,83 @@
+"""What the kernels that multiply with tl.dot have in common: their tiles by precision, and how their work is counted."""
+
+from __future__ import annotations
+
+from tconv.planning.cost import Work, split_steps
+from tconv.planning.device import Device
+from tconv.planning.family import Family
+from tconv.planning.problem import ConvProblem
+from tconv.planning.tiles import BF16X6, Access, Tile
+
+# Tiles, named by bits of an element. They were chosen by compiling for sm_90, where none may spill registers
+# (`scripts/codegen.py` prints registers, spills and shared memory).
+GEMM_16 = (
+    Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3),  # only if Access.large
+    Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4),
+    Tile(128, 32, 32, 4, 4), Tile(64, 32, 64, 4, 4),  # for 32 channels or fewer
+)  # fmt: skip
+GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3, 255), Tile(64, 128, 32, 4, 3))
+# fp64, and true fp32 on CUDA cores. Tiles that need at most 128 registers let two programs of eight warps share a
+# multiprocessor. In fp32 a product needs 1.2 instructions at 32 accumulators per thread, 1.3 at 16 and 1.6 at eight. At 168
+# registers per thread a multiprocessor holds three programs of four warps, but one of eight warps.
+GEMM_64 = (Tile(64, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 128))
+FMA_32 = (Tile(64, 64, 16, 4, 2, 255), Tile(64, 32, 16, 4, 2, 255))
+# Element-by-element loads pass through registers and hold one address per element: larger tiles spill up to 470 registers.
+GEMM_16_NARROW = (Tile(64, 64, 32, 8, 2),)
+GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
+# BF16X6, whose pieces pass through registers: larger tiles spill, and so do four warps with element-by-element loads.
+PIECES_32 = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
+PIECES_32_NARROW = (Tile(64, 64, 32, 8, 2),)
+
+
+class Gemm(Family):
+    """A kernel that multiplies with tl.dot.
+
+    Attributes:
+        base, copy, one: instructions per iteration of the main loop, per 16-byte copy, and per element of narrow loads.
+        cut: instructions to cut an element into BF16X6 pieces.
+        fma_narrow: tiles for true fp32 with element-by-element loads.
+    """
+
+    base, copy, one = 0, 0, 0
+    cut = 0
+    fma_narrow: tuple[Tile, ...] = FMA_32[1:]
+
+    def tiles(self, access: Access) -> tuple[Tile, ...]:
+        if access.precision == BF16X6:
+            return PIECES_32_NARROW if access.narrow else PIECES_32
+        if access.itemsize == 8:
+            return GEMM_64
+        if access.itemsize == 4 and not access.tensor_cores:
+            return self.fma_narrow if access.narrow else FMA_32
+        if access.itemsize == 4:
+            return GEMM_32_NARROW if access.narrow else GEMM_32
+        return GEMM_16_NARROW if access.narrow else GEMM_16 if access.large else GEMM_16[2:]
+
+    def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
+        threads = 32 * tile.warps
+        loaded = (tile.m + tile.n) * tile.k / threads
+        copies = loaded * self.one if access.narrow else self.copy * loaded * access.itemsize / 16
+        products = 0.0 if access.tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
+        if access.precision == BF16X6:  # each warpgroup cuts the rows it reads; a step's sum is added
+            shared = max(1, 16 * tile.warps // tile.m)
+            products = self.cut * (shared * tile.m + tile.n) * tile.k / threads + tile.m * tile.n / threads
+        return self.base + copies + products
+
+    def steps(self, p: ConvProblem, pass_: str, tile: Tile, splits: int) -> int:
+        """Returns the iterations of the main loops of all programs."""
+        tiles, blocks = self.programs(p, pass_, tile), split_steps(self.reduction(p, pass_, tile), tile.k, splits)
+        # A tap belongs to exactly one phase of a dgrad, so over all phases each tap counts once.
+        return tiles * blocks if pass_ == "wgrad" else tiles // p.phases(pass_) * p.taps * blocks
+
+    def warps(self, access: Access) -> int:
+        """Returns how many warps of a unit the registers suffice for."""
+        # BF16X6 pieces take many registers, and so do per-element addresses beside true fp32 products.
+        return 8 if access.precision == BF16X6 or (access.narrow and not access.tensor_cores) else 16
+
+    def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
+        pipeline = tile.stages * (tile.m + tile.n) * tile.k * access.itemsize  # bytes of shared memory
+        resident = min(device.shared_bytes // pipeline, self.warps(access) // tile.warps)
+        return Work(
+            self.steps(p, pass_, tile, splits), 2 * tile.m * tile.n * tile.k, self.length(p, pass_, tile, access),
+            access.itemsize * tile.k * (tile.m + tile.n), resident,
+        )  # fmt: skip

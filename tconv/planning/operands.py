@@ -1,0 +1,291 @@
+"""A pass on given tensors, in numbers only: its simplified problem, and how its operands are addressed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tconv.planning.addressing import LIMIT, Addressing, vector
+from tconv.planning.problem import ConvProblem
+from tconv.planning.simplify import Form, Strides, simplify
+from tconv.planning.tiles import BF16X6, Access, Tile
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The layout of a pass's operands, as far as planning depends on it.
+
+    Attributes:
+        itemsize: bytes of an element.
+        tensor_cores: True if the precision asked for lets tensor cores compute the products.
+        narrow: True if an operand's layout or alignment allows only element-by-element access.
+        large: True if the accesses leave enough registers for the largest tiles.
+        strips: for strip kernels, (flip, narrow): whether the operand read has no contiguous channels (usually its columns
+            are contiguous), and whether an operand is accessed element by element; None if as `narrow` says.
+        pack_narrow: maps the groups per pack to `narrow` for a packed kernel, which ignores how weights are accessed; None if
+            as `narrow` says.
+    """
+
+    itemsize: int
+    tensor_cores: bool
+    narrow: bool = False
+    large: bool = True
+    strips: tuple[bool, bool] | None = None
+    pack_narrow: Callable[[int], bool] | None = None
+
+    def access(self, narrow: bool, precision: str) -> Access:
+        """Returns how a kernel accesses the operands in a precision, given whether it does so element by element."""
+        return Access(self.itemsize, self.tensor_cores or precision == BF16X6, narrow, large=self.large, precision=precision)
+
+
+class Pass:
+    """A pass on given tensors, after its problem was simplified (planning/simplify.py).
+
+    Attributes:
+        pass_: "fprop", "dgrad" or "wgrad".
+        p: the simplified problem.
+        rules: names of the rewrites that were applied.
+        x, w, y: addressing of (x, w, y) for fprop, (dy, w, dx) for dgrad, and (x, dw, dy) for wgrad, or (dy, dw, x) if
+            `swapped`.
+        read, wrote: channels, over all groups, of the tensors that x and y stand for.
+        itemsize: bytes of an element.
+        tensor_cores: True if the precision asked for lets tensor cores compute the products.
+        cut: True if BF16X6 is forced.
+    """
+
+    def __init__(
+        self,
+        pass_: str,
+        problem: ConvProblem,
+        x: Addressing,
+        w: Addressing,
+        y: Addressing,
+        tensor_cores: bool,
+        cut: bool = False,
+        channels_stay: bool = False,
+    ) -> None:
+        """Simplifies the problem.
+
+        Args:
+            x, w, y: (x, w, y) for fprop, (dy, w, dx) for dgrad, (x, dw, dy) for wgrad.
+            channels_stay: keep the output channels as they are, because a bias is added to them in a transposed forward.
+        """
+        self.pass_, self.transposed = pass_, pass_ == "dgrad"
+        self.itemsize, self.tensor_cores, self.cut = x.itemsize, tensor_cores, cut
+        before = [y, w, x] if self.transposed else [x, w, y]
+        big, weight, small = (Strides(a.outer, a.channel, a.spatial) for a in before)
+        form = simplify(Form(problem, big, weight, small), pass_, channels_stay)
+        self.rules, self.p = form.rules, form.p
+        if self.swapped:
+            before.reverse()
+        x, self.w, y = (
+            dataclasses.replace(a, outer=s.outer, channel=s.channel, spatial=s.spatial, unit=s.channel == 1)
+            for a, s in zip(before, (form.x, form.w, form.y), strict=True)
+        )
+        self.x, self.y = (y, x) if self.transposed else (x, y)
+        self.read, self.wrote = (form.p.K, form.p.C) if self.transposed else (form.p.C, form.p.K)
+
+    @property
+    def swapped(self) -> bool:
+        """True for a wgrad in which x and dy are swapped."""
+        return "swap" in self.rules
+
+    @property
+    def ci(self) -> int:
+        """Channels per group of the tensor that x stands for."""
+        return self.read // self.p.G
+
+    @property
+    def co(self) -> int:
+        """Channels per group of the tensor that y stands for."""
+        return self.wrote // self.p.G
+
+    def operands(self) -> Operands:
+        """Returns what the planner asks about the operands."""
+        raise NotImplementedError
+
+    def integers(self, tile: Tile, splits: int) -> dict[str, int]:
+        """Returns the integers that the kernels of this pass share, by the names of their parameters."""
+        raise NotImplementedError
+
+    def constants(self, tile: Tile, dot: bool) -> dict[str, Any]:
+        """Returns the compile-time constants that the kernels of this pass share, by the names of their parameters."""
+        raise NotImplementedError
+
+
+class GatherPass(Pass):
+    """fprop or dgrad on given tensors; x is the tensor read and y the tensor written.
+
+    Attributes:
+        bias: the bias's stride, None without a bias.
+        extents_read, extents: spatial extents of the tensors that x and y stand for.
+        reduced, written, group: strides of w along the reduced channels, the written channels and the groups.
+        inner: the contiguous channel axis of w: "i" (reduced), "o" (written) or "" for neither.
+        x_vec, w_vec, y_vec: vector widths along channels within a group.
+        direct_x, direct_y: the same across groups, for kernels of depthwise layers.
+        lanes_x, lanes_y: vectors along any axis, for strip kernels.
+    """
+
+    def __init__(
+        self,
+        pass_: str,
+        problem: ConvProblem,
+        x: Addressing,
+        w: Addressing,
+        y: Addressing,
+        bias: int | None,
+        tensor_cores: bool,
+        cut: bool = False,
+    ) -> None:
+        super().__init__(pass_, problem, x, w, y, tensor_cores, cut, pass_ == "dgrad" and bias is not None)
+        p, x, w, y = self.p, self.x, self.w, self.y
+        self.bias = bias
+        self.extents_read, self.extents = (p.Y, p.X) if self.transposed else (p.X, p.Y)
+        self.reduced, self.written = (w.outer, w.channel) if self.transposed else (w.channel, w.outer)
+        self.group = p.K // p.G * w.outer
+        self.inner = _weight_axis(w, self.transposed)
+        self.x_vec, self.y_vec, self.w_vec = x.wide(self.ci), y.wide(self.co), 1
+        if self.inner:
+            outer, extent = (self.written, self.ci) if self.inner == "i" else (self.reduced, self.co)
+            self.w_vec = vector(w.address, w.itemsize, outer, *w.spatial, self.group, extent)
+        self.direct_x = x.wide(self.wrote) if p.depthwise and p.multiplier == 1 else 1
+        self.direct_y = y.wide(self.wrote) if p.depthwise else 1
+        self.lanes_x, self.lanes_y = x.lanes(self.wrote, self.extents_read), y.lanes(self.wrote, self.extents)
+
+    def pack_vector(self, groups: int) -> int:
+        """Returns the vector width of x in a packed kernel whose tiles hold so many groups."""
+        return self.x.wide(groups * self.ci, self.read)
+
+    def operands(self) -> Operands:
+        # y counts only if its channels are contiguous. If they are not, the accumulator is transposed and stored along its
+        # pixels, at no loss.
+        least = min(self.x_vec, self.w_vec, self.y_vec if self.y.unit else self.x_vec)
+        narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
+        # The largest tiles have no registers to spare for the addresses of narrower accesses, or of a 3-D dgrad's pixels.
+        large = self.itemsize * least == 16 and not (self.transposed and self.p.rank == 3 and self.y.unit)
+        strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
+        return Operands(
+            self.itemsize, self.tensor_cores, narrow, large, strips, lambda groups: self.pack_vector(groups) == 1
+        )  # fmt: skip
+
+    def integers(self, tile: Tile, splits: int) -> dict[str, int]:
+        return {
+            "N": self.p.N, "C": self.wrote, "CI": self.ci, "CO": self.co, "G": self.p.G, **window(self.p),
+            **triple("X", self.extents_read), **triple("Y", self.extents), **strides("sx", self.x),
+            **triple("sw", self.w.spatial), **strides("sy", self.y), "sb": self.bias or 0,
+            "sxg": self.ci * self.x.channel, "syg": self.co * self.y.channel,
+            "swg": self.group, "swi": self.reduced, "swo": self.written, "swk": self.w.outer,
+        }  # fmt: skip
+
+    def constants(self, tile: Tile, dot: bool) -> dict[str, Any]:
+        p = self.p
+        return {
+            "TRANSPOSED": self.transposed, "RANK": p.rank, "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit,
+            "HAS_BIAS": self.bias is not None, "W_UNIT": self.inner, "W_VEC": self.w_vec,
+            # Offsets may pass the ends of x by the halo: the first tap may be outside x while a later one is inside.
+            "WIDE": max(self.x.reach + self.x.halo(p), self.y.reach, p.N * math.prod(self.extents) + tile.m) > LIMIT,
+            # If pixels are contiguous, they become the accumulator's columns. Its rows are channels, and wgmma needs 64 rows.
+            "FLIP": not (self.x.unit and self.y.unit) and (self.itemsize > 2 or tile.n >= 64 or not dot),
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_C": tile.n,
+        }  # fmt: skip
+
+
+class WgradPass(Pass):
+    """wgrad on given tensors; y is dy and x is x as the kernel takes them, w is dw.
+
+    Attributes:
+        x_vec, y_vec: vector widths along channels within a group.
+        direct_x, direct_y: the same across groups, for kernels of depthwise layers.
+        lanes_x, lanes_y: vectors along any axis, for strip kernels.
+    """
+
+    def __init__(
+        self, problem: ConvProblem, x: Addressing, dw: Addressing, dy: Addressing, tensor_cores: bool, cut: bool = False
+    ) -> None:
+        super().__init__("wgrad", problem, x, dw, dy, tensor_cores, cut)
+        p, x, y = self.p, self.x, self.y
+        self.x_vec, self.y_vec = x.wide(self.ci), y.wide(self.co)
+        self.direct_x = x.wide(p.K) if p.depthwise and p.multiplier == 1 else 1
+        self.direct_y = y.wide(p.K) if p.depthwise else 1
+        self.lanes_x, self.lanes_y = x.lanes(p.K, p.X), y.lanes(p.K, p.Y)
+
+    def pack_vectors(self, groups: int) -> tuple[int, int]:
+        """Returns the vector widths of x and dy in a packed kernel whose tiles hold so many groups."""
+        return self.x.wide(groups * self.ci, self.p.C), self.y.wide(groups * self.co, self.p.K)
+
+    def operands(self) -> Operands:
+        least = min(self.x_vec, self.y_vec)
+        narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
+        strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
+        large = self.itemsize * least == 16
+        return Operands(
+            self.itemsize, self.tensor_cores, narrow, large, strips, lambda groups: min(self.pack_vectors(groups)) == 1
+        )  # fmt: skip
+
+    def integers(self, tile: Tile, splits: int) -> dict[str, int]:
+        p, w = self.p, self.w
+        return {
+            "N": p.N, "C": self.ci, "K": self.co, "G": p.G, **window(p), **triple("X", p.X), **triple("Y", p.Y),
+            **self.steps(p.Y, tile, splits), **strides("sx", self.x), **strides("sy", self.y), **triple("sw", w.spatial),
+            "sws": w.numel, "swg": self.co * w.outer, "swk": w.outer, "swc": w.channel,
+            "sxg": self.ci * self.x.channel, "syg": self.co * self.y.channel,
+        }  # fmt: skip
+
+    def constants(self, tile: Tile, dot: bool) -> dict[str, Any]:
+        p = self.p
+        return {
+            "RANK": p.rank, "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit, "WIDE": self.far(p.Y, tile),
+            "BLOCK_P": tile.k, "BLOCK_K": tile.m, "BLOCK_C": tile.n,
+        }  # fmt: skip
+
+    def steps(self, extents: tuple[int, int, int], tile: Tile, splits: int) -> dict[str, int]:
+        """Returns how the reduction over the images and these extents advances: pixels per split, and an iteration's digits."""
+        pixels = self.p.N * math.prod(extents)
+        return {"chunk": chunk(pixels, tile.k, splits), **digits(tile.k, extents)}
+
+    def far(self, extents: tuple[int, int, int], tile: Tile) -> bool:
+        """Returns True if offsets need 64 bits in a reduction over the images and these extents."""
+        pixels = self.p.N * math.prod(extents) + tile.k
+        return max(self.x.reach + self.x.halo(self.p), self.y.reach, pixels) > LIMIT
+
+
+def _weight_axis(w: Addressing, transposed: bool) -> str:
+    """Returns the weight's contiguous channel axis: "i" for the reduced one, "o" for the written one, or ""."""
+    if w.unit:
+        return "o" if transposed else "i"
+    if w.outer == 1:
+        return "i" if transposed else "o"
+    return ""
+
+
+def chunk(reduced: int, block: int, splits: int) -> int:
+    """Returns the pixels or channels per split: the least multiple of `block` with which `splits` splits are enough."""
+    return math.ceil(math.ceil(reduced / block) / splits) * block
+
+
+def digits(block: int, extents: tuple[int, int, int]) -> dict[str, int]:
+    """Returns a step of `block` pixels as kernel arguments: whole images (Bn) and output coordinates (B0, B1, B2)."""
+    rest, found = block, {}
+    for d in (2, 1, 0):
+        found[f"B{d}"] = rest % extents[d]
+        rest //= extents[d]
+    return {**found, "Bn": rest}
+
+
+def triple(prefix: str, values: Sequence[int]) -> dict[str, int]:
+    """Returns the values as kernel arguments named prefix0, prefix1 and prefix2."""
+    return {f"{prefix}{i}": v for i, v in enumerate(values)}
+
+
+def strides(prefix: str, a: Addressing) -> dict[str, int]:
+    """Returns a tensor's strides as kernel arguments: prefix + n, c, 0, 1 and 2."""
+    return {f"{prefix}n": a.outer, f"{prefix}c": a.channel, **triple(prefix, a.spatial)}
+
+
+def window(p: ConvProblem) -> dict[str, int]:
+    """Returns filter extents T, stride S, dilation D, leading padding P and g = gcd(S, D) as kernel arguments."""
+    common = [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]
+    return triple("T", p.T) | triple("S", p.S) | triple("D", p.D) | triple("P", p.P) | triple("g", common)

@@ -1,0 +1,215 @@
+"""kernels/tma.py, implicit GEMMs with operands loaded by TMA, as the planner and the launcher see them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+from tconv.planning.addressing import LIMIT
+from tconv.planning.cost import pixel_extents
+from tconv.planning.device import Device
+from tconv.planning.family import Boxes
+from tconv.planning.gemm import Gemm
+from tconv.planning.operands import GatherPass, Operands, Pass, WgradPass
+from tconv.planning.problem import ConvProblem, pow2
+from tconv.planning.tiles import Access, Tile
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor descriptor
+BOX = 256  # the most elements of a box in one dimension
+# The accelerator writes to shared memory without using registers, which leaves room for more accumulators.
+TMA_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4))
+# wgrad needs dy's box transposed on its way to the tensor cores, which wgmma does for 16-bit elements only.
+TMA_WGRAD_16 = (*TMA_16, Tile(64, 64, 64, 4, 4))
+TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
+APART = "boxes need contiguous channels, and address and strides in multiples of 16 bytes"
+
+
+class _Tma(Gemm):
+    """What the two TMA kernels share."""
+
+    tma = True
+
+    def why_unsupported(self, tile: Tile, itemsize: int, device: Device) -> str | None:
+        if device.interpreted:
+            return None
+        if device.generation < 9:
+            return f"{device.name} has no tensor memory accelerator"
+        if itemsize == 8 or tile.n < 64:
+            return f"tile {tile}: wgmma wants 64 channels written and no more than 4 bytes an element"
+        return None
+
+    def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
+        return Access(operands.itemsize, operands.tensor_cores)  # boxes are wide, however else the tensors are accessed
+
+    def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
+        return 110.0  # one thread issues the loads
+
+    def ineligible(self, c: Any, device: Device) -> str | None:
+        """Returns why tensors cannot be given to the kernel as boxes, or None."""
+        p = c.p
+        if c.pass_ != "dgrad" and any(stride > 1 and n > 1 for stride, n in zip(p.S, p.Y, strict=True)):
+            return f"boxes of {c.pass_} need unit stride"
+        if c.pass_ == "wgrad" and c.itemsize != 2 and not device.interpreted:
+            return "wgmma turns operands of 2 bytes an element only"
+        if not device.interpreted and c.itemsize == 8:
+            return "wgmma knows no fp64"
+        reason = self.groups_apart(c, device)
+        if reason:
+            return reason
+        if c.itemsize == 4 and c.cut:
+            return "boxes are not cut into pieces"
+        if not c.tensor_cores and not device.interpreted:
+            return "true fp32 has no tensor cores to fetch boxes for"
+        return None
+
+    def groups_apart(self, c: Pass, device: Device) -> str | None:
+        """Returns why boxes cannot tell the groups apart, or None."""
+        raise NotImplementedError
+
+
+class Tma(_Tma):
+    """`gather` with boxes of pixels by channels."""
+
+    name = "tma"
+    passes = ("fprop", "dgrad")
+
+    def tiles(self, access: Access) -> tuple[Tile, ...]:
+        return TMA_32 if access.itemsize == 4 else TMA_16
+
+    def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
+        # A box's extents are powers of two, and it must not cross into the next group.
+        written, reduced = self.channels(p, pass_)
+        n, k = pow2(written, 16, 1024), pow2(reduced, 16, 256)
+        m = math.prod(pow2(e, 1, 64) for e in pixel_extents(p, pass_))
+        return (Tile(pow2(m, 16, (1 << 18) // max(n, k)), n, k if p.G == 1 else min(k, reduced & -reduced)),)
+
+    def why_misfit(self, p: ConvProblem, pass_: str, tile: Tile, device: Device) -> str | None:
+        written, reduced = self.channels(p, pass_)
+        if p.G > 1 and reduced % tile.k:
+            return f"tile {tile}: its boxes of channels would reach into the next group"
+        if tile.m * tile.n > 128 * 128 and written % 8 and not device.interpreted:
+            return f"tile {tile}: it spills where channels are written one by one"
+        return None
+
+    def ineligible(self, c: Any, device: Device) -> str | None:
+        return super().ineligible(c, device) or (APART if None in _operands(c) else None)
+
+    def groups_apart(self, c: Pass, device: Device) -> str | None:
+        least = 16 if device.interpreted else min(t.k for t in self.tiles_on(Access(c.itemsize, True), device))
+        if c.p.G > 1 and c.ci % least:
+            return f"boxes would reach into the next group: {c.ci} channels per group are no multiple of {least}"
+        return None
+
+    def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        return box_of(p, pass_, tile.m)[1] * math.ceil(self.channels(p, pass_)[0] / tile.n) * p.G
+
+    def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        return self.channels(p, pass_)[1]
+
+    def arguments(self, c: GatherPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
+        box, _ = box_of(c.p, c.pass_, tile.m)
+        return {}, {
+            "Y_BOX": self._result(c, tile) is not None, "Y_VEC": c.y_vec, "WIDE": c.y.reach > LIMIT,
+            **dict(zip(("BN", "B0", "B1", "B2"), box, strict=True)),
+        }  # fmt: skip
+
+    def boxes(self, c: GatherPass, tile: Tile) -> Boxes | None:
+        box, _ = box_of(c.p, c.pass_, tile.m)
+        x, w = _operands(c)
+        if x is None or w is None:
+            return None
+        weights = (1, 1, 1, tile.k, tile.n) if c.transposed else (1, 1, 1, tile.n, tile.k)
+        written = self._result(c, tile)
+        return (*x, (*box, tile.k)), (*w, weights), None, written and (*written, (*box, tile.n))
+
+    def _result(self, c: GatherPass, tile: Tile) -> Box | None:
+        """Returns (shape, strides) of the result's tensor descriptor, or None if it is stored through pointers."""
+        # A strided dgrad's phase writes pixels that are not neighbours. A channel tile that passes the end of a group would
+        # overwrite the next group's channels. Both store through pointers, with a mask.
+        if (c.transposed and max(c.p.S) > 1) or (c.p.G > 1 and c.co % tile.n):
+            return None
+        return c.y.boxed((c.p.N, *c.extents, c.wrote))
+
+
+def _operands(c: GatherPass) -> tuple[Box | None, Box | None]:
+    """Returns (shape, strides) of the tensor descriptors of x and w, None for one that is not eligible."""
+    return c.x.boxed((c.p.N, *c.extents_read, c.read)), c.w.boxed((c.p.K, *c.p.T, c.p.C // c.p.G), last=0)
+
+
+class TmaWgrad(_Tma):
+    """`wgrad` with runs of pixels along one axis by channels."""
+
+    name = "tma_wgrad"
+    passes = ("wgrad",)
+    splittable = True
+
+    def tiles(self, access: Access) -> tuple[Tile, ...]:
+        return TMA_WGRAD_16 if access.itemsize == 2 else ()
+
+    def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
+        return (Tile(pow2(p.K // p.G, 16, 256), pow2(p.C // p.G, 16, 256), pow2(p.N, 16, 256)),)
+
+    def why_unsupported(self, tile: Tile, itemsize: int, device: Device) -> str | None:
+        if device.generation >= 9 and not device.interpreted and (itemsize > 2 or min(tile.m, tile.n) < 64):
+            return f"tile {tile}: wgmma turns an operand of 2 bytes an element only, and wants 64 rows"
+        return super().why_unsupported(tile, itemsize, device)
+
+    def groups_apart(self, c: Pass, device: Device) -> str | None:
+        aligned = 16 // c.itemsize
+        if c.p.G > 1 and (c.ci % aligned or c.co % aligned):
+            return (
+                f"boxes must begin at multiples of 16 bytes: {c.ci} or {c.co} channels per group are no multiple of {aligned}"
+            )
+        return None
+
+    def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        return math.ceil(p.K // p.G / tile.m) * math.ceil(p.C // p.G / tile.n) * p.taps * p.G
+
+    def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        """Returns the pixels of whole runs."""
+        return run_of(p, tile.k)[1] * tile.k
+
+    def arguments(self, c: WgradPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
+        run, runs = run_of(c.p, tile.k)
+        return {"chunk": math.ceil(runs / splits)}, {"RUN": run}
+
+    def boxes(self, c: WgradPass, tile: Tile) -> Boxes | None:
+        p, tile = c.p, tile
+        run, _ = run_of(p, tile.k)
+        last = 0 if run == "n" else 1 + int(run)
+        x, y = c.x.boxed((p.N, *p.X, p.C), last), c.y.boxed((p.N, *p.Y, p.K), last)
+        if x is None or y is None:
+            return None
+        return (*y, (1, 1, 1, tile.k, tile.m)), (*x, (1, 1, 1, tile.k, tile.n)), None
+
+
+@functools.lru_cache(1024)
+def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int, int], int]:
+    """Returns the box [images, 3 extents] of `block` pixels that covers the largest phase of fprop or dgrad in the fewest
+    pieces, and the number of pieces over all phases.
+
+    Extents of a box are powers of two. Of equally good boxes, the longest in the last dimension is returned.
+    """
+    extents, logs = pixel_extents(p, pass_), block.bit_length()
+    found = []
+    for b, c, d in itertools.product(range(logs), repeat=3):
+        box = (block >> b + c + d, 1 << b, 1 << c, 1 << d)
+        if box[0] and max(box) <= BOX:
+            pieces = math.prod(math.ceil(n / e) for n, e in zip(extents, box, strict=True))
+            found.append((pieces, (-d, -c, -b), box))
+    pieces, _, best = min(found)
+    return best, pieces * p.phases(pass_)
+
+
+def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
+    """Returns the axis along which tma_wgrad's boxes are runs of `block` pixels, and the number of runs.
+
+    The axis is "n" for images, or a dimension whose output extent is a multiple of `block`. A run along the images may reach
+    past the last one.
+    """
+    pixels = math.prod(p.Y)
+    found: list[tuple[int, str | int]] = [(p.N * pixels // block, d) for d in (2, 1, 0) if p.Y[d] % block == 0]
+    runs, axis = min([*found, (math.ceil(p.N / block) * pixels, "n")], key=lambda f: f[0])
+    return axis, runs

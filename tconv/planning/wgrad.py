@@ -1,0 +1,63 @@
+"""kernels/wgrad.py, wgrad as an implicit GEMM, as the planner and the launcher see it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from tconv.planning.family import Instead, Spills
+from tconv.planning.gemm import Gemm
+from tconv.planning.operands import Operands, WgradPass
+from tconv.planning.problem import ConvProblem, pow2
+from tconv.planning.tiles import Access, Tile
+
+
+class Wgrad(Gemm):
+    """A GEMM of [output channels, pixels] by [pixels, input channels] for each tap, split over the pixels."""
+
+    name = "wgrad"
+    passes = ("wgrad",)
+    splittable = True
+    cuts = True
+    base, copy, one = 110, 14, 4  # it advances pixel digits with carries, and both operands' offsets with them
+    cut = 20
+    spills: ClassVar[Spills] = {
+        8: (
+            Tile(128, 256, 64, 8, 3),
+            Tile(256, 128, 64, 8, 3),
+            Tile(128, 64, 64, 4, 4),
+            Tile(64, 128, 64, 4, 4),
+            Tile(128, 32, 32, 4, 4),
+            Tile(128, 128, 32, 8, 3),
+            Tile(128, 64, 32, 4, 3),
+            Tile(64, 128, 32, 4, 3),
+        ),
+        10: (
+            Tile(128, 64, 64, 4, 4),
+            Tile(64, 128, 64, 4, 4),
+            Tile(64, 32, 16, 8, 2, 255),
+        ),
+    }
+    instead: ClassVar[Instead] = {
+        10: {Tile(128, 64, 32, 4, 3): Tile(128, 64, 32, 4, 3, 255), Tile(64, 64, 32, 8, 2): Tile(64, 64, 32, 8, 2, 168)},
+    }
+
+    def considered(self, p: ConvProblem, pass_: str) -> bool:
+        return True
+
+    def interpreted(self, p: ConvProblem) -> bool:
+        return True
+
+    def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
+        # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
+        return operands.access(operands.narrow or p.depthwise, precision)
+
+    def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
+        m, n = pow2(p.K // p.G, 16, 1024), pow2(p.C // p.G, 16, 1024)
+        return (Tile(m, n, pow2(p.gemm("wgrad")[2], 16, (1 << 18) // max(m, n))),)
+
+    def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        return math.ceil(p.K // p.G / tile.m) * math.ceil(p.C // p.G / tile.n) * p.taps * p.G
+
+    def arguments(self, c: WgradPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
+        return {}, {"X_VEC": c.x_vec, "Y_VEC": c.y_vec}

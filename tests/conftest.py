@@ -1,19 +1,28 @@
-"""Chooses where the tests run: on a GPU if there is one, else under Triton's interpreter on the CPU."""
+"""Chooses what runs the kernels: a GPU if there is one, else Triton's interpreter, or with --compiled the simulator."""
 
 import os
 
 import pytest
 import torch
 
+pytest_plugins = ["simulator.pytest_plugin"]
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
-
-    from tests import hints
-
-    hints.install()
 
 torch.set_num_threads(1)  # tests run in parallel, one process per core
+
+
+def pytest_configure(config):
+    """Before any kernel is imported."""
+    if config.getoption("--compiled", None):
+        from tests import compiled
+
+        compiled.install(config.getoption("--compiled"))
+    elif not HAS_GPU:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+        from tests import hints
+
+        hints.install()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -24,9 +24,9 @@ from tests import cases, oracle
 H200, A100 = DEVICES["H200"], DEVICES["A100"]
 
 
-def widened(case, device):
+def widened(case):
     """The case with more channels in as many groups: strides in multiples of 16 bytes, groups in whole boxes."""
-    times = 64 if case.groups > 1 and torch.device(device).type == "cuda" else 16
+    times = 64 if case.groups > 1 and oracle.compiled() else 16
     return dataclasses.replace(case, x=(case.x[0], times * case.x[1], *case.x[2:]), k=times * case.k)
 
 
@@ -57,16 +57,16 @@ def check(case, x, w, b, **forced):
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
 def test_every_case(case, device, poisoned):
-    wide = widened(case, device)
+    wide = widened(case)
     check(wide, *oracle.tensors(wide, torch.float16, device, channels_last=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", cases.FEW, ids=str)
 def test_every_dtype(case, dtype, device, poisoned):
-    if torch.device(device).type == "cuda" and dtype != torch.bfloat16:
+    if oracle.compiled() and dtype != torch.bfloat16:
         pytest.skip("the tensor cores behind boxes know neither true fp32 nor fp64")
-    wide = widened(case, device)
+    wide = widened(case)
     check(wide, *oracle.tensors(wide, dtype, device, channels_last=True))
 
 
@@ -81,7 +81,7 @@ def check_wgrad(case, x, w, b, **forced):
 
 @pytest.mark.parametrize("case", [c for c in cases.ALL if not strided(c) and "large kernel" not in c.reason], ids=str)
 def test_every_weight_gradient_of_unit_stride(case, device, poisoned):
-    wide = widened(case, device)
+    wide = widened(case)
     check_wgrad(wide, *oracle.tensors(wide, torch.bfloat16, device, channels_last=True))
 
 
@@ -89,7 +89,7 @@ def test_every_weight_gradient_of_unit_stride(case, device, poisoned):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_weight_gradients_have_tails_and_splits(splits, channels_last, device, poisoned):
     """Channels past the last, dilated taps, runs along each axis, of images with a last one that is longer than they are."""
-    if torch.device(device).type == "cuda":
+    if oracle.compiled():
         pytest.skip("hardware wants larger tiles")
     for shape in ((7, 24, 6, 10), (1, 24, 16, 3), (2, 24, 3, 16)):
         case = oracle.Case("2-D", shape, 40, (2, 3), padding=(1, 1), dilation=(2, 1))
@@ -129,7 +129,7 @@ def test_runs_of_a_weight_gradient_end_with_the_output(n, y, block, axis, runs):
 @pytest.mark.parametrize("case", [c for c in cases.FEW if c.rank < 3 and "depthwise" not in c.reason], ids=str)
 def test_default_layout_is_copied(case, device, poisoned):
     """Operands copied to channels last first, the result written where it belongs."""
-    wide = widened(case, device)
+    wide = widened(case)
     calls = check(wide, *oracle.tensors(wide, torch.bfloat16, device))
     assert all(c.plan.staged for c in calls if c.ours and c.plan.kernel == "tma")
 
@@ -148,13 +148,13 @@ TAILS = [
 @pytest.mark.parametrize("case", TAILS, ids=str)
 def test_tails_in_every_extent(case, dtype, device, poisoned):
     """The least box a dot allows: several blocks of channels, and partial last ones in images, pixels and channels."""
-    if torch.device(device).type == "cuda":
+    if oracle.compiled():
         pytest.skip("hardware wants larger tiles")
     check(case, *oracle.tensors(case, dtype, device, channels_last=True), tile=Tile(16, 16, 16))
 
 
 def test_the_same_bits_every_time(device, poisoned):
-    case = widened(oracle.Case("2-D", (2, 2, 7, 5), 2, (3, 3), padding=1), device)
+    case = widened(oracle.Case("2-D", (2, 2, 7, 5), 2, (3, 3), padding=1))
     x, w, b = oracle.tensors(case, torch.float16, device, channels_last=True)
     with tconv.force(kernel="tma"):
         first, second = (TF.conv2d(x, w, b, padding=1) for _ in range(2))
@@ -168,7 +168,7 @@ def test_infinity_meets_the_halo_but_no_tail(device, poisoned):
     w = oracle.to_channels_last(torch.ones(16, 24, 3, 3, device=device, dtype=torch.float32))
     w[0, 0, 0, 0] = float("inf")
     right = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
-    if x.is_cuda:
+    if oracle.compiled():
         x, w = x.half(), w.half()
     with tconv.force(kernel="tma"):
         got = TF.conv2d(x, w, padding=1)
@@ -221,7 +221,7 @@ WRITTEN = {
 @pytest.mark.parametrize("what", WRITTEN)
 def test_a_box_is_written_only_where_it_is_all_ours(what, device, poisoned):
     """Two groups would race for the channels of one box, which no result in the interpreter would show."""
-    if torch.device(device).type == "cuda":
+    if oracle.compiled():
         pytest.skip("hardware wants larger tiles")
     case, channels_last, boxed = WRITTEN[what]
     x, w, b = oracle.tensors(case, torch.float32, device, channels_last)

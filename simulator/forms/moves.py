@@ -1,0 +1,64 @@
+"""Registers copied, packed, chosen between; parameters and addresses."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simulator.arrays import STORED, TYPES, Array, integer
+from simulator.parser import Symbol, Vector
+from simulator.translator import Code, form
+
+
+@form("mov.{pred,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}")
+def move(c: Code, kind: str) -> None:
+    target, source = c.operands
+    plain = "pred" if kind == "pred" else "b" + kind[1:]
+    if isinstance(source, Vector):
+        low, high = source.parts
+        half = HALVES[plain]
+        c.write(target, c.call(packed, c.read(low, half), c.read(high, half)), "u" + kind[1:])
+    elif isinstance(target, Vector):
+        for part, shift in zip(target.parts, (0, int(plain[1:]) // 2), strict=True):
+            if part != Symbol("_"):
+                half = f"{c.read(source, 'u' + plain[1:])} >> {c.constant(shift, TYPES['u' + plain[1:]].dtype)}"
+                c.write(part, f"({half}).astype({c.name(TYPES[HALVES[plain]].dtype)})", HALVES[plain])
+    else:
+        c.write(target, c.read(source, plain), plain)
+
+
+HALVES = {"b32": "u16", "b64": "u32"}
+
+
+def packed(low: Array, high: Array) -> Array:
+    wide = np.dtype(f"u{2 * low.dtype.itemsize}").type
+    return low.astype(wide) | high.astype(wide) << wide(8 * low.dtype.itemsize)
+
+
+@form("selp.{b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}")
+def select(c: Code, kind: str) -> None:
+    kind = "b" + kind[1:]
+    c.write(0, c.call(np.where, c.read(3, "pred"), c.read(1, kind), c.read(2, kind)), kind)
+
+
+@form("cvta{,.to}.{global,param}.u64")
+def generic_address(c: Code, _: str, __: str) -> None:
+    """Generic addresses of global memory and of parameters are the addresses themselves."""
+    c.write(0, c.read(1, "b64"), "b64")
+
+
+@form("cvta{,.to}.shared.u64")
+def generic_shared_address(c: Code, _: str) -> None:
+    """Generic addresses of shared memory would be some others: nothing here reads through them."""
+    raise c.unsupported("generic addresses of shared memory")
+
+
+@form("ld.param.{u8,s8,b8,u16,s16,b16,u32,s32,b32,f32,u64,s64,b64,f64}")
+def load_parameter(c: Code, kind: str) -> None:
+    address = c.operands[1]
+    number = c.parameter(address.base) if hasattr(address, "base") and not address.offset else None  # type: ignore[union-attr]
+    if number is None or c.translation.kernel.parameters[number].size:
+        raise c.unsupported(f"operand {address}")
+    register = c.kind(c.operands[0])
+    held = f"{'s' if kind[0] == 's' else 'u'}{8 * STORED[register]().itemsize}"
+    narrow, wide = c.name(integer(kind)), c.name(TYPES[held].dtype)
+    c.write(0, f"m.parameter({number}, {narrow}).astype({wide})", held)

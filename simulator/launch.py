@@ -1,0 +1,126 @@
+"""Runs a kernel's PTX over a grid, on tensors of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from simulator import forms  # noqa: F401 - registers what is known
+from simulator.arrays import LOADED, Array, single
+from simulator.errors import Fault, Unsupported
+from simulator.global_memory import GlobalMemory
+from simulator.machine import Machine
+from simulator.options import DEFAULT, Options
+from simulator.parser import parse
+from simulator.tensor_maps import TensorMap
+from simulator.translator import DONE, Translation
+
+LARGEST_BATCH = 1 << 22  # bytes of shared memory of programs that run at once
+
+Argument = int | torch.Tensor | TensorMap
+
+
+class Program:
+    """A kernel that is ready to run.
+
+    Attributes:
+        launches: how often it ran.
+    """
+
+    def __init__(self, ptx: str, shared_bytes: int) -> None:
+        self.kernel = parse(ptx)
+        self.translation = Translation(self.kernel)
+        self.shared_bytes = shared_bytes
+        self.launches = 0
+
+    def run(
+        self, grid: tuple[int, int, int], memory: GlobalMemory, arguments: Sequence[int | TensorMap], options: Options
+    ) -> None:
+        """Runs all programs of a grid.
+
+        Args:
+            arguments: one per parameter: bits of a number, or an address as `memory` gives it, or a tensor map.
+
+        Raises:
+            Fault: a program does what hardware would punish or PTX does not define, or does not end.
+        """
+        self.launches += 1
+        values, maps = self._parameters(arguments)
+        granule = memory.granule = min(self.translation.granule, *(t.size for t in maps.values()), 16)
+        count = grid[0] * grid[1] * grid[2]
+        batch = min(options.threads_at_once // self.kernel.threads, LARGEST_BATCH // max(self.shared_bytes, 1))
+        batch = max(batch, 1)
+        with np.errstate(all="ignore"):
+            for first in range(0, count, batch):
+                programs = np.arange(first, min(count, first + batch))
+                m = Machine(self.kernel, memory, programs, grid, self.shared_bytes, values, maps, granule, options)
+                self._run(m, options.max_steps)
+
+    def _run(self, m: Machine, max_steps: int) -> None:
+        functions = self.translation.functions
+        waiting: list[tuple[Machine, list[Array], int]] = [(m, self.translation.registers(), 0)]
+        steps = 0
+        while waiting:
+            m, registers, block = waiting.pop()
+            while block != DONE:
+                steps += 1
+                if steps > max_steps:
+                    self._endless(m, block, max_steps)
+                m.fragments.clear()
+                to = functions[block](registers, m)
+                if type(to) is not tuple:
+                    block = to
+                    continue
+                jump, target, following = to
+                for some, block in ((~jump, following), (jump, target)):
+                    chosen = np.flatnonzero(some)
+                    cut = [a[chosen] if a.shape[0] == m.C > 1 else a for a in registers]
+                    waiting.append((m.part(chosen), cut, block))
+                break
+
+    def _endless(self, m: Machine, block: int, steps: int) -> None:
+        ahead = (i for b in self.kernel.blocks[block:] for i in b.code)
+        m.fault(next(ahead).line, f"not done after {steps} basic blocks; it was stopped here:", 0)
+
+    def _parameters(self, arguments: Sequence[int | TensorMap]) -> tuple[list[Array | None], dict[int, TensorMap]]:
+        parameters = self.kernel.parameters
+        if len(arguments) != len(parameters):
+            raise Unsupported(f"{len(arguments)} arguments for the {len(parameters)} parameters of {self.kernel.name}")
+        values: list[Array | None] = []
+        maps = {}
+        for i, (parameter, value) in enumerate(zip(parameters, arguments, strict=True)):
+            if isinstance(value, TensorMap) != bool(parameter.size):
+                raise Unsupported(f"{value} for parameter {parameter.name} of {self.kernel.name}, of type {parameter.type}")
+            if isinstance(value, TensorMap):
+                values.append(None)
+                maps[i] = value
+            else:
+                values.append(single(value, LOADED[int(parameter.type[1:]) // 8]))
+        return values, maps
+
+
+def run(
+    ptx: str, grid: tuple[int, ...], arguments: Sequence[Argument], shared_bytes: int = 0, options: Options = DEFAULT
+) -> None:
+    """Runs a kernel once: tensors are passed as their addresses, integers as they are.
+
+    Args:
+        ptx: the text of a module with one kernel.
+        grid: programs in up to three dimensions.
+        arguments: one per parameter of the kernel.
+        shared_bytes: dynamic shared memory of a program.
+
+    Raises:
+        Unsupported: something in the PTX is not known.
+        Fault: see `Program.run`.
+    """
+    program = Program(ptx, shared_bytes)
+    memory = GlobalMemory()
+    given = [memory.pointer(a, f"argument {i}") if isinstance(a, torch.Tensor) else a for i, a in enumerate(arguments)]
+    x, y, z = (*grid, 1, 1)[:3]
+    program.run((x, y, z), memory, given, options)
+
+
+__all__ = ["Fault", "Program", "run"]

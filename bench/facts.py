@@ -64,8 +64,12 @@ def launch_gap(clock: Clock) -> dict[str, Any]:
     return found | {"event_pair": times["nothing"].ms / 1e3, "one_small_kernel": times["one"].ms / 1e3}
 
 
-def microseconds(call: Callable[[], Any], device: str) -> float:
-    """The host's time per call with launches that queue up: the best of 15 batches of 50 (of one call in the interpreter)."""
+def host_microseconds(call: Callable[[], Any], device: str) -> float:
+    """The host's time per call with launches that queue up: the best of 15 batches of 50 (of one call in the interpreter).
+
+    By the wall clock, since autograd runs a GPU's backward in a thread of its own; bench/dispatch.py, without a GPU, takes its
+    own thread's time, which a loaded machine does not lengthen.
+    """
     best, batches, calls = float("inf"), *((15, 50) if device == "cuda" else (1, 1))
     for _ in range(batches):
         if device == "cuda":
@@ -95,11 +99,11 @@ def host_share(device: str) -> dict[str, Any]:
 
         for row, call in (("forward, no_grad", inference), ("forward and backward", step)):
             call()
-            rows.setdefault(row, {})[name] = microseconds(call, device)
+            rows.setdefault(row, {})[name] = host_microseconds(call, device)
     layer = torch.nn.Conv2d(64, 64, 3, padding=1).to(device, torch.bfloat16, memory_format=torch.channels_last)
     with tconv.enabled(), torch.no_grad():
         layer(x)
-        rows["forward, no_grad"]["torch.nn under enable()"] = microseconds(lambda: layer(x), device)
+        rows["forward, no_grad"]["torch.nn under enable()"] = host_microseconds(lambda: layer(x), device)
     return rows
 
 

@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench import summary
+from bench.record import ROOT
 from bench.stage import CUT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 LATE = 10  # seconds that a stage has to stop by itself; what takes longer is ended
 LEAST = 20  # seconds of which a stage can make use
 PATIENCE = 5  # seconds to wait for compilers; what they leave, a stage compiles on all cores or as it needs it
@@ -186,12 +186,15 @@ def main() -> int:
     args = parser.parse_args()
     cores = os.cpu_count() or 1
     out = args.out.absolute()
+    spread = not args.tiny and importlib.util.find_spec("xdist") is not None
+    planned = stages(out, max(2, cores * 3 // 4) if spread else 1, args.tiny, args.commit)
+    unknown = set(args.only or ()) - {stage.name for stage in planned}
+    if unknown:
+        parser.error(f"--only {' '.join(sorted(unknown))}: the stages are {' '.join(stage.name for stage in planned)}")
+    planned = [stage for stage in planned if not args.only or stage.name in args.only]
     out.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes or (4 if args.tiny else 9)
     session = Session(60 * minutes, out / "first.log")
-    spread = not args.tiny and importlib.util.find_spec("xdist") is not None
-    planned = stages(out, max(2, cores * 3 // 4) if spread else 1, args.tiny, args.commit)
-    planned = [stage for stage in planned if not args.only or stage.name in args.only]
     try:
         if not args.tiny and any(stage.quiet for stage in planned):
             session.compile_ahead(["-m", "bench.warm", "--first", "--jobs", str(max(1, cores // 4))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from typing import Any
 
@@ -14,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from bench.layers import FAMILIES
 from bench.providers import LAYOUTS
+from bench.summary import geometric_mean
 
 Cell = dict[str, Any]
 COLOURS = {"fprop": "#1f6fb4", "dgrad": "#d9722e", "wgrad": "#3a8f4a", "step": "#6b4fa0"}
@@ -45,7 +45,7 @@ def _by_family(rows: list[Cell], value: str, title: str, label: str, path: pathl
                 ys = [r[value] for r in mine if r["pass"] == p]
                 centre = x + (i - (len(passes) - 1) / 2) * 0.2
                 axis.scatter([centre] * len(ys), ys, s=18, color=COLOURS[p], alpha=0.65, linewidths=0)
-                mean = math.exp(sum(map(math.log, ys)) / len(ys))
+                mean = geometric_mean(ys)
                 axis.plot([centre - 0.08, centre + 0.08], [mean, mean], color=COLOURS[p], linewidth=2.5)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_yscale("log")

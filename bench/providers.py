@@ -20,9 +20,11 @@ from bench.layers import Layer
 from tconv.dispatch import autograd
 from tconv.launching.arguments import INTERPRET
 from tconv.launching.memory_format import result_is_channels_last, shaped, weight_format
+from tconv.planning import problem
 from tconv.planning.problem import Geometry
 
-PASSES = ("fprop", "dgrad", "wgrad", "step")
+SINGLE = problem.PASSES  # calls of one pass, below autograd
+PASSES = (*SINGLE, "step")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 LAYOUTS = ("contiguous", "channels_last")
 aten = torch.ops.aten
@@ -78,6 +80,30 @@ def operands(layer: Layer, precision: str, device: str) -> Operands:
     w *= scale
     b = torch.randn(layer.k, device=device, dtype=dtype) if layer.bias else None
     return Operands(layer, "contiguous", x, w, b, dy)
+
+
+class Held:
+    """The operands of one layer and precision at a time, in each layout; made when first asked for.
+
+    Args:
+        device: where they are.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.key: tuple[Layer, str] | None = None
+        self.made: dict[str, Operands] = {}
+
+    def get(self, layer: Layer, precision: str, layout: str) -> Operands:
+        """The operands, the same numbers in every layout."""
+        if self.key != (layer, precision):
+            self.key, self.made = None, {}  # let go of the last layer's before there are others
+            torch.manual_seed(0)
+            self.made["contiguous"] = operands(layer, precision, self.device)
+            self.key = layer, precision
+        if layout not in self.made:
+            self.made[layout] = self.made["contiguous"].in_layout(layout)
+        return self.made[layout]
 
 
 def set_precision(precision: str) -> None:

@@ -18,9 +18,9 @@ import torch
 
 import tconv
 from bench import cells
+from bench.correctness import TOLERANCE, relative_error
 from bench.layers import Layer, part_of_suite
-from bench.providers import LAYOUTS, Operands, operands, torch_nn
-from bench.race import PASSES, Held, error_norm
+from bench.providers import LAYOUTS, SINGLE, Held, Operands, operands, torch_nn
 from bench.stage import FATAL, first_line
 from bench.timing import Clock, in_turns
 from tconv.launching import launch
@@ -116,7 +116,7 @@ def plans_of(part: str, layouts: Sequence[str], tiny: bool, device: Device) -> t
     """The cells of a part of the suite, (layer, pass, layout) by name, and the plans of each, with operands on "meta"."""
     table = {
         f"{layer.name} bf16 {pass_} {layout}": (layer, pass_, layout)
-        for layer, layout, pass_ in itertools.product(part_of_suite(part, tiny), layouts, PASSES)
+        for layer, layout, pass_ in itertools.product(part_of_suite(part, tiny), layouts, SINGLE)
     }
     todo = {}
     for name, (layer, pass_, layout) in table.items():
@@ -148,8 +148,8 @@ def sweep(o: Operands, pass_: str, plans: list[tuple[Plan, Forced]], clock: Cloc
         row = rows[name] = {"predicted_ms": plan.cost and 1e3 * plan.cost.seconds, "bound": plan.cost and plan.cost.bound}
         try:
             call = prepared(o, pass_, forced)[1]
-            row["error_norm"] = error_norm(call(), right)
-            if row["error_norm"] > 2e-2:
+            row["error_norm"] = relative_error(call(), right)
+            if row["error_norm"] > 2 * TOLERANCE["bf16"]:  # both sides round
                 row["error"] = "wrong result"
             else:
                 calls[name] = call
@@ -161,12 +161,12 @@ def sweep(o: Operands, pass_: str, plans: list[tuple[Plan, Forced]], clock: Cloc
     for name, times in in_turns(clock, calls, budget=0.02 * len(calls), most=most).items():
         rows[name] |= {"ms": times.ms, "low_ms": times.low_ms, "high_ms": times.high_ms}
     timed = {name: row["ms"] for name, row in rows.items() if "ms" in row}
-    proven = {name: ms for name, ms in timed.items() if not FAMILIES[name.split()[0]].tma}
+    without_tma = {name: ms for name, ms in timed.items() if not FAMILIES[name.split()[0]].tma}
     line: dict[str, Any] = {"chosen": chosen, "rows": rows}
     if chosen in timed:
-        best, proven_best = min(timed, key=timed.__getitem__), min(proven, key=proven.__getitem__)
-        line |= {"best": best, "regret": timed[chosen] / timed[best]}
-        line |= {"proven_best": proven_best, "proven_regret": timed[chosen] / timed[proven_best]}
+        for key, among in (("", timed), ("_without_tma", without_tma)):
+            best = min(among, key=among.__getitem__)
+            line |= {f"best{key}": best, f"regret{key}": timed[chosen] / among[best]}
     else:
         line["error"] = f"the planner's choice: {rows[chosen].get('error')}"
     return line
@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, help="processes that compile; one per core if not given")
     args = parser.parse_args()
     device = "cpu" if INTERPRET else "cuda"
-    run, clock, held = cells.Cells(args), Clock(device), Held("bf16", device, args.tiny)
+    run, clock, held = cells.Cells(args), Clock(device), Held(device)
     torch.backends.cudnn.benchmark = False
     planned = INTERPRETER if INTERPRET else cuda_device(torch.cuda.current_device())
     table, todo = plans_of(args.part, args.layout or LAYOUTS, args.tiny, planned)
@@ -198,7 +198,8 @@ def main() -> int:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    run.write(name, line | sweep(held.get(layer, layout), pass_, plans, clock, 2 if args.tiny else 15))
+                    o = held.get(layer.tiny() if args.tiny else layer, "bf16", layout)
+                    run.write(name, line | sweep(o, pass_, plans, clock, 2 if args.tiny else 15))
             except Exception as e:
                 run.failed(name, e, line)
     return run.status

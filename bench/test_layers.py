@@ -9,14 +9,23 @@ import pytest
 import torch
 
 import tconv
+from bench.correctness import relative_error, tolerance
 from bench.layers import layers
-from bench.providers import LAYOUTS, PASSES, PRECISIONS, PROVIDERS, Missing, absent, operands, reference, set_precision
+from bench.providers import (
+    LAYOUTS,
+    PASSES,
+    PRECISIONS,
+    PROVIDERS,
+    SINGLE,
+    Held,
+    Missing,
+    absent,
+    reference,
+    set_precision,
+)  # fmt: skip
 from bench.stage import FATAL, first_line
 from tconv.planning.cost import flops, least_bytes
 
-# ||got - right|| / ||right||: a rounding of the output, and for TF32 of the inputs. Long fp32 sums add their own, and so does
-# the fp32 reference's.
-TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "fp32": 1e-5}
 PEERS = [name for name in PROVIDERS if name not in ("torch.nn", "tconv")]
 
 
@@ -44,32 +53,23 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("layer", "precision", "pass_", "provider", "layout"), cells, ids=names)
 
 
-class Held:
-    """The operands and right results that neighbouring tests share; one layer's at a time."""
+class HeldWithRight(Held):
+    """Operands, and the right results of the last pass that was asked for, which neighbouring tests share."""
 
-    key = None
+    answered = answer = None
 
-    @classmethod
-    def get(cls, layer, precision, pass_, device):
-        if cls.key != (layer.name, precision):
-            cls.key, cls.operands, cls.right = None, {}, {}  # let go of the last layer's before there are others
-            torch.manual_seed(0)
-            contiguous = operands(layer, precision, device)
-            cls.operands = {"contiguous": contiguous, "channels_last": contiguous.in_layout("channels_last")}
-            cls.key = (layer.name, precision)
-        if pass_ not in cls.right:
-            cls.right = {pass_: reference(cls.operands["contiguous"], pass_)}
-        return cls.operands, cls.right[pass_]
+    def right(self, layer, precision, pass_):
+        contiguous = self.get(layer, precision, "contiguous")
+        if self.answered != (layer, precision, pass_):
+            self.answered = self.answer = None  # let go of the last pass's before there is another
+            self.answer = reference(contiguous, pass_)
+            self.answered = layer, precision, pass_
+        return self.answer
 
 
-def error_of(got, right):
-    """The largest ||got - right|| / ||right|| of the results; NaN counts as infinite."""
-    worst = 0.0
-    for g, r in zip(got, right, strict=True):
-        if g.shape != r.shape:
-            return float("inf")
-        worst = max(worst, ((g.to(r.dtype) - r).norm() / r.norm().clamp_min(1e-30)).nan_to_num(float("inf")).item())
-    return worst
+@pytest.fixture(scope="module")
+def held(device):
+    return HeldWithRight(device)
 
 
 def run(call):
@@ -95,21 +95,20 @@ def cell(layer, precision, pass_, provider, layout):
     }  # fmt: skip
 
 
-def test_layer(layer, precision, pass_, provider, layout, device, tiny, limits, timed, record_property):
+def test_layer(layer, precision, pass_, provider, layout, device, tiny, held, limits, timed, record_property):
     shown = layer.tiny() if tiny else layer
     line = cell(layer, precision, pass_, provider, layout)
     set_precision(precision)
     try:
-        held, right = Held.get(shown, precision, pass_, device)
-        call = PROVIDERS[provider].call(held[layout], pass_)
+        right = held.right(shown, precision, pass_)
+        call = PROVIDERS[provider].call(held.get(shown, precision, layout), pass_)
         if device == "cuda":
             call()  # what compiles, searches or tunes does so now, and takes its memory now
         with tconv.recording() as calls:
             got, line["peak_bytes"], line["workspace_bytes"] = run(call)
-        line["error_norm"] = error_of(got, right)
+        line["error_norm"] = relative_error(got, right)
         del got
-        terms = max(shown.problem.gemm("fprop")[2], shown.problem.gemm("wgrad")[2])
-        if line["error_norm"] > max(TOLERANCE[precision], 2**-24 * terms**0.5):
+        if line["error_norm"] > tolerance(precision, shown.problem):
             line["error"] = f"wrong result: relative error {line['error_norm']:.3g}"
         elif provider == "tconv" and not all(c.ours for c in calls):
             line["error"] = "not ours: " + "; ".join(str(c) for c in calls if not c.ours)
@@ -126,7 +125,7 @@ def test_layer(layer, precision, pass_, provider, layout, device, tiny, limits, 
             raise
     if "error" not in line:
         p = shown.problem
-        passes = ("fprop", "dgrad", "wgrad") if pass_ == "step" else (pass_,)
+        passes = SINGLE if pass_ == "step" else (pass_,)
         moved = sum(least_bytes(p, done, PRECISIONS[precision].itemsize) for done in passes)
         seconds = line["ms"] / 1e3
         line["tflops"] = len(passes) * flops(p) / seconds / 1e12

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tconv
+from bench.correctness import relative_error
 from bench.models import MODELS, in_layout
 from bench.providers import LAYOUTS, exact
 from bench.stage import FATAL, first_line
@@ -94,8 +95,7 @@ class Held:
                     step, layout, check(step, *prepared(cls, step, "torch.nn", layout), torch.bfloat16)
                 )
             return cls.errors[layout]
-        error = ((got - cls.right).norm() / cls.right.norm()).item()
-        return error if math.isfinite(error) else math.inf
+        return relative_error(got, cls.right)
 
 
 def prepared(held, step, provider, layout):

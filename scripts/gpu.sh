@@ -16,40 +16,51 @@
 # Records are lines of JSON in DIR (bench/results/GPU-COMMIT), written as they come. --quick takes a part of bench and models,
 # --without leaves a provider out of bench (inductor, say, whose tuning can take long; may be repeated),
 # --dry-run shrinks everything for Triton's interpreter, --commit names the commit where there is no git.
+# Exit status: 0 if all is done and well, 1 if something failed, 2 for arguments that do not fit together, 75 if a stage was cut.
 set -euo pipefail
 caller="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stages=() seconds=420 out="" quick=() tiny=() commit=() first=() without=()
+refuse() {
+    echo "$1" >&2
+    exit 2
+}
+
+stages=() whole=no seconds=420 out="" tiny=() commit=()
+first=() quick=() without=()      # the arguments of bench.first, and those of the stages
+for_first=() for_stages=()        # the options given that only one of the two takes
 while [ $# -gt 0 ]; do
     case "$1" in
-        first) first=(-m bench.first) ;;
-        --minutes | --only)
-            [ $# -ge 2 ] && [ ${#first[@]} -gt 0 ] || { echo "$1 needs a value, and is for \"first\"" >&2; exit 2; }
-            first+=("$1" "$2")
-            shift
-            ;;
-        --keep-going) first+=("$1") ;;
-        --without)
-            [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
-            without+=(--without "$2")
-            shift
-            ;;
+        --minutes | --only | --without | --out | --commit | --seconds) [ $# -ge 2 ] || refuse "$1 needs a value" ;;
+    esac
+    case "$1" in
+        first) whole=yes ;;
         parity | sanitize | bench | models) stages+=("$1") ;;
         all) stages+=(parity sanitize bench models) ;;
-        --quick) quick=(--quick) ;;
+        --minutes | --only) for_first+=("$1") first+=("$1" "$2") ;;
+        --keep-going) for_first+=("$1") first+=("$1") ;;
+        --quick) for_stages+=("$1") quick=(--quick) ;;
+        --without) for_stages+=("$1") without+=(--without "$2") ;;
+        --seconds) for_stages+=("$1") seconds="$2" ;;
         --dry-run) tiny=(--tiny) ;;
-        --out | --commit | --seconds)
-            [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
-            case "$1" in --out) case "$2" in /*) out="$2" ;; *) out="$caller/$2" ;; esac ;; --commit) commit=(--commit "$2") ;; --seconds) seconds="$2" ;; esac
-            shift
-            ;;
-        -h | --help) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        *) echo "unknown argument $1; see scripts/gpu.sh --help" >&2; exit 2 ;;
+        --out) case "$2" in /*) out="$2" ;; *) out="$caller/$2" ;; esac ;;
+        --commit) commit=(--commit "$2") ;;
+        -h | --help) sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        *) refuse "unknown argument $1; see scripts/gpu.sh --help" ;;
     esac
-    shift
+    case "$1" in
+        --minutes | --only | --without | --out | --commit | --seconds) shift 2 ;;
+        *) shift ;;
+    esac
 done
-[ ${#stages[@]} -gt 0 ] || stages=(parity sanitize bench models)
+if [ $whole = yes ]; then
+    [ ${#stages[@]} -eq 0 ] || refuse "\"first\" has stages of its own, and does not run ${stages[*]}"
+    [ ${#for_stages[@]} -eq 0 ] || refuse "${for_stages[*]}: not for \"first\""
+else
+    [ ${#for_first[@]} -eq 0 ] || refuse "${for_first[*]}: for \"first\" alone"
+    [[ "$seconds" =~ ^[0-9]+(\.[0-9]+)?$ ]] || refuse "--seconds $seconds: not a number"
+    [ ${#stages[@]} -gt 0 ] || stages=(parity sanitize bench models)
+fi
 
 PYTHON="$(command -v python3 || command -v python || true)"
 { [ -n "$PYTHON" ] && "$PYTHON" -c "import torch, triton" 2>/dev/null; } || PYTHON="$PWD/.venv/bin/python"
@@ -78,13 +89,13 @@ fi
 mkdir -p "$out"
 echo "Recording in $out"
 
-[ ${#first[@]} -eq 0 ] || exec "$PYTHON" "${first[@]}" --out "$out" "${tiny[@]}" "${commit[@]}"
+[ $whole = no ] || exec "$PYTHON" -m bench.first "${first[@]}" --out "$out" "${tiny[@]}" "${commit[@]}"
 
-failed=()
+failed=() cut=no
 ended() { # a stage's name and exit status; 75 is what bench/stage.py says of one that is to be gone on with
     case $2 in
         0) ;;
-        75 | 124 | 137) echo "$1 was cut; the same command goes on" ;;
+        75 | 124 | 137) cut=yes; echo "$1 was cut; the same command goes on" ;;
         *) failed+=("$1") ;;
     esac
 }
@@ -106,7 +117,7 @@ warm() { # compiles ahead what a stage will launch; what is not done in time is 
     [ ${#tiny[@]} -eq 0 ] || return 0
     local status=0
     timeout --foreground --kill-after=10 "$((${seconds%.*} / 2))" "$PYTHON" -m bench.warm "$@" || status=$?
-    ended "warm $*" $status
+    [ $status = 124 ] || [ $status = 137 ] || ended "warm $*" $status
 }
 
 for name in "${stages[@]}"; do
@@ -140,3 +151,4 @@ if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"
     exit 1
 fi
+[ $cut = no ] || exit 75

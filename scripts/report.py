@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Turns the records under bench/results/ into tables and pictures; without records, the cost model's predictions.
 
-    python scripts/report.py [--out DIR] [--readme] [FOLDER ...]    # tables.md and PNGs into DIR (out/report)
-    python scripts/report.py --summary FOLDER                      # a short table of one run, to the terminal
+    python scripts/report.py [--out DIR] [--precision P] [--readme] [FOLDER ...]    # tables.md and PNGs into DIR (out/report)
+    python scripts/report.py --predicted [--readme]    # the cost model's predictions, whatever is recorded
+    python scripts/report.py --summary FOLDER          # at most 40 lines about one folder, to the terminal
 
-Of several records of a GPU the newest is reported, and the change since the one before it. --readme also writes the table
-into README.md, between its two report marks, and predictions into docs/predicted.md with their picture. Files that are cut or
-foreign are named and skipped.
+All records of a GPU are one report, the newest of each cell, and of several GPUs the one measured last is reported. Cells that
+were measured before are compared with the time before. --readme also writes the table of families into README.md, between its
+two report marks, and predictions into docs/predicted.md with their picture. Files that are cut or foreign are named and
+skipped.
 """
 
 from __future__ import annotations
@@ -17,80 +19,109 @@ import math
 import pathlib
 import shutil
 import sys
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from bench import summary
 from bench.layers import FAMILIES, layers
-from bench.providers import LAYOUTS, PRECISIONS
+from bench.providers import LAYOUTS, PASSES, PRECISIONS
 from bench.record import RESULTS, ROOT, Record, read_all
-from bench.summary import facts
+from bench.summary import geometric_mean
 
 Cell = dict[str, Any]
 MARKS = ("<!-- report -->", "<!-- /report -->")
-PASSES = ("fprop", "dgrad", "wgrad", "step")
+
+
+@dataclass
+class Run:
+    """What one record of times has: its first line, its cells, whole models' cells, and the device's limits if it has them."""
+
+    machine: Cell
+    cells: list[Cell]
+    models: list[Cell] = field(default_factory=list)
+    limits: dict[str, float] | None = None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=pathlib.Path, help="records; default all under bench/results")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "out" / "report")
-    parser.add_argument("--summary", type=pathlib.Path, help="print a short table of one folder and stop")
-    parser.add_argument("--together", action="store_true", help="one report of all folders: parts of one measurement")
-    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md")
+    parser.add_argument("--summary", type=pathlib.Path, metavar="FOLDER", help="print a short summary of one folder and stop")
+    parser.add_argument("--predicted", action="store_true", help="the cost model's predictions, also where there are records")
+    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md, or docs/predicted.md")
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
     args = parser.parse_args()
+    if args.predicted and (args.folders or args.summary):
+        parser.error("--predicted reads no records")
     if args.summary:
-        records, complaints = read_all(args.summary)
-        print("\n".join([*complaints, *summary(records)]))
+        print("\n".join(summary.lines(args.summary)))
         return 0
-    folders = args.folders or sorted(p for p in RESULTS.glob("*") if p.is_dir())
-    runs = []
-    for folder in folders:
-        records, complaints = read_all(folder)
-        for line in complaints:
-            print(f"skipped: {line}")
-        if "layers" not in records and "race" in records:
-            records["layers"] = as_layers(records)
-        if "layers" in records and (args.folders or not records["layers"].machine.get("tiny")):
-            runs.append(records)
-    if args.together and runs:
-        first = runs[0]["layers"]
-        every = Record(first.path, first.machine, [line for run in runs for line in run["layers"].lines], None)
-        runs = [runs[0] | {"layers": every}]
-    runs.sort(key=lambda records: str(records["layers"].machine.get("date")))
+    runs = [] if args.predicted else recorded(args.folders)
     args.out.mkdir(parents=True, exist_ok=True)
     text, short = measured(runs, args) if runs else predicted(args)
     (args.out / "tables.md").write_text(text + "\n")
     print(text)
     print(f"\nwritten to {args.out}")
     if args.readme:
-        write_readme(ROOT / "README.md", short)
+        if not args.predicted:
+            write_readme(ROOT / "README.md", short)
         if not runs:
             shutil.copyfile(args.out / "tables.md", ROOT / "docs" / "predicted.md")
             shutil.copyfile(args.out / "roofline-predicted.png", ROOT / "docs" / "roofline-predicted.png")
     return 0
 
 
-def as_layers(records: dict[str, Record]) -> Record:
-    """What bench/race.py and bench/facts.py recorded, as bench/test_layers.py would have."""
-    race = records["race"]
-    lines: list[Cell] = []
+def recorded(folders: list[pathlib.Path]) -> list[Run]:
+    """The records of one GPU, the one that was measured last, in their order of time.
+
+    Args:
+        folders: where they are; none for all under bench/results, dry runs left out.
+    """
+    runs = []
+    for folder in folders or sorted(p for p in RESULTS.glob("*") if p.is_dir()):
+        records, complaints = read_all(folder)
+        for line in complaints:
+            print(f"skipped: {line}")
+        found = []
+        if "race" in records:
+            found.append(Run(records["race"].machine, race_cells(records["race"])))
+        if "layers" in records:
+            record = records["layers"]
+            limits = next((line["limits"] for line in reversed(record.lines) if "limits" in line), None)
+            found.append(Run(record.machine, cells_of(record), limits=limits))
+        if "models" in records:
+            found.append(Run(records["models"].machine, [], cells_of(records["models"])))
+        if "facts" in records:
+            rates = (line for line in records["facts"].lines if line.get("cell") == "limits" and "error" not in line)
+            found += [Run(records["facts"].machine, [], limits={k: v for k, v in r.items() if k != "cell"}) for r in rates]
+        runs += [run for run in found if folders or not run.machine.get("tiny")]
+    runs.sort(key=lambda run: str(run.machine.get("date")))
+    timed = [run for run in runs if run.cells or run.models]
+    if not timed:
+        return []
+    gpu = timed[-1].machine.get("gpu")
+    others = sorted({str(run.machine.get("gpu")) for run in timed if run.machine.get("gpu") != gpu})
+    if others:
+        print(f"left out: records of {', '.join(others)}; to report those, name their folders alone")
+    return [run for run in runs if run.machine.get("gpu") == gpu]
+
+
+def race_cells(race: Record) -> list[Cell]:
+    """What bench/race.py recorded, as bench/test_layers.py would have."""
+    cells: list[Cell] = []
     for line in race.lines:
         for provider in ("torch.nn", "tconv"):
             cell = {k: line.get(k) for k in ("layer", "family", "precision", "pass", "layout")} | {"provider": provider}
             if provider in line:
                 ms = line[provider]["ms"]
-                cell |= {"ms": ms, "tflops": line["flops"] / ms / 1e9, "gbs": line["bytes"] / ms / 1e6}
+                cells.append(cell | {"ms": ms, "tflops": line["flops"] / ms / 1e9, "gbs": line["bytes"] / ms / 1e6})
             elif provider == "tconv" and cell["layer"]:
-                cell["error"] = line.get("error")
-            else:
-                continue
-            lines.append({"test": f"{line['cell']} {provider}", "cell": cell})
-    for line in records["facts"].lines if "facts" in records else []:
-        if line["cell"] == "limits" and "error" not in line:
-            lines.append({"limits": {k: v for k, v in line.items() if k != "cell"}})
-    return Record(race.path, race.machine, lines, None)
+                cells.append(cell | {"error": line.get("error")})
+    return cells
 
 
 def cells_of(record: Record) -> list[Cell]:
@@ -103,8 +134,23 @@ def cells_of(record: Record) -> list[Cell]:
     return list(found.values())
 
 
-def geomean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+def newest(tables: Iterable[list[Cell]], keys: tuple[str, ...]) -> tuple[list[Cell], list[Cell]]:
+    """(the last table's cells of each key, tconv's cells of those keys in the table before), so that both sides of a ratio are
+    of one run."""
+    by: dict[tuple[Any, ...], list[list[Cell]]] = collections.defaultdict(list)
+    for table in tables:
+        here: dict[tuple[Any, ...], list[Cell]] = collections.defaultdict(list)
+        for c in table:
+            here[tuple(c[k] for k in keys)].append(c)
+        for key, cells in here.items():
+            by[key].append(cells)
+    now: list[Cell] = []
+    before: list[Cell] = []
+    for each in by.values():
+        ours = [cells for cells in each if any(c["provider"] == "tconv" for c in cells)] or each
+        now += ours[-1]
+        before += [c for c in (ours[-2] if len(ours) > 1 else []) if c["provider"] == "tconv"]
+    return now, before
 
 
 def speedups(cells: list[Cell], precision: str) -> list[Cell]:
@@ -125,68 +171,90 @@ def speedups(cells: list[Cell], precision: str) -> list[Cell]:
 
 
 def family_table(rows: list[Cell], value: str, title: str) -> str:
-    """Geometric means by family and pass, both layouts beside each other, and the worst layer."""
+    """Geometric means by family and pass, both layouts beside each other, of how many layers, and the worst of them."""
     passes = [p for p in PASSES if any(r["pass"] == p for r in rows)]
     columns = [(layout, p) for layout in LAYOUTS for p in passes]
-    titles = [title, *(f"{p}, {layout.replace('_', ' ')}" for layout, p in columns), "least"]
+    titles = [title, "layers", *(f"{p}, {layout.replace('_', ' ')}" for layout, p in columns), "least"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for family in FAMILIES:
         mine = [r for r in rows if r["family"] == family]
         if not mine:
             continue
-        means = [geomean([r[value] for r in mine if (r["layout"], r["pass"]) == column]) for column in columns]
+        means = [geometric_mean(r[value] for r in mine if (r["layout"], r["pass"]) == column) for column in columns]
         least = min(mine, key=lambda r: r[value])
-        lines.append(
-            f"| {family} | " + " | ".join("" if math.isnan(m) else f"{m:.2f}" for m in means)
-            + f" | {least[value]:.2f} {least['layer']} {least['pass']} |"
-        )  # fmt: skip
+        count = len({r["layer"] for r in mine})
+        shown = " | ".join("" if math.isnan(m) else f"{m:.2f}" for m in means)
+        lines.append(f"| {family} | {count} | {shown} | {least[value]:.2f} {least['layer']} {least['pass']} |")
     return "\n".join(lines)
 
 
-def machine_line(machine: Cell) -> str:
-    return (
-        f"{machine.get('gpu') or 'CPU'}, driver {machine.get('driver')}, torch {machine.get('torch')}, "
-        f"Triton {machine.get('triton')}, commit {str(machine.get('commit'))[:9]}"
-    )
+def machine_line(machines: list[Cell], commits: bool = True) -> str:
+    """Where records were made, and with what: every value that one of them has."""
+
+    def every(key: str, size: int | None = None) -> str:
+        return ", ".join(dict.fromkeys(str(m.get(key))[:size] for m in machines))
+
+    gpu = machines[0].get("gpu") or "CPU"
+    line = f"{gpu}, driver {every('driver')}, torch {every('torch')}, Triton {every('triton')}"
+    return f"{line}, commit {every('commit', 9)}" if commits else line
 
 
-def measured(runs: list[dict[str, Record]], args: argparse.Namespace) -> tuple[str, str]:
-    """(tables, the README's part) of the newest run, with its pictures."""
-    newest = runs[-1]
-    record = newest["layers"]
-    cells = cells_of(record)
+def measured(runs: list[Run], args: argparse.Namespace) -> tuple[str, str]:
+    """(tables, the README's part) of a GPU's records, with their pictures."""
+    cells, before = newest((run.cells for run in runs), ("layer", "precision", "pass", "layout"))
     there = [p for p in PRECISIONS if any(c["precision"] == p and "ms" in c for c in cells)]
     if there and args.precision not in there:
         print(f"no {args.precision} in the record: reporting {there[0]}")
         args.precision = there[0]
     rows = speedups(cells, args.precision)
-    limits = next((line["limits"] for line in record.lines if "limits" in line), None)
-    head = f"Measured on {machine_line(record.machine)}; {args.precision}."
-    short = "\n\n".join([
-        head, family_table(rows, "same", "torch.nn's time over tconv's, same layout"),
-        family_table(rows, "best", "torch.nn's better layout over tconv"),
-    ])  # fmt: skip
-    parts = ["# Measured", short, errors_table(cells), layer_table(rows), models_table(newest.get("models"))]
+    limits = next((run.limits for run in reversed(runs) if run.limits), None)
+    machines = [run.machine for run in runs if run.cells or run.models]
+    gpu = machines[-1].get("gpu")
+    of = f"{len(rows)} cells of {len({r['layer'] for r in rows})} layers"
+    same = family_table(rows, "same", "torch.nn's time over tconv's, same layout")
+    head = f"{machine_line(machines, commits=False)}; {args.precision}; geometric means of {of}:"
+    short = "\n\n".join(p for p in (head, same, spread(rows)) if p)
+    models, _ = newest((run.models for run in runs), ("model", "step", "layout"))
+    parts = [
+        "# Measured", f"Measured on {machine_line(machines)}; {args.precision}, {of}.", same,
+        family_table(rows, "best", "torch.nn's better layout over tconv"), spread(rows), errors_table(cells),
+        layer_table(rows), models_table(models),
+    ]  # fmt: skip
     if limits:
-        parts.append(calibration(cells, args.precision, limits, record.machine))
+        parts.append(calibration(cells, args.precision, limits, machines[-1]))
     from bench import pictures
 
     if rows:
-        pictures.speedup(
-            rows, f"torch.nn's time / tconv's, {args.precision}, {record.machine.get('gpu')}", args.out / "speedup.png"
-        )
+        pictures.speedup(rows, f"torch.nn's time / tconv's, {args.precision}, {gpu}", args.out / "speedup.png")
     if limits:
         done = [c for c in cells if c["precision"] == args.precision and "ms" in c and c["pass"] != "step"]
-        pictures.roofline(done, limits, f"{record.machine.get('gpu')}, {args.precision}", args.out / "roofline.png")
-    before = next((r for r in runs[-2::-1] if r["layers"].machine.get("gpu") == record.machine.get("gpu")), None)
-    if before:
-        changed = changes(cells_of(before["layers"]), cells)
-        old = str(before["layers"].machine.get("commit"))[:9]
-        pictures.change(changed, f"time at {old} / time now, tconv", args.out / "change.png")
+        pictures.roofline(done, limits, f"{gpu}, {args.precision}", args.out / "roofline.png")
+    changed = changes(before, cells)
+    if changed:
+        pictures.change(changed, "time before / time now, tconv", args.out / "change.png")
         worst = sorted(changed, key=lambda c: c["ratio"])[:5]
-        parts.append(f"Since {old}: geometric mean {geomean([c['ratio'] for c in changed]):.3f}; slowest against it: "
+        parts.append(f"{len(changed)} cells since they were measured before: geometric mean "
+                     f"{geometric_mean(c['ratio'] for c in changed):.3f}; slowest against it: "
                      + ", ".join(f"{c['layer']} {c['pass']} {c['ratio']:.2f}" for c in worst))  # fmt: skip
     return "\n\n".join(p for p in parts if p), short
+
+
+def spread(rows: list[Cell]) -> str:
+    """How many cells are slower and faster, which a mean hides."""
+
+    def counts(value: str) -> tuple[int, int, str]:
+        ratios = [r[value] for r in rows]
+        return sum(r < 0.9 for r in ratios), sum(r > 1.1 for r in ratios), f"{geometric_mean(ratios):.2f}"
+
+    if not rows:
+        return ""
+    below, above, mean = counts("same")
+    below_best, above_best, mean_best = counts("best")
+    text = (
+        f"Of {len(rows)} cells {below} are below 0.9 and {above} above 1.1 in the same layout (geometric mean {mean}), and "
+        f"{below_best} and {above_best} against torch.nn's better layout (geometric mean {mean_best})."
+    )
+    return textwrap.fill(text, 128)
 
 
 def calibration(cells: list[Cell], precision: str, limits: dict[str, float], machine: Cell) -> str:
@@ -231,10 +299,10 @@ def layer_table(rows: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def models_table(record: Record | None) -> str:
-    if record is None:
+def models_table(cells: list[Cell]) -> str:
+    if not cells:
         return ""
-    by = {(c["model"], c["step"], c["layout"], c["provider"]): c for c in cells_of(record)}
+    by = {(c["model"], c["step"], c["layout"], c["provider"]): c for c in cells}
     lines = ["| model | step | layout | torch.nn ms | tconv ms | ratio | |", "|---|---|---|---|---|---|---|"]
     for model, step, layout, provider in by:
         if provider != "tconv":
@@ -280,30 +348,6 @@ def predicted(args: argparse.Namespace) -> tuple[str, str]:
     )
     picture = "![share of the roofline by layer](roofline-predicted.png)"
     return "\n\n".join(["# Predictions", short, picture, wasted, "\n".join(lines)]), short
-
-
-def summary(records: dict[str, Record]) -> list[str]:
-    """What a run has, stage by stage."""
-    if not records:
-        return ["no records"]
-    lines = [machine_line(next(iter(records.values())).machine)]
-    for name, record in records.items():
-        last = {line["test"]: line["outcome"] for line in record.lines if "test" in line and "outcome" in line}
-        tally = collections.Counter(last.values())
-        lines.append(f"{name:18} " + (", ".join(f"{n} {what}" for what, n in sorted(tally.items())) or "nothing yet"))
-        lines += [f"    {what}: {test}" for test, what in last.items() if what in ("failed", "died")][:20]
-        for line in record.lines:
-            if "tool" in line:
-                lines.append(f"    {line['tool']}: {line['found']} found{'' if line['complete'] else ', incomplete'}")
-    for precision in PRECISIONS:
-        rows = speedups(cells_of(records["layers"]), precision) if "layers" in records else []
-        if rows:
-            lines += ["", f"torch.nn's better layout over tconv, {precision}:", family_table(rows, "best", "family")]
-    if "models" in records:
-        lines += ["", models_table(records["models"])]
-    if "facts" in records:
-        lines += ["", *facts(records["facts"].lines)]
-    return lines
 
 
 def write_readme(path: pathlib.Path, text: str) -> None:

@@ -1,10 +1,12 @@
 """The benchmark suite without a GPU: records, stages that are cut and resumed, faulty providers, the report, the command."""
 
+import argparse
 import collections
 import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -388,9 +390,9 @@ def test_without_a_sanitizer_one_line_says_so(tmp_path):
 # --- the report ---
 
 
-def written(folder, factor, date, gpu="NVIDIA H200"):
+def written(folder, factor, date, gpu="NVIDIA H200", commit="abc"):
     """A record of two layers: torch.nn takes 2 and 8 ms contiguous, 4 and 4 channels_last; ours half of it, times a factor."""
-    writer = record.Writer(folder / "layers.jsonl", MACHINE | {"date": date, "commit": date, "gpu": gpu})
+    writer = record.Writer(folder / "layers.jsonl", MACHINE | {"date": date, "commit": commit, "gpu": gpu})
     rates = {"matrix_16": 8e14, "matrix_tf32": 4e14, "fma_32": 5e13, "matrix_64": 5e13, "bandwidth": 4e12}
     writer.write({"limits": rates | {"l2_bandwidth": 8e12, "l2_bytes": 5e7, "clock": 1.7e9}})
     for (layer, family), layout, ms in [
@@ -411,26 +413,70 @@ def report(*arguments):
 
 
 def test_the_report_of_records_worked_by_hand(tmp_path):
-    written(tmp_path / "a", 2.0, "2026-01-01")
-    written(tmp_path / "b", 1.0, "2026-01-02")
+    written(tmp_path / "a", 2.0, "2026-01-01", commit="old")
+    written(tmp_path / "b", 1.0, "2026-01-02", commit="new")
     (tmp_path / "b" / "models.jsonl").write_text("torn")
     status, text = report("--out", tmp_path / "out", tmp_path / "b", tmp_path / "a")
     assert status == 0, text
     assert f"skipped: {tmp_path / 'b' / 'models.jsonl'}: not a record of tconv's" in text
-    assert "Measured on NVIDIA H200, driver None, torch 2, Triton 3, commit 2026-01-0; bf16." in text
-    assert "| dense 2-D | 2.00 | 2.00 | 2.00 one fprop |" in text  # in the same layout
-    assert "| dense 2-D | 2.00 | 1.00 | 1.00 one fprop |" in text  # against the better layout, 2 ms
-    assert "| depthwise | 1.00 | 2.00 | 1.00 two fprop |" in text
+    assert "Measured on NVIDIA H200, driver None, torch 2, Triton 3, commit old, new; bf16, 4 cells of 2 layers." in text
+    assert "| dense 2-D | 1 | 2.00 | 2.00 | 2.00 one fprop |" in text  # in the same layout
+    assert "| dense 2-D | 1 | 2.00 | 1.00 | 1.00 one fprop |" in text  # against the better layout, 2 ms
+    assert "| depthwise | 1 | 1.00 | 2.00 | 1.00 two fprop |" in text
+    assert "Of 4 cells 0 are below 0.9 and 4 above 1.1 in the same layout (geometric mean 2.00), and 0 and 2 against" in text
+    assert "better\nlayout (geometric mean 1.41)." in text
     assert "- flag_gems one bf16 dgrad contiguous: wrong result: relative error 41" in text
-    assert "geometric mean 2.000" in text
+    assert "4 cells since they were measured before: geometric mean 2.000" in text
     pictures = {p.name for p in (tmp_path / "out").glob("*.png")}
     assert pictures == {"speedup.png", "roofline.png", "change.png"}
     status, text = report("--out", tmp_path / "out", "--precision", "fp16", tmp_path / "b")
     assert "no fp16 in the record: reporting bf16" in text
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
     status, text = report("--summary", tmp_path / "b")
-    assert "9 passed" in text
-    assert "| depthwise | 1.00 | 2.00 |" in text
+    assert "layers: 9 passed" in text
+    rows = {line[:20].strip(): line[20:].split() for line in text.splitlines()}
+    assert rows["depthwise"] == rows["all"] == ["2.00", "2.00"]
+    assert rows["all, better layout"] == ["1.41", "1.41"]  # of 2 and 1, and of 1 and 2
+    assert "flag_gems one bf16 dgrad contiguous: wrong result: relative error 41" in text
+
+
+def raced(folder, *cells, date="2026-01-01", gpu="NVIDIA H200", commit="abc"):
+    """A record of bench/race.py, of one layer's cells: (pass, torch.nn's ms, tconv's ms)."""
+    writer = record.Writer(folder / "race.jsonl", MACHINE | {"date": date, "commit": commit, "gpu": gpu})
+    for pass_, theirs, ours in cells:
+        cell = {"layer": "one", "family": "dense 2-D", "precision": "bf16", "pass": pass_, "layout": "contiguous"}
+        times = {"ratio": theirs / ours, "torch.nn": {"ms": theirs}, "tconv": {"ms": ours}}
+        writer.write({"cell": f"one bf16 {pass_} contiguous", **cell, "flops": 4e9, "bytes": 1e6, **times})
+
+
+def test_the_records_of_a_gpu_are_one_report(tmp_path):
+    """Two runs of other cells: both are in the table, and nothing has changed."""
+    raced(tmp_path / "a", ("fprop", 3.0, 1.0), commit="early")
+    raced(tmp_path / "b", ("dgrad", 1.0, 2.0), date="2026-01-02", commit="late")
+    status, text = report("--out", tmp_path / "out", tmp_path / "a", tmp_path / "b")
+    assert status == 0, text
+    assert "commit early, late; bf16, 2 cells of 1 layers." in text
+    assert "| dense 2-D | 1 | 3.00 | 0.50 |" in text
+    assert "since they were measured before" not in text
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"speedup.png"}
+
+
+def test_both_sides_of_a_ratio_are_of_one_run(tmp_path):
+    """The newer run's torch.nn took 8 ms, the older one's 3."""
+    raced(tmp_path / "a", ("fprop", 3.0, 1.0), ("wgrad", 5.0, 1.0))
+    raced(tmp_path / "b", ("fprop", 8.0, 2.0), date="2026-01-02")
+    status, text = report("--out", tmp_path / "out", tmp_path / "b", tmp_path / "a")
+    assert status == 0, text
+    assert "| dense 2-D | 1 | 4.00 | 5.00 |" in text
+    assert "1 cells since they were measured before: geometric mean 0.500" in text
+
+
+def test_a_run_of_both_commands_has_the_cells_of_both(tmp_path):
+    raced(tmp_path / "a", ("dgrad", 3.0, 1.0))
+    written(tmp_path / "a", 1.0, "2026-01-02")
+    status, text = report("--out", tmp_path / "out", tmp_path / "a")
+    assert status == 0, text
+    assert "bf16, 5 cells of 2 layers." in text
 
 
 def test_what_the_first_minutes_recorded_is_reported_as_the_suite_is(tmp_path):
@@ -447,10 +493,13 @@ def test_what_the_first_minutes_recorded_is_reported_as_the_suite_is(tmp_path):
     facts.write({"cell": "host share", "forward": {"torch.nn": 9.04, "tconv": 6.62}})
     status, text = report("--out", tmp_path / "out", tmp_path / "a")
     assert status == 0, text
-    assert "| dense 2-D | 2.00 |" in text
+    assert "| dense 2-D | 1 | 2.00 |" in text
     assert "- tconv one bf16 dgrad contiguous: wrong result" in text
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"speedup.png", "roofline.png"}
     status, text = report("--summary", tmp_path / "a")
+    assert "torch.nn's time / tconv's over 1 cells" in text
+    assert "one bf16 dgrad contiguous: wrong result" in text
+    assert "nothing" not in text
     assert "host us, forward: torch.nn 9.0, tconv 6.6" in text
     assert "matrix_16 800" in text
 
@@ -458,28 +507,57 @@ def test_what_the_first_minutes_recorded_is_reported_as_the_suite_is(tmp_path):
 def test_a_record_of_another_gpu_is_no_change(tmp_path):
     written(tmp_path / "a", 2.0, "2026-01-01", gpu="NVIDIA A100")
     written(tmp_path / "b", 1.0, "2026-01-02")
-    report("--out", tmp_path / "out", tmp_path / "a", tmp_path / "b")
+    text = report("--out", tmp_path / "out", tmp_path / "a", tmp_path / "b")[1]
+    assert "left out: records of NVIDIA A100" in text
     assert not (tmp_path / "out" / "change.png").exists()
 
 
-def test_without_records_predictions_are_labelled(tmp_path):
+def test_without_records_predictions_are_reported(tmp_path):
     (tmp_path / "empty").mkdir()
     status, text = report("--out", tmp_path / "out", tmp_path / "empty")
+    assert status == 0, text
+    assert (tmp_path / "out" / "tables.md").read_text() == (ROOT / "docs" / "predicted.md").read_text()
+
+
+def test_predictions_are_labelled_and_in_the_docs(tmp_path):
+    status, text = report("--out", tmp_path / "out", "--predicted")
     assert status == 0, text
     assert "PREDICTED by the cost model for an H200, bf16; nothing here was measured" in text
     for layer in layers():
         assert f"| {layer.name} | wgrad | channels_last |" in text
-    assert (tmp_path / "out" / "tables.md").read_text() == (ROOT / "docs" / "predicted.md").read_text(), "report.py --readme"
+    again = "python scripts/report.py --predicted --readme"
+    assert (tmp_path / "out" / "tables.md").read_text() == (ROOT / "docs" / "predicted.md").read_text(), again
     rows = [line.split(" | ") for line in text.splitlines() if " | contiguous | " in line or " | channels_last | " in line]
     assert len(rows) == 6 * len(layers())
     assert {row[7] for row in rows} == {"0"}, "a tap is multiplied that meets nothing"
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"roofline-predicted.png", "shares-predicted.png"}
 
 
-def test_the_readme_is_written_between_its_marks(tmp_path):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import report as script
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import report as module
 
+    return module
+
+
+def test_the_readme_has_the_table_of_the_records(tmp_path, script):
+    runs = script.recorded([])
+    _, part = script.measured(runs, argparse.Namespace(out=tmp_path, precision="bf16"))
+    written = f"{script.MARKS[0]}\n{part}\n\n{script.MARKS[1]}"
+    assert written in (ROOT / "README.md").read_text(), "python scripts/report.py --readme"
+
+
+def test_first_light_has_the_tables_of_its_records(tmp_path, script):
+    page = (ROOT / "docs" / "first-light.md").read_text()
+    folders = [ROOT / "bench" / "results" / name for name in dict.fromkeys(re.findall(r"results/(nvidia-\w+-\w+)/", page))]
+    text, _ = script.measured(script.recorded(folders), argparse.Namespace(out=tmp_path, precision="bf16"))
+    tables = [part for part in text.split("\n\n") if part.startswith(("| torch.nn's", "Of "))]
+    assert len(tables) == 3
+    assert [table for table in tables if table not in page] == []
+
+
+def test_the_readme_is_written_between_its_marks(tmp_path, script):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{script.MARKS[0]}\nold\n{script.MARKS[1]}\nafter\n")
     script.write_readme(path, "new")
@@ -487,7 +565,6 @@ def test_the_readme_is_written_between_its_marks(tmp_path):
     path.write_text("nothing")
     with pytest.raises(SystemExit):
         script.write_readme(path, "new")
-    assert all(mark in (ROOT / "README.md").read_text() for mark in script.MARKS)
 
 
 # --- the command ---
@@ -500,7 +577,7 @@ def gpu(*arguments, **environment):
 
 def test_the_whole_command_in_a_dry_run(tmp_path):
     status, text = gpu("all", "--dry-run", "--quick", "--seconds", "1", "--out", tmp_path, "--commit", "abc")
-    assert status == 0, text
+    assert status == CUT, text
     for name in ("parity", "sanitize", "layers", "models"):
         read = record.read(tmp_path / f"{name}.jsonl")
         assert read.machine["commit"] == "abc", name
@@ -517,14 +594,14 @@ def test_the_whole_command_in_a_dry_run(tmp_path):
 
 def test_the_first_minutes_in_a_dry_run(tmp_path):
     what = ("--only", "facts", "--only", "race")
-    status, text = gpu("first", "--dry-run", "--minutes", "1", *what, "--out", tmp_path, "--commit", "abc")
+    status, text = gpu("--keep-going", "--minutes", "2", "first", "--dry-run", *what, "--out", tmp_path, "--commit", "abc")
     assert status == CUT, text
     read = record.read(tmp_path / "race.jsonl")
     assert (read.machine["commit"], read.machine["tiny"]) == ("abc", True)
     assert read.lines
     assert not any("error" in line for line in read.lines)
     assert "== facts: no time left" in text
-    assert "== race was cut" in text or "== race is done" in text  # a fast machine runs all of it in its half minute
+    assert "== race was cut" in text or "== race is done" in text  # a fast machine runs all of it in its minute
     assert text.rstrip().endswith((tmp_path / "summary.txt").read_text().rstrip())
 
 
@@ -538,8 +615,30 @@ def test_what_the_command_lacks_it_says_in_a_line(tmp_path):
     assert len(text.strip().splitlines()) == 1
     assert gpu("party")[0] == 2
     assert "unknown argument party" in gpu("party")[1]
-    assert gpu("--out")[1].strip() == "--out needs a value"
     assert "sanitize" in gpu("--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--out", "--out needs a value"),
+        ("first --minutes", "--minutes needs a value"),
+        ("--minutes 5", '--minutes: for "first" alone'),
+        ("parity --keep-going --only race", '--keep-going --only: for "first" alone'),
+        ("first --seconds 9", '--seconds: not for "first"'),
+        ("--quick --without fla first", '--quick --without: not for "first"'),
+        ("first bench", '"first" has stages of its own, and does not run bench'),
+        ("bench --seconds soon", "--seconds soon: not a number"),
+    ],
+)
+def test_options_that_would_be_lost_are_refused(arguments, said):
+    assert gpu(*arguments.split()) == (2, said + "\n")
+
+
+def test_a_stage_that_first_does_not_have_is_refused(tmp_path):
+    status, text = gpu("--only", "party", "first", "--dry-run", "--out", tmp_path)
+    assert status == 2
+    assert "--only party: the stages are smoke checks facts race" in text
 
 
 def test_the_command_without_a_gpu_measures_dispatch_only():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -9,10 +10,15 @@ import sys
 import time
 
 import pytest
+import torch
 
-from bench import cells, first, summary
+from bench import cells, first, race, summary
+from bench.correctness import relative_error
+from bench.layers import layers
+from bench.providers import operands
 from bench.record import ROOT
 from bench.stage import CUT
+from bench.timing import Clock
 
 
 class Time:
@@ -127,11 +133,15 @@ def test_what_is_measured_does_not_share_the_cores_with_compilers(tmp_path):
 def test_what_takes_too_long_is_ended_with_all_its_processes(tmp_path):
     session = first.Session(60, tmp_path / "first.log")
     code = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
-    before = time.monotonic()
     process = session._start(["-c", code])
-    assert session._wait(process, 3.0) == CUT
+    for _ in range(600):  # a loaded machine takes its time until there is a child
+        if (tmp_path / "first.log").read_text().endswith("\n"):
+            break
+        time.sleep(0.1)
+    before = time.monotonic()
+    assert session._wait(process, 1.0) == CUT
     assert time.monotonic() - before < 20
-    child = pathlib.Path(f"/proc/{(tmp_path / 'first.log').read_text().strip()}/stat")
+    child = pathlib.Path(f"/proc/{int((tmp_path / 'first.log').read_text())}/stat")
     for _ in range(50):
         if not child.exists() or child.read_text().split(") ")[1][0] == "Z":  # ended, if nobody has asked after it
             return
@@ -192,7 +202,7 @@ def test_a_device_that_failed_ends_the_process_but_not_the_record(tmp_path):
 def test_measurements_run_on_shrunk_layers(tmp_path, stage):
     record = tmp_path / f"{stage}.jsonl"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", f"bench.{stage}", "--tiny", "--commit", "abc", "--seconds", "5", "--record", record]
+    command = [sys.executable, "-m", f"bench.{stage}", "--tiny", "--commit", "abc", "--seconds", "100", "--record", record]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode in (0, CUT), done.stderr
     lines = [json.loads(line) for line in record.read_text().splitlines()[1:]]
@@ -201,7 +211,7 @@ def test_measurements_run_on_shrunk_layers(tmp_path, stage):
     if stage == "race":
         assert all(line["ratio"] == pytest.approx(line["torch.nn"]["ms"] / line["tconv"]["ms"], rel=1e-3) for line in lines)
     if stage == "sweep":
-        assert all(line["regret"] >= line["proven_regret"] >= 1 for line in lines)
+        assert all(line["regret"] >= line["regret_without_tma"] >= 1 for line in lines)
 
 
 def test_the_summary_is_short_and_says_what_failed(tmp_path):
@@ -211,13 +221,15 @@ def test_the_summary_is_short_and_says_what_failed(tmp_path):
     race = [
         {
             "cell": f"layer{i} bf16 {pass_} contiguous", "family": ("1-D", "3-D")[i % 2], "precision": "bf16",
-            "pass": pass_, "layout": "contiguous", "ratio": ratio, "tconv": {"ms": 0.1},
+            "layer": f"layer{i}", "pass": pass_, "layout": "contiguous", "ratio": ratio,
+            "torch.nn": {"ms": 0.1 * ratio}, "tconv": {"ms": 0.1},
         }
         for i in range(20)
         for pass_, ratio in (("fprop", 2.0), ("dgrad", 0.5))
     ]  # fmt: skip
     race += [{"cell": "odd", "error": "wrong result"}]
-    sweep = [{"cell": "a", "family": "1-D", "regret": 1.5, "proven_regret": 1.25}]
+    sweep = [{"cell": "a", "family": "1-D", "regret": 1.5, "regret_without_tma": 1.25}]
+    sweep += [{"cell": "b", "error": "an illegal instruction was encountered"}]
     for name, lines in (("checks", tests), ("race", race), ("sweep", sweep)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (head, *lines)))
     text = summary.lines(tmp_path)
@@ -229,3 +241,31 @@ def test_the_summary_is_short_and_says_what_failed(tmp_path):
     (family,) = [line for line in text if line.startswith("  1-D") and "cells" not in line]
     assert family.split()[1:3] == ["2.00", "0.50"]
     assert any("1.50 1.25 (1 cells)" in line for line in text)
+    assert "  sweep, b: an illegal instruction was encountered" in text
+
+
+class Mode(torch.overrides.TorchFunctionMode):
+    """Within it, explicit calls are left to torch."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_cell_that_torch_computed_is_an_error_and_has_no_time():
+    o = operands(layers()[0].tiny(), "fp32", "cpu")
+    with Mode():
+        line = race.race(o, "fprop", "fp32", Clock("cpu"), 2)
+    assert line["error"].startswith("not ours: conv2d: torch (")
+    assert "ratio" not in line
+    assert line["error_norm"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("got", "error"),
+    [([3.0, 4.0], 0.0), ([3.0, 4.5], 0.1), ([3.0, math.nan], math.inf), ([3.0, math.inf], math.inf), ([3.0], math.inf)],
+)
+def test_a_relative_error(got, error):
+    right = torch.tensor([3.0, 4.0])
+    assert relative_error(torch.tensor(got), right) == pytest.approx(error)
+    assert relative_error((right, torch.tensor(got)), (right, right)) == pytest.approx(error)
+    assert relative_error((right,), (right, right)) == math.inf

@@ -33,22 +33,26 @@ FACE = [
 
 
 def imports(path):
-    """Every module that a file imports, anywhere in it."""
+    """Every name that a file imports, anywhere in it, in full: of `from a import b`, "a.b"."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
-            yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def place(name):
-    """(folder, file) of an imported module of tconv's, else None. A name that a module holds counts as the module."""
-    parts = name.split(".")[1:] if name.split(".")[0] == "tconv" else []
-    if parts and parts[0] in BELOW:
-        return (parts[0], parts[1]) if len(parts) > 1 else None
-    return ("", parts[0]) if parts and (ROOT / f"{parts[0]}.py").exists() else None
+    """(folder, file) of an imported name of tconv's, else None.
+
+    A name that a module holds counts as the module. One that no folder and no file has is __init__'s: `tconv` itself and
+    `tconv.Tile` are the face's.
+    """
+    package, *parts = name.split(".")
+    if package != "tconv":
+        return None
+    folder = parts.pop(0) if parts and parts[0] in BELOW else ""
+    return folder, parts[0] if parts and (ROOT / folder / f"{parts[0]}.py").exists() else "__init__"
 
 
 def listed(folder):
@@ -82,7 +86,26 @@ def test_files_import_what_is_read_before_them(folder):
     for path in (ROOT / folder).glob("*.py"):
         for found in filter(None, map(place, imports(path))):
             if found[0] == folder and path.stem in height:
+                assert found[1] in height, f"{path.stem} imports {folder} itself"
                 assert height[found[1]] < height[path.stem], f"{path.stem} imports {found[1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("tconv", ("", "__init__")),
+        ("tconv.Tile", ("", "__init__")),
+        ("tconv.swap", ("", "swap")),
+        ("tconv.swap.replace_", ("", "swap")),
+        ("tconv.planning", ("planning", "__init__")),
+        ("tconv.planning.plan", ("planning", "plan")),
+        ("tconv.planning.plan.Plan", ("planning", "plan")),
+        ("tconv.planning.nowhere", ("planning", "__init__")),
+        ("torch.nn", None),
+    ],
+)
+def test_where_an_imported_name_belongs(name, found):
+    assert place(name) == found
 
 
 def test_folders_have_no_circle():

@@ -194,10 +194,10 @@ def _described(m: Machine, line: int, descriptor: Array, rows: int, k: int, kind
     lanes = np.repeat(np.arange(m.C * groups) * 128, rows * k)  # the first thread of each warpgroup
     places = m.shared.locate(m, line, flat, lanes, size, "reads, by wgmma,")
     g = m.shared.granules(places, size)
-    m.shared.must_be_written(m, line, g, places, lanes, size)
     problem = m.shared.races.engage(g, m.products.number)
     if problem:
         m.shared.blame(m, line, "wgmma reads a part", problem, places, lanes)
+    m.shared.must_be_written(m, line, g, places, lanes, size)
     m.products.open.append((size, offsets.reshape(m.C, -1)))
     return numbers(m.shared.units[size][places // size].view(ELEMENTS[kind]).reshape(offsets.shape), kind)
 

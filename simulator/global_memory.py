@@ -140,7 +140,7 @@ class GlobalMemory:
         memory[index] = data
         if (lost := differ(memory[index], data)).any():
             bad = int(np.flatnonzero(lost)[0])
-            what = f"writes {size} bytes, of which another thread writes other values in the same instruction"
+            what = f"writes {size} bytes, where another thread, perhaps of another program, writes other values at once"
             m.fault(line, what, lanes[bad], self.describe(int(addresses[bad])))
 
     def _granules(self, storage: Storage, real: Array, size: int) -> Array:

@@ -31,7 +31,10 @@ class Program:
 
     def __init__(self, ptx: str, shared_bytes: int) -> None:
         self.kernel = parse(ptx)
-        self.translation = Translation(self.kernel)
+        try:
+            self.translation = Translation(self.kernel)
+        except Unsupported as e:
+            raise Unsupported(f"PTX {self.kernel.version} for {self.kernel.target}: {e}") from None
         self.shared_bytes = shared_bytes
         self.launches = 0
 

@@ -67,10 +67,10 @@ class SharedMemory:
         """Returns what threads read, in units of `size` bytes."""
         places = self.locate(m, line, offsets, lanes, size, "reads")
         g = self.granules(places, size)
-        self.must_be_written(m, line, g, places, lanes, size)
         problem = self.races.reading(g, np.repeat(lanes % m.T, g.size // places.size))
         if problem:
             self.blame(m, line, f"reads {size} bytes", problem, places, lanes)
+        self.must_be_written(m, line, g, places, lanes, size)
         return self.units[size][places // size]
 
     def write(
@@ -98,7 +98,7 @@ class SharedMemory:
         self.written[g] = True
         unit[index] = data
         if (lost := differ(unit[index], data)).any():
-            why = "where another thread writes other values in the same instruction"
+            why = "where another thread writes other values at once"
             self.blame(m, line, f"writes {size} bytes", (lost, why), places, lanes)
 
     def must_be_written(self, m: Machine, line: int, g: Array, places: Array, lanes: Array, size: int) -> None:

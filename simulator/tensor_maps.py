@@ -149,10 +149,10 @@ class BulkCopies:
         lanes = np.repeat(b.lanes, b.offsets.shape[1])
         places = m.shared.locate(m, line, b.offsets.reshape(-1), lanes, size, "copies a box from")
         g = m.shared.granules(places, size)
-        m.shared.must_be_written(m, line, g, places, lanes, size)
         problem = m.shared.races.engage(g, -self.number)
         if problem:
             m.shared.blame(m, line, "copies a box from a part", problem, places, lanes)
+        m.shared.must_be_written(m, line, g, places, lanes, size)
         offsets = _table(m, b.rows, b.offsets)
         self.open.append((size, offsets.reshape(m.C, -1)))
         if b.inside.any():

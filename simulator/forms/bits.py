@@ -90,17 +90,18 @@ def extract(c: Code, kind: str) -> None:
 
 
 def field(a: Array, position: Array, length: Array) -> Array:
-    """Returns `length` bits from `position` on. Signed, they are extended by the field's or register's last one."""
+    """Returns `length` bits from `position` on. Where the register or the field ends, signed ones are extended by the last."""
     width = 8 * a.dtype.itemsize
     unsigned = np.dtype(f"u{a.dtype.itemsize}")
     position, length = position & np.uint32(255), length & np.uint32(255)
-    mask = shl(np.ones_like(a, unsigned), length) - unsigned.type(1)
+    there = np.minimum(length, np.maximum(np.uint32(width), position) - position)
+    mask = shl(np.ones_like(a, unsigned), there) - unsigned.type(1)
     bits = shr(a.view(unsigned), position) & mask
     if a.dtype.kind == "u":
         return bits
-    last = np.minimum(position.astype(np.int64) + length - 1, width - 1)
-    sign = (a >> np.maximum(last, 0).astype(a.dtype) & a.dtype.type(1)) & (length > 0)
-    return np.where(sign != 0, bits | ~mask, bits).view(a.dtype)
+    last = np.clip(position.astype(np.int64) + length - 1, 0, width - 1)
+    negative = (length > 0) & (a >> last.astype(a.dtype) & a.dtype.type(1) != 0)
+    return np.where(negative, bits | ~mask, bits).view(a.dtype)
 
 
 @form("bfi.{b32,b64}")

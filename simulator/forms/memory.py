@@ -8,12 +8,17 @@ from simulator.arrays import LOADED, STORED, integer, single
 from simulator.fragments import load_matrices, store_matrices
 from simulator.translator import Code, form
 
-HINTS = ",.nc,.L1::evict_first,.L1::evict_last,.L1::no_allocate"  # of caches: nothing that a result depends on
-VECTORS = ",.v2,.v4"
-KINDS = "b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64"
+STORE_HINTS = ",.L1::evict_first,.L1::evict_last,.L1::no_allocate"  # of caches: nothing that a result depends on
+HINTS = STORE_HINTS + ",.nc"
+NARROW, WIDE = "b8,u8,s8,b16,u16,s16,b32,u32,s32,f32", "b64,u64,s64,f64"  # of which 16 bytes hold four, or two
 
 
-@form(f"{{ld.global}}{{{HINTS}}}{{{VECTORS}}}.{{{KINDS}}}", f"{{ld.shared}}{{,::cta}}{{{VECTORS}}}.{{{KINDS}}}")
+@form(
+    f"{{ld.global}}{{{HINTS}}}{{,.v2,.v4}}.{{{NARROW}}}",
+    f"{{ld.global}}{{{HINTS}}}{{,.v2}}.{{{WIDE}}}",
+    f"{{ld.shared}}{{,::cta}}{{,.v2,.v4}}.{{{NARROW}}}",
+    f"{{ld.shared}}{{,::cta}}{{,.v2}}.{{{WIDE}}}",
+)
 def load(c: Code, op: str, _: str, vector: str, kind: str) -> None:
     targets, space, size = c.vector(0), op[3:], int(kind[1:]) // 8
     _same_count(c, vector, len(targets))
@@ -34,8 +39,12 @@ def load(c: Code, op: str, _: str, vector: str, kind: str) -> None:
         c.write(target, f"loaded[{i}].view({narrow}).astype({wide})", f"{'s' if kind[0] == 's' else 'u'}{8 * width}")
 
 
-@form(f"{{st.global}}{{,.L1::evict_first,.L1::evict_last,.L1::no_allocate}}{{{VECTORS}}}.{{{KINDS}}}",
-      f"{{st.shared}}{{,::cta}}{{{VECTORS}}}.{{{KINDS}}}")  # fmt: skip
+@form(
+    f"{{st.global}}{{{STORE_HINTS}}}{{,.v2,.v4}}.{{{NARROW}}}",
+    f"{{st.global}}{{{STORE_HINTS}}}{{,.v2}}.{{{WIDE}}}",
+    f"{{st.shared}}{{,::cta}}{{,.v2,.v4}}.{{{NARROW}}}",
+    f"{{st.shared}}{{,::cta}}{{,.v2}}.{{{WIDE}}}",
+)
 def store(c: Code, op: str, _: str, vector: str, kind: str) -> None:
     """The low bits of each register."""
     sources, space, size = c.vector(1), op[3:], int(kind[1:]) // 8

@@ -42,14 +42,9 @@ def select(c: Code, kind: str) -> None:
 
 @form("cvta{,.to}.{global,param}.u64")
 def generic_address(c: Code, _: str, __: str) -> None:
-    """Generic addresses of global memory and of parameters are the addresses themselves."""
+    """Generic addresses of global memory and of parameters are the addresses themselves. (Of shared memory they are not:
+    nothing here reads through those, so they are not known.)"""
     c.write(0, c.read(1, "b64"), "b64")
-
-
-@form("cvta{,.to}.shared.u64")
-def generic_shared_address(c: Code, _: str) -> None:
-    """Generic addresses of shared memory would be some others: nothing here reads through them."""
-    raise c.unsupported("generic addresses of shared memory")
 
 
 @form("ld.param.{u8,s8,b8,u16,s16,b16,u32,s32,b32,f32,u64,s64,b64,f64}")

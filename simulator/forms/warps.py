@@ -75,10 +75,8 @@ def reduced(m: Machine, a: Array, f: np.ufunc) -> Array:
     return np.repeat(f.reduce(v, 2, dtype=a.dtype), 32, 1)
 
 
-@form("vote.sync.{any,all,ballot}.{pred,b32}")
+@form("vote.sync.{any,all}.{pred}", "vote.sync.{ballot}.{b32}")
 def vote(c: Code, mode: str, kind: str) -> None:
-    if (mode == "ballot") != (kind == "b32"):
-        raise c.unsupported("the type")
     _whole_warp(c, 2)
     c.write(0, c.call(voted, "m", repr(mode), c.read(1, "pred")), kind)
 

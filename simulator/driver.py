@@ -115,23 +115,26 @@ class Launcher:
         leave: Any,
         *given: Any,
     ) -> None:
-        memory, arguments, boxes = GlobalMemory(), [], list(self.boxes)
-        for tensor in _owners.get():
-            memory.pointer(tensor)
         if enter is not None:
             enter(about)
-        if len(given) != len(self.types):
-            raise Unsupported(f"kernel {self.name}: {len(given)} arguments for {len(self.types)} parameters")
-        for name, kind, value in zip(self.names, self.types, given, strict=True):
-            arguments += _flattened(memory, name, kind, value, boxes)
-        missing = len(program.kernel.parameters) - len(arguments)
         try:
-            program.run((x, y, z), memory, arguments + [0] * missing, _options.get())  # Triton appends scratch pointers
+            self._run(program, (x, y, z), given)
         except (Fault, Unsupported) as e:
             problems.append(e)
             raise
         if leave is not None:
             leave(about)
+
+    def _run(self, program: Program, grid: tuple[int, int, int], given: tuple[Any, ...]) -> None:
+        memory, arguments, boxes = GlobalMemory(), [], list(self.boxes)
+        for tensor in _owners.get():
+            memory.pointer(tensor)
+        if len(given) != len(self.types):
+            raise Unsupported(f"kernel {self.name}: {len(given)} arguments for {len(self.types)} parameters")
+        for name, kind, value in zip(self.names, self.types, given, strict=True):
+            arguments += _flattened(memory, name, kind, value, boxes)
+        scratch = len(program.kernel.parameters) - len(arguments)  # pointers that Triton appends, to no memory
+        program.run(grid, memory, arguments + [0] * scratch, _options.get())
 
 
 def _flattened(memory: GlobalMemory, name: str, kind: Any, value: Any, boxes: list[Any]) -> list[Any]:

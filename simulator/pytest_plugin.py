@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "faults: with --compiled, this test expects faults of the kernels it runs")
     arch = config.getoption("--compiled", None)
     if arch is None:
         return
@@ -36,8 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """A fault fails its test even if the code under test catches it."""
-    if item.config.getoption("--compiled", None) is None:
+    """A fault fails its test even if the code under test catches it, unless the test is marked to expect faults."""
+    if item.config.getoption("--compiled", None) is None or item.get_closest_marker("faults"):
         return (yield)
     from simulator.driver import problems
 

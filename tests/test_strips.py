@@ -32,11 +32,23 @@ CASES = [
 ]  # fmt: skip
 
 
+# Windows of so long a stride that no tile of a GPU's weight gradient holds them, in (the default layout, channels_last).
+TOO_LONG = {
+    "depthwise, kernel equals stride": (True, False),
+    "transposed depthwise, by threes": (True, True),
+    "transposed depthwise, gaps hold the bias": (True, True),
+}
+
+
 @pytest.mark.parametrize("kernel", ["strip", "strip_wgrad"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_pass(case, channels_last, kernel, device, poisoned):
     x, w, b = oracle.tensors(case, torch.float32, device, channels_last)
+    if oracle.compiled() and kernel == "strip_wgrad" and TOO_LONG.get(case.reason, (False, False))[channels_last]:
+        with tconv.force(kernel=kernel), pytest.raises(ValueError, match="no tile fits"):
+            oracle.check(ours(case), case, x, w, b)
+        return
     with tconv.force(kernel=kernel), tconv.recording() as calls:
         oracle.check(ours(case), case, x, w, b)
     used = {c.plan.kernel for c in calls if c.operation in (("wgrad",) if kernel == "strip_wgrad" else ("fprop", "dgrad"))}
@@ -50,7 +62,11 @@ def test_every_dtype(case, channels_last, dtype, device, poisoned):
     x, w, b = oracle.tensors(case, dtype, device, channels_last)
     for kernel in ("strip", "strip_wgrad"):
         with tconv.force(kernel=kernel):
-            oracle.check(ours(case), case, x, w, b)
+            if oracle.compiled() and dtype == torch.float64:  # for which GPUs have no tile
+                with pytest.raises(ValueError, match="no tile fits"):
+                    oracle.check(ours(case), case, x, w, b)
+            else:
+                oracle.check(ours(case), case, x, w, b)
 
 
 TILES = {

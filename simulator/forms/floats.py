@@ -104,10 +104,12 @@ def _fma_exactly(a: Array, b: Array, c: Array, plain: Array, where: Array) -> Ar
 
 @form("fma.rn.{f16,bf16}")
 def fused_half(c: Code, kind: str) -> None:
-    """The exact product, and the sum to odd, in fp64: rounded once more, as if it were rounded only once."""
-    a, b, d = (_halves(c, i, kind) for i in (1, 2, 3))
-    product = f"{a}.astype({c.name(np.float64)}) * {b}"
-    _write_half(c, c.call(_sum_to_odd, product, f"{d}.astype({c.name(np.float64)})"), kind)
+    _write_half(c, c.call(fma_half, *(_halves(c, i, kind) for i in (1, 2, 3))), kind)
+
+
+def fma_half(a: Array, b: Array, c: Array) -> Array:
+    """The exact product, and the sum to odd, in fp64: rounded to 16 bits from there, it is as if it were rounded only once."""
+    return _sum_to_odd(a.astype(np.float64) * b, c.astype(np.float64))
 
 
 @form("{add,sub,mul}.bf16", "{add,sub,mul}.rn.bf16")
@@ -142,22 +144,23 @@ def narrowed(a: Array) -> Array:
     return bf16(a.view(np.uint32), True)
 
 
-@form("{add,sub,mul}.{f16x2,bf16x2}", "{add,sub,mul}.rn.{f16x2,bf16x2}")
+@form("{add,sub,mul}.{f16x2,bf16x2}", "{add,sub,mul,fma}.rn.{f16x2,bf16x2}")
 def arithmetic_pairs(c: Code, op: str, kind: str) -> None:
-    c.write(0, c.call(pairwise, c.name(FUNCTIONS[op]), str(kind == "f16x2"), c.read(1, "u32"), c.read(2, "u32")), "u32")
+    operands = (c.read(i, "u32") for i in range(1, len(c.operands)))
+    c.write(0, c.call(pairwise, c.name(FUNCTIONS[op]), str(kind == "f16x2"), *operands), "u32")
 
 
-def pairwise(f: np.ufunc, f16: bool, *operands: Array) -> Array:
+def pairwise(f: Callable[..., Array], f16: bool, *operands: Array) -> Array:
     """Applies a function to the lower and upper halves of registers."""
     found = []
     for shift in (0, 16):
         halves = ((v >> np.uint32(shift)).astype(np.uint16) for v in operands)
         result = f(*(h.view(np.float16) if f16 else widened(h) for h in halves))
-        found.append(result.view(np.uint16) if f16 else narrowed(result))
+        found.append(result.astype(np.float16).view(np.uint16) if f16 else narrowed(result))
     return found[0] | found[1].astype(np.uint32) << np.uint32(16)
 
 
-FUNCTIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+FUNCTIONS: dict[str, Callable[..., Array]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma_half}
 
 
 @form("{neg,abs}.{f16,f32,f64}")

@@ -60,14 +60,18 @@ def test_rounded_once(opcode):
     assert wrong == []
 
 
-@pytest.mark.parametrize(("kind", "op"), [(k, op) for k in ("f16", "bf16") for op in ARITHMETIC])
-@pytest.mark.parametrize("rn", ["", ".rn"])
-def test_pairs_are_two_numbers(kind, op, rn):
-    columns = [floats(kind, 120, seed) for seed in range(4)]
-    a, b = (bits([high << 16 | low for low, high in zip(*pair, strict=True)], 32) for pair in (columns[:2], columns[2:]))
-    got = one(f"{op}{rn}.{kind}x2", ("u32", "u32"), "u32", [a, b])
-    for shift, (x, y) in ((0, (columns[0], columns[2])), (16, (columns[1], columns[3]))):
-        alone = one(f"{op}.{kind}", ("b16", "b16"), "b16", [bits(x, 16), bits(y, 16)])
+PAIRS = [*(f"{op}{rn}" for op in ARITHMETIC for rn in ("", ".rn")), "fma.rn"]
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("op", PAIRS)
+def test_pairs_are_two_numbers(op, kind):
+    low, high = ([floats(kind, 120, seed) for seed in seeds] for seeds in ((0, 1, 2), (3, 4, 5)))
+    count = 3 if op == "fma.rn" else 2
+    pairs = [bits([h << 16 | n for n, h in zip(*pair, strict=True)], 32) for pair in zip(low, high, strict=True)][:count]
+    got = one(f"{op}.{kind}x2", ("u32",) * count, "u32", pairs)
+    for shift, operands in ((0, low), (16, high)):
+        alone = one(f"{op}.{kind}", ("b16",) * count, "b16", [bits(v, 16) for v in operands[:count]])
         assert (got >> shift & 0xFFFF).tolist() == alone.tolist()
 
 

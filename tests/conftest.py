@@ -11,6 +11,12 @@ HAS_GPU = torch.cuda.is_available()
 torch.set_num_threads(1)  # tests run in parallel, one process per core
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--chosen", action="store_true", help="of the tests, those that CI runs on compiled code (tests/chosen.py)"
+    )
+
+
 def pytest_configure(config):
     """Before any kernel is imported."""
     if config.getoption("--compiled", None):
@@ -26,6 +32,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--chosen", False):
+        from tests.chosen import chosen
+
+        ids = chosen([item.nodeid for item in items])
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in ids])
+        items[:] = [item for item in items if item.nodeid in ids]
     tiny = config.getoption("--tiny", False)  # of bench/stage.py: a dry run of what needs a GPU
     for item in items:
         mark = item.get_closest_marker("gpu")

@@ -94,13 +94,15 @@ def terms(case: Case, y: torch.Tensor) -> tuple[int, ...]:
 
 
 def compiled() -> bool:
-    """Whether kernels run as compiled code, on a GPU or in the simulator, and not in Triton's interpreter.
-
-    Compiled, products may be made by tensor cores: TF32 where torch's flag allows it, tiles of the least size that they have.
-    """
+    """Whether kernels run as compiled code, on a GPU or in the simulator, and not in Triton's interpreter."""
     from tconv.launching.arguments import INTERPRET
 
     return not INTERPRET
+
+
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether products may be TF32's, whose factors keep 10 bits: in fp32, by compiled code, where torch's flag allows it."""
+    return dtype == torch.float32 and compiled() and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def check(function, case: Case, x, w, b, eager=None) -> None:
@@ -112,12 +114,11 @@ def check(function, case: Case, x, w, b, eager=None) -> None:
     right = run(oracle, case, *wide, dy=dy)
     squares = run(oracle, case, *(t.square() for t in wide), dy=dy.square())
     # In fp64 the oracle is eager itself. Where TF32 is allowed, cuDNN computes small layers in exact fp32 all the same.
-    tf32 = compiled() and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    compared = eager and x.dtype != torch.float64 and not tf32
+    compared = eager and x.dtype != torch.float64 and not tf32(x.dtype)
     yardstick = run(eager, case, x, w, b, dy=dy) if compared else (None,) * 4
     eps_out = torch.finfo(x.dtype).eps
-    # Products of fp16 and bf16 are exact in the fp32 accumulator; compiled, fp32 may be TF32, whose inputs keep 10 bits.
-    eps_acc = 2**-10 if compiled() and x.dtype == torch.float32 else min(eps_out, torch.finfo(torch.float32).eps)
+    # Products of fp16 and bf16 are exact in the fp32 accumulator.
+    eps_acc = 2**-10 if tf32(x.dtype) else min(eps_out, torch.finfo(torch.float32).eps)
     for name, g, r, s, n, e in zip(NAMES, got, right, squares, terms(case, got[0]), yardstick, strict=True):
         assert g.shape == r.shape, f"{name}: shape {tuple(g.shape)}, not {tuple(r.shape)}"
         assert g.dtype == x.dtype, f"{name}: {g.dtype}"

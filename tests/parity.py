@@ -44,7 +44,7 @@ def assert_same(got: torch.Tensor | None, expected: torch.Tensor | None, what: s
         assert got is expected, what
         return
     tolerance = TOLERANCE.get(got.dtype, 0.0)
-    if oracle.compiled() and got.dtype == torch.float32:
+    if oracle.tf32(got.dtype):
         tolerance = TF32_TOLERANCE
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{what}: {m}")
     strides, expected_strides = (

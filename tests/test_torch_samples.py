@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tconv
+from tconv.launching.variants import float32_precision
 from tests import parity
 
 if importlib.util.find_spec("expecttest") is None:  # torch's test tables import it, for a base class of tests of its own
@@ -33,6 +34,13 @@ EXACT = [torch.float64, torch.float32]
 HALVES = [torch.float16, torch.bfloat16]
 PASSES = {"conv": "fprop", "conv_transpose": "dgrad"}
 BACKWARD = {"conv": ("dgrad", "wgrad"), "conv_transpose": ("fprop", "wgrad")}
+
+
+@pytest.fixture(autouse=True)
+def _true_fp32():
+    """The samples' numbers are as large as 9: between two roundings of them to TF32, a lost tap would not be noticed."""
+    with float32_precision(False):
+        yield
 
 
 def samples(name, device, dtype):

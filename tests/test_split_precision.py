@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import tconv
 from tconv import functional as TF
 from tconv.explain import Explanation
+from tconv.launching.launch import device_of
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.launching.record import Call
@@ -26,6 +27,14 @@ from tests import cases, oracle
 
 H200, A100 = DEVICES["H200"], DEVICES["A100"]
 STEP = Tile(64, 64, 32, 4, 2)  # sums in steps of 32, as on a GPU
+
+
+@pytest.fixture
+def device(device):
+    """A device for which these kernels are compiled."""
+    if oracle.compiled() and device_of(torch.empty(0, device=device)).generation < 9:
+        pytest.skip("compiled for Hopper only")
+    return device
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / "bench" / "codegen"
 FIELDS = (
     "registers", "spills", "loop_spills", "stack_bytes", "shared_bytes", "mma", "mma_kind", "register_detour", "tma_loads",
     "async_copies", "async_copy_bytes", "loads", "load_bytes", "narrow_loads", "stores", "store_bytes", "loop_instructions",
+    "loop_waits",  # empty in rows from before it was read
 )  # fmt: skip
 # Field -> how much it may grow: compilers schedule differently for reasons that are not ours.
 GROWTH = {
     "spills": lambda old: 0, "loop_spills": lambda old: 0, "stack_bytes": lambda old: 0, "narrow_loads": lambda old: 0,
     "register_detour": lambda old: 0, "shared_bytes": lambda old: 0, "registers": lambda old: 8,
-    "loop_instructions": lambda old: old // 10,
+    "loop_instructions": lambda old: old // 10, "loop_waits": lambda old: 0,
 }  # fmt: skip
 
 Row = dict[str, Any]
@@ -83,9 +84,10 @@ def _parse(text: str, version: str, arch: str) -> tuple[Budget, str]:
     budget = {}
     for number, row in enumerate(rows[1:], 3):
         values = dict(zip(FIELDS, row[1:], strict=False))
-        if len(row) != len(FIELDS) + 1 or not all(v.isdigit() for k, v in values.items() if k != "mma_kind"):
+        numbers = [v for k, v in values.items() if k != "mma_kind" and (v or k != "loop_waits")]
+        if len(row) != len(FIELDS) + 1 or not all(v.isdigit() for v in numbers):
             raise ValueError(f"line {number} is not a variant's: {','.join(row)[:60]!r}")
-        budget[row[0]] = {k: v if k == "mma_kind" else int(v) for k, v in values.items()}
+        budget[row[0]] = {k: v if k == "mma_kind" else int(v) if v else None for k, v in values.items()}
     if len(budget) != int(head[3]):
         raise ValueError(f"{len(budget)} variants, its first line says {head[3]}")
     return budget, head[4] or ""
@@ -102,13 +104,13 @@ def save(version: str, arch: str, budget: Budget, only: str = "") -> None:
 
 
 def _text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    return "" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def worse(old: Row, new: Row) -> list[str]:
     """The fields in which a variant got worse, the gravest first."""
     found = ["mma_kind"] if new["mma_kind"] != old["mma_kind"] else []
-    found += [k for k, slack in GROWTH.items() if new[k] > old[k] + slack(old[k])]
+    found += [k for k, slack in GROWTH.items() if None not in (old[k], new[k]) and new[k] > old[k] + slack(old[k])]
     found += [k for k in ("async_copy_bytes", "tma_loads") if new[k] < old[k]]
     # None at all is no narrower: the loop then copies asynchronously, or the fields above say that it does not.
     return found + [k for k in ("load_bytes", "store_bytes") if 0 < new[k] < old[k]]

@@ -79,6 +79,8 @@ def _nvidia(usage: str, sass: str) -> dict[str, Any]:
         "tma_stores": _count(lines, "UTMASTG"),
         **_accesses(copies, loads, stores),
         "loop_instructions": len(inside),
+        # If ptxas cannot keep accumulators in wgmma's hands it waits after every one of them, not once per iteration.
+        "loop_waits": _count(inside, r"\bWARPGROUP\.DEPBAR"),
     }
 
 
@@ -106,6 +108,7 @@ def _amd(text: str) -> dict[str, Any]:
             for where, kind in ((copied, "load"), (loads, "load"), (lines, "store"))
         )),
         "loop_instructions": len(inside),
+        "loop_waits": 0,
     }  # fmt: skip
 
 

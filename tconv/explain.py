@@ -32,9 +32,9 @@ class Explanation:
 
 
 def _lines(call: Call) -> list[str]:
-    """Returns a line for a call, and one for each plan not chosen because its kernel or precision has never run on hardware."""
-    unproven = [plan for plan in call.plan.others if plan.unproven] if call.plan else []
-    return [str(call), *(f"    {plan}" for plan in unproven)]
+    """Returns a line for a call, and one for each faster plan not chosen because its mechanism does not work on the device."""
+    barred = [plan for plan in call.plan.others if plan.reason.startswith("not chosen")] if call.plan else []
+    return [str(call), *(f"    {plan}" for plan in barred)]
 
 
 def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Explanation:

@@ -64,10 +64,16 @@ def small(
     return cls(*args, **more).to(dtype), torch.randn(shape).to(dtype).requires_grad_()
 
 
+def last(pair: tuple[torch.nn.Module, torch.Tensor]) -> tuple[torch.nn.Module, torch.Tensor]:
+    layer, x = pair
+    return layer.to(memory_format=torch.channels_last), x.detach().to(memory_format=torch.channels_last).requires_grad_()
+
+
 LAYERS = {
     "dense": lambda: small(tconv.Conv2d, 128, 96, 3, shape=(8, 128, 40, 40), dtype=torch.bfloat16),
     "few channels": lambda: small(tconv.Conv2d, 3, 16, 3, shape=(8, 3, 40, 40)),
     "splits of channels": lambda: small(tconv.Conv2d, 256, 64, 3, shape=(1, 256, 8, 8), dtype=torch.bfloat16),
+    "boxes": lambda: last(small(tconv.Conv2d, 64, 128, 3, padding=1, shape=(8, 64, 40, 64), dtype=torch.bfloat16)),
     "depthwise": lambda: small(tconv.Conv1d, 16, 32, 3, groups=16, bias=False, shape=(4, 16, 600)),
     "strips": lambda: small(tconv.Conv2d, 16, 16, 3, padding=1, groups=16, shape=(4, 16, 64, 64), dtype=torch.float16),
     "transposed": lambda: small(tconv.ConvTranspose3d, 4, 6, 2, stride=2, shape=(2, 4, 5, 6, 7), dtype=torch.float64),
@@ -95,7 +101,7 @@ def arguments() -> None:
             assert all(address(flat(a)[i]) and address(flat(b)[i]) for i in differ), [(flat(a)[i], flat(b)[i]) for i in differ]
     assert kernels == {
         "gather", "packed", "depthwise", "strip",
-        "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits", "stage",
+        "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits", "stage", "tma", "tma_wgrad",
     }, kernels  # fmt: skip
     # The same tensors, so that nothing at all may differ.
     layer, x = LAYERS["dense"]()
@@ -103,7 +109,7 @@ def arguments() -> None:
         for p in list(launch._prepared.values()):
             tensors = tuple(torch.empty(64, dtype=d) for d in p.pointers)
             launched.clear()
-            p.kernel[p.grid](*tensors, *p.integers, **p.constants)
+            compiled._by_triton(p, tensors)
             by_triton.clear()
             compiled.run(p, tensors)
             compiled.run(p, tensors)
@@ -408,12 +414,12 @@ def loaded() -> None:
     launches, left = rehearse(layer, (x,), {}, DEVICES["H100"])
     assert left == ()
     kernels = [p.kernel.__name__ for p in launches]
-    assert [k for k in kernels if k != "stage"] == ["gather", "gather", "wgrad", "sum_splits", "sum_pixels", "sum_splits"]
+    assert [k for k in kernels if k != "stage"] == ["tma", "tma", "wgrad", "sum_splits", "sum_pixels", "sum_splits"]
     assert kernels.count("stage") == 6  # x and w, dy and w, x and dy
     for p in launches:
         compiled.load(p, -1)
     names = [name for name, _ in driver.loaded]
-    # gather twice: fprop and dgrad; stage twice more: x, dy and w differ in how many pixels are read at a time
+    # tma twice: fprop and dgrad; stage twice more: x, dy and w differ in how many pixels are read at a time
     assert len(names) == len({*kernels}) + 3, names
     compiled.capturing = lambda device: True
     compile_ = JITFunction._do_compile

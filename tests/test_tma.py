@@ -8,11 +8,9 @@ import torch
 
 import tconv
 from tconv import functional as TF
-from tconv.explain import Explanation
 from tconv.launching.dry_run import dry_run
 from tconv.launching.launch import collecting
 from tconv.launching.prepare import prepare_gather
-from tconv.launching.record import Call
 from tconv.planning.cost import pixel_extents
 from tconv.planning.device import DEVICES, INTERPRETER
 from tconv.planning.families import FAMILIES
@@ -258,18 +256,13 @@ def test_boxes_are_shaped_to_the_layer(extent, waste):
 
 def candidate(problem, device, dtype=torch.bfloat16):
     x, w, y = (torch.empty(problem.shape(n), dtype=dtype, device="meta", memory_format=torch.channels_last) for n in "xwy")
-    plan = prepare_gather("fprop", problem, x, w, None, y, device).call.plan
-    return plan, [p for p in plan.others if p.kernel == "tma"]
+    return prepare_gather("fprop", problem, x, w, None, y, device).call.plan
 
 
-def test_the_planner_lists_boxes_but_does_not_choose_them(monkeypatch):
+def test_the_planner_chooses_boxes_where_they_are_faster_and_possible():
     p = forward_problem((32, 256, 14, 14), (256, 256, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
-    plan, listed = candidate(p, H200)
-    assert plan.kernel == "gather"
-    assert "not seen on hardware yet; predicted" in listed[0].reason
-    assert "    fprop: tma" in str(Explanation((Call("fprop", p, plan, ""),)))
-    assert candidate(p, A100)[1] == []
-    assert candidate(dataclasses.replace(p, S=(1, 2, 2), Y=(1, 7, 7)), H200)[1] == []
-    monkeypatch.setattr("tconv.planning.plan.UNPROVEN", set())
-    free, _ = candidate(p, H200)
-    assert free.kernel == ("tma" if listed[0].cost.seconds < plan.cost.seconds else "gather")
+    assert candidate(p, H200).kernel == "tma"
+    assert candidate(p, A100).kernel == "gather"
+    strided = dataclasses.replace(p, S=(1, 2, 2), Y=(1, 7, 7))
+    assert candidate(strided, H200).kernel == "gather"
+    assert not any(other.mechanism for other in candidate(strided, H200).others)

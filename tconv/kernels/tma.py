@@ -31,6 +31,8 @@ import triton.language as tl
 
 from tconv.kernels.common import APART, decode, kernel, lead, multiple, phase, product, rounded, trail, turned
 
+OUTSIDE = tl.constexpr(-(1 << 20))  # a coordinate that no box reaches back from
+
 
 @kernel
 def tma(
@@ -116,13 +118,20 @@ def tma(
     i2 = i0
     c = i0
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
-    for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(CI, BLOCK_K)):
+    # A phase without taps takes one step, on boxes outside both tensors, which read zero: if the loop might not run at all,
+    # Triton 3.6 would wait for every wgmma before it issues the next.
+    count = n_taps[0] * n_taps[1] * n_taps[2]
+    read2 = tl.where(count > 0, reads[2], OUTSIDE) if TRANSPOSED else reads[2]
+    tap2 = tl.where(count > 0, taps[2], OUTSIDE) if TRANSPOSED else taps[2]
+    steps = (tl.maximum(count, 1) if TRANSPOSED else count) * tl.cdiv(CI, BLOCK_K)
+    tl.assume(steps > 0)
+    for _ in tl.range(0, steps):
         h0 = reads[0] + i0 * x_step[0]
         h1 = reads[1] + i1 * x_step[1]
-        h2 = reads[2] + i2 * x_step[2]
+        h2 = read2 + i2 * x_step[2]
         t0 = taps[0] + i0 * t_step[0]
         t1 = taps[1] + i1 * t_step[1]
-        t2 = taps[2] + i2 * t_step[2]
+        t2 = tap2 + i2 * t_step[2]
         xv = x_desc.load([image, h0, h1, h2, group * CI + c]).reshape(BLOCK_M, BLOCK_K).T  # [BLOCK_K, BLOCK_M]
         if TRANSPOSED:
             wv = w_desc.load([t0, t1, t2, group * CI + c, o_first]).reshape(BLOCK_K, BLOCK_N).T  # [BLOCK_N, BLOCK_K]
@@ -224,7 +233,9 @@ def tma_wgrad(
     image = rest * BN
     j0, j1, j2 = j[0], j[1], j[2]
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
-    for _ in tl.range(0, tl.minimum(chunk, runs - split * chunk)):
+    steps = tl.minimum(chunk, runs - split * chunk)
+    tl.assume(steps > 0)  # every split has work
+    for _ in tl.range(0, steps):
         i0 = j0 + shift[0]
         i1 = j1 + shift[1]
         i2 = j2 + shift[2]

@@ -11,6 +11,7 @@ launch. In reading order:
     arguments      a launch without its pointers
     prepare        works out a launch: pointers or TMA, operands as they are or copied to channels_last
     compiled       launches a kernel, directly from the second time on; knows what is compiled and what failed
+    self_check     whether TMA and BF16X6 give right results on a device, asked of the device itself
     launch         fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
     variants       every kernel variant that the planner can choose, for scripts/codegen.py
 """

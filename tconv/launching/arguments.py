@@ -140,7 +140,7 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     return {"ACC": tl.float64 if accumulator(dtype) == torch.float64 else tl.float32, "INTERPRET": interpreted()}
 
 
-def precision(dtype: torch.dtype, plan: Plan) -> str:
+def dot_precision(dtype: torch.dtype, plan: Plan) -> str:
     """Returns the constant PRECISION, which says how a kernel multiplies fp32 operands."""
     if plan.precision:
         return plan.precision

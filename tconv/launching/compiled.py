@@ -3,8 +3,7 @@
 Triton's own dispatch binds, specialises and hashes about fifty arguments on every call. Only the addresses of a prepared
 launch change, so from the second time on the compiled kernel is launched with them directly. That happens only if everything
 it was specialised on is the same: the device, which addresses are multiples of 16, and Triton's settings. Launches still go
-through Triton's dispatch if hooks are set, if the kernel takes tensor descriptors, in the interpreter, and on AMD, whose
-compiler also specialises on sizes.
+through Triton's dispatch if hooks are set, in the interpreter, and on AMD, whose compiler also specialises on sizes.
 
 If a kernel does not compile, or needs more resources than the device has, its variant is remembered as failed and later calls
 that need it fall back to torch at once. After any other error (out of memory, a driver error) one call falls back, and the
@@ -31,7 +30,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tconv.launching.arguments import INTERPRET, Prepared
+from tconv.launching.arguments import INTERPRET, Box, Prepared
 from tconv.launching.cache import BoundedCache
 from tconv.launching.record import Fallback, TransientFallback
 from tconv.planning.plan import forced
@@ -117,7 +116,7 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
             _unload(launch)
             fail(launch, key, e)
         _known.add(_variant(launch, key))
-        if INTERPRET or AMD or launch.boxes:
+        if INTERPRET or AMD:
             launch.ready[key] = _indirectly(launch)
         elif type(kernel) is CompiledKernel and not _watched(launch.kernel):
             launch.ready[key] = _directly(launch, kernel, device)
@@ -245,8 +244,9 @@ def _indirectly(launch: Prepared) -> Relaunch:
 def _directly(launch: Prepared, kernel: CompiledKernel, device: int) -> Relaunch:
     """Returns a function that launches a compiled kernel without Triton's dispatch.
 
-    It passes the same arguments as the end of JITFunction.run, constants included, but addresses in place of tensors. It
-    launches nothing and returns False if hooks are set or Triton's settings have changed.
+    It passes the same arguments as the end of JITFunction.run, constants included, but addresses in place of tensors, and
+    tensor descriptors without the checks that the first launch has made. It launches nothing and returns False if hooks are
+    set or Triton's settings have changed.
     """
     programs, tail = launch.grid[0], launch.tail
     run, stream = kernel.run, driver.active.get_current_stream
@@ -255,16 +255,33 @@ def _directly(launch: Prepared, kernel: CompiledKernel, device: int) -> Relaunch
     # If a hook chain is replaced by another object, `runtime` differs from `runtime_was`.
     enter, leave = knobs.runtime.launch_enter_hook or NOBODY, knobs.runtime.launch_exit_hook or NOBODY
     before = launch.kernel.pre_run_hooks
+    boxes = [(i, _descriptors(launch.pointers[i], box)) for i, box in enumerate(launch.boxes) if box]
 
-    def go(_: Pointers, addresses: list[int]) -> bool:
+    def go(pointers: Pointers, addresses: list[int]) -> bool:
         if enter.calls or leave.calls or before or runtime != runtime_was or compilation != compilation_was:
             return False
+        given: list[Any] = addresses
+        for i, descriptor in boxes:
+            given[i] = descriptor(pointers[i])
         run(
-            programs, 1, 1, stream(device), kernel.function, kernel.packed_metadata, None, None, None, *addresses, *tail
+            programs, 1, 1, stream(device), kernel.function, kernel.packed_metadata, None, None, None, *given, *tail
         )  # fmt: skip
         return True
 
     return go
+
+
+def _descriptors(dtype: torch.dtype, box: Box) -> Callable[[torch.Tensor], TensorDescriptor]:
+    """Returns a function that makes descriptors of this shape, strides and box, without repeating TensorDescriptor's checks."""
+    fields = vars(TensorDescriptor(MockTensor(dtype), *map(list, box)))
+
+    def descriptor(t: torch.Tensor) -> TensorDescriptor:
+        made = TensorDescriptor.__new__(TensorDescriptor)
+        made.__dict__.update(fields)
+        made.base = t
+        return made
+
+    return descriptor
 
 
 def _watched(kernel: Any) -> bool:

@@ -6,6 +6,8 @@ Launch configs are prepared once per kind of call (launching/prepare.py) and cac
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from tconv.launching.compiled import fail, require_launchable, run
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.launching.record import record_call
+from tconv.launching.self_check import works_on
 from tconv.planning import plan as planning
 from tconv.planning.device import INTERPRETER, Device, cuda_device
 from tconv.planning.problem import Geometry
@@ -126,7 +129,13 @@ def gradients(launches: Backward, transposed: bool, dy: torch.Tensor, x: torch.T
 
 def device_of(t: torch.Tensor) -> Device:
     """Returns the planner's description of a tensor's device."""
-    return INTERPRETER if INTERPRET else cuda_device(t.device.index)
+    return INTERPRETER if INTERPRET else _checked_device(t.device.index)
+
+
+@functools.cache
+def _checked_device(index: int) -> Device:
+    planned = cuda_device(index)
+    return dataclasses.replace(planned, check=functools.partial(works_on, torch.device("cuda", index), planned))
 
 
 def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tconv.kernels.stage import stage
-from tconv.launching.arguments import KERNELS, Prepared, numerics, options, precision, prepared, tensor_cores
+from tconv.launching.arguments import KERNELS, Prepared, dot_precision, numerics, options, prepared, tensor_cores
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call
 from tconv.planning import cost
@@ -52,7 +52,7 @@ def prepare_gather(
         c = GatherPass(
             pass_, problem, addressing(x), addressing(w), addressing(y), bias, tensor_cores(x.dtype), _cut_forced()
         )  # fmt: skip
-        return _launch(c, problem, y, device, only)
+        return prepare_pass(c, problem, y, device, only)
 
     return _best(prepare, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
 
@@ -66,7 +66,7 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
 
     def prepare(dy: torch.Tensor, x: torch.Tensor, only: str | None) -> Prepared:
         c = WgradPass(problem, addressing(x), addressing(dw), addressing(dy), tensor_cores(x.dtype), _cut_forced())
-        return _launch(c, problem, dw, device, only)
+        return prepare_pass(c, problem, dw, device, only)
 
     return _best(prepare, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
 
@@ -109,7 +109,9 @@ def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -
     return prepared(stage, programs, integers, constants, call, shaped(t.shape, True, t.dtype))
 
 
-def _launch(c: Pass, problem: ConvProblem, result: torch.Tensor, device: Device, only: str | None) -> Prepared:
+def prepare_pass(
+    c: Pass, problem: ConvProblem, result: torch.Tensor, device: Device, only: str | None, precision: str | None = None
+) -> Prepared:
     """Returns the launch of a pass with the kernel that the planner chooses.
 
     Args:
@@ -118,20 +120,21 @@ def _launch(c: Pass, problem: ConvProblem, result: torch.Tensor, device: Device,
         result: a tensor like the result.
         device: the device to plan for.
         only: the only kernel to consider; None for all that load through pointers.
+        precision: the only precision to consider, of `Plan.precision`; None for all.
     Raises:
         Ineligible: the tensors are not eligible for the only kernel.
     """
     reason = FAMILIES[only].ineligible(c, device) if only else None
     if reason:
         raise Ineligible(reason)
-    plan = planning.choose(c.p, c.pass_, c.operands(), device, only)
+    plan = planning.choose(c.p, c.pass_, c.operands(), device, only, precision)
     family, kernel = FAMILIES[plan.kernel], KERNELS[plan.kernel]
     integers, constants = family.arguments(c, plan.tile, plan.splits)
     boxes = family.boxes(c, plan.tile)
     if boxes is None:
         raise Ineligible(APART)
     programs = family.programs(c.p, c.pass_, plan.tile) * plan.splits
-    shared = c.constants(plan.tile, family.dot) | {"PRECISION": precision(result.dtype, plan)} | numerics(result.dtype)
+    shared = c.constants(plan.tile, family.dot) | {"PRECISION": dot_precision(result.dtype, plan)} | numerics(result.dtype)
     constants = {k: v for k, v in (shared | constants).items() if k in kernel.arg_names} | options(plan.tile)
     if c.rules:
         done = " + ".join(dict.fromkeys(c.rules))
@@ -157,8 +160,8 @@ def _best(
 ) -> Prepared:
     """Returns the launch of a pointer kernel or of the TMA kernel of this name: the forced one, or the faster by prediction.
 
-    Without a forced kernel, TMA is eligible from compute capability 9 on, except for depthwise problems. If anything else is
-    forced, or in the interpreter, the pointer kernel runs.
+    Without a forced kernel, TMA is eligible from compute capability 9 on for problems without groups: it has been timed on no
+    others. If anything else is forced, or in the interpreter, the pointer kernel runs.
     """
     request = planning.forced()
     if request and request.kernel == tma:
@@ -167,24 +170,26 @@ def _best(
         except Ineligible as e:
             raise Ineligible(f"forced plan cannot run: {e}") from None
     launch = _staged(prepare, names, operands, problem, device)
-    if request or device.interpreted or device.generation < 9 or problem.depthwise:
+    if request or device.interpreted or device.generation < 9 or problem.G > 1:
         return launch
     try:
-        return _faster(launch, _copied(prepare, tma, names, operands, device))
+        return _faster(launch, _copied(prepare, tma, names, operands, device), device)
     except Ineligible:
         return launch
 
 
-def _faster(launch: Prepared, rival: Prepared) -> Prepared:
-    """Returns the faster launch by prediction. A rival that is unproven on hardware is only listed in the plan, not chosen."""
+def _faster(launch: Prepared, rival: Prepared, device: Device) -> Prepared:
+    """Returns the faster launch by prediction. A faster rival that does not work on the device is only listed in the plan."""
     plan, other = launch.call.plan, rival.call.plan
     assert plan is not None
     assert other is not None
     assert plan.cost is not None
     assert other.cost is not None
-    if not other.unproven:
-        return rival if other.cost.seconds < plan.cost.seconds else launch
-    plan = dataclasses.replace(plan, others=(*plan.others, other.unchosen()))
+    if other.cost.seconds >= plan.cost.seconds:
+        return launch
+    if device.works(other.mechanism):
+        return rival
+    plan = dataclasses.replace(plan, others=(*plan.others, other.barred()))
     return dataclasses.replace(launch, call=dataclasses.replace(launch.call, plan=plan))
 
 

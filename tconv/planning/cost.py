@@ -1,6 +1,7 @@
 """Counts the work of a pass and of a plan for it, and predicts the plan's time on a device. Standard library only.
 
-Operations and bytes are exact counts. The time is a model: a launch, plus the longest of four parts.
+Operations and bytes are exact counts. The time is a model: a launch, the start and end of each round of programs, and four
+parts that overlap in part, as the root of the sum of their squares.
 
     products  the products of the padded tiles, at the rate of tensor cores or of multiply-adds
     issue     the instructions of the main loop, four warps per cycle on each multiprocessor
@@ -9,8 +10,8 @@ Operations and bytes are exact counts. The time is a model: a launch, plus the l
 
 Programs run in waves, so the first three parts are counted for the multiprocessor with the most programs. A split-K reduction
 ends with a second launch, which reads the workspace and overlaps with nothing. Loop lengths are fitted to compiled code, as
-scripts/codegen.py reads it (tests/test_cost.py compares them). Latencies and fixed times are estimates, not yet measured on
-a GPU.
+scripts/codegen.py reads it (tests/test_cost.py compares them). Fixed times, latencies and the rates of caches are fitted to
+the 1,097 plans of eight layers, in bf16, that an H200 timed (bench/results; docs/first-light.md).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from tconv.planning.device import Device
 from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, Access, Tile
 
-LAUNCH = 2e-6  # seconds between the starts of two consecutive empty kernels: an estimate
-LATENCY = 1000  # cycles from a load to its data, in a main loop whose loads are not pipelined: an estimate
+LAUNCH = 3.3e-6  # seconds of a kernel that does next to nothing, after one that has left the caches cold
+LATENCY = 1400  # cycles from a load to its data, in a main loop whose loads are not pipelined
 ISSUE = 4  # warp instructions that a unit issues per cycle, one per scheduler
-L1 = 128  # bytes that a unit reads from its L1 cache per cycle
-ALONE = 1.5  # how much longer products take if a unit has one program, which then waits at its own barriers: an estimate
+L1 = 36  # bytes that a unit reads from its L1 cache per cycle, in the kernels without tl.dot
+ALONE = 1.1  # how much longer products take if a unit has one program, which then waits at its own barriers
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Work:
 
     Attributes:
         steps: iterations of the main loops of all programs.
-        flops, length, fetched: operations, instructions of a warp, and bytes fetched, all per iteration.
+        flops, length, fetched: operations, issue slots of a warp, and bytes fetched, all per iteration.
         resident: the most programs that fit on a unit at once (occupancy).
         start: instructions of a warp outside the main loop, where they matter.
     """
@@ -172,6 +173,7 @@ def price(
     programs: int,
     phases: int,
     dot: bool,
+    start: float,
 ) -> Cost:
     """Returns the cost of a plan on a device.
 
@@ -183,6 +185,7 @@ def price(
         programs: programs of the plan, over all splits.
         phases: groups of programs that run one after the other and each read all of dy.
         dot: True if the kernel multiplies with tl.dot.
+        start: seconds that programs take outside their main loops.
     """
     limits, itemsize = device.limits, access.itemsize
     waves = math.ceil(programs / device.units)
@@ -202,14 +205,15 @@ def price(
     read = itemsize * math.prod(p.shape("y"))
     if pass_ == "dgrad" and read > limits.l2_bytes:
         again = read * (min(phases, p.taps) - 1)
-    start = waves * tile.warps * work.start / ISSUE
+    outside = waves * tile.warps * work.start / ISSUE
     parts = {
         "products": products,
-        "issue": (steps * cycles + start) / limits.clock,
+        "issue": (steps * cycles + outside) / limits.clock,
         "cache": steps * work.fetched / (limits.l2_bandwidth / device.units if dot else L1 * limits.clock),
         "memory": (least + again + workspace) / limits.bandwidth,
     }
-    seconds = LAUNCH + max(parts.values()) + _summing(workspace, device)
+    rounds = math.ceil(waves / max(1, work.resident))
+    seconds = LAUNCH + rounds * start + math.hypot(*parts.values()) + _summing(workspace, device)
     executed = math.ceil(work.steps * work.flops)
     return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
 
@@ -233,7 +237,7 @@ def split_steps(reduced: int, block: int, splits: int) -> int:
 
 def _summing(workspace: int, device: Device) -> float:
     """Returns the seconds of a split reduction's second launch, which reads the workspace after all slices are written."""
-    return LAUNCH + workspace / device.limits.bandwidth if workspace else 0.0
+    return 1.5 * LAUNCH + workspace / device.limits.bandwidth if workspace else 0.0
 
 
 def with_copies(cost: Cost, copied: int, operands: int, device: Device) -> Cost:

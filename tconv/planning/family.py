@@ -31,6 +31,8 @@ class Family:
         cuts: True if it can compute fp32 in BF16X6.
         tma: True if the tensor memory accelerator loads its operands.
         splittable: True if its reduction can be split (split-K).
+        start: seconds that a program takes before and after its main loop, latency of the first loads included, as fitted to
+            an H200's times.
         columns: the most columns of its tiles.
         any_rows: True if the first extent of its tiles need not be a power of two.
         spills: by generation of the device, tiles that spill registers there and must not be used. Before Hopper, tensor cores
@@ -46,6 +48,7 @@ class Family:
     cuts = False
     tma = False
     splittable = False
+    start = 0.7e-6
     columns = 1
     any_rows = False
     spills: ClassVar[Spills] = {}
@@ -165,7 +168,7 @@ class Family:
         """Returns the cost of a plan on a device."""
         work = self.work(p, pass_, tile, splits, access, device)
         programs = self.programs(p, pass_, tile) * splits
-        return price(p, pass_, tile, splits, access, device, work, programs, self.phases(p, pass_), self.dot)
+        return price(p, pass_, tile, splits, access, device, work, programs, self.phases(p, pass_), self.dot, self.start)
 
     # --- launch ---
 

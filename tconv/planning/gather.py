@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from tconv.planning.cost import frames_met, phase_pixels, pixel_tiles
@@ -15,6 +16,8 @@ from tconv.planning.tiles import Access, Tile
 
 FILLED = 2  # fprop and dgrad are not split if they have at least so many waves: little of the device is idle then
 FIELD = {1: 32, 2: 16, 3: 10}  # by rank: taps per dimension whose masks fit in one 32-bit word per pixel
+SHARING = Tile(128, 128, 64, 8, 3)  # two programs share a multiprocessor, which holds one of four stages
+NARROW_APART = Tile(256, 32, 32, 8, 3)  # for 16-bit elements loaded one by one, from tensors whose pixels are contiguous
 NARROW = Tile(64, 32, 16, 8, 2, 128)  # for true fp32 with element-by-element loads, where four warps spill
 
 
@@ -23,6 +26,7 @@ class Gather(Gemm):
 
     name = "gather"
     passes = ("fprop", "dgrad")
+    start = 3.5e-6
     cuts = True
     splittable = True
     base, copy, one = 50, 8, 4
@@ -32,7 +36,7 @@ class Gather(Gemm):
         8: (
             Tile(128, 256, 64, 8, 3),
             Tile(256, 128, 64, 8, 3),
-            Tile(128, 64, 64, 4, 4),
+            Tile(128, 64, 64, 4, 3),
             Tile(64, 128, 64, 4, 4),
             Tile(128, 32, 32, 4, 4),
             Tile(128, 64, 32, 4, 3),
@@ -63,7 +67,16 @@ class Gather(Gemm):
 
     def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
         # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
-        return operands.access(operands.narrow or p.depthwise, precision)
+        access = operands.access(operands.narrow or p.depthwise, precision)
+        return replace(access, flip=operands.strips is not None and operands.strips[0])
+
+    def tiles(self, access: Access) -> tuple[Tile, ...]:
+        found = super().tiles(access)
+        if access.itemsize != 2:
+            return found
+        if not access.narrow:
+            return (*found, SHARING)
+        return (*found, NARROW_APART) if access.flip else found
 
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         written, reduced = self.channels(p, pass_)

@@ -12,7 +12,7 @@ from tconv.planning.tiles import BF16X6, Access, Tile
 # (`scripts/codegen.py` prints registers, spills and shared memory).
 GEMM_16 = (
     Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3),  # only if Access.large
-    Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4),
+    Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4),
     Tile(128, 32, 32, 4, 4), Tile(64, 32, 64, 4, 4),  # for 32 channels or fewer
 )  # fmt: skip
 GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3, 255), Tile(64, 128, 32, 4, 3))
@@ -35,11 +35,14 @@ class Gemm(Family):
     Attributes:
         base, copy, one: instructions per iteration of the main loop, per 16-byte copy, and per element of narrow loads.
         cut: instructions to cut an element into BF16X6 pieces.
+        waiting: how much longer the loop takes than its instructions if tensor cores are fed by element-by-element loads,
+            which are not pipelined, as fitted to an H200's times.
         fma_narrow: tiles for true fp32 with element-by-element loads.
     """
 
     base, copy, one = 0, 0, 0
     cut = 0
+    waiting = 3.5
     fma_narrow: tuple[Tile, ...] = FMA_32[1:]
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
@@ -77,7 +80,8 @@ class Gemm(Family):
     def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
         pipeline = tile.stages * (tile.m + tile.n) * tile.k * access.itemsize  # bytes of shared memory
         resident = min(device.shared_bytes // pipeline, self.warps(access) // tile.warps)
+        length = self.length(p, pass_, tile, access) * (self.waiting if access.narrow and access.tensor_cores else 1)
         return Work(
-            self.steps(p, pass_, tile, splits), 2 * tile.m * tile.n * tile.k, self.length(p, pass_, tile, access),
+            self.steps(p, pass_, tile, splits), 2 * tile.m * tile.n * tile.k, length,
             access.itemsize * tile.k * (tile.m + tile.n), resident,
         )  # fmt: skip

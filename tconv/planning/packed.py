@@ -32,6 +32,7 @@ class _Packed(Gemm):
 
     cuts = True
     one = 9
+    waiting = 2.0
     few = FEW  # up to so many channels per group count as few
 
     def considered(self, p: ConvProblem, pass_: str) -> bool:
@@ -67,6 +68,7 @@ class Packed(_Packed):
 
     name = "packed"
     passes = ("fprop", "dgrad")
+    start = 3.2e-6
     base, copy = 120, 10
     cut = 10
     spills: ClassVar[Spills] = {
@@ -121,9 +123,11 @@ class PackedWgrad(_Packed):
 
     name = "packed_wgrad"
     passes = ("wgrad",)
+    start = 2.7e-6
     splittable = True
     base, copy = 100, 14
     cut = 20
+    waiting = 3.0
     few = 2 * FEW  # its tiles are up to 128 wide, two taps of so many channels
     spills: ClassVar[Spills] = {
         8: (Tile(16, 128, 64, 8, 3),),

@@ -19,8 +19,6 @@ from tconv.planning.tiles import BF16X6, Tile, can_cut
 INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # the most bytes that the workspace of a split reduction may take
 KERNELS = {pass_: tuple(f.name for f in families(pass_)) for pass_ in ("fprop", "dgrad", "wgrad", "bias")}
-# Tested in the interpreter, never run on hardware: listed, but chosen only if forced.
-UNPROVEN = {*(name for name, family in FAMILIES.items() if family.tma), BF16X6}
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Plan:
         kernels: the kernels that the planner considered.
         tiles: the tiles that it considered for this kernel.
         parts: the numbers of splits that it considered for this tile.
-        others: the next best plans, three at most, then unproven plans that the chosen one was compared with.
+        others: the next best plans, three at most, then faster ones whose mechanism does not work on the device.
     """
 
     pass_: str
@@ -56,13 +54,13 @@ class Plan:
     others: tuple[Plan, ...] = field(default=(), compare=False, repr=False)
 
     @property
-    def unproven(self) -> bool:
-        """True if the plan uses a kernel or precision that has never run on hardware."""
-        return self.kernel in UNPROVEN or self.precision in UNPROVEN
+    def mechanism(self) -> str:
+        """What a device must do right for this plan and not for a plain kernel: "tma", BF16X6, or "" for nothing."""
+        return self.precision or ("tma" if self.kernel in FAMILIES and FAMILIES[self.kernel].tma else "")
 
-    def unchosen(self) -> Plan:
-        """Returns this unproven plan with the reason that it has when a chosen plan lists it."""
-        return replace(self, reason=f"not chosen: a mechanism not seen on hardware yet; {self.cost}")
+    def barred(self) -> Plan:
+        """Returns this plan with the reason that it has if its mechanism does not work on the device."""
+        return replace(self, reason=f"not chosen: {self.mechanism} failed its check on this device; {self.cost}")
 
     def __str__(self) -> str:
         precision = f" {self.precision}" if self.precision else ""
@@ -127,14 +125,22 @@ def force(
         raise TypeError(f"tile must be a tconv.Tile, got {tile!r}")
     if precision not in (None, "ieee", BF16X6):
         raise ValueError(f"precision must be 'ieee' or {BF16X6!r}, got {precision!r}")
-    before, _forced = _forced, Forced(kernel, tile, splits, staged, precision)
+    choices = kernel, tile, splits, staged, precision
+    before, _forced = _forced, Forced(*choices) if any(c is not None for c in choices) else None
     try:
         yield
     finally:
         _forced = before
 
 
-def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None = None) -> Plan:
+def choose(
+    problem: ConvProblem,
+    pass_: str,
+    operands: Operands,
+    device: Device,
+    only: str | None = None,
+    precision: str | None = None,
+) -> Plan:
     """Returns the plan for one pass: of all candidates the one with the least predicted time (planning/cost.py).
 
     Args:
@@ -143,6 +149,7 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
         operands: the layout of its operands.
         device: the device to plan for.
         only: the only kernel to consider; None for all kernels that load through pointers.
+        precision: the only precision to consider, as in `Plan.precision`; None for all.
     Raises:
         ValueError: a forced plan (`force`) cannot run, or no tile fits.
     """
@@ -153,25 +160,23 @@ def choose(problem: ConvProblem, pass_: str, operands: Operands, device: Device,
         if unfit:
             raise ValueError(f"forced kernel {request.kernel!r} {unfit}, got {problem}")
     if device.interpreted:
-        return _interpreter_plan(problem, pass_, operands, device, only)
+        return _interpreter_plan(problem, pass_, operands, device, only, precision)
     considered = [FAMILIES[only]] if only else [f for f in families(pass_) if f.considered(problem, pass_)]
     kernels = tuple(family.name for family in considered)
     plans = [
         replace(plan, kernels=kernels)
         for family in considered
-        for precision in _precisions(family, operands, device)
-        for plan in _candidates(family, problem, pass_, operands, device, precision)
+        for cut in (_precisions(family, operands, device) if precision is None else (precision,))
+        for plan in _candidates(family, problem, pass_, operands, device, cut)
     ]
-    asked = _forced is not None and _forced.precision is not None
-    proven = [plan for plan in plans if asked or plan.precision not in UNPROVEN]
-    if not proven:
+    if not plans:
         raise ValueError(f"no tile fits {device.name}: {problem}")
-    plan = _fastest(proven, request)
-    if len(proven) < len(plans):
-        rival = _fastest([plan for plan in plans if plan.precision in UNPROVEN], request)
-        if plan.cost and rival.cost and rival.cost.seconds < plan.cost.seconds:
-            plan = replace(plan, others=(*plan.others, rival.unchosen()))
-    return plan
+    plan = _fastest(plans, request)
+    plain = [other for other in plans if not other.precision]
+    if not plan.precision or not plain or device.works(plan.precision):
+        return plan
+    best = _fastest(plain, request)
+    return replace(best, others=(*best.others, plan.barred()))
 
 
 def _precisions(family: Family, operands: Operands, device: Device) -> tuple[str, ...]:
@@ -263,7 +268,9 @@ def _legal_tiles(
     return (request.tile,)
 
 
-def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None) -> Plan:
+def _interpreter_plan(
+    problem: ConvProblem, pass_: str, operands: Operands, device: Device, only: str | None, precision: str | None
+) -> Plan:
     """Returns the plan for the interpreter: the first tile that is legal, since its time is per operation."""
     request = _request_for(pass_)
     family = FAMILIES[only] if only else next(f for f in families(pass_) if f.interpreted(problem))
@@ -274,7 +281,8 @@ def _interpreter_plan(problem: ConvProblem, pass_: str, operands: Operands, devi
     if not candidates:
         raise ValueError(f"no tile of {family.name} fits: {problem}")
     splits = _all_splits(family, problem, pass_, candidates[0], operands.itemsize, device)[0]
-    (precision,) = _precisions(family, operands, device)
+    if precision is None:
+        (precision,) = _precisions(family, operands, device)
     reason = "forced" if request else INTERPRETED
     return Plan(pass_, family.name, candidates[0], splits, reason, precision=precision)
 

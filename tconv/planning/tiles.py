@@ -58,7 +58,7 @@ class Access:
         itemsize: bytes of an element.
         tensor_cores: True if tensor cores may compute the products in the precision asked for.
         narrow: True if some operand is accessed element by element. Such loads are not pipelined either.
-        flip: for a strip kernel, True if the operand read has no contiguous channels; usually its columns are contiguous.
+        flip: True if x has no contiguous channels; usually its columns are contiguous. For kernels that ask for it.
         large: True if the accesses leave enough registers for the accumulators of the largest tiles.
         precision: BF16X6, or empty for the precision of the data type and torch's flag.
     """

@@ -19,9 +19,9 @@ from tconv.planning.tiles import Access, Tile
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor descriptor
 BOX = 256  # the most elements of a box in one dimension
 # The accelerator writes to shared memory without using registers, which leaves room for more accumulators.
-TMA_16 = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4))
+TMA_16 = (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3))
 # wgrad needs dy's box transposed on its way to the tensor cores, which wgmma does for 16-bit elements only.
-TMA_WGRAD_16 = (*TMA_16, Tile(64, 64, 64, 4, 4))
+TMA_WGRAD_16 = (Tile(128, 256, 64, 8, 3), *TMA_16, Tile(64, 64, 64, 4, 4))
 TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 APART = "boxes need contiguous channels, and address and strides in multiples of 16 bytes"
 
@@ -44,7 +44,7 @@ class _Tma(Gemm):
         return Access(operands.itemsize, operands.tensor_cores)  # boxes are wide, however else the tensors are accessed
 
     def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
-        return 110.0  # one thread issues the loads
+        return 100.0  # one thread issues the loads
 
     def ineligible(self, c: Any, device: Device) -> str | None:
         """Returns why tensors cannot be given to the kernel as boxes, or None."""
@@ -74,6 +74,7 @@ class Tma(_Tma):
 
     name = "tma"
     passes = ("fprop", "dgrad")
+    start = 1.9e-6
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
         return TMA_32 if access.itemsize == 4 else TMA_16
@@ -143,6 +144,7 @@ class TmaWgrad(_Tma):
 
     name = "tma_wgrad"
     passes = ("wgrad",)
+    start = 0.5e-6
     splittable = True
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:

@@ -17,6 +17,7 @@ class Wgrad(Gemm):
 
     name = "wgrad"
     passes = ("wgrad",)
+    start = 2.7e-6
     splittable = True
     cuts = True
     base, copy, one = 110, 14, 4  # it advances pixel digits with carries, and both operands' offsets with them
@@ -25,7 +26,7 @@ class Wgrad(Gemm):
         8: (
             Tile(128, 256, 64, 8, 3),
             Tile(256, 128, 64, 8, 3),
-            Tile(128, 64, 64, 4, 4),
+            Tile(128, 64, 64, 4, 3),
             Tile(64, 128, 64, 4, 4),
             Tile(128, 32, 32, 4, 4),
             Tile(128, 128, 32, 8, 3),
@@ -33,7 +34,7 @@ class Wgrad(Gemm):
             Tile(64, 128, 32, 4, 3),
         ),
         10: (
-            Tile(128, 64, 64, 4, 4),
+            Tile(128, 64, 64, 4, 3),
             Tile(64, 128, 64, 4, 4),
             Tile(64, 32, 16, 8, 2, 255),
         ),

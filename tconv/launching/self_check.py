@@ -1,0 +1,110 @@
+"""Checks on a device that a mechanism gives right results there, before the planner may choose it.
+
+The plain kernels need nothing but loads, stores and tl.dot. TMA and BF16X6 rely on more: tensor descriptors that the driver
+encodes, barriers, the order of pieces. The first time such a plan would be chosen on a device, a small fixed convolution runs
+through it and through plain kernels, all three passes, from results that hold NaN. This takes a few milliseconds, plus
+compiling six small kernels if Triton's cache has none. Agreement is remembered for the process; disagreement bars the
+mechanism with one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tconv.launching.arguments import tensor_cores
+from tconv.launching.compiled import capturing, run
+from tconv.launching.memory_format import addressing
+from tconv.launching.prepare import prepare_pass
+from tconv.planning.device import Device
+from tconv.planning.operands import GatherPass, Pass, WgradPass
+from tconv.planning.problem import forward_problem
+from tconv.planning.tiles import BF16X6
+
+PROBLEM = forward_problem((2, 64, 9, 9), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+TOLERANCE = {"tma": 2**-7, BF16X6: 1e-5}  # of the largest element: two roundings to bf16; fp32 sums in two orders
+_lock = threading.RLock()
+_works: dict[tuple[torch.device, str], bool] = {}
+
+
+def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
+    """Returns True if a mechanism gives right results on a device.
+
+    The answer is remembered, except the False of a call during the capture of a CUDA graph, in which nothing can be checked.
+
+    Args:
+        device: the device.
+        planned: the planner's description of it, without a check.
+        mechanism: "tma" or BF16X6.
+    """
+    key = device, mechanism
+    if key in _works:
+        return _works[key]
+    if capturing(-1 if device.index is None else device.index):
+        return False
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with _lock, here, _disable_current_modes(), torch.no_grad():
+        if key not in _works:
+            try:
+                wrong = max(_errors(device, planned, mechanism)) > TOLERANCE[mechanism]
+                reason = "its results differ from those of plain kernels" if wrong else ""
+            except Exception as e:
+                reason = f"{type(e).__name__}: {e}"
+            if reason:
+                warnings.warn(f"tconv will not use {mechanism} on {device}: {reason}", stacklevel=2)
+            _works[key] = not reason
+    return _works[key]
+
+
+def _errors(device: torch.device, planned: Device, mechanism: str) -> Iterator[float]:
+    """Yields, for each pass, the largest difference between the mechanism and a plain kernel, over the largest element.
+
+    NaN counts as infinite.
+    """
+    dtype = torch.float32 if mechanism == BF16X6 else torch.bfloat16
+    seeded = torch.Generator(device).manual_seed(0)
+    x, w, dy = (
+        torch.randn(PROBLEM.shape(name), generator=seeded, device=device).to(dtype, memory_format=torch.channels_last)
+        for name in "xwy"
+    )
+    for pass_, operands, like in (("fprop", (x, w), dy), ("dgrad", (dy, w), x), ("wgrad", (dy, x), w)):
+        plain = "wgrad" if pass_ == "wgrad" else "gather"
+        kernel = plain if mechanism == BF16X6 else {"gather": "tma", "wgrad": "tma_wgrad"}[plain]
+        got = _result(pass_, operands, like, planned, kernel, BF16X6 if mechanism == BF16X6 else "")
+        expected = _result(pass_, operands, like, planned, plain, "")
+        error = ((got - expected).abs().max() / expected.abs().max()).item()
+        yield error if error == error else float("inf")
+
+
+def _result(
+    pass_: str,
+    operands: tuple[torch.Tensor, torch.Tensor],
+    like: torch.Tensor,
+    planned: Device,
+    kernel: str,
+    precision: str,
+) -> torch.Tensor:
+    """Returns the result of a pass by a kernel in a precision, in memory that held NaN. It has the shape of `like`."""
+    result, fast = torch.full_like(like, float("nan")), tensor_cores(like.dtype)
+    first, second, third = (addressing(t) for t in (*operands, result))
+    c: Pass
+    pointers: tuple[torch.Tensor, ...] = operands
+    if pass_ == "wgrad":
+        c = WgradPass(PROBLEM, second, third, first, fast)
+    else:
+        c, pointers = GatherPass(pass_, PROBLEM, first, second, third, None, fast), (*operands, operands[0])  # no bias is read
+    launch = prepare_pass(c, PROBLEM, result, planned, kernel, precision)
+    if launch.swapped:
+        pointers = pointers[::-1]
+    if launch.total is None:
+        run(launch, (*pointers, result))
+    else:
+        workspace = torch.full((launch.splits * result.numel(),), float("nan"), device=result.device)
+        run(launch, (*pointers, workspace))
+        run(launch.total, (workspace, result))
+    return result

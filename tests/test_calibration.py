@@ -1,0 +1,32 @@
+"""The cost model stays as near to the times of the committed records as it was fitted."""
+
+import dataclasses
+import re
+
+from bench import calibration
+from bench.record import RESULTS
+from tconv.planning.device import DEVICES
+from tconv.planning.families import FAMILIES
+
+WITHOUT_TMA = dataclasses.replace(DEVICES["H200"], check=lambda mechanism: mechanism != "tma")
+
+
+def last_row(pattern):
+    found = [t for t in calibration.timed(sorted(RESULTS.glob("nvidia-h200-*"))) if t.plan.re is pattern]
+    plain = [t for t in found if not FAMILIES[t.plan["kernel"]].tma]
+    cells = calibration.compare(plain, calibration.Model(WITHOUT_TMA))[-1].split("|")
+    return [cell.strip() for cell in cells[1:-1]]
+
+
+def test_predictions_of_the_planners_choices_are_near_what_was_measured():
+    _, _, plans, ratio, *_ = last_row(calibration.RACED)
+    mean, spread = map(float, re.fullmatch(r"(\S+) x/ (\S+)", ratio).groups())
+    assert int(plans) > 150
+    assert 0.85 < mean < 1.2
+    assert spread < 1.4
+
+
+def test_the_planner_chooses_nearly_the_fastest_of_the_plans_that_were_timed():
+    _, _, _, _, regret, cells, unknown = last_row(calibration.SWEPT)
+    assert int(cells) - int(unknown) > 35
+    assert 1 <= float(regret) < 1.06

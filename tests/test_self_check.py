@@ -1,0 +1,121 @@
+"""A mechanism that no plain kernel needs is checked on the device itself before the planner may choose it."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import tconv
+from tconv.explain import Explanation
+from tconv.launching import self_check
+from tconv.launching.compiled import run
+from tconv.launching.memory_format import shaped
+from tconv.launching.prepare import prepare_gather, prepare_wgrad
+from tconv.launching.variants import float32_precision
+from tconv.planning.device import DEVICES, INTERPRETER
+from tconv.planning.problem import forward_problem
+from tconv.planning.tiles import BF16X6
+
+CPU = torch.device("cpu")
+DENSE = forward_problem((32, 256, 14, 14), (256, 256, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+MECHANISMS = ("tma", BF16X6)
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch, device):
+    if device != "cpu":
+        pytest.skip("on a GPU tests/test_gpu.py checks it")
+    monkeypatch.setattr(self_check, "_works", {})
+
+
+def check(mechanism):
+    return self_check.works_on(CPU, INTERPRETER, mechanism)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_what_is_right_works_and_is_asked_once(mechanism, monkeypatch):
+    state = torch.random.get_rng_state()
+    with tconv.recording() as calls:
+        assert check(mechanism)
+    assert calls == []
+    assert torch.equal(torch.random.get_rng_state(), state)
+    monkeypatch.setattr(self_check, "run", None)
+    assert check(mechanism)
+
+
+@pytest.mark.parametrize("wrong", ["zero", "one element", "unwritten"])
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_what_is_wrong_is_barred_with_one_warning(mechanism, pass_, wrong, monkeypatch):
+    def broken(launch, pointers):
+        plan = launch.call.plan
+        ours = plan.pass_ == pass_ and plan.mechanism == mechanism
+        if not ours or wrong != "unwritten":
+            run(launch, pointers)
+        if ours and wrong == "zero":
+            pointers[-1].zero_()
+        elif ours and wrong == "one element":
+            pointers[-1][1, 2, 1, 1] += 1
+
+    monkeypatch.setattr(self_check, "run", broken)
+    with pytest.warns(UserWarning, match=f"will not use {mechanism} on cpu: its results differ"):
+        assert not check(mechanism)
+    assert not check(mechanism)  # without another warning, which would be an error
+
+
+def test_what_fails_is_barred(monkeypatch):
+    def fails(launch, pointers):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(self_check, "run", fails)
+    with pytest.warns(UserWarning, match="will not use tma on cpu: RuntimeError: no such instruction"):
+        assert not check("tma")
+
+
+def test_nothing_is_checked_nor_remembered_in_a_capture(monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(self_check, "capturing", lambda device: True)
+        assert not check("tma")
+    assert check("tma")
+
+
+def launches(device, dtype):
+    x, w, y = (shaped(DENSE.shape(which), True, dtype) for which in "xwy")
+    return (
+        prepare_gather("fprop", DENSE, x, w, None, y, device),
+        prepare_gather("dgrad", DENSE, y, w, None, x, device),
+        prepare_wgrad(DENSE, y, x, w, device),
+    )
+
+
+def asked(answers, name):
+    answers.append(name)
+    return False
+
+
+@pytest.mark.parametrize(("dtype", "mechanism"), [(torch.bfloat16, "tma"), (torch.float32, BF16X6)])
+def test_plans_use_what_works_and_list_what_does_not(dtype, mechanism):
+    names = []
+    barring = dataclasses.replace(DEVICES["H200"], check=functools.partial(asked, names))
+    with float32_precision(False):
+        chosen, barred = launches(DEVICES["H200"], dtype), launches(barring, dtype)
+    used = [launch.call.plan for launch in chosen]
+    assert any(plan.mechanism == mechanism for plan in used)
+    assert set(names) == {mechanism}
+    for plan, launch in zip(used, barred, strict=True):
+        other = launch.call.plan
+        assert other.mechanism == ""
+        if plan.mechanism:
+            (listed,) = (p for p in other.others if p.mechanism)
+            assert listed.reason.startswith(f"not chosen: {mechanism} failed its check on this device; predicted")
+            assert listed.cost.seconds < other.cost.seconds
+            assert f"    {listed}" in str(Explanation((launch.call,)))
+
+
+def test_plain_kernels_ask_nothing():
+    def never(name):
+        raise AssertionError(name)
+
+    unasked = dataclasses.replace(DEVICES["A100"], check=never)
+    assert all(launch.call.plan.mechanism == "" for launch in launches(unasked, torch.bfloat16))

@@ -296,7 +296,7 @@ def test_bad_input_to_precompile():
     assert out[3] == "TypeError precompile: model must be a module or a function, got the class Conv1d: make a module of it"
     assert out[4] == "ValueError precompile: jobs must be a positive int or None, got 0"
     assert out[5] == "ValueError precompile: jobs must be a positive int or None, got 1.5"
-    assert out[6].startswith("RuntimeError precompile: the model does not run on meta tensors: RuntimeError: ")
+    assert out[6].startswith("RuntimeError the model does not run on meta tensors: RuntimeError: ")
     assert out[7:] == [
         "0 kernels compiled, 0 already there",
         "0 kernels compiled, 0 already there, 1 calls that fall back to torch",

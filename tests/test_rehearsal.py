@@ -73,7 +73,7 @@ def picture(value: Any, seen: dict[int, Any]) -> Any:
         inside = value.get_state().tolist()
     elif isinstance(value, dict):
         inside = [(picture(k, seen), picture(v, seen)) for k, v in value.items()]
-    elif isinstance(value, (list, tuple, set, collections.deque)):
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         inside = [picture(v, seen) for v in value]
     elif isinstance(value, types.MethodType):
         return "method", picture(value.__self__, seen)
@@ -555,6 +555,9 @@ CONTAINERS = {
     "object": lambda x: types.SimpleNamespace(x=x),
     "packed sequence": lambda x: nn.utils.rnn.PackedSequence(x, torch.tensor([2])),
     "deque": lambda x: collections.deque([x]),
+    "set": lambda x: {x},
+    "frozen set": lambda x: [frozenset((x, None))],
+    "keys": lambda x: {(x, 1): None},
 }
 
 
@@ -566,8 +569,8 @@ def find(value):
         return None
     if isinstance(value, Slots):
         return value.x
-    inside = value.values() if isinstance(value, (dict, collections.UserDict)) else value
-    listed = dict, collections.UserDict, list, collections.UserList, tuple, collections.deque
+    inside = [*value.keys(), *value.values()] if isinstance(value, (dict, collections.UserDict)) else value
+    listed = dict, collections.UserDict, list, collections.UserList, tuple, collections.deque, set, frozenset
     inside = inside if isinstance(value, listed) else vars(value).values()
     return next((t for v in inside if (t := find(v)) is not None), None)
 
@@ -578,7 +581,7 @@ class Containers(nn.Module):
         self.conv, self.make = tconv.Conv2d(4, 6, 3), make
 
     def forward(self, value):
-        return self.make(self.conv(find(value)))
+        return self.make(self.conv(find(value).mul_(2)))  # a write that must not reach the caller's tensor
 
 
 @both

@@ -57,14 +57,14 @@ def rehearse(
     inputs = [list(args), dict(kwargs)]
     found = reach((inputs, Place.INPUT), (model, Place.MODEL))
     meta = device is not None and not _on_gpu(found)
-    asking = StandIns(meta, found, ask=True)
+    differentiable = StandIns(meta, found, inputs_require_grad=True)
     try:
-        return _attempt(model, inputs, found, asking, device, backward)
+        return _attempt(model, inputs, found, differentiable, device, backward)
     except Exception:
-        if not asking.asked:
+        if not differentiable.added_grad:
             raise
     # The model may raise because inputs require gradients which the caller's do not, for example if it calls `.numpy()`.
-    return _attempt(model, inputs, found, StandIns(meta, found, ask=False), device, backward)
+    return _attempt(model, inputs, found, StandIns(meta, found, inputs_require_grad=False), device, backward)
 
 
 def _attempt(
@@ -85,7 +85,7 @@ def _attempt(
         except Exception as e:
             if not stand_ins.meta:
                 raise
-            raise RuntimeError(f"precompile: the model does not run on meta tensors: {type(e).__name__}: {e}") from e
+            raise RuntimeError(f"the model does not run on meta tensors: {type(e).__name__}: {e}") from e
     return calls
 
 
@@ -105,14 +105,14 @@ class StandIns:
     Args:
         meta: whether to create meta tensors.
         found: has all tensors to replace.
-        ask: whether floating-point and complex inputs require gradients even if the caller's do not.
+        inputs_require_grad: whether floating-point and complex inputs require gradients even if the caller's do not.
 
     Attributes:
-        asked: True if the stand-in of an input requires a gradient that the input itself does not.
+        added_grad: True if the stand-in of an input requires a gradient that the input itself does not.
     """
 
-    def __init__(self, meta: bool, found: Reached, ask: bool) -> None:
-        self.meta, self.ask, self.asked = meta, ask, False
+    def __init__(self, meta: bool, found: Reached, inputs_require_grad: bool) -> None:
+        self.meta, self.inputs_require_grad, self.added_grad = meta, inputs_require_grad, False
         parameters = [t for t, _ in found.tensors if isinstance(t, torch.nn.Parameter) and not is_lazy(t)]
         self.shared = sum(p.nbytes for p in parameters) > COPIED
 
@@ -122,26 +122,26 @@ class StandIns:
         parameter = isinstance(t, torch.nn.Parameter)
         if place is Place.ELSEWHERE and not parameter and not self.meta:
             return t
-        made_to_ask = (
-            self.ask
+        added = (
+            self.inputs_require_grad
             and place is Place.INPUT
             and not (parameter or t.requires_grad)
             and (t.is_floating_point() or t.is_complex())
         )
-        self.asked |= made_to_ask
-        asks = made_to_ask or t.requires_grad
+        self.added_grad |= added
+        requires_grad = added or t.requires_grad
         if self.meta:
             # Models read the values of scalars, such as BatchNorm's number of batches.
-            new = _meta(t) if t.dim() or asks or t.is_meta else t.detach().to("cpu", copy=True)
+            new = _meta(t) if t.dim() or requires_grad or t.is_meta else t.detach().to("cpu", copy=True)
         elif parameter and self.shared and not t.is_inference():
             new = t.detach()
         else:
             new = _copy(t)
         if parameter:
-            new = torch.nn.Parameter(new, requires_grad=asks)
-        elif made_to_ask and _plain(new):
+            new = torch.nn.Parameter(new, requires_grad=requires_grad)
+        elif added and _plain(new):
             new = _written(new)
-        elif asks:
+        elif requires_grad:
             new.requires_grad_()
         for name, value in vars(t).items():
             new.__dict__.setdefault(name, value)

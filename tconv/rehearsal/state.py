@@ -99,8 +99,8 @@ def reach(*roots: tuple[Any, Place], within_modules: bool = True) -> Reached:
                 found.generators.append(value)
             elif isinstance(value, torch.jit.ScriptModule):
                 found.scripted.append(value)
-            elif isinstance(value, tuple):
-                stack += [(v, place) for v in reversed(value)]
+            elif isinstance(value, (tuple, frozenset)):
+                stack += [(v, place) for v in reversed([*value])]
             else:
                 if isinstance(value, RUNNING) and not within_modules:
                     continue
@@ -110,7 +110,7 @@ def reach(*roots: tuple[Any, Place], within_modules: bool = True) -> Reached:
                 for holder in reversed(holders):
                     items = holder.read()
                     found.holders.append((holder, items, inside))
-                    stack += [(v, inside) for _, v in reversed(items)]
+                    stack += [(v, inside) for item in reversed(items) for v in reversed(item)]  # keys may be tensors too
     return found
 
 
@@ -185,7 +185,7 @@ def _sequence(values: list[Any] | deque[Any]) -> Holder:
 def _set(values: set[Any]) -> Holder:
     def write(items: Items) -> None:
         set.clear(values)
-        set.update(values, [k for k, _ in items])
+        set.update(values, [v for _, v in items])
 
     return Holder(lambda: [(v, v) for v in set.__iter__(values)], write)
 
@@ -288,7 +288,7 @@ def exchanged(found: Reached, of: Callable[[torch.Tensor, Place], torch.Tensor])
             after.callback(generator.set_state, state)
         for holder, items, _ in found.holders:
             after.callback(_set_back, holder, items)
-            new = [(k, _with(v, stand_ins)) for k, v in items]
+            new = [(_with(k, stand_ins), _with(v, stand_ins)) for k, v in items]
             if not _same(new, items):
                 holder.write(new)
         yield
@@ -310,15 +310,16 @@ def _collects(t: torch.Tensor) -> bool:
 
 
 def _with(value: Any, stand_ins: dict[int, torch.Tensor]) -> Any:
-    """Returns a tensor's stand-in, or a tuple with its elements' stand-ins; anything else unchanged."""
+    """Returns a tensor's stand-in, or a tuple or frozenset with its elements' stand-ins; anything else unchanged."""
     if isinstance(value, torch.Tensor):
         return stand_ins.get(id(value), value)
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, frozenset)):
         new = [_with(v, stand_ins) for v in value]
         if any(a is not b for a, b in zip(new, value, strict=True)):
             if hasattr(type(value), "n_sequence_fields"):  # one of torch.return_types
                 return type(value)(new)
-            return tuple.__new__(type(value), new)  # works for named tuples with any constructor
+            base: Any = tuple if isinstance(value, tuple) else frozenset
+            return base.__new__(type(value), new)  # works for subclasses with any constructor, such as named tuples
     return value
 
 

@@ -286,7 +286,7 @@ def _local(t: Any, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:
     """
     if not isinstance(t, DTensor):
         if all(p == Replicate() for p in placements):
-            return t  # type: ignore[no-any-return]  # a list of floats
+            return t  # type: ignore[no-any-return]  # `t` is Any
         t = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if t.device_mesh != mesh:
         raise ValueError(f"a tensor is on {t.device_mesh}, the input on {mesh}")

@@ -62,4 +62,4 @@ def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) 
     if layer is None and not args and not kwargs:
         return Explanation(last_calls())
     check_callable("explain", "layer", layer)
-    return Explanation(tuple(rehearse(layer, args, kwargs)))  # type: ignore[arg-type]  # torch's stubs want lists of int
+    return Explanation(tuple(rehearse(layer, args, kwargs)))  # type: ignore[arg-type]  # check_callable has refused None

@@ -122,7 +122,7 @@ def _forward(name: str) -> Any:
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         weight, bias = _parameters(self, input)
-        return self._conv_forward(input, weight, bias)  # type: ignore[no-any-return]  # a list of floats
+        return self._conv_forward(input, weight, bias)  # type: ignore[no-any-return]  # `self` is Any
 
     forward.__qualname__ = f"{name}.forward"
     return forward

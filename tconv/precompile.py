@@ -81,7 +81,7 @@ def precompile(
         target: architecture or GPU to compile for, for example "sm_90" or "H200"; this machine need not have one. None: the
             current GPU. The kernels are then also loaded, so that a CUDA graph can be captured without a call before it.
         backward: whether to include the backward pass, with gradients of all inputs.
-        jobs: number of worker processes, at most one per kernel. None: one per core.
+        jobs: number of worker processes, at most one per kernel. None: one per core that this process may use.
         progress: whether to show a progress bar (tqdm). None: only in a terminal.
     Returns:
         How many kernels were compiled, were already in the cache, or failed. In Triton's interpreter, kernels are compiled
@@ -137,8 +137,13 @@ def compile_launches(
         Per kernel: its task, one of its launches, and COMPILED, FOUND or an error in one line.
     """
     tasks = {pickle.dumps((t.kernel, t.arguments, t.constants)): (t, x) for x in launches for t in [_task(x, gpu.backend)]}
-    answers = _compile([task for task, _ in tasks.values()], gpu, jobs or os.cpu_count() or 1, progress)
+    answers = _compile([task for task, _ in tasks.values()], gpu, jobs or _cores(), progress)
     return [(task, launch, answer) for (task, launch), answer in zip(tasks.values(), answers, strict=True)]
+
+
+def _cores() -> int:
+    """Returns the number of cores that this process may use: a container or taskset may grant fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _loaded(launch: Any) -> str:
@@ -148,12 +153,11 @@ def _loaded(launch: Any) -> str:
     try:
         load(launch, torch.cuda.current_device())
     except Exception as e:  # too much shared memory, out of memory; continue with the other kernels
-        return _said(e)
+        return _in_one_line(e)
     return ""
 
 
-def _said(error: Exception) -> str:
-    """Returns an error in one line."""
+def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
@@ -205,7 +209,18 @@ def _task(launch: Any, backend: str) -> Task:
 # --- worker processes ---
 
 COMPILED, FOUND = "compiled", "found"
-WORKER = "from tconv.precompile import _work; _work()"
+# What a worker runs. `-c` puts the current directory first on sys.path, where a file of the user's may have a library's name.
+# (Python 3.11 has the option -P against that.) Answers get a file descriptor of their own, and whatever writes to stdout, in
+# Python or C, reaches stderr.
+WORKER = """
+import os, sys
+if sys.path[0] == "":
+    del sys.path[0]
+answers = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
+from tconv.precompile import _work
+_work(answers)
+"""
 
 
 class _Worker:
@@ -230,7 +245,8 @@ class _Worker:
         try:
             self._send(task)
             return str(pickle.load(self.process.stdout))
-        except (OSError, EOFError, pickle.UnpicklingError):
+        except Exception:  # the process has died, or has sent what is no answer: pickle then raises errors of many types
+            self.process.kill()
             return f"the process that compiled it died, with status {self.process.wait()}"
 
     def close(self) -> None:
@@ -288,9 +304,8 @@ class _Target:
         return 0
 
 
-def _work() -> None:
-    """The loop of a worker process."""
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # stdout is for answers only
+def _work(answers: Any) -> None:
+    """The loop of a worker process, which writes to the file `answers`."""
     from triton import knobs
     from triton.runtime import driver
 
@@ -308,6 +323,6 @@ def _work() -> None:
             kernel.warmup(*task.arguments, grid=(1,), **task.constants)
             answer = FOUND if all(hits) else COMPILED
         except Exception as e:  # continue with the other kernels
-            answer = _said(e)
+            answer = _in_one_line(e)
         pickle.dump(answer, answers)
         answers.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import tconv
+from tconv.launching import record
 from tests import parity
 
 ROOT = pathlib.Path(tconv.__file__).parents[1]
@@ -245,6 +247,25 @@ def test_recordings_nest_and_end(device):
         tconv.functional.conv1d(x, w)
     tconv.functional.conv1d(x, w)
     assert (len(outer), len(inner)) == (3, 1)
+
+
+def test_recordings_that_end_elsewhere_hide_no_call():
+    """A list that shrinks while another thread goes through it would skip one."""
+
+    class Ending(list):
+        def append(self, call):
+            super().append(call)
+            stack.close()  # another thread's recording ends here
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tconv.recording())
+        first, last = Ending(), []
+        record._watchers += [first, last]
+        try:
+            record.record_call(record.Call("", None, None, ""))
+        finally:
+            record._watchers[:] = []
+    assert (len(first), len(last)) == (1, 1)
 
 
 # --- what falls back to torch, and why ---

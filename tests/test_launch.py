@@ -21,6 +21,7 @@ from tests import parity
 from tests.test_explain import BLOCKED
 
 ROOT = pathlib.Path(tconv.__file__).parents[1]
+precompile = sys.modules["tconv.precompile"]  # tconv.precompile is the function
 
 
 OWN_CACHE = ("precompiled", "boxes", "nested", "not_loaded")  # of what is compiled
@@ -334,6 +335,62 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_others_go_on(tmp_path):
     assert failed[1].startswith("precompile: fprop ")
     assert failed[1].endswith("the process that compiled it died, with status 3")
     assert failed[2].startswith("precompile: wgrad ")
+
+
+def test_a_worker_may_write_to_stdout(tmp_path):
+    out = script(
+        """
+        import sys
+
+        precompile = sys.modules["tconv.precompile"]
+        kernel = precompile.Task("noisy", ("tests.noisy", "kernel"), (), {})
+        gone = precompile.Task("gone", ("tests.dying", "kernel"), (), {})
+        from triton.backends.compiler import GPUTarget
+        print(precompile._compile([kernel, gone], GPUTarget("cuda", 90, 32), 1, False))
+        """,
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    assert "module 'tests.noisy' has no attribute 'kernel'" in out
+    assert "the process that compiled it died, with status 3" in out
+
+
+@pytest.mark.parametrize("sent", ["written by C", ".", "cos\nnothing\n.", ""])
+def test_a_worker_that_sends_no_answer_is_ended(sent):
+    """One that lives on would be waited for for ever."""
+    worker = precompile._Worker.__new__(precompile._Worker)
+    code = f"import sys, time; sys.stdout.write({sent!r} + '\\n'); sys.stdout.flush(); time.sleep(600 if {sent!r} else 0)"
+    worker.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert "died, with status" in worker(precompile.Task("", ("", ""), (), {}))
+    assert worker.process.poll() is not None
+    worker.close()
+
+
+def test_a_workers_modules_are_not_the_current_directorys(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "queue.py").write_text("raise SystemExit('the current directory was searched')")
+    path = tmp_path / "script.py"
+    path.write_text(
+        textwrap.dedent(
+            f"""
+            import os, torch, tconv
+            os.chdir({str(elsewhere)!r})
+            layer = tconv.Conv1d(4, 8, 3, bias=False)
+            print(tconv.precompile(layer, torch.empty(2, 4, 16), target="sm_90", backward=False, progress=False))
+            """
+        )
+    )
+    out = outside(str(path), PYTHONPATH=str(ROOT), TRITON_CACHE_DIR=str(tmp_path))
+    assert out.splitlines() == ["1 kernels compiled, 0 already there"]
+
+
+def test_as_many_workers_as_this_process_may_have(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5}, raising=False)
+    jobs = []
+    monkeypatch.setattr(precompile, "_compile", lambda tasks, gpu, jobs_, progress: jobs.append(jobs_) or [])
+    precompile.compile_launches([], None)
+    assert jobs == [2]
 
 
 def test_workers_do_not_run_the_users_script_again(tmp_path):

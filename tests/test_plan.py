@@ -260,6 +260,16 @@ def test_nothing_is_kept_without_bound(device, monkeypatch):
         assert len(launch._prepared) <= 3
 
 
+def test_a_full_cache_can_change_an_entry(monkeypatch):
+    from tconv.launching import cache
+
+    monkeypatch.setattr(cache, "REMEMBERED", 2)
+    kept = cache.BoundedCache()
+    kept["a"], kept["b"] = 1, 2
+    kept["b"] = 3
+    assert kept == {"a": 1, "b": 3}
+
+
 def test_equal_keys_of_other_types_are_not_confused(device):
     """1 == 1.0 == True, but torch takes only the first as a stride."""
     x, w = torch.randn(1, 2, 5, device=device), torch.randn(2, 2, 3, device=device)

@@ -492,6 +492,34 @@ def test_a_compiled_model_is_not_compiled_for_it(device):
     assert graphs == []
 
 
+def test_threads_that_rehearse_at_once_collect_their_own_launches(device):
+    x, both_in = torch.randn(2, 4, 6, 7, device=device), threading.Barrier(2, timeout=60)
+
+    class Meeting(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.conv = tconv.Conv2d(4, channels, 3, device=device)
+
+        def forward(self, x):
+            both_in.wait()
+            y = self.conv(x)
+            both_in.wait()
+            return y
+
+    found = {}
+
+    def work(channels):
+        launches, _ = rehearse(Meeting(channels), (x,), {}, DEVICES["H100"], False)
+        found[channels] = {launch.call.problem.K for launch in launches}
+
+    threads = [threading.Thread(target=work, args=(channels,)) for channels in (6, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {6: {6}, 8: {8}}
+
+
 # --- inputs and results in containers and objects ---
 
 

@@ -400,6 +400,29 @@ def test_a_kernel_that_fails_is_not_tried_again_and_again(device, monkeypatch):
     assert launches.count("dgrad") == 1
 
 
+def test_a_backward_that_another_thread_forgets_meanwhile(device):
+    class Raced(autograd.ForwardState):
+        """What is prepared is there when it is looked at first, and gone from then on."""
+
+        @property
+        def again(self):
+            return self.prepared_backward.pop() if self.prepared_backward else None
+
+        @again.setter
+        def again(self, prepared):
+            self.prepared_backward = [] if prepared is None else [prepared]
+
+    layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
+    entry.fast_paths.clear()
+    for _ in range(3):
+        right = trained(layer, x, grad)
+    (seen,) = entry.fast_paths.values()
+    raced = Raced(False, seen.how.g, seen.how.prepared)
+    raced.again, seen.how = seen.how.again, raced
+    for got, g in zip(trained(layer, x, grad), right, strict=True):
+        assert torch.equal(got, g)
+
+
 def test_layouts_that_keep_changing_are_not_kept_for_ever(device):
     """A new layout costs what comparing costs, a few times only."""
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)

@@ -128,10 +128,11 @@ class _Convolve(torch.autograd.Function):
         how, needs = ctx.how, operators.wanted(ctx, ctx.needs_input_grad[:3])
         # Compiled autograd also traces the backward of an eager forward.
         traced, repeatable = is_dynamo_compiling(), how.left > 0
-        if not traced and how.again is not None:
+        again = how.again  # read once: another thread's backward pass may replace it
+        if not traced and again is not None:
             found = None
             try:
-                found = how.again(dy, x, w, needs)
+                found = again(dy, x, w, needs)
             except TransientFallback:
                 repeatable = False  # prepare nothing new; the prepared backward stays
             except Fallback:  # permanent: on every call, kernels that do launch would run here and again below

@@ -6,9 +6,9 @@ Launch configs are prepared once per kind of call (launching/prepare.py) and cac
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,8 +30,8 @@ from tconv.planning.problem import Geometry
 Backward = tuple[Prepared | None, Prepared | None, Prepared | None]  # launches for the gradients of x, w and bias
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 _prepared: BoundedCache[Any, Prepared] = BoundedCache()
-_collections: list[list[Prepared]] = []
-_lock = threading.Lock()
+# The lists of the `collecting()` blocks that this thread is in. Per context, like DRY: other threads rehearse other models.
+_collections: contextvars.ContextVar[tuple[list[Prepared], ...]] = contextvars.ContextVar("tconv_collections", default=())
 
 
 def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
@@ -217,18 +217,16 @@ def to_channels_last(copy: Prepared, t: torch.Tensor) -> torch.Tensor:
 
 
 def _collect(launch: Prepared) -> None:
-    for launches in _collections:
+    for launches in _collections.get():
         launches += [part for part in (*launch.copies, launch, launch.total) if part]
 
 
 @contextlib.contextmanager
 def collecting() -> Iterator[list[Prepared]]:
-    """Yields a list that fills with the launches that dry calls in the process would make while the block runs."""
+    """Yields a list that fills with the launches that this thread's dry calls in the block would make."""
     launches: list[Prepared] = []
-    with _lock:
-        _collections.append(launches)
+    token = _collections.set((*_collections.get(), launches))
     try:
         yield launches
     finally:
-        with _lock:
-            _collections[:] = [c for c in _collections if c is not launches]
+        _collections.reset(token)

@@ -63,7 +63,7 @@ def record_call(call: Call) -> None:
     if watchers is None:
         watchers = _watchers
         LAST.append(call)
-    for calls in watchers:
+    for calls in tuple(watchers):  # a copy: other threads begin and end recordings meanwhile
         calls.append(call)
 
 

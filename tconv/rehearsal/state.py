@@ -212,7 +212,7 @@ def _partial(p: functools.partial[Any]) -> Holder:
 
     def write(items: Items) -> None:
         (_, function), (_, args), _ = items
-        p.__setstate__((function, args, p.keywords, vars(p)))  # type: ignore[attr-defined]  # not in torch's stubs
+        p.__setstate__((function, args, p.keywords, vars(p)))  # type: ignore[attr-defined]  # typeshed leaves it out
 
     return Holder(lambda: [(0, p.func), (1, p.args), (2, p.keywords)], write)
 

@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from tconv.dispatch.context import PLAIN
 from tconv.dispatch.entry import convolve
 
-ZERO = (0,)  # per dimension
+ZERO = {1: (0,), 2: (0, 0), 3: (0, 0, 0)}  # the padding of an input that is padded already, by rank, as torch.nn gives it
 # Torch's own methods are called through these classes, not by `super()`. A tool that wraps `forward` may keep a bound method
 # of ours after `restore_` has changed the layer's class back, and `super()` would then raise.
 TORCHS = (
@@ -66,13 +66,15 @@ class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
     """Base of Conv1d, Conv2d and Conv3d."""
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = None
-        if isinstance(self, _Forward):  # False if a tool kept this bound method past `restore_`
-            x, padding = input, self.padding
-            if self.padding_mode != "zeros":
-                x, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO
-            y = convolve(False, self._tconv_rank, x, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
-        return _torchs(self)._conv_forward(self, input, weight, bias) if y is None else y  # type: ignore[no-any-return]
+        if not isinstance(self, _Forward):  # a tool kept this bound method past `restore_`
+            return _torchs(self)._conv_forward(self, input, weight, bias)  # type: ignore[no-any-return]
+        rank, padding = self._tconv_rank, self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO[rank]
+        y = convolve(False, rank, input, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
+        if y is None:  # what torch's `_conv_forward` calls, which would pad once more
+            y = getattr(F, f"conv{rank}d")(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return y
 
 
 class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tconv
 from tconv import functional as TF
+from tconv.launching import launch
 from tests import cases, oracle
 
 TINY = [
@@ -264,6 +265,23 @@ def test_a_zero_tensor_gradient(xwb):
         return torch.autograd.grad(y, (x, w, b), torch._efficientzerotensor(y.shape, device=y.device))
 
     assert_same(both(f, *xwb))
+
+
+def test_a_gradient_as_a_weight_is_addressed_like_one(device, monkeypatch):
+    """In the backward of wgrad, the gradient of dw is the weight; kernels address weights in 32 bits."""
+    x, w = (torch.randn(s, device=device, requires_grad=True) for s in ((2, 3, 6, 6), (4, 3, 3, 3)))
+    dy = torch.randn(2, 4, 4, 4, device=device, requires_grad=True)
+    gw = torch.randn(4, 3, 9, 9, device=device)[:, :, ::4, ::4]  # it reaches farther than w
+    results = []
+    for limit in (launch.LIMIT, 4 * 3 * 9):
+        monkeypatch.setattr(launch, "LIMIT", limit)
+        monkeypatch.setattr(launch, "_prepared", {})
+        (dw,) = torch.autograd.grad(TF.conv2d(x, w), w, dy, create_graph=True)
+        with tconv.recording() as calls:
+            results.append(torch.autograd.grad(dw, (dy, x), gw))
+        assert [c.ours for c in calls] == [limit > 4 * 3 * 9] * 2
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right)
 
 
 ASKED = {

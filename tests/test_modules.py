@@ -153,6 +153,16 @@ def test_layers_are_torchs(row, device):
     assert sorted(call.operation for call in calls) == sorted(passes(row.name, torchs.bias is not None))
 
 
+@pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d"])
+def test_a_call_that_falls_back_is_padded_once(name, device, monkeypatch):
+    ours, torchs = parity.twins(name, 4, 6, 3, padding=1, padding_mode="circular", dtype=torch.complex64)
+    x = torch.randn(2, 4, *(5,) * parity.rank(name), dtype=torch.complex64)
+    padded, pad = [], torch.nn.functional.pad
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda *args, **more: padded.append(1) or pad(*args, **more))
+    assert torch.equal(ours(x), torchs(x))
+    assert len(padded) == 2  # one of each layer
+
+
 @pytest.mark.parametrize("name", parity.LAZY)
 def test_lazy_layers_become_ours(name, device):
     ours, torchs = layers(name, device=device)

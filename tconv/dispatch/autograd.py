@@ -20,9 +20,7 @@ from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.window import window
 from tconv.launching import launch
 from tconv.launching.arguments import Prepared
-from tconv.launching.memory_format import reach
 from tconv.launching.record import Call, Fallback, TransientFallback, record_call
-from tconv.planning.addressing import LIMIT
 from tconv.planning.plan import forced
 from tconv.planning.problem import Geometry
 
@@ -164,11 +162,8 @@ class _Wgrad(torch.autograd.Function):
             return None, None, None
         if type(gw) not in PLAIN:
             gw = plain(gw)
-        g = ctx.geometry
-        if reach(gw) > LIMIT:  # gw is used as a weight here, and weights are addressed in 32 bits
-            gw = gw.contiguous()
         need_y, need_x = operators.wanted(ctx, ctx.needs_input_grad[:2])
-        return operators.gradients(_operations(g, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
+        return operators.gradients(_operations(ctx.geometry, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
 
 
 class _BiasGrad(torch.autograd.Function):

@@ -19,11 +19,12 @@ from tconv.launching import profiling
 from tconv.launching.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import fail, require_launchable, run
-from tconv.launching.memory_format import shaped
+from tconv.launching.memory_format import reach, shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
-from tconv.launching.record import record_call
+from tconv.launching.record import Fallback, record_call
 from tconv.launching.self_check import works_on
 from tconv.planning import plan as planning
+from tconv.planning.addressing import LIMIT
 from tconv.planning.device import INTERPRETER, Device, cuda_device
 from tconv.planning.problem import Geometry
 
@@ -44,6 +45,8 @@ def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor,
 
 
 def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
+    if reach(w) > LIMIT:  # kernels address weights in 32 bits
+        raise Fallback("a weight that 32 bits cannot address")
     y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
     return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x))
 

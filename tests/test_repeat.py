@@ -191,7 +191,8 @@ def test_a_change_is_noticed(name, device, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(entry, "fast_paths", Forgetful())
         expected, record = observed(CHANGES[name], cold, x)
-    warm(x)
+    for _ in range(2):
+        warm(x)
     got, again = observed(CHANGES[name], warm, x)
     assert again == record
     if isinstance(expected, torch.Tensor):
@@ -208,14 +209,16 @@ def test_the_flag_for_tf32_is_noticed(device):
     entry.fast_paths.clear()
     for tf32 in (True, False, True):
         with variants.float32_precision(tf32):
-            layer(x)
+            for _ in range(2):
+                layer(x)
             (seen,) = entry.fast_paths.values()
             assert seen.precision == ("tf32" if tf32 else "ieee")
 
 
 def test_explaining_a_repeated_call_launches_nothing(device, monkeypatch):
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
-    layer(x)
+    for _ in range(2):
+        layer(x)
     parity.forbid_launches(monkeypatch, pytest.fail.Exception("a kernel was launched"))
     assert tconv.explain(layer, x).ours
     with tconv.recording() as calls, dry_run():  # with the layer's own Parameters, of which explain has copies
@@ -226,7 +229,8 @@ def test_explaining_a_repeated_call_launches_nothing(device, monkeypatch):
 @pytest.mark.parametrize("off", ["input", "weight"])
 def test_an_address_that_is_no_longer_aligned_is_noticed(off, device, monkeypatch):
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device)
-    layer(x)
+    for _ in range(2):
+        layer(x)
     if off == "input":
         x = misaligned(x)
     else:
@@ -241,7 +245,8 @@ def test_an_address_that_is_no_longer_aligned_is_noticed(off, device, monkeypatc
 def test_a_repeated_call_takes_the_short_way(name, bias, device, monkeypatch):
     layer = getattr(tconv, name)(2, 2, 3, bias=bias, device=device)
     x = torch.randn(1, 2, *(5,) * parity.rank(name), device=device)
-    first = layer(x)
+    for _ in range(2):
+        first = layer(x)
     monkeypatch.delattr(entry, "_convolve")
     with tconv.recording() as calls:
         second = layer(x.clone())
@@ -262,6 +267,33 @@ def test_a_subclass_may_compute_its_weight(device):
     plain = tconv.Conv2d(2, 2, 3, bias=False, device=device)
     layer.load_state_dict(plain.state_dict())  # its own were never initialised, but twice what they were
     torch.testing.assert_close(layer(x), 2 * plain(x))
+
+
+CALLS = {
+    "equal tuples": lambda x, w, b, i: tconv.functional.conv2d(x, w, b, stride=tuple([1, 1]), padding=tuple([0, 0])),  # noqa: C409
+    "with and without a gradient of the input": lambda x, w, b, i: tconv.functional.conv2d(x.requires_grad_(i % 2 == 1), w, b),
+    "frozen and not": lambda x, w, b, i: tconv.functional.conv2d(x, w.requires_grad_(i % 2 == 1), b),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_in_turn_are_all_repeated(name, device, monkeypatch):
+    w, b = (torch.nn.Parameter(torch.randn(s, device=device)) for s in ((4, 3, 3, 3), 4))
+    x = torch.randn(2, 3, 6, 6, device=device)
+    entry.fast_paths.clear()
+    for i in range(4):
+        CALLS[name](x.clone(), w, b, i)
+    monkeypatch.delattr(entry, "_convolve")
+    for i in range(4):
+        assert CALLS[name](x.clone(), w, b, i).shape == (2, 4, 4, 4)
+
+
+def test_nothing_is_prepared_for_shapes_that_do_not_repeat(device):
+    layer = tconv.Conv1d(2, 3, 3, device=device)
+    entry.fast_paths.clear()
+    for n in range(3, 8):
+        layer(torch.randn(1, 2, n, device=device))
+    assert [*entry.fast_paths.values()] == [None] * 5
 
 
 # --- backward ---
@@ -364,7 +396,8 @@ def test_a_repeated_backward_takes_the_short_way(name, bias, device, monkeypatch
         y = layer(x)
         return torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
 
-    step()
+    for _ in range(2):
+        step()
     with tconv.recording() as long:
         first = step()
     monkeypatch.delattr(autograd, "_operations")
@@ -427,7 +460,8 @@ def test_layouts_that_keep_changing_are_not_kept_for_ever(device):
     """A new layout costs what comparing costs, a few times only."""
     layer, x = tconv.Conv2d(3, 3, 3, device=device), torch.randn(2, 3, 6, 6, device=device, requires_grad=True)
     entry.fast_paths.clear()
-    layer(x)
+    for _ in range(2):
+        layer(x)
     for i in range(2 * autograd.KEPT):
         dy = torch.ones(2, 3, 4, 4, device=device)
         grad(layer(x), x, dy if i % 2 else dy.to(memory_format=torch.channels_last))

@@ -7,9 +7,14 @@ order:
     context       whether a kernel may run here: plain tensors, modes, transforms, precision
     dynamo        marks code that torch.compile must not compile
     window        padding, stride and dilation of a call; padding and cropping around one
-    equivalents   tconv's operators in aten's
-    operators     tconv's registered operators and their gradients
+    support       what kernels exist for: dtypes, devices, sizes
     check         what torch would accept
+    autocast      casts to autocast's dtype
+    equivalents   tconv's operators in aten's
+    derivatives   gradients of the three operations by each other
+    batching      vmap's rules for tconv's operators
+    flops         FLOPs of tconv's operators, for torch's counter
+    operators     tconv's registered operators
     autograd      forward and backward over launches
     fast_path     a call that repeats an earlier one
     entry         a call of one of the six functions

@@ -20,8 +20,8 @@ from torch._C import _get_fp32_precision_getter as fp32_precision
 from tconv.dispatch import check
 from tconv.dispatch.context import PLAIN, plain
 from tconv.dispatch.dynamo import opaque
-from tconv.dispatch.operators import DTYPES
 from tconv.dispatch.selection import Choice, Chooser
+from tconv.dispatch.support import DTYPES
 from tconv.launching import launch
 from tconv.launching.arguments import Prepared
 from tconv.launching.cache import BoundedCache

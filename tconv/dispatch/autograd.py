@@ -1,6 +1,6 @@
 """fprop, dgrad, wgrad and the bias gradient as torch.autograd.Functions that launch tconv's kernels.
 
-fprop and dgrad share one function, `convolve`, since each is the other's gradient (see the table in operators.py). Where a
+fprop and dgrad share one function, `convolve`, since each is the other's gradient (see the table in derivatives.py). Where a
 backward pass cannot launch kernels (a functorch transform, a batched gradient, a mode, a subclass), it calls the registered
 operators of operators.py instead.
 """
@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from tconv.dispatch import operators
 from tconv.dispatch.context import PLAIN, global_state_differs, plain, tensor_guard, why_ineligible
+from tconv.dispatch.derivatives import gradients, wanted
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.window import window
 from tconv.launching import launch
@@ -123,7 +124,7 @@ class _Convolve(torch.autograd.Function):
             return None, None, None, None
         if type(dy) not in PLAIN:
             dy = plain(dy)
-        how, needs = ctx.how, operators.wanted(ctx, ctx.needs_input_grad[:3])
+        how, needs = ctx.how, wanted(ctx, ctx.needs_input_grad[:3])
         # Compiled autograd also traces the backward of an eager forward.
         traced, repeatable = is_dynamo_compiling(), how.left > 0
         again = how.again  # read once: another thread's backward pass may replace it
@@ -138,7 +139,7 @@ class _Convolve(torch.autograd.Function):
             if found is not None:
                 return *found, None
         operations = _operations(how.g, dy, x, w)
-        grads = operators.gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
+        grads = gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
         if not traced and repeatable and type(operations) is _ByKernels and not torch.is_grad_enabled() and forced() is None:
             how.left -= 1
             how.again = _CachedBackward(how, dy, x, w, needs)
@@ -162,8 +163,8 @@ class _Wgrad(torch.autograd.Function):
             return None, None, None
         if type(gw) not in PLAIN:
             gw = plain(gw)
-        need_y, need_x = operators.wanted(ctx, ctx.needs_input_grad[:2])
-        return operators.gradients(_operations(ctx.geometry, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
+        need_y, need_x = wanted(ctx, ctx.needs_input_grad[:2])
+        return gradients(_operations(ctx.geometry, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
 
 
 class _BiasGrad(torch.autograd.Function):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tconv.dispatch import operators
+from tconv.dispatch.support import DTYPES, TOO_LARGE, problem_of, too_large
 from tconv.dispatch.window import Window
 from tconv.launching.memory_format import result_is_channels_last, weight_format
 from tconv.launching.record import Fallback
@@ -77,12 +77,12 @@ def accepted(asked: CallArguments, x: Any, w: Any, b: Any, autocast: bool = Fals
     transposed, rank, stride, padding, output_padding, groups, dilation = asked
     if type(groups) is not int:
         raise Fallback("groups that are no int")
-    if x.dtype not in operators.DTYPES:
+    if x.dtype not in DTYPES:
         raise Fallback(f"dtype {x.dtype}")
     for t in (w, b):
         if t is not None and (t.device != x.device or t.dtype != x.dtype):
             wide = torch.float64 in (t.dtype, x.dtype)
-            if not autocast or wide or t.device != x.device or t.dtype not in operators.DTYPES:
+            if not autocast or wide or t.device != x.device or t.dtype not in DTYPES:
                 raise Fallback("tensors of several dtypes or devices")
     if w.dim() != rank + 2 or x.dim() not in (rank + 1, rank + 2):
         raise Fallback(f"an input of {x.dim()} and a weight of {w.dim()} dimensions")
@@ -117,9 +117,9 @@ def examine(asked: CallArguments, x: Any, w: Any, b: Any) -> Geometry:
     """
     h = accepted(asked, x, w, b)
     x = x if x.dim() == asked.rank + 2 else x.unsqueeze(0)
-    problem = operators.problem_of("dgrad" if asked.transposed else "fprop", x, w, h)
-    if operators.too_large(problem, w, b):
-        raise Fallback(operators.TOO_LARGE)
+    problem = problem_of("dgrad" if asked.transposed else "fprop", x, w, h)
+    if too_large(problem, w, b):
+        raise Fallback(TOO_LARGE)
     channels_last = result_is_channels_last(x, w)
     return Geometry(problem, channels_last, dw_channels_last=weight_format(w, channels_last))
 

@@ -19,21 +19,24 @@ from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
-from tconv.dispatch import operators
+from tconv.dispatch import operators  # noqa: F401  # registers torch.ops.tconv's
+from tconv.dispatch.autocast import cast_once
 from tconv.dispatch.check import CallArguments, accepted, examine, parameter
 from tconv.dispatch.context import NOT_STRIDED, PLAIN, foreign_modes, why_ineligible
 from tconv.dispatch.dynamo import opaque
+from tconv.dispatch.flops import count_flops
+from tconv.dispatch.support import interpreted, unavailable
 from tconv.launching import profiling
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
 from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.problem import Geometry
 
-INTERPRETED = operators.interpreted()  # a plain flag, for torch.compile to read
+INTERPRETED = interpreted()  # a plain flag, for torch.compile to read
 # The functions of tconv.functional by rank, forward and transposed, which put themselves here: torch.fx's graphs call them.
 PUBLIC: tuple[dict[int, Callable[..., torch.Tensor]], dict[int, Callable[..., torch.Tensor]]] = ({}, {})
 geometries: BoundedCache[Any, Geometry | str] = BoundedCache()  # of calls that were checked, or why they fall back
-# (id of weight, of bias, shape of input) -> fast_path.FastPath, which checks all: ids may be used again.
+# What tells most calls apart -> a fast_path.FastPath, which checks all (ids may be used again), or None after the first call.
 fast_paths: BoundedCache[Any, Any] = BoundedCache()
 
 
@@ -43,7 +46,7 @@ def kernels_for(device: str) -> Any:
     Raises:
         Fallback: tconv has no kernels for this type of device here.
     """
-    why = operators.unavailable(device)
+    why = unavailable(device)
     if why:
         raise Fallback(why)
     from tconv.dispatch import fast_path
@@ -72,12 +75,14 @@ def convolve(
     """
     if is_dynamo_compiling():
         return _operator(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
+    key = None
     try:
         if type(x) in PLAIN and DRY.get() is None:
             try:
-                seen = fast_paths.get((id(w), id(b), x.shape))
-            except TypeError:  # symbolic extents have no hash
-                seen = None
+                key = id(w), id(b), x.shape, x.requires_grad, w.requires_grad
+                seen = fast_paths.get(key)
+            except (TypeError, AttributeError):  # symbolic extents have no hash; the weight is no tensor
+                key = seen = None
             except RuntimeError:  # a nested tensor has no shape
                 raise Fallback(NOT_STRIDED) from None
             if seen is not None:
@@ -86,14 +91,16 @@ def convolve(
                 )
                 if y is not None:
                     return y
-        return _convolve(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
+        asked = CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation)
+        return _convolve(key, asked, x, w, b)
     except Fallback as e:
         record_call(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
 
 
 @opaque
-def _convolve(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
+def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
+    """Computes a call that is no repeated one. `key` is where `fast_paths` has the call; None if it must not be there."""
     tensors: tuple[Any, ...] = (x, w) if b is None else (x, w, b)
     for t in tensors:
         if isinstance(t, Proxy):
@@ -112,10 +119,39 @@ def _convolve(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
             return found
     if why:
         raise Fallback(why)
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        tensors = operators.lower(device, *tensors)
-        x, w, b = tensors if b is not None else (*tensors, None)
+    y: torch.Tensor | None
+    if torch.is_autocast_enabled(device):  # the fast path is of the casts, which are other tensors each time
+        x, w, b = cast_once(device, x, w, b)
+        if key is not None:
+            key = *key, x.dtype, torch.is_grad_enabled()
+            seen = fast_paths.get(key)
+            if seen is not None:
+                y = seen.again(*asked[:2], x, w, b, *asked[2:])
+                if y is not None:
+                    return y
+    g = _geometry(asked, x, w, b)
+    batched = x.dim() == asked.rank + 2
+    if dry:
+        g = dataclasses.replace(g, dry=True, device=dry.device)
+    elif key is not None and batched and fast_path.possible(asked, x, *tensors[1:]):
+        # None the first time: where shapes never repeat, preparing every call for its repetition would be wasted.
+        fast_paths[key] = fast_path.FastPath(asked, g, x, w, b) if key in fast_paths else None
+    x = x if batched else x.unsqueeze(0)
+    event = profiling.begin_call(asked.transposed, g, x, w, b) if profiler._is_profiler_enabled and not dry else None
+    try:
+        y = fast_path.autograd.convolve(asked.transposed, x, w, b, g)
+    finally:
+        if event is not None:
+            profiling.end(event)
+    return y if batched else y.squeeze(0)
+
+
+def _geometry(asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Geometry:
+    """Returns the geometry of a call, which is examined once per kind of call.
+
+    Raises:
+        Fallback: torch would refuse the call, or tconv's kernels do not support it.
+    """
     transposed, rank, stride, padding, output_padding, groups, dilation = asked
     if type(groups) is not int:  # True and 1.0 equal 1, as keys too
         raise Fallback(f"groups={groups!r}")
@@ -138,19 +174,7 @@ def _convolve(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
         geometries[key] = known
     if isinstance(known, str):
         raise Fallback(known)
-    batched = x.dim() == rank + 2
-    if dry:
-        known = dataclasses.replace(known, dry=True, device=dry.device)
-    elif batched and not autocast and fast_path.possible(asked, *tensors):
-        fast_paths[id(w), id(b), x.shape] = fast_path.FastPath(asked, known, x, w, b)
-    x = x if batched else x.unsqueeze(0)
-    event = profiling.begin_call(transposed, known, x, w, b) if profiler._is_profiler_enabled and not dry else None
-    try:
-        y: torch.Tensor = fast_path.autograd.convolve(transposed, x, w, b, known)
-    finally:
-        if event is not None:
-            profiling.end(event)
-    return y if batched else y.squeeze(0)
+    return known
 
 
 def _operator(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor | None:
@@ -181,7 +205,7 @@ def _operator(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor | No
         if tracing:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]  # not in torch's stubs
     if not is_dynamo_compiling() and torch._C._len_torch_dispatch_stack():
-        operators.count_flops()  # as the operator's autograd does, which inference_mode passes over
+        count_flops()  # as the operator's autograd does, which inference_mode passes over
     run: Any = torch.ops.tconv.dgrad if asked.transposed else torch.ops.tconv.fprop
     batched = x.dim() == asked.rank + 2
     y: torch.Tensor = run(x if batched else x.unsqueeze(0), w, b, *h)

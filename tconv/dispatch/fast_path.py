@@ -23,8 +23,10 @@ IMMUTABLE = (int, str, tuple, bool)
 
 
 def possible(call: tuple[Any, ...], x: torch.Tensor, *parameters: torch.Tensor) -> bool:
-    """Returns True if a call is worth a FastPath: its weights are Parameters, which a layer will pass again, and its arguments
-    are ones that `again` can compare, by identity and with 16-byte aligned addresses.
+    """Returns True if a call is worth a FastPath and can have one.
+
+    It is worth one if its weights are Parameters, which a layer passes again. It can have one if nobody can change its other
+    arguments in place, the addresses are multiples of 16 bytes, and no plan is forced.
     """
     return (
         all(type(v) in IMMUTABLE for v in call)
@@ -67,19 +69,19 @@ class FastPath:
         groups: Any,
         dilation: Any,
     ) -> torch.Tensor | None:
-        """Returns the result, or None if the call differs from the accepted one.
-
-        Parameters are compared by identity, because 1 == 1.0 == True, of which torch accepts only the first.
-        """
+        """Returns the result, or None if the call differs from the accepted one."""
         transposed_, rank_, stride_, padding_, output_padding_, groups_, dilation_ = self.call
+        same = (  # a layer passes the same objects again
+            stride is stride_
+            and padding is padding_
+            and dilation is dilation_
+            and groups is groups_
+            and output_padding is output_padding_
+            and transposed is transposed_
+            and rank is rank_
+        )
         if (
-            stride is not stride_
-            or padding is not padding_
-            or dilation is not dilation_
-            or groups is not groups_
-            or output_padding is not output_padding_
-            or transposed is not transposed_
-            or rank is not rank_
+            not (same or _alike((transposed, rank, stride, padding, output_padding, groups, dilation), self.call))
             or not (self.tensor_guard(x, w) if b is None else self.tensor_guard(x, w, b))
             or (x.data_ptr() | w.data_ptr()) & 15
             or global_state_differs(self.precision)
@@ -93,3 +95,11 @@ class FastPath:
         finally:
             if event is not None:
                 profiling.end(event)
+
+
+def _alike(given: tuple[Any, ...], accepted: tuple[Any, ...]) -> bool:
+    """Returns True if arguments equal accepted ones, in type too: 1 == 1.0 == True, of which torch accepts only the first."""
+    return all(
+        type(a) is type(b) and (type(a) is not tuple or [*map(type, a)] == [*map(type, b)]) and a == b
+        for a, b in zip(given, accepted, strict=True)
+    )

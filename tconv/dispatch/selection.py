@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tconv.dispatch.operators import DTYPES
+from tconv.dispatch.support import DTYPES
 from tconv.launching.cache import BoundedCache
 
 OPERATIONS = ("fprop", "dgrad", "wgrad")

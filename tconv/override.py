@@ -203,6 +203,7 @@ class _Override(registration.Registration):
         self.chosen: Choice | None = None
         self.process: tuple[_Enabled, ...] = ()
         self.inside: weakref.WeakSet[_Inside] = weakref.WeakSet()
+        self._deleted = False  # whether a model of `inside` was deleted, and nobody has acted on that yet
         self._known: BoundedCache[tuple[_Inside, ...], Choice | None] = BoundedCache()
         kernels: dict[tuple[str, str], Any] = {}
         reasons = []
@@ -223,8 +224,16 @@ class _Override(registration.Registration):
             self.process = (*self.process, one) if holds else tuple(other for other in self.process if other is not one)
         elif holds:
             self.inside.add(one)
+            weakref.finalize(one, self._note_deleted).atexit = False
         else:
             self.inside.discard(one)
+        self._choose()
+
+    def _note_deleted(self) -> None:
+        """Makes the next call act on the deletion of a model. The garbage collector calls this anywhere: it takes no lock."""
+        self._deleted, self.chosen = True, None
+
+    def _choose(self) -> None:
         selections = [one.selection for one in self.process]
         alike = EVERYTHING in selections or (selections and not self.inside)  # the same choice inside and outside of models
         self.chosen = choice(selections) if alike else None
@@ -232,6 +241,11 @@ class _Override(registration.Registration):
 
     def look(self) -> Choice | None:
         """Returns the choice for the running call, or None if nothing is enabled for it."""
+        if self._deleted:
+            with registration.lock:
+                self._deleted = False
+                self._choose()
+                _tidy()  # may remove these kernels; the running call ends by the one below
         scopes = scope.current() if self.inside else ()
         try:
             return self._known[scopes]

@@ -29,7 +29,7 @@ _derived: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary(
 _lock = threading.RLock()
 
 
-class Left(Exception):
+class CannotReplace(Exception):
     """A class cannot be replaced. The text says why and, where possible, what to do."""
 
 
@@ -37,7 +37,7 @@ def ours(cls: type) -> type | None:
     """Returns tconv's class for a layer's class; None if that is not a torch.nn convolution, or is already tconv's.
 
     Raises:
-        Left: it is a user's subclass that cannot be replaced.
+        CannotReplace: it is a user's subclass that cannot be replaced.
     """
     if cls in OURS or issubclass(cls, tuple(TORCHS)):
         return OURS.get(cls)
@@ -59,7 +59,7 @@ def derived(cls: type, base: type) -> type:
         base: its torch.nn base class.
 
     Raises:
-        Left: it cannot be replaced.
+        CannotReplace: it cannot be replaced.
     """
     with _lock:
         found = _derived.get(cls)
@@ -70,18 +70,18 @@ def derived(cls: type, base: type) -> type:
 
 
 def _refuse(cls: type, base: type) -> None:
-    """Raises Left if deriving could change the behaviour of the user's class, or would have no effect."""
+    """Raises CannotReplace if deriving could change the behaviour of the user's class, or would have no effect."""
     own = cls.__mro__[: cls.__mro__.index(base)]
     for name in COMPUTES:
         if getattr(cls, name) is not getattr(base, name):
-            raise Left(f"it overrides {name} (tconv.enable() reaches what that calls)")
+            raise CannotReplace(f"it overrides {name} (tconv.enable() reaches what that calls)")
     if type(cls) is not type:
-        raise Left(f"its metaclass {type(cls).__name__} may mind a class derived from it (tconv.enable() reaches it)")
+        raise CannotReplace(f"its metaclass {type(cls).__name__} may mind a class derived from it (tconv.enable() reaches it)")
     for c in cls.__mro__:
         if c is not object and "__init_subclass__" in c.__dict__:
-            raise Left(f"{c.__name__}.__init_subclass__ may mind a class derived from it (tconv.enable() reaches it)")
+            raise CannotReplace(f"{c.__name__}.__init_subclass__ may mind a class derived from it (tconv.enable() reaches it)")
     if any(c.__dict__.get("__slots__") for c in own):
-        raise Left("it has __slots__ (tconv.enable() reaches it)")
+        raise CannotReplace("it has __slots__ (tconv.enable() reaches it)")
 
 
 def _derive(cls: type, base: type) -> type:
@@ -96,12 +96,12 @@ def _derive(cls: type, base: type) -> type:
     if becomes is not None:
         try:
             members["cls_to_become"] = ours(becomes) or becomes
-        except Left as why:
-            raise Left(f"it becomes a {becomes.__name__}, which is left alone: {why}") from None
+        except CannotReplace as why:
+            raise CannotReplace(f"it becomes a {becomes.__name__}, which is left alone: {why}") from None
     try:
         return type(cls.__name__, (cls, OURS[base]), members)
     except TypeError as e:  # for example, no consistent method resolution order
-        raise Left(f"no class can be derived from it, {e} (tconv.enable() reaches it)") from None
+        raise CannotReplace(f"no class can be derived from it, {e} (tconv.enable() reaches it)") from None
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
@@ -135,5 +135,5 @@ def _again(users: type) -> type:
     """Returns the class derived from `users`, or `users` itself if it has changed since and can no longer be replaced."""
     try:
         return ours(users) or users
-    except Left:
+    except CannotReplace:
         return users

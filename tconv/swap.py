@@ -110,13 +110,13 @@ def _to_replace(module: torch.nn.Module, name: str, filter_fn: Filter | None) ->
     place, cls = name or "model", plain_class(module)
     try:
         target = subclasses.ours(cls)
-    except subclasses.Left as why:
+    except subclasses.CannotReplace as why:
         return _Found(module, name, None, f"{place}: {cls.__name__} left alone: {why}", True)
     if target is None:
         return None
     if filter_fn is not None and not filter_fn(module, name):
         return _Found(module, name, None, f"{place}: {cls.__name__} left alone by filter_fn")
-    return _Found(module, name, target, f"{place}: {_named(cls)} -> {_named(target)}{_first(module)}")
+    return _Found(module, name, target, f"{place}: {_named(cls)} -> {_named(target)}{_own_forward(module)}")
 
 
 def _to_restore(module: torch.nn.Module, name: str, filter_fn: Filter | None) -> _Found | None:
@@ -128,7 +128,7 @@ def _to_restore(module: torch.nn.Module, name: str, filter_fn: Filter | None) ->
         return _Found(module, name, None, f"{place}: {cls.__name__} left alone: it was given this class after replace_")
     if filter_fn is not None and not filter_fn(module, name):
         return _Found(module, name, None, f"{place}: {cls.__name__} left alone by filter_fn")
-    return _Found(module, name, target, f"{place}: {_named(cls)} -> {_named(target)}{_first(module)}")
+    return _Found(module, name, target, f"{place}: {_named(cls)} -> {_named(target)}{_own_forward(module)}")
 
 
 def _nothing(kind: str, found: list[_Found]) -> str:
@@ -149,7 +149,7 @@ def _named(cls: type) -> str:
     return f"tconv.{cls.__name__}" if subclasses.theirs(cls) else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _first(module: torch.nn.Module) -> str:
+def _own_forward(module: torch.nn.Module) -> str:
     """Returns a note for the report if the module has a `forward` of its own as an attribute, set by hand or by a tool."""
     own = [name for name in COMPUTES if name in module.__dict__ and name not in _bound(module)]
     return f" (behind its own {' and '.join(own)}, set on the module)" if own else ""

@@ -522,6 +522,20 @@ def test_a_model_that_goes_takes_its_override_along(net, x):
     assert not overridden()
 
 
+@pytest.mark.parametrize("process", [False, True])
+def test_a_call_notices_that_a_model_has_gone(process, net, x):
+    with tconv.enabled() if process else contextlib.nullcontext():
+        model = nn.Sequential(nn.Conv2d(2, 2, 1))
+        tconv.enable(model)
+        assert override._nodes is not None
+        del model
+        gc.collect()
+        recorded(net, x)
+        assert override._nodes is None
+        assert overridden() is process
+        assert (override._overrides != []) is process
+
+
 # --- the rest ---
 
 

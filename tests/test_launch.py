@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import tconv
-from tconv.dispatch import entry
+from tconv.dispatch import check, entry
 from tconv.launching import compiled, launch
+from tconv.launching.record import TransientFallback
 from tconv.planning.tiles import Tile
 from tests import parity
 from tests.test_explain import BLOCKED
@@ -133,6 +134,22 @@ def test_a_capture_takes_what_is_not_aligned(forced, device, captured):
             layer(x)
         layer(x)
     assert [c.ours for c in calls] == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:tconv falls back to torch")
+def test_a_launch_that_ran_on_other_addresses_copies_nothing_first(device, captured):
+    """What ran on aligned tensors need not be compiled for others, such as a bias that is not aligned."""
+    x, w, more = (torch.randn(s, device=device) for s in ((2, 4, 5, 6), (8, 4, 3, 3), (9,)))
+    g = check.examine(check.CallArguments(False, 2, 1, 0, 0, 1, 1), x, w, more[:8])
+    with tconv.force(staged=True):
+        prepared = launch.convolution(False, g, x, w, more[:8])
+    with captured.context() as before:
+        before.setattr(compiled, "capturing", lambda device: False)
+        launch.convolve(prepared, x, w, more[:8], False)
+    launch.convolve(prepared, x, w, more[:8], False)
+    captured.setattr(launch, "to_channels_last", lambda copy, t: pytest.fail("a copy that nobody reads"))
+    with pytest.raises(TransientFallback):
+        launch.convolve(prepared, x, w, more[1:], False)
 
 
 @pytest.mark.filterwarnings("ignore:tconv falls back to torch")

@@ -62,7 +62,7 @@ class Below:
                     self._layer.look_below(self)
         raise error  # the kernel below itself calls a handle that is invalid
 
-    def settle(self) -> None:
+    def use_torchs(self) -> None:
         """Uses torch's own kernel from now on, since kernels between that and ours cannot be looked up."""
         backends = (self.key.replace("CPU", other).replace("CUDA", other) for other in UNUSED)
         known = [backend for backend in backends if backend in torch._C.DispatchKey.__members__]
@@ -136,7 +136,7 @@ class Registration:
             self.remove()
             self._register()
         else:
-            below.settle()
+            below.use_torchs()
 
 
 _registered: list[Registration] = []  # in the order in which they were registered

@@ -133,9 +133,12 @@ def require_launchable(launch: Prepared, operands: Pointers, more: Pointers) -> 
         TransientFallback: a part is not compiled, and a CUDA graph is being captured.
         Fallback: a part fails every time.
     """
-    if launch.ready and (launch.total is None or launch.total.ready):
-        return
     device = operands[0].get_device()
+    needed = [part for part in (*launch.copies, launch, launch.total) if part]
+    if not AMD and all(device in part.ready for part in needed) and not any(t.data_ptr() & 15 for t in (*operands, *more)):
+        return  # each part has run on aligned tensors, as copies and the workspace are too
+    if not _failed and not capturing(device):
+        return
     parts, given = [], []
     for copy, t in zip(launch.copies or (None,) * len(operands), operands, strict=True):
         made = torch.empty_strided(copy.shape, copy.strides, dtype=t.dtype, device="meta") if copy else t

@@ -24,7 +24,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,14 +33,17 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tconv import functional, modules
+from tconv.dispatch import check
 from tconv.dispatch.dynamo import opaque
+from tconv.launching.cache import BoundedCache
+from tconv.launching.record import Fallback
 from tconv.swap import MARK, TORCHS, become, checked, plain_class
 from tconv.swap import OURS as SWAPPED
 
 FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 Range = tuple[int, int]
-_met: weakref.WeakSet[Any] = weakref.WeakSet()  # process groups that have done one collective
+_used_groups: weakref.WeakSet[Any] = weakref.WeakSet()  # process groups that have done one collective
 
 
 def bounds(extent: int, ranks: int) -> tuple[int, ...]:
@@ -123,9 +126,9 @@ class Halo:
         self, give: dict[int, torch.Tensor], take: dict[int, torch.Tensor], device: torch.device
     ) -> dict[int, torch.Tensor]:
         """Sends the tensors in `give` and returns received ones of the shapes in `take`; all by rank, in rank order."""
-        if self.group not in _met:  # NCCL needs a collective of the whole group before send/recv within part of it
+        if self.group not in _used_groups:  # NCCL needs a collective of the whole group before send/recv within part of it
             dist.all_reduce(torch.zeros(1, device=device), group=self.group)
-            _met.add(self.group)
+            _used_groups.add(self.group)
         came = {r: torch.empty_like(piece, memory_format=torch.contiguous_format) for r, piece in take.items()}
         peer = [dist.get_global_rank(self.group, r) for r in range(len(self.want))]
         ops = [dist.P2POp(dist.isend, piece.contiguous(), peer[r], self.group) for r, piece in give.items()]
@@ -233,27 +236,23 @@ class _Split:
     groups: int
 
 
-def _split(transposed: bool, x: DTensor, w: torch.Tensor, groups: int) -> _Split:
-    """Returns how to shard the convolution of x and w, given their placements.
+def _split(transposed: bool, mesh: Any, placements: Sequence[Any], given: Sequence[Any], groups: int) -> _Split:
+    """Returns how to shard the convolution of x and w on a mesh, given x's placements and w's.
 
     Raises:
         ValueError: their placements do not fit together.
     """
-    mesh, n = x.device_mesh, x.device_mesh.ndim
-    whole = [Replicate()] * n
-    if isinstance(w, DTensor) and w.device_mesh != mesh:
-        raise ValueError(f"weight is on {w.device_mesh}, input on {mesh}")
-    given = list(w.placements) if isinstance(w, DTensor) else whole
-    s = _Split(list(x.placements), list(given), list(whole), list(whole), {}, [], [], [], groups)
+    whole = [Replicate()] * mesh.ndim
+    s = _Split(list(placements), list(given), list(whole), list(whole), {}, [], [], [], groups)
     reads, writes = (Shard(0), Shard(1)) if transposed else (Shard(1), Shard(0))  # the weight's channels
-    for m, (px, pw) in enumerate(zip(x.placements, given, strict=True)):
+    for m, (px, pw) in enumerate(zip(placements, given, strict=True)):
         known = type(px) in (Replicate, Shard) and type(pw) in (Replicate, Shard)
         if known and isinstance(px, Shard) and px.dim != 1 and pw == Replicate():
             s.y[m] = px
             s.sum_w.append(m)
             if px.dim >= 2:
                 if px.dim - 2 in s.space:
-                    raise ValueError(f"input dimension {px.dim} is cut by two dimensions of the mesh: {x.placements}")
+                    raise ValueError(f"input dimension {px.dim} is cut by two dimensions of the mesh: {placements}")
                 s.space[px.dim - 2] = m
         elif known and px == pw == Replicate():
             pass
@@ -323,13 +322,117 @@ def _check_all_work(what: str, shape: Sequence[int], placements: Sequence[Any], 
             raise ValueError(f"{what} dimension {p.dim}, {extent} long, leaves one of {ranks} ranks without any")
 
 
-def _each(value: Any, rank: int, name: str) -> tuple[int, ...]:
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(values) == 1:
-        values *= rank
-    if len(values) != rank or not all(isinstance(v, int) for v in values):
-        raise ValueError(f"{name} must be a number or {rank} of them, not {value!r}")
-    return values
+class _Parameters(NamedTuple):
+    """A convolution's parameters: one number per spatial dimension, and the number of groups.
+
+    Attributes:
+        pads: the padding (before, after) of each dimension.
+        extra: output_padding.
+    """
+
+    stride: tuple[int, ...]
+    pads: tuple[Range, ...]
+    extra: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def _parameters(
+    transposed: bool, taps: Sequence[int], stride: Any, padding: Any, output_padding: Any, dilation: Any, groups: Any
+) -> _Parameters:
+    """Returns the parameters of a filter of these extents, checked as torch checks them.
+
+    Raises:
+        ValueError: they are invalid.
+    """
+    rank = len(taps)
+    try:
+        s, d, e = (
+            check.per_dimension(check.parameter(value), rank, name)
+            for name, value in (("stride", stride), ("dilation", dilation), ("output_padding", output_padding))
+        )
+        pads = check.pads_of(padding, rank, transposed, taps, s, d)
+        if min(*s, *d, check.index(groups)) < 1 or min(e) < 0:
+            raise Fallback("stride, dilation and groups must be positive, output_padding not negative")
+        if any(n >= max(step, spread) for n, step, spread in zip(e, s, d, strict=True)):
+            raise Fallback(f"output_padding {e} must be smaller than stride {s} or dilation {d}")
+    except Fallback as error:
+        raise ValueError(
+            f"no convolution of rank {rank} with stride={stride}, padding={padding!r}, output_padding={output_padding}, "
+            f"dilation={dilation}, groups={groups}: {error}"
+        ) from None
+    return _Parameters(s, tuple(pads), e, d, groups)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one rank does for a kind of call. It names mesh dimensions and not process groups, which may be made anew.
+
+    Attributes:
+        split: how the convolution is sharded.
+        shape: of the whole result.
+        halos: (mesh dimension, tensor dimension, have, want) of each exchange, as in `Halo`.
+        behind: how many zeros to add behind each spatial dimension, because torch pads both ends alike.
+        padding, output_padding: of this rank's convolution.
+        crop: (dimension, first, length) of a transposed result.
+    """
+
+    split: _Split
+    shape: torch.Size
+    halos: list[tuple[int, int, tuple[int, ...], tuple[Range, ...]]]
+    behind: list[int]
+    padding: list[int]
+    output_padding: list[int]
+    crop: list[tuple[int, int, int]]
+
+
+_plans: BoundedCache[Any, _Plan] = BoundedCache()
+
+
+def _planned(
+    transposed: bool,
+    mesh: Any,
+    at: tuple[int, ...],
+    x: torch.Size,
+    x_placements: tuple[Any, ...],
+    w: torch.Size,
+    w_placements: tuple[Any, ...],
+    p: _Parameters,
+) -> _Plan:
+    """Returns the plan of the rank `at` these coordinates of a mesh, for shapes and placements of x and w.
+
+    Raises:
+        ValueError: placements, shapes and parameters do not fit together, or a rank would have nothing to do.
+    """
+    taps, spans = w[2:], [d * (t - 1) for d, t in zip(p.dilation, w[2:], strict=True)]
+    extents = [
+        (n - 1) * s - sum(pads) + span + e + 1 if transposed else (n + sum(pads) - span - 1) // s + 1
+        for n, s, pads, span, e in zip(x[2:], p.stride, p.pads, spans, p.extra, strict=True)
+    ]
+    split = _split(transposed, mesh, x_placements, w_placements, p.groups)
+    shape = torch.Size((x[0], w[1] * p.groups if transposed else w[0], *extents))
+    if min(extents) < 1:
+        raise ValueError(f"the filter does not fit: an output of {tuple(shape)} from {tuple(x)}")
+    if x[1] != (w[0] if transposed else w[1] * p.groups):
+        raise ValueError(f"an input of {x[1]} channels does not fit {p.groups} group(s) of a weight of {tuple(w)}")
+    _check_all_work("output", shape, split.y, mesh)
+    _check_all_work("input", x, [q if q == Shard(1) else None for q in split.x], mesh)
+    plan = _Plan(split, shape, [], [0] * len(taps), [before for before, _ in p.pads], list(p.extra), [])
+    for i, (before, after) in enumerate(p.pads):
+        if i not in split.space:
+            plan.behind[i] = after - before
+            continue
+        m = split.space[i]
+        outs = list(itertools.pairwise(bounds(extents[i], mesh.size(m))))
+        want = tuple(_reach(transposed, out, taps[i], p.stride[i], before, p.dilation[i]) for out in outs)
+        have = bounds(x[2 + i], mesh.size(m))
+        if want != tuple(itertools.pairwise(have)):  # pointwise layers have all they need
+            plan.halos.append((m, 2 + i, have, want))
+        if transposed:
+            (first, end), (lo, _) = outs[at[m]], want[at[m]]
+            plan.crop.append((2 + i, first - (lo * p.stride[i] - before), end - first))
+        plan.padding[i] = plan.output_padding[i] = 0
+    return plan
 
 
 def _convolve(
@@ -338,68 +441,41 @@ def _convolve(
     if not isinstance(x, DTensor):
         raise TypeError(f"input must be a DTensor, not {type(x).__name__}: tconv.functional takes plain tensors")
     mesh, rank = x.device_mesh, w.dim() - 2
-    if mesh.get_coordinate() is None:
+    at = mesh.get_coordinate()
+    if at is None:
         raise ValueError(f"this rank has no part in {mesh}")
+    if isinstance(w, DTensor) and w.device_mesh != mesh:
+        raise ValueError(f"weight is on {w.device_mesh}, input on {mesh}")
     if rank not in FORWARD or x.dim() != rank + 2:
         raise ValueError(f"an input of {x.dim()} dimensions, batch included, does not fit a weight of {w.dim()}")
-    taps = tuple(w.shape[2:])
-    stride, dilation = _each(stride, rank, "stride"), _each(dilation, rank, "dilation")
-    extra = _each(output_padding, rank, "output_padding")
-    spans = [d * (t - 1) for d, t in zip(dilation, taps, strict=True)]
-    if padding == "same" and max(stride) == 1 and not transposed:
-        pads = [(span // 2, span - span // 2) for span in spans]  # the odd one behind, as torch has it
-    elif isinstance(padding, str):
-        if padding != "valid" or transposed:
-            raise ValueError(f"padding={padding!r} with stride {stride}")
-        pads = [(0, 0)] * rank
-    else:
-        pads = [(p, p) for p in _each(padding, rank, "padding")]
-    if min(stride) < 1 or min(dilation) < 1 or min(map(min, pads)) < 0 or min(extra) < 0:
-        raise ValueError("strides and dilations must be positive, paddings not negative")
-    if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
-        raise ValueError(f"output_padding {extra} must be smaller than stride {stride} or dilation {dilation}")
-    extents = [
-        (n - 1) * s - sum(p) + span + e + 1 if transposed else (n + sum(p) - span - 1) // s + 1
-        for n, s, p, span, e in zip(x.shape[2:], stride, pads, spans, extra, strict=True)
-    ]
-    s = _split(transposed, x, w, groups)
-    whole = (x.shape[0], w.shape[1] * groups if transposed else w.shape[0], *extents)
-    if min(extents) < 1:
-        raise ValueError(f"the filter does not fit: an output of {whole} from {tuple(x.shape)}")
-    if x.shape[1] != (w.shape[0] if transposed else w.shape[1] * groups):
-        raise ValueError(f"an input of {x.shape[1]} channels does not fit {groups} group(s) of a weight of {tuple(w.shape)}")
-    _check_all_work("output", whole, s.y, mesh)
-    _check_all_work("input", x.shape, [p if p == Shard(1) else None for p in s.x], mesh)
+    p = _parameters(transposed, w.shape[2:], stride, padding, output_padding, dilation, groups)
+    placements = tuple(w.placements) if isinstance(w, DTensor) else (Replicate(),) * mesh.ndim
+    key = transposed, mesh, tuple(at), x.shape, tuple(x.placements), w.shape, placements, p
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _planned(*key)
+    return _run(transposed, plan, p, x, w, b)
 
+
+def _run(transposed: bool, plan: _Plan, p: _Parameters, x: DTensor, w: Any, b: Any) -> DTensor:
+    """Exchanges halos, convolves this rank's part, and sums over ranks."""
+    s, mesh, rank = plan.split, x.device_mesh, len(p.stride)
     local, w, bias = _local(x, mesh, s.x), _local(w, mesh, s.w), None if b is None else _local(b, mesh, s.b)
     for m in s.sum_x:
         local = _sum_gradient(local, mesh.get_group(m))
     for m in s.sum_w:
         w = _sum_gradient(w, mesh.get_group(m))
         bias = None if bias is None else _sum_gradient(bias, mesh.get_group(m))
-    crop: list[tuple[int, int, int]] = []  # dimension, first, length of a transposed result
-    for i in range(rank):
-        if i in s.space:
-            m = s.space[i]
-            ranks, me = mesh.size(m), mesh.get_local_rank(m)
-            cuts = bounds(extents[i], ranks)
-            outs = list(itertools.pairwise(cuts))
-            want = tuple(_reach(transposed, out, taps[i], stride[i], pads[i][0], dilation[i]) for out in outs)
-            have = bounds(x.shape[2 + i], ranks)
-            if want != tuple(itertools.pairwise(have)):  # pointwise layers have all they need
-                local = _fetch(local, Halo(mesh.get_group(m), me, 2 + i, have, want))
-            if transposed:
-                crop.append((2 + i, outs[me][0] - (want[me][0] * stride[i] - pads[i][0]), outs[me][1] - outs[me][0]))
-        elif pads[i][1] > pads[i][0]:
-            local = F.pad(local, [0, 0] * (rank - 1 - i) + [0, pads[i][1] - pads[i][0]])
-    sides = [0 if i in s.space else pads[i][0] for i in range(rank)]
+    for m, dim, have, want in plan.halos:
+        local = _fetch(local, Halo(mesh.get_group(m), mesh.get_local_rank(m), dim, have, want))
+    if any(plan.behind):
+        local = F.pad(local, [n for behind in reversed(plan.behind) for n in (0, behind)])
     inside = bias if not s.sum_y else None
     if transposed:
-        ends = [0 if i in s.space else extra[i] for i in range(rank)]
-        y = TRANSPOSED[rank](local, w, inside, stride, sides, ends, s.groups, dilation)
+        y = TRANSPOSED[rank](local, w, inside, p.stride, plan.padding, plan.output_padding, s.groups, p.dilation)
     else:
-        y = FORWARD[rank](local, w, inside, stride, sides, dilation, s.groups)
-    for dim, first, length in crop:
+        y = FORWARD[rank](local, w, inside, p.stride, plan.padding, p.dilation, s.groups)
+    for dim, first, length in plan.crop:
         y = y.narrow(dim, first, length)
     if y.stride() != _strides(y, y.shape):
         y = _empty(y, 0, y.shape[0]).copy_(y)
@@ -407,7 +483,7 @@ def _convolve(
         y = _sum(y, mesh.get_group(m))
     if s.sum_y and bias is not None:
         y = y + bias.view(1, -1, *(1,) * rank)
-    return DTensor.from_local(y, mesh, s.y, run_check=False, shape=torch.Size(whole), stride=_strides(y, whole))
+    return DTensor.from_local(y, mesh, s.y, run_check=False, shape=plan.shape, stride=_strides(y, plan.shape))
 
 
 def conv(

@@ -234,6 +234,23 @@ def plain_layer_on_a_dtensor() -> Any:
     return [str(c) for c in calls], [str(c) for c in after if not c.ours]
 
 
+def plans() -> Any:
+    """How many plans three equal calls and another one need."""
+    m = mesh(2)
+    if outside(m):
+        return None
+    x, w = placed(torch.randn(1, 2, 8), m, [Shard(2)])[1], torch.randn(3, 2, 3)
+    made, planned = [], td._planned
+    td._planned = lambda *args: made.append(args) or planned(*args)
+    td._plans.clear()
+    try:
+        for stride in (1, 1, (1,), 2):
+            td.conv(x, w, stride=stride, padding=1)
+    finally:
+        td._planned = planned
+    return len(made)
+
+
 def errors() -> Any:
     """What a rank is told, per bad call; every rank the same, so that none is left waiting."""
     m = mesh(2)

@@ -123,6 +123,10 @@ def test_a_layer_not_made_distributed_leaves_a_dtensor_to_torch(ranks):
         assert left == []
 
 
+def test_a_repeated_call_is_planned_once(ranks):
+    assert ranks(on_ranks.plans)[:2] == [2, 2]
+
+
 def test_errors(ranks):
     answers = ranks(on_ranks.errors)[:2]
     told = answers[0]
@@ -134,8 +138,8 @@ def test_errors(ranks):
         "nothing": "output dimension 2, 1 long, leaves one of 2 ranks without any",
         "does not fit": "the filter does not fit",
         "channels": "an input of 4 channels does not fit",
-        "stride": "stride must be a number or 2 of them",
-        "same": "padding='same' with stride (2, 2)",
+        "stride": "rank 2 with stride=(1, 1, 1)",
+        "same": "with stride=2, padding='same'",
         "output padding": "output_padding (2, 2) must be smaller than stride (2, 2)",
         "dimensions": "an input of 4 dimensions, batch included, does not fit a weight of 3",
         "circular": "padding_mode='circular' of a sharded input",

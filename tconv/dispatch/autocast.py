@@ -70,8 +70,9 @@ def _cast_once(device: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 def _is_kept(t: torch.Tensor, device: str) -> bool:
     """Returns True if torch would keep the cast of a tensor that requires a gradient."""
-    inference = t.is_inference()  # such a tensor has no version
-    return t.dtype is torch.float32 and t.is_leaf and t.device.type == device and not (t._is_view() or inference)
+    if t.is_inference():  # has no version
+        return False
+    return t.dtype is torch.float32 and t.is_leaf and t.device.type == device and not t._is_view()
 
 
 def _attached(device: str) -> _Casts:

@@ -8,7 +8,8 @@ import os
 import torch
 
 from tconv.dispatch.window import Window, extents
-from tconv.launching.memory_format import LIMIT, addressing
+from tconv.launching.memory_format import reach
+from tconv.planning.addressing import LIMIT
 from tconv.planning.problem import ConvProblem, forward_problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,5 +49,5 @@ def too_large(p: ConvProblem, w: torch.Tensor | None, b: torch.Tensor | None) ->
     """Returns True if a coordinate, an offset into the weight or bias, or a dgrad's number of programs may not fit 32 bits."""
     far = max(*p.X, *p.Y, *p.P, *p.T) * max(*p.S, *p.D)
     programs = p.phases("dgrad") * p.C * (p.N * max(p.X) // 16 + 1)
-    weights = [0 if w is None else addressing(w).reach, 0 if b is None else b.shape[0] * b.stride(0)]
+    weights = [0 if w is None else reach(w), 0 if b is None else b.shape[0] * b.stride(0)]
     return max(far, max(p.S) * max(p.D), programs, *weights) > LIMIT

@@ -85,6 +85,10 @@ class Utils:
             self.programs.popitem(last=False)
         return program, program, min(255, 65536 // program.kernel.threads), 0, 1024
 
+    def count(self) -> tuple[int, int]:
+        """Returns how many launches ran so far, and how many kernels are loaded."""
+        return sum(program.launches for program in self.programs.values()), len(self.programs)
+
     def unload_module(self, module: Program) -> None:
         pass
 

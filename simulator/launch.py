@@ -62,11 +62,11 @@ class Program:
                 self._run(m, options.max_steps)
 
     def _run(self, m: Machine, max_steps: int) -> None:
+        """Runs a batch to its end, in the parts in which its branches cut it."""
         functions = self.translation.functions
-        waiting: list[tuple[Machine, list[Array], int]] = [(m, self.translation.registers(), 0)]
-        steps = 0
+        waiting = [(m, self.translation.registers(), 0, 0)]
         while waiting:
-            m, registers, block = waiting.pop()
+            m, registers, block, steps = waiting.pop()
             while block != DONE:
                 steps += 1
                 if steps > max_steps:
@@ -80,7 +80,7 @@ class Program:
                 for some, block in ((~jump, following), (jump, target)):
                     chosen = np.flatnonzero(some)
                     cut = [a[chosen] if a.shape[0] == m.C > 1 else a for a in registers]
-                    waiting.append((m.part(chosen), cut, block))
+                    waiting.append((m.part(chosen), cut, block, steps))
                 break
 
     def _endless(self, m: Machine, block: int, steps: int) -> None:

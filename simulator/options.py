@@ -10,8 +10,7 @@ class Options:
     """How launches run.
 
     Attributes:
-        races: whether accesses of shared memory that no barrier orders are faults. Without this, launches are about a third
-            faster.
+        races: whether accesses of shared memory that no barrier orders are faults.
         async_copy_fence: whether wgmma, which reads shared memory through the asynchronous proxy, may read what a `cp.async`
             wrote only after a `fence.proxy.async`. The kernels of Triton 3.6.0 and before lack that fence (triton#9610, in
             3.7.1 by #10537); turn this off to look at them for anything else.

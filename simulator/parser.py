@@ -138,8 +138,7 @@ def parse(text: str) -> Kernel:
     Raises:
         Unsupported: something in it is not known; the message names the PTX version, the target and the line.
     """
-    version = _header(text, r"\.version\s+(\S+)")
-    target = _header(text, r"\.target\s+([\w]+)")
+    version, target = _directive(text, "version"), _directive(text, "target")
     try:
         if int(version.replace(".", "")) not in VERSIONS:
             raise Unsupported("this version of PTX")
@@ -150,10 +149,10 @@ def parse(text: str) -> Kernel:
         raise Unsupported(f"PTX {version} for {target}: {e}") from None
 
 
-def _header(text: str, pattern: str) -> str:
-    found = re.search(pattern, text)
+def _directive(text: str, name: str) -> str:
+    found = re.search(rf"^\s*\.{name}\s+([\w.]+)", text, re.MULTILINE)
     if not found:
-        raise Unsupported(f"a text without {pattern.split(chr(92))[1].lstrip('.')}: is it PTX?")
+        raise Unsupported(f"a text without .{name}: is it PTX?")
     return found[1]
 
 
@@ -164,6 +163,7 @@ class _Parser:
         self.ranges: list[tuple[str, str]] = []  # (prefix, class) of declarations such as %r<99>
         self.scopes: list[tuple[set[str], int]] = []
         self.count = 0  # of scopes so far
+        self.operands: dict[str, Operand] = {}  # that were read outside scopes, by their text
         self.blocks = [Block("")]
         self.source = ""
 
@@ -267,6 +267,14 @@ class _Parser:
         return name
 
     def operand(self, text: str, line: int) -> Operand:
+        if self.scopes:  # where a name may be another's
+            return self.read_operand(text, line)
+        found = self.operands.get(text)
+        if found is None:
+            found = self.operands[text] = self.read_operand(text, line)
+        return found
+
+    def read_operand(self, text: str, line: int) -> Operand:
         if text.startswith("{"):
             return Vector(tuple(self.operand(part, line) for part in _split(text[1:-1])))
         if text.startswith("["):
@@ -306,6 +314,8 @@ class _Parser:
 
 def _split(text: str) -> list[str]:
     """Splits at commas outside braces and brackets."""
+    if "{" not in text and "[" not in text:
+        return [part.strip() for part in text.split(",") if part.strip()]
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         if character in "{[":

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 ARCHITECTURES = ("sm_80", "sm_90")
+COUNTS = pytest.StashKey[list[tuple[int, int]]]()  # of launches and of kernels, by process
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,12 +50,28 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     return result
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.getoption("--compiled", None) is None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--compiled", None) is None:
         return
     from triton.runtime import driver
 
-    programs = driver.active.utils.programs.values()
-    if programs:  # under pytest-xdist, the workers have them
-        launches = sum(p.launches for p in programs)
-        terminalreporter.write_line(f"simulator: {launches} launches of {len(programs)} compiled kernels")
+    counted = driver.active.utils.count()
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist, whose controller runs nothing itself
+        session.config.workeroutput["simulator"] = counted
+    else:
+        session.config.stash.setdefault(COUNTS, []).append(counted)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    counted = getattr(node, "workeroutput", {}).get("simulator")
+    if counted:
+        node.config.stash.setdefault(COUNTS, []).append(counted)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    counts = config.stash.get(COUNTS, [])
+    if any(launches for launches, _ in counts):
+        launches, kernels = (sum(column) for column in zip(*counts, strict=True))
+        each = " (some of them in several processes)" if len(counts) > 2 else ""
+        terminalreporter.write_line(f"simulator: {launches} launches of {kernels} compiled kernels{each}")

@@ -9,7 +9,6 @@ Python into a `Code`. An opcode that is not there is refused by name.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from collections.abc import Callable
@@ -216,6 +215,7 @@ class Translation:
     Attributes:
         source: the Python that was made, to read.
         functions: one per block.
+        numbers: each register's place in the list of them, by its name.
         kinds: the class of each register, by its number.
         granule: bytes of the narrowest access of memory; what accesses are tracked by.
     """
@@ -226,7 +226,7 @@ class Translation:
         self.kinds: list[str] = []
         self.labels = {block.label: i for i, block in enumerate(kernel.blocks) if block.label}
         self.parameters = {p.name: i for i, p in enumerate(kernel.parameters)}
-        self._numbers: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
         self._constants: dict[tuple[int, str, str], str] = {}
         self._space: dict[str, Any] = {}
         texts = []
@@ -244,10 +244,10 @@ class Translation:
         return [single(POISON[kind], STORED[kind]) for kind in self.kinds]
 
     def number(self, register: Register) -> int:
-        if register.name not in self._numbers:
-            self._numbers[register.name] = len(self._numbers)
+        if register.name not in self.numbers:
+            self.numbers[register.name] = len(self.numbers)
             self.kinds.append(self.kernel.registers[register.name])
-        return self._numbers[register.name]
+        return self.numbers[register.name]
 
     def name(self, thing: Any) -> str:
         """Makes a function or type known to the blocks, by its own name."""
@@ -274,9 +274,7 @@ class Translation:
         code = Code(instruction, block, self)
         try:
             handler(code, *alternatives)
-        except (IndexError, TypeError) as e:
-            if len(inspect.trace()) > 3:
-                raise
+        except (IndexError, ValueError) as e:  # there are fewer or more of them than the handler knows
             raise code.unsupported(f"operands ({e})") from e
         if not code.guarded:
             raise code.unsupported("a guard")

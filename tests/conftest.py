@@ -41,13 +41,13 @@ def pytest_collection_modifyitems(config, items):
     tiny = config.getoption("--tiny", False)  # of bench/stage.py: a dry run of what needs a GPU
     for item in items:
         mark = item.get_closest_marker("gpu")
-        if mark and not HAS_GPU and not (tiny and mark.kwargs.get("shrinks")):
+        if mark and (not HAS_GPU or config.getoption("--compiled", None)) and not (tiny and mark.kwargs.get("shrinks")):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session")
-def device():
-    return "cuda" if HAS_GPU else "cpu"
+def device(request):
+    return "cuda" if HAS_GPU and not request.config.getoption("--compiled", None) else "cpu"
 
 
 @pytest.fixture(autouse=True)

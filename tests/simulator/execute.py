@@ -44,7 +44,7 @@ class Result:
         self.program, self.registers, self.machine = program, registers, machine
 
     def __getitem__(self, register):
-        a = self.registers[self.program.translation._numbers[register]]
+        a = self.registers[self.program.translation.numbers[register]]
         stored = STORED[kind_of(register)]
         assert a.dtype == stored, f"{register} is {a.dtype}"
         return np.broadcast_to(a, (self.machine.C, self.machine.T))[0].copy()
@@ -69,7 +69,7 @@ def execute(body, given=None, threads=32, shared_bytes=0, tensors=(), options=No
     values = {name: np.asarray(v) for name, v in (given or {}).items()}
     values |= {name: np.full(threads, memory.pointer(t, name), np.int64) for name, t in dict(tensors).items()}
     for name, value in values.items():
-        number = program.translation._numbers.get(name)
+        number = program.translation.numbers.get(name)
         if number is not None:
             stored = STORED[kind_of(name)]
             registers[number] = np.resize(value, threads).view(stored).reshape(1, -1)

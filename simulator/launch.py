@@ -35,6 +35,7 @@ class Program:
             self.translation = Translation(self.kernel)
         except Unsupported as e:
             raise Unsupported(f"PTX {self.kernel.version} for {self.kernel.target}: {e}") from None
+        self.kernel.blocks.clear()  # hundreds of programs are kept, and this would be most of what they take
         self.shared_bytes = shared_bytes
         self.launches = 0
 
@@ -70,7 +71,8 @@ class Program:
             while block != DONE:
                 steps += 1
                 if steps > max_steps:
-                    self._endless(m, block, max_steps)
+                    what = f"not done after {max_steps} basic blocks; it was stopped here:"
+                    m.fault(self.translation.lines[block], what, 0)
                 m.fragments.clear()
                 to = functions[block](registers, m)
                 if type(to) is not tuple:
@@ -82,10 +84,6 @@ class Program:
                     cut = [a[chosen] if a.shape[0] == m.C > 1 else a for a in registers]
                     waiting.append((m.part(chosen), cut, block, steps))
                 break
-
-    def _endless(self, m: Machine, block: int, steps: int) -> None:
-        ahead = (i for b in self.kernel.blocks[block:] for i in b.code)
-        m.fault(next(ahead).line, f"not done after {steps} basic blocks; it was stopped here:", 0)
 
     def _parameters(self, arguments: Sequence[int | TensorMap]) -> tuple[list[Array | None], dict[int, TensorMap]]:
         parameters = self.kernel.parameters

@@ -75,12 +75,11 @@ Operand = Register | Special | Immediate | Symbol | Address | Vector | Pair
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `line` counts the PTX's lines from 1, `source` is Triton's file:line:column."""
+    """One instruction; `line` counts the PTX's lines from 1."""
 
     opcode: str
     operands: tuple[Operand, ...]
     line: int
-    source: str = ""
     guard: Register | None = None
     negated: bool = False
 
@@ -114,6 +113,7 @@ class Kernel:
         threads: of a program.
         registers: the class of every register: pred, b16, b32, or b64.
         variables: names of module variables in global or shared memory.
+        sources: the line of Triton's source of each line of the PTX that has an instruction.
     """
 
     name: str
@@ -125,11 +125,12 @@ class Kernel:
     blocks: list[Block]
     registers: dict[str, str]
     variables: dict[str, str]
+    sources: dict[int, str]
 
     def place(self, line: int) -> Place:
         """Returns where an instruction stands."""
-        source = next((i.source for b in self.blocks for i in b.code if i.line == line), "")
-        return Place(self.name, line, " ".join(self.text.split("\n")[line - 1].split())[:160], source)
+        text = " ".join(self.text.split("\n")[line - 1].split())[:160]
+        return Place(self.name, line, text, self.sources.get(line, ""))
 
 
 def parse(text: str) -> Kernel:
@@ -165,7 +166,8 @@ class _Parser:
         self.count = 0  # of scopes so far
         self.operands: dict[str, Operand] = {}  # that were read outside scopes, by their text
         self.blocks = [Block("")]
-        self.source = ""
+        self.source = ""  # file:line:column, of the statements that follow
+        self.sources: dict[int, str] = {}
 
     def kernel(self) -> Kernel:
         entries = re.findall(r"\.entry", self.text)
@@ -183,7 +185,7 @@ class _Parser:
         self.body(entry.end())
         return Kernel(
             name, self.version, self.target, self.text, int(threads[1]), [*map(_parameter, _split(parameters))],
-            self.blocks, self.registers, _variables(self.text[: entry.start()]),
+            self.blocks, self.registers, _variables(self.text[: entry.start()]), self.sources,
         )  # fmt: skip
 
     def body(self, start: int) -> None:
@@ -242,7 +244,8 @@ class _Parser:
             if guard is not None and not isinstance(guard, Register):
                 raise Unsupported(f"line {line}: guard {found[2]}")
             operands = tuple(self.operand(part, line) for part in _split(found[4]))
-            code = Instruction(found[3], operands, line, self.source, guard, found[1] == "!")
+            code = Instruction(found[3], operands, line, guard, found[1] == "!")
+            self.sources[line] = self.source
             self.blocks[-1].code.append(code)
             if code.jumps:
                 self.blocks.append(Block(""))

@@ -215,6 +215,7 @@ class Translation:
     Attributes:
         source: the Python that was made, to read.
         functions: one per block.
+        lines: of the PTX, where each block, or the next one that is not empty, begins.
         numbers: each register's place in the list of them, by its name.
         kinds: the class of each register, by its number.
         granule: bytes of the narrowest access of memory; what accesses are tracked by.
@@ -238,6 +239,9 @@ class Translation:
         self.source = "\n".join(texts)
         exec(compile(self.source, f"<{kernel.name}>", "exec"), self._space)
         self.functions = [self._space[f"block{i}"] for i in range(len(kernel.blocks))]
+        self.lines = [0] * len(kernel.blocks)
+        for i, block in reversed([*enumerate(kernel.blocks)]):
+            self.lines[i] = block.code[0].line if block.code else self.lines[min(i + 1, len(self.lines) - 1)]
 
     def registers(self) -> list[Array]:
         """Returns registers that nothing wrote: a NaN in every format, far outside every tensor."""

@@ -10,6 +10,7 @@ from simulator.global_memory import GlobalMemory
 from simulator.launch import Program
 from simulator.machine import Machine
 from simulator.options import Options
+from simulator.parser import parse
 
 CLASSES = {"p": "pred", "rs": "b16", "r": "b32", "rd": "b64"}
 HEADER = """.version 8.7
@@ -63,7 +64,7 @@ def execute(body, given=None, threads=32, shared_bytes=0, tensors=(), options=No
     program = Program(ptx(body, threads, parameters), shared_bytes)
     if "SIMULATOR_OPCODES" in os.environ:  # of test_forms.py, which asks what all tests run
         with open(os.environ["SIMULATOR_OPCODES"], "a") as f:
-            f.writelines(f"{i.opcode}\n" for block in program.kernel.blocks for i in block.code)
+            f.writelines(f"{i.opcode}\n" for block in parse(program.kernel.text).blocks for i in block.code)
     memory = GlobalMemory()
     registers = program.translation.registers()
     values = {name: np.asarray(v) for name, v in (given or {}).items()}

@@ -20,7 +20,7 @@ ROWS = [
     ("test_kernels", r"test_any_strides\[every", "crops, steps, expanded and permuted tensors"),
     ("test_kernels", r"test_frames\[.*contiguous-1|test_infinity|test_a_tap_that_meets_no_frame", "frames, infinities"),
     ("test_tma", r"test_every_case\[(plain|groups-of-five|depthwise-3-D|transposed,-output|dilation-equals)", "boxes"),
-    ("test_tma", r"test_every_weight_gradient_of_unit_stride\[(plain|groups|transposed-1)", "boxes of a weight gradient"),
+    ("test_tma", r"test_every_weight_gradient_of_unit_stride\[(plain|groups\]|transposed-1)", "boxes of a weight gradient"),
     ("test_tma", r"test_default_layout_is_copied|test_infinity|test_refusals|refused", "copies, refusals"),
     ("test_strips", r"test_every_dtype|test_infinity|test_what_they_do_not_take", "strips in every dtype and layout"),
     ("test_split_precision", r"test_sums_of_any_length\[(1|33|576)\]|test_few_channels", "fp32 by six products"),

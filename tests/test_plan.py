@@ -11,11 +11,13 @@ from tconv import functional as TF
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.planning import plan
+from tconv.planning.depthwise import DIRECT
 from tconv.planning.device import ARCHITECTURES, INTERPRETER, Device
 from tconv.planning.families import FAMILIES
 from tconv.planning.gemm import GEMM_16
 from tconv.planning.packed import pack
 from tconv.planning.problem import forward_problem, transposed_problem
+from tconv.planning.strip import STRIP_16
 from tconv.planning.tiles import Access, Tile
 
 H200 = Device("H200", 132, 232448)
@@ -129,6 +131,31 @@ def test_few_channels_are_packed_and_only_they():
         assert plan.choose(stem, "fprop", plan.Operands(2, True), H200).cost.seconds > 0
     with tconv.force(kernel="packed"), pytest.raises(ValueError, match="counts at most 32768 taps times channels"):
         plan.choose(conv((1, 4096, 9, 9), (8, 4096, 3, 3)), "fprop", plan.Operands(2, True), H200)
+
+
+def test_a_forced_tile_is_for_the_kernels_that_can_take_it():
+    layer = conv((2, 32, 9, 9), (32, 1, 3, 3), padding=1, groups=32)
+    operands = plan.Operands(2, True)
+    with tconv.force(tile=DIRECT[0]):
+        assert plan.choose(layer, "fprop", operands, H200).tile == DIRECT[0]  # though gather cannot take it
+    with tconv.force(tile=STRIP_16[0]):
+        assert plan.choose(layer, "fprop", operands, H200).kernel == "strip"
+    with tconv.force(tile=Tile(48, 2, 1)), pytest.raises(ValueError, match="extents and warps must be powers of two"):
+        plan.choose(layer, "fprop", operands, H200)
+
+
+def test_a_device_without_room_for_any_tile_falls_back(monkeypatch):
+    tiny = Device("a GPU with next to no shared memory", 4, 1024)
+    x, w = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
+    monkeypatch.setattr("tconv.launching.launch.device_of", lambda t: tiny)
+    with tconv.recording() as calls:
+        y = TF.conv2d(x, w)
+    assert [(call.ours, call.reason) for call in calls] == [
+        (False, f"no tile fits {tiny.name}: N1 C16 8x8 -> K16 6x6, filter 3x3"),
+    ]
+    assert torch.equal(y, torch.nn.functional.conv2d(x, w))
+    with tconv.force(kernel="gather"), pytest.raises(plan.Unplannable, match="no tile fits"):
+        TF.conv2d(x, w)
 
 
 def test_packs_are_all_groups_or_a_power_of_two():

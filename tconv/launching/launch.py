@@ -145,12 +145,21 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
     """Returns the launch for this key from the cache, or makes and caches it.
 
     key[1] is the call's `Geometry`. The cache is not used for dry calls, nor while plans are forced.
+
+    Raises:
+        Fallback: no kernel can run the pass on the device.
+        ValueError: a forced plan cannot run.
     """
-    if planning.forced() is not None or key[1].dry:
+    if planning.forced() is not None:
         return make()
-    found = _prepared.get(key)
+    found = None if key[1].dry else _prepared.get(key)
     if found is None:
-        found = _prepared[key] = make()
+        try:
+            found = make()
+        except planning.Unplannable as e:
+            raise Fallback(str(e)) from e
+        if not key[1].dry:
+            _prepared[key] = found
     return found
 
 

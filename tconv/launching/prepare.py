@@ -174,7 +174,7 @@ def _best(
         return launch
     try:
         return _faster(launch, _copied(prepare, tma, names, operands, device), device)
-    except Ineligible:
+    except (Ineligible, planning.Unplannable):
         return launch
 
 

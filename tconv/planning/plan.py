@@ -21,6 +21,10 @@ WORKSPACE = 32 << 20  # the most bytes that the workspace of a split reduction m
 KERNELS = {pass_: tuple(f.name for f in families(pass_)) for pass_ in ("fprop", "dgrad", "wgrad", "bias")}
 
 
+class Unplannable(ValueError):
+    """No kernel has a tile for a pass on a device."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one pass of a problem is run.
@@ -151,7 +155,8 @@ def choose(
         only: the only kernel to consider; None for all kernels that load through pointers.
         precision: the only precision to consider, as in `Plan.precision`; None for all.
     Raises:
-        ValueError: a forced plan (`force`) cannot run, or no tile fits.
+        ValueError: a forced plan (`force`) cannot run.
+        Unplannable: no tile fits.
     """
     request = _request_for(pass_)
     only = only or (request.kernel if request else None)
@@ -163,14 +168,17 @@ def choose(
         return _interpreter_plan(problem, pass_, operands, device, only, precision)
     considered = [FAMILIES[only]] if only else [f for f in families(pass_) if f.considered(problem, pass_)]
     kernels = tuple(family.name for family in considered)
-    plans = [
-        replace(plan, kernels=kernels)
-        for family in considered
-        for cut in (_precisions(family, operands, device) if precision is None else (precision,))
-        for plan in _candidates(family, problem, pass_, operands, device, cut)
-    ]
+    plans, refused = [], None
+    for family in considered:
+        for cut in _precisions(family, operands, device) if precision is None else (precision,):
+            try:
+                found = list(_candidates(family, problem, pass_, operands, device, cut))
+            except ValueError as e:  # a forced tile or number of splits that is not for this kernel, but may be for another
+                refused = refused or e
+                continue
+            plans += [replace(plan, kernels=kernels) for plan in found]
     if not plans:
-        raise ValueError(f"no tile fits {device.name}: {problem}")
+        raise refused or Unplannable(f"no tile fits {device.name}: {problem}")
     plan = _fastest(plans, request)
     plain = [other for other in plans if not other.precision]
     if not plan.precision or not plain or device.works(plan.precision):
@@ -279,7 +287,7 @@ def _interpreter_plan(
         lambda tile: _why_illegal(family, problem, pass_, tile, operands.itemsize, device),
     )  # fmt: skip
     if not candidates:
-        raise ValueError(f"no tile of {family.name} fits: {problem}")
+        raise Unplannable(f"no tile of {family.name} fits: {problem}")
     splits = _all_splits(family, problem, pass_, candidates[0], operands.itemsize, device)[0]
     if precision is None:
         (precision,) = _precisions(family, operands, device)

@@ -69,18 +69,18 @@ def spread(m: Machine, product: Array) -> Array:
 
 def mma(m: Machine, kind: str, rows: int, a: Registers, b: Registers, c: Registers) -> tuple[Array, ...]:
     """mma.sync: a times b plus c, by each warp."""
-    x = _once(m, a, "a", lambda: left(m, a, kind, rows))
-    y = _once(m, b, "b", lambda: right(m, b, kind))
+    x = _once(m, a, f"a, {kind}, {rows}", lambda: left(m, a, kind, rows))
+    y = _once(m, b, f"b, {kind}", lambda: right(m, b, kind))
     p = spread(m, np.matmul(x, y))
     return tuple((q + r.view(p.dtype)).view(r.dtype) for q, r in zip(p, c, strict=True))
 
 
-def _once(m: Machine, registers: Registers, which: str, make: Callable[[], Array]) -> Array:
-    """Unrolled code multiplies each fragment by several others: `make` is called once per basic block and registers.
+def _once(m: Machine, registers: Registers, what: str, make: Callable[[], Array]) -> Array:
+    """Unrolled code multiplies each fragment by several others: `make` is called once per basic block, registers, and use.
 
     The registers are kept with what was made, so that no array gets the id of one that is gone.
     """
-    key = (which, *map(id, registers))
+    key = (what, *map(id, registers))
     found = m.fragments.get(key)
     if found is None:
         found = m.fragments[key] = make(), registers

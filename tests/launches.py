@@ -101,7 +101,8 @@ def arguments() -> None:
             assert all(address(flat(a)[i]) and address(flat(b)[i]) for i in differ), [(flat(a)[i], flat(b)[i]) for i in differ]
     assert kernels == {
         "gather", "packed", "depthwise", "strip",
-        "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits", "stage", "tma", "tma_wgrad",
+        "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits",
+        "copy_channels_last", "tma", "tma_wgrad",
     }, kernels  # fmt: skip
     # The same tensors, so that nothing at all may differ.
     layer, x = LAYERS["dense"]()
@@ -414,12 +415,20 @@ def loaded() -> None:
     launches, left = rehearse(layer, (x,), {}, DEVICES["H100"])
     assert left == ()
     kernels = [p.kernel.__name__ for p in launches]
-    assert [k for k in kernels if k != "stage"] == ["tma", "tma", "wgrad", "sum_splits", "sum_pixels", "sum_splits"]
-    assert kernels.count("stage") == 6  # x and w, dy and w, x and dy
+    computing = [k for k in kernels if k != "copy_channels_last"]
+    assert computing == [
+        "tma",
+        "tma",
+        "wgrad",
+        "sum_splits",
+        "sum_pixels",
+        "sum_splits",
+    ]
+    assert kernels.count("copy_channels_last") == 6  # x and w, dy and w, x and dy
     for p in launches:
         compiled.load(p, -1)
     names = [name for name, _ in driver.loaded]
-    # tma twice: fprop and dgrad; stage twice more: x, dy and w differ in how many pixels are read at a time
+    # tma twice: fprop and dgrad; copies twice more: x, dy and w differ in how many pixels are read at a time
     assert len(names) == len({*kernels}) + 3, names
     compiled.capturing = lambda device: True
     compile_ = JITFunction._do_compile

@@ -130,12 +130,12 @@ def test_direct_kernels_read_and_write_16_bytes_at_a_time(rows):
 
 
 def test_sums_and_copies_read_and_write_16_bytes_at_a_time():
-    widest = r"^(sum|stage|bias) .*((bf|fp)16 .* vec=8|fp32 .* vec=4)(/8|/4)?( split)?$"
+    widest = r"^(sum|copy|bias) .*((bf|fp)16 .* vec=8|fp32 .* vec=4)(/8|/4)?( split)?$"
     done = gate("--quick", "--only", widest, "--jobs", "1", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row for row in json.loads(done.stdout)["variants"] if "inner=c" not in row["name"]]
     found = {tuple(row["name"].split()[:4:3]): row for row in rows}
-    assert found.keys() == set(itertools.product(("sum", "stage", "bias"), ("bf16", "fp16", "fp32")))
+    assert found.keys() == set(itertools.product(("sum", "copy", "bias"), ("bf16", "fp16", "fp32")))
     for (kind, _), row in found.items():
         assert row["load_bytes"] == 16, row
         assert row["store_bytes"] == 16 or kind == "bias", row  # one number a channel
@@ -202,7 +202,7 @@ def test_the_gate_knows_every_pass_dtype_layout_and_architecture(names):
         assert (arch, "sum", "sum_splits", "0d", dtype, "") in found
         # Dimensions that lie one behind the other are one.
         assert {(arch, "bias", "bias", "1d", dtype, "c"), (arch, "bias", "bias", "1d", dtype, "p")} <= found
-        assert (arch, "stage", "stage", "1d", dtype, "p") in found
+        assert (arch, "copy", "copy", "1d", dtype, "p") in found
 
 
 def test_the_gate_knows_every_legal_tile_and_no_other(names):
@@ -221,7 +221,7 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
         for tile in family.tiles_on(Access(4, True, narrow, precision=BF16X6), codegen.ARCHS["sm_90"][3])
     }
     # A copy's tile goes by its channels: there are those that the layers have.
-    assert {key for key in found if key[1] not in ("sum_splits", "stage")} == legal
+    assert {key for key in found if key[1] not in ("sum_splits", "copy")} == legal
     spills = {arch for arch, kernel, name, tile in found if (kernel, name, tile) == ("wgrad", "bf16", "128x64x64 w4 s4")}
     assert spills == {"sm_90"}  # on sm_80 and sm_100; gfx942 has too little shared memory
 

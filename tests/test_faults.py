@@ -260,7 +260,7 @@ def copies(monkeypatch):
         return result
 
     def no_memory(by, pointers):
-        if by.call.operation != "stage":
+        if by.call.operation != "copy":
             fail(by, None, NO_MEMORY)
         run(by, pointers)
 

@@ -243,11 +243,11 @@ def test_forcing_reaches_the_backward_pass_on_another_thread(device):
 
 def test_no_integer_of_a_kernel_is_specialised():
     """Geometry as runtime data: layers that differ in it alone share one compiled kernel."""
-    from tconv.kernels import common, depthwise, gather, packed, reduce, stage, strip, wgrad
+    from tconv.kernels import common, copy, depthwise, gather, packed, reduce, strip, wgrad
 
     for kernel in (
         gather.gather, wgrad.wgrad, packed.packed, packed.packed_wgrad, depthwise.depthwise, depthwise.depthwise_wgrad,
-        strip.strip, strip.strip_wgrad, reduce.sum_pixels, reduce.sum_splits, stage.stage,
+        strip.strip, strip.strip_wgrad, reduce.sum_pixels, reduce.sum_splits, copy.copy_channels_last,
     ):  # fmt: skip
         given = getattr(kernel, "kwargs", None) or {"do_not_specialize": kernel.do_not_specialize}
         assert tuple(given["do_not_specialize"]) == common.integers(kernel)

@@ -1,6 +1,7 @@
-"""The kernels, in Triton. Each file opens with its equation and the extents of its GEMM.
+"""The kernels, in Triton. Each file opens with what it computes.
 
-They know neither torch nor problems: launching/prepare.py hands them extents, strides and constants. In reading order:
+They know neither torch nor problems: a launch hands them extents, strides and constants, which the file of the same name in
+planning/ works out. In reading order:
 
     common      numbering of tiles and phases, offsets, masks, and what else several kernels do
     gather      fprop and dgrad as implicit GEMM, operands loaded by pointers
@@ -9,6 +10,6 @@ They know neither torch nor problems: launching/prepare.py hands them extents, s
     depthwise   fprop, dgrad and wgrad of depthwise layers, without tensor cores
     strip       the same, several neighbouring outputs to a thread
     tma         fprop, dgrad and wgrad, operands brought by the tensor memory accelerator
-    reduce      sums the parts of a split-K reduction
-    stage       copies an operand to channels last
+    reduce      sums the parts of a split-K reduction, and computes the bias gradient
+    copy        copies an operand to channels last
 """

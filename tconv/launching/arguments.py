@@ -121,13 +121,17 @@ def prepared(
     if splits > 1:
         assert reach(result) == result.numel() - 1, "slices are summed as they lie, without gaps"
         summed = accumulator(dtype)
-        ends = {"VEC": vector(0, dtype.itemsize, result.numel()), "INTERPRET": interpreted(), "BLOCK": 1024, "num_warps": 4}
-        ends |= FUSED
+        ends = sum_constants(vector(0, dtype.itemsize, result.numel()))
         pointers = *pointers[:-1], summed
-        grid, whole = (math.ceil(result.numel() / 1024),), (result.shape, result.stride())
+        grid, whole = (math.ceil(result.numel() / ends["BLOCK"]),), (result.shape, result.stride())
         total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(summed, dtype))
     form = result.shape, result.stride()
     return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
+
+
+def sum_constants(vec: int) -> dict[str, Any]:
+    """Returns the constants and launch options of `sum_splits` for a vector width."""
+    return {"VEC": vec, "INTERPRET": interpreted(), "BLOCK": 1024, "num_warps": 4, **FUSED}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

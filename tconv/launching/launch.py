@@ -190,7 +190,7 @@ def execute(
                 if launch.copies or launch.total:
                     require_launchable(launch, operands, (*more, out))
                 if launch.copies:
-                    operands = _stage(launch, shared, *operands)
+                    operands = _copied(launch, shared, *operands)
                 if launch.swapped:
                     operands = operands[::-1]
                 if launch.total is None:
@@ -208,7 +208,7 @@ def execute(
     return out
 
 
-def _stage(launch: Prepared, shared: SharedOperand | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _copied(launch: Prepared, shared: SharedOperand | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Returns the operands of a launch, with those that it needs in channels last copied."""
     return tuple(_copy(copy, t, shared) if copy else t for copy, t in zip(launch.copies, operands, strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tconv.kernels.stage import stage
+from tconv.kernels.copy import copy_channels_last
 from tconv.launching.arguments import KERNELS, Prepared, dot_precision, numerics, options, prepared, tensor_cores
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call
@@ -97,7 +97,7 @@ def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -
     a, extents, rank = flattened(addressing(t), lift(t.shape[2:], 1))
     images, channels = t.shape[:2]
     pixels = images * math.prod(extents)
-    plan = planning.choose_stage(channels, pixels, t.element_size(), device)
+    plan = planning.choose_copy(channels, pixels, t.element_size(), device)
     tile = plan.tile
     integers = {"N": images, "C": channels, **triple("X", extents), **strides("sx", a)}
     constants: dict[str, Any] = {
@@ -105,8 +105,8 @@ def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -
         "WIDE": max(a.reach, t.numel(), pixels + tile.m) > LIMIT, "BLOCK_P": tile.m, "BLOCK_C": tile.n, **options(tile),
     }  # fmt: skip
     programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n)
-    call = Call("stage", problem, plan, plan.reason)
-    return prepared(stage, programs, integers, constants, call, shaped(t.shape, True, t.dtype))
+    call = Call("copy", problem, plan, plan.reason)
+    return prepared(copy_channels_last, programs, integers, constants, call, shaped(t.shape, True, t.dtype))
 
 
 def prepare_pass(

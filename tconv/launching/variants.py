@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tconv.kernels.reduce import sum_splits
-from tconv.launching.arguments import FUSED, Prepared, accumulator, tensor_cores
+from tconv.launching.arguments import Prepared, accumulator, sum_constants, tensor_cores
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.planning.device import Device
@@ -77,7 +77,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
                 with force(kernel, tile, staged=staged, precision=precision):
                     prepared = prepare()
                 yield _variant(pass_, prepared, dtype)
-                yield from (_variant("stage", copy, dtype) for copy in prepared.copies if copy)
+                yield from (_variant("copy", copy, dtype) for copy in prepared.copies if copy)
                 if _also_split(prepared, dtype):
                     yield _variant(pass_, prepared, dtype, split=True)
     yield from (_sum_splits(dtype, vec) for vec in (1, 2, 4, 8) if vec * dtype.itemsize <= 16)
@@ -145,7 +145,7 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
     assert plan is not None
     direct = "PRECISION" not in c  # without tl.dot
     inner = {True: "c", False: "p", "": "-"}
-    marks = ["p"] if pass_ == "stage" else []
+    marks = ["p"] if pass_ == "copy" else []
     marks += [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
     vectors = [str(c[k]) for k in VECTORS if k in c]
     flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE", "Y_BOX") if c.get(k)]
@@ -175,10 +175,11 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
 
 
 def _sum_splits(dtype: torch.dtype, vec: int) -> Variant:
-    """Returns the variant that sums a split reduction's workspace, with the launch config of `arguments.prepared`."""
-    workspace = "*fp64" if dtype == torch.float64 else "*fp32"
-    signature = {"ws_ptr": workspace, "out_ptr": "*" + NAMES[dtype], "numel": "i32", "splits": "i32"}
-    constants = {"VEC": vec, "INTERPRET": False, "BLOCK": 1024}
-    signature |= dict.fromkeys(constants, "constexpr")
-    name = f"sum sum_splits 0d {NAMES[dtype]} 1024 w4 s3 vec={vec}"
-    return Variant(name, sum_splits, signature, constants, {"num_warps": 4, "num_stages": 3, **FUSED}, True)
+    """Returns the variant that sums a split reduction's workspace."""
+    pointers = {"ws_ptr": f"*{NAMES[accumulator(dtype)]}", "out_ptr": f"*{NAMES[dtype]}"}
+    given = sum_constants(vec) | {"INTERPRET": False}
+    constants = {k: v for k, v in given.items() if k not in OPTIONS}
+    signature = pointers | {"numel": "i32", "splits": "i32"} | dict.fromkeys(constants, "constexpr")
+    options = {k: v for k, v in given.items() if k in OPTIONS} | {"num_stages": 3}
+    name = f"sum sum_splits 0d {NAMES[dtype]} {constants['BLOCK']} w{options['num_warps']} s{options['num_stages']} vec={vec}"
+    return Variant(name, sum_splits, signature, constants, options, True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tconv.planning.bias import BIAS, STAGE
+from tconv.planning.bias import BIAS, COPY
 from tconv.planning.cost import Cost, predict_bias, written_elements
 from tconv.planning.device import Device
 from tconv.planning.families import FAMILIES, families
@@ -30,8 +30,8 @@ class Plan:
     """How one pass of a problem is run.
 
     Attributes:
-        pass_: "fprop", "dgrad", "wgrad", "bias" (the bias gradient) or "stage" (an operand's copy to channels last).
-        kernel: one of KERNELS, or "stage".
+        pass_: "fprop", "dgrad", "wgrad", "bias" (the bias gradient) or "copy" (an operand's copy to channels last).
+        kernel: one of KERNELS, or "copy".
         tile: block extents and launch options.
         splits: parts into which the reduction is cut. Their sums are added in a fixed order afterwards.
         reason: one line for `explain`.
@@ -241,14 +241,14 @@ def choose_bias(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
     return plans[0] if device.interpreted else _fastest(plans, request)
 
 
-def choose_stage(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
+def choose_copy(channels: int, pixels: int, itemsize: int, device: Device) -> Plan:
     """Returns the plan for a copy to channels last: the widest tile that is no wider than the channels need."""
     if device.interpreted:
         n = pow2(channels, 1, 1024)
-        return Plan("stage", "stage", Tile(pow2(pixels, 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
-    found = STAGE[itemsize]
+        return Plan("copy", "copy", Tile(pow2(pixels, 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
+    found = COPY[itemsize]
     tile = next((t for t in found if t.n <= pow2(channels, 1, found[0].n)), found[-1])
-    return Plan("stage", "stage", tile, 1, f"for {channels} channels", kernels=("stage",), tiles=found)
+    return Plan("copy", "copy", tile, 1, f"for {channels} channels", kernels=("copy",), tiles=found)
 
 
 def _fastest(plans: list[Plan], request: Forced | None) -> Plan:

@@ -25,7 +25,7 @@ class Tile:
         strip               strips, channels, 1
         strip_wgrad         rows of the filter, channels, strips
         bias                1, channels, pixels
-        stage               pixels, channels, 1
+        copy                pixels, channels, 1
 
     Attributes:
         m, n, k: block extents.

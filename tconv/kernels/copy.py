@@ -11,7 +11,7 @@ from tconv.kernels.common import APART, decode, kernel, lead, multiple, trail, t
 
 
 @kernel
-def stage(
+def copy_channels_last(
     x_ptr, y_ptr, N, C, X0, X1, X2, sxn, sxc, sx0, sx1, sx2,
     RANK: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

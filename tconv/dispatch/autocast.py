@@ -17,8 +17,11 @@ KEY = "tconv.autocast"  # in the node's metadata
 MaybeTensor = torch.Tensor | None
 
 
-class _Casts(dict[Any, tuple[torch.Tensor, int, int, torch.Tensor]]):
-    """The casts of one autocast: (tensor, its version, its address, its cast), by what else a cast depends on."""
+Kept = tuple[torch.Tensor, int, int, torch.Tensor]  # a tensor, its version, its address, its cast
+
+
+class _Casts(dict[Any, dict[int, Kept]]):
+    """The casts of one autocast: by dtype and modes, then by the tensor's id, which is no other's while the tensor is kept."""
 
 
 _leaves: dict[str, torch.Tensor] = {}  # the leaf without elements, by type of device
@@ -37,13 +40,22 @@ def cast(device: str, *tensors: MaybeTensor) -> tuple[Any, ...]:
 def cast_once(device: str, *tensors: MaybeTensor) -> tuple[Any, ...]:
     """Does what `cast` does, and casts a leaf that requires a gradient only once in an autocast, as torch does.
 
-    Unlike torch's, the cast of a tensor that was edited in place since is not used again. Must not be called while a mode
-    or transform could see the tensors.
+    Unlike torch's, the cast of a tensor that was edited in place since is not used again. Must not be called in a dry
+    run, or while a mode or transform could see the tensors.
     """
-    dtype, keeps = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
-    return tuple(
-        [_cast_once(device, t, dtype) if keeps and t is not None and t.requires_grad else _cast(t, dtype) for t in tensors]
-    )
+    dtype = torch.get_autocast_dtype(device)
+    if not torch.is_autocast_cache_enabled():
+        return tuple([_cast(t, dtype) for t in tensors])
+    held = _current.get(device)
+    casts = None if held is None else held()
+    if casts is None:
+        casts = _attached(device)
+    # A cast made without gradients must not be used where there are some.
+    mode = dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    kept = casts.get(mode)
+    if kept is None:
+        kept = casts[mode] = {}
+    return tuple([_cast(t, dtype) if t is None or not t.requires_grad else _cast_once(kept, t, dtype) for t in tensors])
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:
@@ -52,27 +64,15 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
     return t.to(dtype)
 
 
-def _cast_once(device: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    held = _current.get(device)
-    casts = None if held is None else held()
-    # A cast made without gradients must not be used where there are some.
-    key = id(t), dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    found = None if casts is None else casts.get(key)  # whose tensor is t: it is kept, so no other tensor has its id
+def _cast_once(kept: dict[int, Kept], t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    found = kept.get(id(t))
     if found is not None and found[1] == t._version and found[2] == t.data_ptr():
         return found[3]
     new: torch.Tensor = _cast(t, dtype)
-    if new is not t and _is_kept(t, device):
-        if casts is None:
-            casts = _attached(device)
-        casts[key] = t, t._version, t.data_ptr(), new
+    # What torch keeps too. An inference tensor has no version.
+    if t.dtype is torch.float32 and t.is_leaf and new is not t and not (t._is_view() or t.is_inference()):
+        kept[id(t)] = t, t._version, t.data_ptr(), new
     return new
-
-
-def _is_kept(t: torch.Tensor, device: str) -> bool:
-    """Returns True if torch would keep the cast of a tensor that requires a gradient."""
-    if t.is_inference():  # has no version
-        return False
-    return t.dtype is torch.float32 and t.is_leaf and t.device.type == device and not t._is_view()
 
 
 def _attached(device: str) -> _Casts:

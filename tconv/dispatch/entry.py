@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
 from tconv.dispatch import operators  # noqa: F401  # registers torch.ops.tconv's
-from tconv.dispatch.autocast import cast_once
+from tconv.dispatch.autocast import cast, cast_once
 from tconv.dispatch.check import CallArguments, accepted, examine, parameter
 from tconv.dispatch.context import NOT_STRIDED, PLAIN, foreign_modes, why_ineligible
 from tconv.dispatch.dynamo import opaque
@@ -121,7 +121,7 @@ def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any) -> torch.T
         raise Fallback(why)
     y: torch.Tensor | None
     if torch.is_autocast_enabled(device):  # the fast path is of the casts, which are other tensors each time
-        x, w, b = cast_once(device, x, w, b)
+        x, w, b = (cast if dry else cast_once)(device, x, w, b)
         if key is not None:
             key = *key, x.dtype, torch.is_grad_enabled()
             seen = fast_paths.get(key)

@@ -77,11 +77,11 @@ def convolve(
         return _operator(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
     key = None
     try:
-        if type(x) in PLAIN and DRY.get() is None:
+        if type(x) in PLAIN and type(w) in PLAIN and DRY.get() is None:
             try:
                 key = id(w), id(b), x.shape, x.requires_grad, w.requires_grad
                 seen = fast_paths.get(key)
-            except (TypeError, AttributeError):  # symbolic extents have no hash; the weight is no tensor
+            except TypeError:  # symbolic extents have no hash
                 key = seen = None
             except RuntimeError:  # a nested tensor has no shape
                 raise Fallback(NOT_STRIDED) from None

@@ -36,11 +36,12 @@ ROW = {
     "name": "a", "arch": "sm_90", "registers": 100, "spills": 0, "loop_spills": 0, "stack_bytes": 0, "shared_bytes": 1024,
     "mma": 4, "mma_kind": "HGMMA", "register_detour": False, "tma_loads": 2, "async_copies": 8, "async_copy_bytes": 16,
     "loads": 4, "load_bytes": 16, "narrow_loads": 0, "stores": 8, "store_bytes": 16, "loop_instructions": 100,
+    "loop_waits": 1,
 }  # fmt: skip
 WORSE = {
     "spills": 1, "loop_spills": 1, "stack_bytes": 8, "narrow_loads": 1, "registers": 109, "shared_bytes": 1025,
     "loop_instructions": 111, "mma_kind": "HMMA", "register_detour": True, "async_copy_bytes": 4, "tma_loads": 1,
-    "load_bytes": 8, "store_bytes": 8,
+    "load_bytes": 8, "store_bytes": 8, "loop_waits": 4,
 }  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
     }
     # A copy's tile goes by its channels: there are those that the layers have.
     assert {key for key in found if key[1] not in ("sum_splits", "copy")} == legal
-    spills = {arch for arch, kernel, name, tile in found if (kernel, name, tile) == ("wgrad", "bf16", "128x64x64 w4 s4")}
+    spills = {arch for arch, kernel, name, tile in found if (kernel, name, tile) == ("wgrad", "bf16", "128x64x64 w4 s3")}
     assert spills == {"sm_90"}  # on sm_80 and sm_100; gfx942 has too little shared memory
 
 
@@ -237,7 +238,7 @@ def test_the_planner_picks_among_what_the_gate_compiles(arch):
 
 def test_small_layers_are_compiled_whole_and_split():
     """As the planner may choose them, with the workspace's type for the result's."""
-    problem = forward_problem((1, 256, 8, 8), (256, 256, 3, 3), (1, 1), [(1, 1)] * 2, (1, 1), 1)
+    problem = forward_problem((1, 1024, 8, 8), (1024, 1024, 3, 3), (1, 1), [(1, 1)] * 2, (1, 1), 1)
     for dtype, workspace in ((torch.bfloat16, "*fp32"), (torch.float32, "*fp32"), (torch.float64, "*fp64")):
         found = {v.name: v for v in variants(problem, dtype, True, codegen.ARCHS["sm_90"][3])}
         for pass_, prepare in list(launches(problem, dtype, True, codegen.ARCHS["sm_90"][3]).items())[:2]:

@@ -56,14 +56,16 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
     The shape of a TMA box is not part of the name. Layers whose variants have the same name are represented by the first one;
     boxes of 128 pixels differ by only a few instructions in the loop.
     """
+    # Where fp32 may be computed in BF16X6, both are listed, whichever the planner prefers.
+    exact = "ieee" if dtype == torch.float32 and not tensor_cores(dtype) and can_cut(device) else None
     for pass_, prepare in launches(problem, dtype, channels_last, device).items():
         choices: list[tuple[str, bool | None, str | None]] = []
         for copied in (False, True):
             with force(staged=copied):
                 plan = prepare().call.plan
             assert plan is not None
-            choices += [(kernel, copied, None) for kernel in plan.kernels]
-            if dtype == torch.float32 and not tensor_cores(dtype) and can_cut(device):
+            choices += [(kernel, copied, exact) for kernel in plan.kernels]
+            if exact:
                 choices += [(kernel, copied, BF16X6) for kernel in plan.kernels if FAMILIES[kernel].cuts]
         choices += [(f.name, None, None) for f in families(pass_) if f.tma and takes_boxes(prepare, f.name)]
         for kernel, staged, precision in choices:

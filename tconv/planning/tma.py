@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from tconv.planning.addressing import LIMIT
 from tconv.planning.cost import pixel_extents
 from tconv.planning.device import Device
-from tconv.planning.family import Boxes
+from tconv.planning.family import Boxes, Instead
 from tconv.planning.gemm import Gemm
 from tconv.planning.operands import GatherPass, Operands, Pass, WgradPass
 from tconv.planning.problem import ConvProblem, pow2
@@ -75,6 +75,7 @@ class Tma(_Tma):
     name = "tma"
     passes = ("fprop", "dgrad")
     start = 1.9e-6
+    instead: ClassVar[Instead] = {10: {Tile(128, 64, 32, 4, 4): Tile(128, 64, 32, 4, 4, 255)}}
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
         return TMA_32 if access.itemsize == 4 else TMA_16

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tconv.planning.device import ARCHITECTURES, DEVICES, Device, cuda_device
+from tconv.planning.device import ARCHITECTURES, DEVICES, Device
 from tconv.rehearsal import runner
 
 
@@ -99,6 +99,7 @@ def precompile(
         from triton.backends.compiler import GPUTarget
 
         from tconv.launching.arguments import INTERPRET
+        from tconv.launching.launch import checked_device
     except ImportError as e:
         raise RuntimeError(f"precompile: Triton cannot be imported ({e})") from e
     if named is not None:
@@ -108,7 +109,7 @@ def precompile(
     elif torch.cuda.is_available():
         from triton.runtime import driver
 
-        gpu, device = driver.active.get_current_target(), cuda_device(torch.cuda.current_device())
+        gpu, device = driver.active.get_current_target(), checked_device(torch.cuda.current_device())
     else:
         raise RuntimeError("precompile: no GPU here; name what to compile for, such as target='sm_90'")
     launches, left = rehearse(model, args, kwargs, device, backward)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 import tconv
 from tconv import functional as TF
-from tconv.launching import compiled, launch
-from tconv.planning.tiles import Tile
+from tconv.launching import compiled, launch, self_check
+from tconv.planning.device import cuda_device
+from tconv.planning.tiles import BF16X6, Tile
 from tests import cases, oracle
 from tests.test_kernels import DTYPES, check, ours
 
@@ -242,6 +243,15 @@ def test_one_compilation_serves_layers_of_any_geometry(device):
     conv(2, 128, 192, 17, 1, stride=2)
     conv(3, 256, 64, 33, 5, padding=3, dilation=2)
     assert sum(len(cache[0]) for cache in gather.device_caches.values()) == before
+
+
+@pytest.mark.parametrize("mechanism", ["tma", BF16X6])
+def test_mechanisms_of_hopper_pass_their_check(mechanism, device):
+    known = torch.device("cuda", torch.cuda.current_device())
+    planned = cuda_device(known.index)
+    if planned.generation != 9:
+        pytest.skip("they are chosen on Hopper only")
+    assert self_check.works_on(known, planned, mechanism)
 
 
 def test_mixed_devices_raise_as_torch(device):

@@ -132,11 +132,12 @@ def gradients(launches: Backward, transposed: bool, dy: torch.Tensor, x: torch.T
 
 def device_of(t: torch.Tensor) -> Device:
     """Returns the planner's description of a tensor's device."""
-    return INTERPRETER if INTERPRET else _checked_device(t.device.index)
+    return INTERPRETER if INTERPRET else checked_device(t.device.index)
 
 
 @functools.cache
-def _checked_device(index: int) -> Device:
+def checked_device(index: int) -> Device:
+    """Returns the CUDA or ROCm device with that index, on which mechanisms are checked before plans use them."""
     planned = cuda_device(index)
     return dataclasses.replace(planned, check=functools.partial(works_on, torch.device("cuda", index), planned))
 

@@ -48,7 +48,7 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     if capturing(-1 if device.index is None else device.index):
         return False
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with _lock, here, _disable_current_modes(), torch.no_grad():
+    with _lock, here, torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
         if key not in _works:
             try:
                 wrong = max(_errors(device, planned, mechanism)) > TOLERANCE[mechanism]

@@ -517,7 +517,7 @@ def no_compiler() -> None:
 def not_loaded() -> None:
     """What precompile cannot load is in its answer; the other kernels are compiled and loaded."""
     torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: -1
-    sys.modules["tconv.precompile"].cuda_device = lambda index: tconv.planning.device.ARCHITECTURES["sm_90"][3]
+    launch.checked_device = lambda index: tconv.planning.device.ARCHITECTURES["sm_90"][3]
     load = driver.utils.load_binary
 
     def no_memory(name: str, *args: Any) -> Any:

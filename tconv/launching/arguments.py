@@ -144,11 +144,17 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     return {"ACC": tl.float64 if accumulator(dtype) == torch.float64 else tl.float32, "INTERPRET": interpreted()}
 
 
-def dot_precision(dtype: torch.dtype, plan: Plan) -> str:
-    """Returns the constant PRECISION, which says how a kernel multiplies fp32 operands."""
+def dot_precision(dtype: torch.dtype, plan: Plan, tensor_cores: bool) -> str:
+    """Returns the constant PRECISION, which says how a kernel multiplies fp32 operands.
+
+    Args:
+        dtype: of the operands.
+        plan: whose precision counts if it has one.
+        tensor_cores: True if fp32 may be multiplied as TF32.
+    """
     if plan.precision:
         return plan.precision
-    return "tf32" if dtype == torch.float32 and tensor_cores(dtype) and not interpreted() else "ieee"
+    return "tf32" if dtype == torch.float32 and tensor_cores and not interpreted() else "ieee"
 
 
 def options(tile: Tile) -> dict[str, int]:

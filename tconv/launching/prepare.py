@@ -134,7 +134,11 @@ def prepare_pass(
     if boxes is None:
         raise Ineligible(APART)
     programs = family.programs(c.p, c.pass_, plan.tile) * plan.splits
-    shared = c.constants(plan.tile, family.dot) | {"PRECISION": dot_precision(result.dtype, plan)} | numerics(result.dtype)
+    shared = (
+        c.constants(plan.tile, family.dot)
+        | {"PRECISION": dot_precision(result.dtype, plan, c.tensor_cores)}
+        | numerics(result.dtype)
+    )
     constants = {k: v for k, v in (shared | constants).items() if k in kernel.arg_names} | options(plan.tile)
     if c.rules:
         done = " + ".join(dict.fromkeys(c.rules))

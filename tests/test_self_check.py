@@ -12,6 +12,7 @@ from tconv.launching import self_check
 from tconv.launching.compiled import run
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_gather, prepare_wgrad
+from tconv.launching.record import Fallback, TransientFallback
 from tconv.launching.variants import float32_precision
 from tconv.planning.device import DEVICES, INTERPRETER
 from tconv.planning.problem import forward_problem
@@ -66,13 +67,26 @@ def test_what_is_wrong_is_barred_with_one_warning(mechanism, pass_, wrong, monke
     assert not check(mechanism)  # without another warning, which would be an error
 
 
-def test_what_fails_is_barred(monkeypatch):
+def test_what_fails_every_time_is_barred(monkeypatch):
     def fails(launch, pointers):
-        raise RuntimeError("no such instruction")
+        raise Fallback("no such instruction")
 
     monkeypatch.setattr(self_check, "run", fails)
-    with pytest.warns(UserWarning, match="will not use tma on cpu: RuntimeError: no such instruction"):
+    with pytest.warns(UserWarning, match="will not use tma on cpu: no such instruction"):
         assert not check("tma")
+    monkeypatch.setattr(self_check, "run", run)
+    assert not check("tma")
+
+
+@pytest.mark.parametrize("error", [TransientFallback("busy"), torch.OutOfMemoryError("full")], ids=repr)
+def test_an_error_that_may_not_recur_is_not_remembered(error, monkeypatch):
+    def fails(launch, pointers):
+        raise error
+
+    with monkeypatch.context() as m:
+        m.setattr(self_check, "run", fails)
+        assert not check("tma")
+    assert check("tma")
 
 
 def test_nothing_is_checked_nor_remembered_in_a_capture(monkeypatch):

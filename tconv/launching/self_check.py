@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tconv.launching.compiled import capturing, run
 from tconv.launching.memory_format import addressing
 from tconv.launching.prepare import prepare_pass
+from tconv.launching.record import Fallback, TransientFallback
 from tconv.planning.device import Device
 from tconv.planning.operands import GatherPass, Pass, WgradPass
 from tconv.planning.problem import forward_problem
@@ -34,7 +35,8 @@ _works: dict[tuple[torch.device, str], bool] = {}
 def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     """Returns True if a mechanism gives right results on a device.
 
-    The answer is remembered, except the False of a call during the capture of a CUDA graph, in which nothing can be checked.
+    The answer is remembered, except the False of a call that could not tell: during the capture of a CUDA graph, or after an
+    error that may not recur, such as out of memory.
 
     Args:
         device: the device.
@@ -52,8 +54,10 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
             try:
                 wrong = max(_errors(device, planned, mechanism)) > TOLERANCE[mechanism]
                 reason = "its results differ from those of plain kernels" if wrong else ""
-            except Exception as e:
-                reason = f"{type(e).__name__}: {e}"
+            except (TransientFallback, RuntimeError):
+                return False
+            except (Fallback, ValueError) as e:  # the kernel fails every time, or has no plan
+                reason = str(e)
             if reason:
                 warnings.warn(f"tconv will not use {mechanism} on {device}: {reason}", stacklevel=2)
             _works[key] = not reason

@@ -173,8 +173,10 @@ def choose(
         for cut in _precisions(family, operands, device) if precision is None else (precision,):
             try:
                 found = list(_candidates(family, problem, pass_, operands, device, cut))
-            except ValueError as e:  # a forced tile or number of splits that is not for this kernel, but may be for another
-                refused = refused or e
+            except ValueError as e:
+                if request is None:
+                    raise
+                refused = refused or e  # a forced tile or number of splits is not for this kernel, but may be for another
                 continue
             plans += [replace(plan, kernels=kernels) for plan in found]
     if not plans:

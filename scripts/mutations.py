@@ -73,6 +73,8 @@ MUTATIONS = [
     Mutation("a pack's rows on the wrong diagonal", "kernels/packed.py", "low = k // K * C", "low = k * 0", "packed"),
     Mutation("a packed column's tap mistaken", "kernels/packed.py", "t1 -= t0 * n_taps[1]", "t1 -= t0", "packed"),
     Mutation("a box shifted the wrong way", "kernels/tma.py", "reads[1] + i1 * x_step[1]", "reads[1] - i1 * x_step[1]", "every_case", "test_tma.py"),
+    Mutation("a phase without taps reads what is there", "kernels/tma.py", "tl.constexpr(-(1 << 20))", "tl.constexpr(0)", "every_case", "test_tma.py"),
+    Mutation("a TMA launch by another plan's box", "planning/tma.py", "(*x, (*box, tile.k))", "(*x, (*box[::-1], tile.k))", "every_case", "test_tma.py"),
     Mutation("a box stored over the next group's channels", "planning/tma.py", " or (c.p.G > 1 and c.co % tile.n)", "", "is_all_ours", "test_tma.py"),
     Mutation("a box stored where its pixels lie apart", "planning/tma.py", "(c.transposed and max(c.p.S) > 1) or ", "", "every_case", "test_tma.py"),
     Mutation("a weight gradient's box at the wrong tap", "kernels/tma.py", "tap[2 - i] * D[2 - i] - P[2 - i]", "tap[2 - i] - P[2 - i]", "weight_gradients_have", "test_tma.py"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.arrays import STORED, TYPES, Array, integer
-from simulator.parser import Symbol, Vector
+from simulator.parser import Address, Symbol, Vector
 from simulator.translator import Code, form
 
 
@@ -50,7 +50,7 @@ def generic_address(c: Code, _: str, __: str) -> None:
 @form("ld.param.{u8,s8,b8,u16,s16,b16,u32,s32,b32,f32,u64,s64,b64,f64}")
 def load_parameter(c: Code, kind: str) -> None:
     address = c.operands[1]
-    number = c.parameter(address.base) if hasattr(address, "base") and not address.offset else None  # type: ignore[union-attr]
+    number = c.parameter(address.base) if isinstance(address, Address) and not address.offset else None
     if number is None or c.translation.kernel.parameters[number].size:
         raise c.unsupported(f"operand {address}")
     register = c.kind(c.operands[0])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tconv.planning.cost import frames_met, phase_pixels, pixel_tiles
 from tconv.planning.device import Device
 from tconv.planning.family import Instead, Spills
-from tconv.planning.gemm import Gemm
+from tconv.planning.gemm import General
 from tconv.planning.operands import GatherPass, Operands, chunk
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Access, Tile
@@ -21,13 +21,12 @@ NARROW_APART = Tile(256, 32, 32, 8, 3)  # for 16-bit elements loaded one by one,
 NARROW = Tile(64, 32, 16, 8, 2, 128)  # for true fp32 with element-by-element loads, where four warps spill
 
 
-class Gather(Gemm):
+class Gather(General):
     """An implicit GEMM of [pixels, reduced channels] by [reduced channels, written channels], tap by tap."""
 
     name = "gather"
     passes = ("fprop", "dgrad")
     start = 3.5e-6
-    cuts = True
     splittable = True
     base, copy, one = 50, 8, 4
     cut = 10
@@ -59,15 +58,8 @@ class Gather(Gemm):
         },
     }
 
-    def considered(self, p: ConvProblem, pass_: str) -> bool:
-        return True
-
-    def interpreted(self, p: ConvProblem) -> bool:
-        return True
-
     def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
-        # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
-        access = operands.access(operands.narrow or p.depthwise, precision)
+        access = super().access(operands, p, pass_, tile, precision)
         return replace(access, flip=operands.strips is not None and operands.strips[0])
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tconv.planning.cost import Work, split_steps
 from tconv.planning.device import Device
 from tconv.planning.family import Family
+from tconv.planning.operands import Operands
 from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, Access, Tile
 
@@ -85,3 +86,19 @@ class Gemm(Family):
             self.steps(p, pass_, tile, splits), 2 * tile.m * tile.n * tile.k, length,
             access.itemsize * tile.k * (tile.m + tile.n), resident,
         )  # fmt: skip
+
+
+class General(Gemm):
+    """A kernel that takes every problem: always compared with others, and the interpreter's where no other is."""
+
+    cuts = True
+
+    def considered(self, p: ConvProblem, pass_: str) -> bool:
+        return True
+
+    def interpreted(self, p: ConvProblem) -> bool:
+        return True
+
+    def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
+        # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
+        return operands.access(operands.narrow or p.depthwise, precision)

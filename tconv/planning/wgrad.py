@@ -6,20 +6,19 @@ import math
 from typing import Any, ClassVar
 
 from tconv.planning.family import Instead, Spills
-from tconv.planning.gemm import Gemm
-from tconv.planning.operands import Operands, WgradPass
+from tconv.planning.gemm import General
+from tconv.planning.operands import WgradPass
 from tconv.planning.problem import ConvProblem, pow2
-from tconv.planning.tiles import Access, Tile
+from tconv.planning.tiles import Tile
 
 
-class Wgrad(Gemm):
+class Wgrad(General):
     """A GEMM of [output channels, pixels] by [pixels, input channels] for each tap, split over the pixels."""
 
     name = "wgrad"
     passes = ("wgrad",)
     start = 2.7e-6
     splittable = True
-    cuts = True
     base, copy, one = 110, 14, 4  # it advances pixel digits with carries, and both operands' offsets with them
     cut = 20
     spills: ClassVar[Spills] = {
@@ -42,16 +41,6 @@ class Wgrad(Gemm):
     instead: ClassVar[Instead] = {
         10: {Tile(128, 64, 32, 4, 3): Tile(128, 64, 32, 4, 3, 255), Tile(64, 64, 32, 8, 2): Tile(64, 64, 32, 8, 2, 168)},
     }
-
-    def considered(self, p: ConvProblem, pass_: str) -> bool:
-        return True
-
-    def interpreted(self, p: ConvProblem) -> bool:
-        return True
-
-    def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
-        # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
-        return operands.access(operands.narrow or p.depthwise, precision)
 
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         m, n = pow2(p.K // p.G, 16, 1024), pow2(p.C // p.G, 16, 1024)

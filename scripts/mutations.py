@@ -116,7 +116,7 @@ def survives(mutation: Mutation) -> bool:
     """Whether the tests still pass with the mutation, in a copy of the tree."""
     with tempfile.TemporaryDirectory() as directory:
         copy = pathlib.Path(directory)
-        for part in ("tconv", "tests", "bench", "pyproject.toml"):
+        for part in ("tconv", "simulator", "tests", "bench", "pyproject.toml"):
             source = ROOT / part
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
         target = copy / "tconv" / mutation.file

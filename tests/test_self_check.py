@@ -16,7 +16,7 @@ from tconv.launching.record import Fallback, TransientFallback
 from tconv.launching.variants import float32_precision
 from tconv.planning.device import DEVICES, INTERPRETER
 from tconv.planning.problem import forward_problem
-from tconv.planning.tiles import BF16X6
+from tconv.planning.tiles import BF16X6, Tile
 from tests import oracle
 
 CPU = torch.device("cpu")
@@ -94,6 +94,14 @@ def test_nothing_is_checked_nor_remembered_in_a_capture(monkeypatch):
         m.setattr(self_check, "capturing", lambda device: True)
         assert not check("tma")
     assert check("tma")
+
+
+@pytest.mark.parametrize("choices", [{"splits": 100}, {"tile": Tile(16, 16, 16)}, {"staged": False}], ids=str)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_nothing_is_checked_nor_remembered_while_a_plan_is_forced(mechanism, choices):
+    with tconv.force(**choices):
+        assert not check(mechanism)
+    assert check(mechanism)
 
 
 def launches(device, dtype):

@@ -23,6 +23,7 @@ from tconv.launching.prepare import prepare_pass
 from tconv.launching.record import Fallback, TransientFallback
 from tconv.planning.device import Device
 from tconv.planning.operands import GatherPass, Pass, WgradPass
+from tconv.planning.plan import forced
 from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import BF16X6
 
@@ -35,8 +36,8 @@ _works: dict[tuple[torch.device, str], bool] = {}
 def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     """Returns True if a mechanism gives right results on a device.
 
-    The answer is remembered, except the False of a call that could not tell: during the capture of a CUDA graph, or after an
-    error that may not recur, such as out of memory.
+    The answer is remembered, except the False of a call that could not tell: during the capture of a CUDA graph, while a plan is
+    forced (which would force the check's own plans too), or after an error that may not recur, such as out of memory.
 
     Args:
         device: the device.
@@ -46,7 +47,7 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     key = device, mechanism
     if key in _works:
         return _works[key]
-    if capturing(-1 if device.index is None else device.index):
+    if forced() is not None or capturing(-1 if device.index is None else device.index):
         return False
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with _lock, here, torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():

@@ -36,8 +36,8 @@ _works: dict[tuple[torch.device, str], bool] = {}
 def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     """Returns True if a mechanism gives right results on a device.
 
-    The answer is remembered, except the False of a call that could not tell: during the capture of a CUDA graph, while a plan is
-    forced (which would force the check's own plans too), or after an error that may not recur, such as out of memory.
+    The answer is remembered, except the False of a call that could not tell: during the capture of a CUDA graph, while a plan
+    is forced (which would force the check's own plans too), or after an error that may not recur, such as out of memory.
 
     Args:
         device: the device.

@@ -1,9 +1,10 @@
 """Compares the cost model of this checkout with the times in records: what was measured over what it predicts, and its regret.
 
-    python -m bench.calibration [--tma] [FOLDER ...]    # folders of bench/results; default: all of the GPU that is named first
+    python -m bench.calibration [--tma] [FOLDER ...]    # folders of bench/results; default: all of an H200
 
-The prediction is made anew for every plan that a sweep or a race timed in bf16. The regret of a cell is the time of the plan
-that the planner would choose today over that of the fastest plan timed; cells whose choice was not timed are counted apart.
+The prediction is made anew for every plan that a sweep or a race timed in bf16 on an H200, to which the model is fitted. The
+regret of a cell is the time of the plan that the planner would choose today over that of the fastest plan timed; cells whose
+choice was not timed are counted apart.
 Plans by TMA are left out unless --tma is given: when the first records were made, TMA was launched by Triton's dispatch, and
 the host limited the shorter ones.
 """
@@ -65,6 +66,8 @@ def timed(folders: Sequence[pathlib.Path]) -> Iterator[Timed]:
     """Yields every plan timed in bf16 by the sweeps and races of these folders. Passes of several launches are left out."""
     for folder in folders:
         for stage, found in record.read_all(folder)[0].items():
+            if "H200" not in found.machine.get("gpu", ""):
+                continue
             for line in found.lines:
                 if line.get("precision", "bf16") != "bf16":
                     continue
@@ -169,10 +172,12 @@ def main() -> int:
     if not args.tma:
         device = dataclasses.replace(device, check=lambda mechanism: mechanism != "tma")
     found = [t for t in timed(folders) if args.tma or not FAMILIES[t.plan["kernel"]].tma]
+    if not found:
+        parser.error(f"no plans that an H200 timed in bf16 in {', '.join(map(str, folders)) or record.RESULTS}")
     for stage in ("sweep", "race"):
         part = [t for t in found if (t.plan.re is SWEPT) == (stage == "sweep")]
         print(f"\n{stage} of {', '.join(folder.name for folder in folders)}\n")
-        print("\n".join(compare(part, Model(device))))
+        print("\n".join(compare(part, Model(device))) if part else "nothing")
     return 0
 
 

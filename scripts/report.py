@@ -58,9 +58,13 @@ def main() -> int:
     if args.predicted and (args.folders or args.summary):
         parser.error("--predicted reads no records")
     if args.summary:
+        if not args.summary.is_dir():
+            parser.error(f"{args.summary} is no folder")
         print("\n".join(summary.lines(args.summary)))
         return 0
     runs = [] if args.predicted else recorded(args.folders)
+    if args.folders and not runs and not args.predicted:
+        parser.error(f"no records in {', '.join(map(str, args.folders))}")
     args.out.mkdir(parents=True, exist_ok=True)
     text, short = measured(runs, args) if runs else predicted(args)
     (args.out / "tables.md").write_text(text + "\n")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -220,17 +221,17 @@ class SimulatedDriver:
 def install(arch: str, options: Options = options_.DEFAULT) -> SimulatedDriver:
     """Makes Triton run every kernel of this process in the simulator, on CPU tensors.
 
-    TRITON_INTERPRET must not be set when the kernels are defined.
-
     Args:
         arch: "sm_80" or "sm_90".
         options: see `Options`.
 
     Raises:
-        ValueError: another architecture.
+        ValueError: another architecture, or TRITON_INTERPRET is set, with which kernels would run in Triton's interpreter.
     """
     if arch not in CHIPS:
         raise ValueError(f"arch must be one of {[*CHIPS]}, got {arch!r}")
+    if knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET is set: kernels would run in Triton's interpreter, unchecked")
     backends["nvidia"] = type(backends["nvidia"])(compiler=SimulatedBackend, driver=backends["nvidia"].driver)
     driver = SimulatedDriver(arch)
     triton_driver.set_active(driver)

@@ -29,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "faults: with --compiled, this test expects faults of the kernels it runs")
     arch = config.getoption("--compiled", None)
     if arch is None:
+        if config.getoption("--no-async-copy-fence", False):
+            raise pytest.UsageError("--no-async-copy-fence is for --compiled")
         return
     os.environ.pop("TRITON_INTERPRET", None)  # before any kernel is defined
     from simulator import Options, install

@@ -33,6 +33,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--chosen", False):
+        if not config.getoption("--compiled", None):
+            raise pytest.UsageError("--chosen is the part of the tests for --compiled")
         from tests.chosen import chosen
 
         ids = chosen([item.nodeid for item in items])

@@ -512,11 +512,12 @@ def test_a_record_of_another_gpu_is_no_change(tmp_path):
     assert not (tmp_path / "out" / "change.png").exists()
 
 
-def test_without_records_predictions_are_reported(tmp_path):
-    (tmp_path / "empty").mkdir()
-    status, text = report("--out", tmp_path / "out", tmp_path / "empty")
-    assert status == 0, text
-    assert (tmp_path / "out" / "tables.md").read_text() == (ROOT / "docs" / "predicted.md").read_text()
+def test_a_folder_without_records_is_no_reason_for_predictions(tmp_path):
+    for arguments in ([tmp_path / "mistyped"], [tmp_path], ["--summary", tmp_path / "mistyped"]):
+        status, text = report("--out", tmp_path / "out", *arguments)
+        assert status == 2, text
+        assert str(arguments[-1]) in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_predictions_are_labelled_and_in_the_docs(tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+import pytest
+
 from bench import calibration
 from bench.record import RESULTS
 from tconv.planning.device import DEVICES
@@ -30,3 +32,12 @@ def test_the_planner_chooses_nearly_the_fastest_of_the_plans_that_were_timed():
     _, _, _, _, regret, cells, unknown = last_row(calibration.SWEPT)
     assert int(cells) - int(unknown) > 35
     assert 1 <= float(regret) < 1.06
+
+
+def test_folders_without_such_records_are_named(tmp_path, monkeypatch, capsys):
+    for folder in (tmp_path / "missing", tmp_path):
+        monkeypatch.setattr("sys.argv", ["calibration", str(folder)])
+        with pytest.raises(SystemExit) as ended:
+            calibration.main()
+        assert ended.value.code == 2
+        assert f"no plans that an H200 timed in bf16 in {folder}" in capsys.readouterr().err

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from tconv.planning.device import Device
 
 BF16X6 = "bf16x6"  # a precision: fp32 as three bf16, and six of their nine products (kernels/common.py `product`)
-MAX_TILE = 1 << 20  # elements of a block: Triton's own limit
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,20 @@ def test_an_architecture_that_is_not_simulated():
         simulator.install("sm_100")
 
 
+def test_the_interpreter_would_run_kernels_unchecked(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET is set"):
+        simulator.install("sm_90")
+
+
+@pytest.mark.parametrize("option", ["--no-async-copy-fence", "--chosen"])
+def test_options_that_mean_nothing_without_compiled_are_refused(option):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", option, "tests/test_imports.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert "--compiled" in done.stderr
+
+
 def test_what_is_not_there_is_an_error():
     with pytest.raises(AttributeError, match="no attribute 'instal'"):
         simulator.instal  # noqa: B018

@@ -21,7 +21,6 @@ from tconv.planning.families import FAMILIES
 from tconv.planning.operands import GatherPass, Pass, WgradPass, chunk, strides, triple
 from tconv.planning.problem import ConvProblem, lift
 from tconv.planning.tiles import BF16X6
-from tconv.planning.tma import APART
 
 # Prepares a pass on these two operands. The last argument is the only kernel to consider, or None for all that load through
 # pointers.
@@ -49,9 +48,7 @@ def prepare_gather(
     bias = None if b is None else b.stride(0)
 
     def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
-        c = GatherPass(
-            pass_, problem, addressing(x), addressing(w), addressing(y), bias, tensor_cores(x.dtype), _cut_forced()
-        )  # fmt: skip
+        c = GatherPass(pass_, problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias)
         return prepare_pass(c, problem, y, device, only)
 
     return _best(prepare, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
@@ -65,7 +62,7 @@ def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: t
     """
 
     def prepare(dy: torch.Tensor, x: torch.Tensor, only: str | None) -> Prepared:
-        c = WgradPass(problem, addressing(x), addressing(dw), addressing(dy), tensor_cores(x.dtype), _cut_forced())
+        c = WgradPass(problem, addressing(x), addressing(dw), addressing(dy), tensor_cores(x.dtype))
         return prepare_pass(c, problem, dw, device, only)
 
     return _best(prepare, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
@@ -131,8 +128,6 @@ def prepare_pass(
     family, kernel = FAMILIES[plan.kernel], KERNELS[plan.kernel]
     integers, constants = family.arguments(c, plan.tile, plan.splits)
     boxes = family.boxes(c, plan.tile)
-    if boxes is None:
-        raise Ineligible(APART)
     programs = family.programs(c.p, c.pass_, plan.tile) * plan.splits
     shared = (
         c.constants(plan.tile, family.dot)
@@ -146,12 +141,6 @@ def prepare_pass(
     call = Call(c.pass_, problem, plan, plan.reason)
     launch = prepared(kernel, programs, c.integers(plan.tile, plan.splits) | integers, constants, call, result, c.swapped)
     return dataclasses.replace(launch, boxes=boxes)
-
-
-def _cut_forced() -> bool:
-    """Returns True if a forced plan computes fp32 in BF16X6."""
-    request = planning.forced()
-    return request is not None and request.precision == BF16X6
 
 
 def _best(
@@ -170,6 +159,8 @@ def _best(
     request = planning.forced()
     if request and request.kernel == tma:
         try:
+            if request.precision == BF16X6 and operands[0].dtype == torch.float32:
+                raise Ineligible("boxes are not cut into pieces")
             return prepare(*operands, tma) if request.staged is False else _copied(prepare, tma, names, operands, device)
         except Ineligible as e:
             raise Ineligible(f"forced plan cannot run: {e}") from None

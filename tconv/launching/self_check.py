@@ -102,7 +102,7 @@ def _result(
     if pass_ == "wgrad":
         c = WgradPass(PROBLEM, second, third, first, fast)
     else:
-        c, pointers = GatherPass(pass_, PROBLEM, first, second, third, None, fast), (*operands, operands[0])  # no bias is read
+        c, pointers = GatherPass(pass_, PROBLEM, first, second, third, fast), (*operands, operands[0])  # no bias is read
     launch = prepare_pass(c, PROBLEM, result, planned, kernel, precision)
     if launch.swapped:
         pointers = pointers[::-1]

@@ -181,9 +181,9 @@ class Family:
         """
         raise NotImplementedError
 
-    def boxes(self, c: Any, tile: Tile) -> Boxes | None:
+    def boxes(self, c: Any, tile: Tile) -> Boxes:
         """Returns, for each pointer, the (shape, strides, box) of the tensor descriptor that replaces it, or None.
 
-        Empty if no pointer is replaced; None if a tensor that must be one cannot be a box.
+        Empty if no pointer is replaced. The tensors are eligible.
         """
         return ()

@@ -78,9 +78,6 @@ class Gather(General):
     def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
         return pixel_tiles(p, pass_, tile.m) * math.ceil(self.channels(p, pass_)[0] / tile.n) * p.G
 
-    def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
-        return self.channels(p, pass_)[1]
-
     def splits(self, p: ConvProblem, pass_: str, tile: Tile, device: Device) -> bool:
         # With the largest tiles there are no registers left for the offsets of a split's slice.
         few = self.programs(p, pass_, tile) < FILLED * device.units

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tconv.planning.cost import Work, split_steps
 from tconv.planning.device import Device
 from tconv.planning.family import Family
@@ -67,6 +69,9 @@ class Gemm(Family):
             products = self.cut * (shared * tile.m + tile.n) * tile.k / threads + tile.m * tile.n / threads
         return self.base + copies + products
 
+    def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        return super().reduction(p, pass_, tile) if pass_ == "wgrad" else self.channels(p, pass_)[1]
+
     def steps(self, p: ConvProblem, pass_: str, tile: Tile, splits: int) -> int:
         """Returns the iterations of the main loops of all programs."""
         tiles, blocks = self.programs(p, pass_, tile), split_steps(self.reduction(p, pass_, tile), tile.k, splits)
@@ -102,3 +107,8 @@ class General(Gemm):
     def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
         # A group of a depthwise problem has one channel, so tl.dot's operands can only be loaded element by element.
         return operands.access(operands.narrow or p.depthwise, precision)
+
+
+def weight_tiles(p: ConvProblem, tile: Tile) -> int:
+    """Returns the tiles of a weight gradient that is computed tap by tap."""
+    return math.ceil(p.K // p.G / tile.m) * math.ceil(p.C // p.G / tile.n) * p.taps * p.G

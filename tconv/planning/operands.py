@@ -51,9 +51,12 @@ class Pass:
         x, w, y: addressing of (x, w, y) for fprop, (dy, w, dx) for dgrad, and (x, dw, dy) for wgrad, or (dy, dw, x) if
             `swapped`.
         read, wrote: channels, over all groups, of the tensors that x and y stand for.
+        extents_read, extents: spatial extents of the tensors that x and y stand for.
         itemsize: bytes of an element.
         tensor_cores: True if the precision asked for lets tensor cores compute the products.
-        cut: True if BF16X6 is forced.
+        x_vec, y_vec: vector widths along channels within a group.
+        direct_x, direct_y: the same across groups, for kernels of depthwise layers.
+        lanes_x, lanes_y: vectors along any axis, for strip kernels.
     """
 
     def __init__(
@@ -64,7 +67,6 @@ class Pass:
         w: Addressing,
         y: Addressing,
         tensor_cores: bool,
-        cut: bool = False,
         channels_stay: bool = False,
     ) -> None:
         """Simplifies the problem.
@@ -74,19 +76,27 @@ class Pass:
             channels_stay: keep the output channels as they are, because a bias is added to them in a transposed forward.
         """
         self.pass_, self.transposed = pass_, pass_ == "dgrad"
-        self.itemsize, self.tensor_cores, self.cut = x.itemsize, tensor_cores, cut
+        self.itemsize, self.tensor_cores = x.itemsize, tensor_cores
         before = [y, w, x] if self.transposed else [x, w, y]
         big, weight, small = (Strides(a.outer, a.channel, a.spatial) for a in before)
         form = simplify(Form(problem, big, weight, small), pass_, channels_stay)
         self.rules, self.p = form.rules, form.p
+        p = self.p
         if self.swapped:
             before.reverse()
         x, self.w, y = (
             dataclasses.replace(a, outer=s.outer, channel=s.channel, spatial=s.spatial, unit=s.channel == 1)
             for a, s in zip(before, (form.x, form.w, form.y), strict=True)
         )
-        self.x, self.y = (y, x) if self.transposed else (x, y)
-        self.read, self.wrote = (form.p.K, form.p.C) if self.transposed else (form.p.C, form.p.K)
+        if self.transposed:
+            x, y = y, x
+        self.x, self.y = x, y
+        self.read, self.wrote = (p.K, p.C) if self.transposed else (p.C, p.K)
+        self.extents_read, self.extents = (p.Y, p.X) if self.transposed else (p.X, p.Y)
+        self.x_vec, self.y_vec = x.wide(self.ci), y.wide(self.co)
+        self.direct_x = x.wide(self.wrote) if p.depthwise and p.multiplier == 1 else 1
+        self.direct_y = y.wide(self.wrote) if p.depthwise else 1
+        self.lanes_x, self.lanes_y = x.lanes(self.wrote, self.extents_read), y.lanes(self.wrote, self.extents)
 
     @property
     def swapped(self) -> bool:
@@ -103,9 +113,19 @@ class Pass:
         """Channels per group of the tensor that y stands for."""
         return self.wrote // self.p.G
 
+    def pack_vectors(self, groups: int) -> tuple[int, int]:
+        """Returns the vector widths of x and y in a packed kernel whose tiles hold so many groups."""
+        return self.x.wide(groups * self.ci, self.read), self.y.wide(groups * self.co, self.wrote)
+
     def operands(self) -> Operands:
         """Returns what the planner asks about the operands."""
         raise NotImplementedError
+
+    def _operands(self, least: int, large: bool, pack_narrow: Callable[[int], bool]) -> Operands:
+        """Returns what the planner asks, given the least vector width of the accesses within a group."""
+        narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
+        strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
+        return Operands(self.itemsize, self.tensor_cores, narrow, large, strips, pack_narrow)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         """Returns the integers that the kernels of this pass share, by the names of their parameters."""
@@ -121,12 +141,9 @@ class GatherPass(Pass):
 
     Attributes:
         bias: the bias's stride, None without a bias.
-        extents_read, extents: spatial extents of the tensors that x and y stand for.
         reduced, written, group: strides of w along the reduced channels, the written channels and the groups.
         inner: the contiguous channel axis of w: "i" (reduced), "o" (written) or "" for neither.
-        x_vec, w_vec, y_vec: vector widths along channels within a group.
-        direct_x, direct_y: the same across groups, for kernels of depthwise layers.
-        lanes_x, lanes_y: vectors along any axis, for strip kernels.
+        w_vec: vector width along that axis within a group.
     """
 
     def __init__(
@@ -136,40 +153,25 @@ class GatherPass(Pass):
         x: Addressing,
         w: Addressing,
         y: Addressing,
-        bias: int | None,
         tensor_cores: bool,
-        cut: bool = False,
+        bias: int | None = None,
     ) -> None:
-        super().__init__(pass_, problem, x, w, y, tensor_cores, cut, pass_ == "dgrad" and bias is not None)
-        p, x, w, y = self.p, self.x, self.w, self.y
-        self.bias = bias
-        self.extents_read, self.extents = (p.Y, p.X) if self.transposed else (p.X, p.Y)
+        super().__init__(pass_, problem, x, w, y, tensor_cores, pass_ == "dgrad" and bias is not None)
+        self.bias, w = bias, self.w
         self.reduced, self.written = (w.outer, w.channel) if self.transposed else (w.channel, w.outer)
-        self.group = p.K // p.G * w.outer
-        self.inner = _weight_axis(w, self.transposed)
-        self.x_vec, self.y_vec, self.w_vec = x.wide(self.ci), y.wide(self.co), 1
+        self.group = self.p.K // self.p.G * w.outer
+        self.inner, self.w_vec = _weight_axis(w, self.transposed), 1
         if self.inner:
             outer, extent = (self.written, self.ci) if self.inner == "i" else (self.reduced, self.co)
             self.w_vec = vector(w.address, w.itemsize, outer, *w.spatial, self.group, extent)
-        self.direct_x = x.wide(self.wrote) if p.depthwise and p.multiplier == 1 else 1
-        self.direct_y = y.wide(self.wrote) if p.depthwise else 1
-        self.lanes_x, self.lanes_y = x.lanes(self.wrote, self.extents_read), y.lanes(self.wrote, self.extents)
-
-    def pack_vector(self, groups: int) -> int:
-        """Returns the vector width of x in a packed kernel whose tiles hold so many groups."""
-        return self.x.wide(groups * self.ci, self.read)
 
     def operands(self) -> Operands:
         # y counts only if its channels are contiguous. If they are not, the accumulator is transposed and stored along its
         # pixels, at no loss.
         least = min(self.x_vec, self.w_vec, self.y_vec if self.y.unit else self.x_vec)
-        narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
         # The largest tiles have no registers to spare for the addresses of narrower accesses, or of a 3-D dgrad's pixels.
         large = self.itemsize * least == 16 and not (self.transposed and self.p.rank == 3 and self.y.unit)
-        strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
-        return Operands(
-            self.itemsize, self.tensor_cores, narrow, large, strips, lambda groups: self.pack_vector(groups) == 1
-        )  # fmt: skip
+        return self._operands(least, large, lambda groups: self.pack_vectors(groups)[0] == 1)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         return {
@@ -194,36 +196,14 @@ class GatherPass(Pass):
 
 
 class WgradPass(Pass):
-    """wgrad on given tensors; y is dy and x is x as the kernel takes them, w is dw.
+    """wgrad on given tensors; y is dy and x is x as the kernel takes them, w is dw."""
 
-    Attributes:
-        x_vec, y_vec: vector widths along channels within a group.
-        direct_x, direct_y: the same across groups, for kernels of depthwise layers.
-        lanes_x, lanes_y: vectors along any axis, for strip kernels.
-    """
-
-    def __init__(
-        self, problem: ConvProblem, x: Addressing, dw: Addressing, dy: Addressing, tensor_cores: bool, cut: bool = False
-    ) -> None:
-        super().__init__("wgrad", problem, x, dw, dy, tensor_cores, cut)
-        p, x, y = self.p, self.x, self.y
-        self.x_vec, self.y_vec = x.wide(self.ci), y.wide(self.co)
-        self.direct_x = x.wide(p.K) if p.depthwise and p.multiplier == 1 else 1
-        self.direct_y = y.wide(p.K) if p.depthwise else 1
-        self.lanes_x, self.lanes_y = x.lanes(p.K, p.X), y.lanes(p.K, p.Y)
-
-    def pack_vectors(self, groups: int) -> tuple[int, int]:
-        """Returns the vector widths of x and dy in a packed kernel whose tiles hold so many groups."""
-        return self.x.wide(groups * self.ci, self.p.C), self.y.wide(groups * self.co, self.p.K)
+    def __init__(self, problem: ConvProblem, x: Addressing, dw: Addressing, dy: Addressing, tensor_cores: bool) -> None:
+        super().__init__("wgrad", problem, x, dw, dy, tensor_cores)
 
     def operands(self) -> Operands:
         least = min(self.x_vec, self.y_vec)
-        narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
-        strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
-        large = self.itemsize * least == 16
-        return Operands(
-            self.itemsize, self.tensor_cores, narrow, large, strips, lambda groups: min(self.pack_vectors(groups)) == 1
-        )  # fmt: skip
+        return self._operands(least, self.itemsize * least == 16, lambda groups: min(self.pack_vectors(groups)) == 1)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         p, w = self.p, self.w

@@ -112,8 +112,9 @@ class Packed(_Packed):
 
     def arguments(self, c: GatherPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
         p, groups = c.p, pack(c.p, c.pass_, tile)
+        x_vec, y_vec = c.pack_vectors(groups)
         return {"PACK": groups}, {
-            "X_VEC": c.pack_vector(groups), "Y_VEC": c.y.wide(groups * c.co, c.wrote), "PACKED": groups > 1,
+            "X_VEC": x_vec, "Y_VEC": y_vec, "PACKED": groups > 1,
             "FIELD": FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0,
         }  # fmt: skip
 

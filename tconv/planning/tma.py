@@ -11,7 +11,7 @@ from tconv.planning.addressing import LIMIT
 from tconv.planning.cost import pixel_extents
 from tconv.planning.device import Device
 from tconv.planning.family import Boxes, Instead
-from tconv.planning.gemm import Gemm
+from tconv.planning.gemm import Gemm, weight_tiles
 from tconv.planning.operands import GatherPass, Operands, Pass, WgradPass
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Access, Tile
@@ -58,11 +58,13 @@ class _Tma(Gemm):
         reason = self.groups_apart(c, device)
         if reason:
             return reason
-        if c.itemsize == 4 and c.cut:
-            return "boxes are not cut into pieces"
         if not c.tensor_cores and not device.interpreted:
             return "true fp32 has no tensor cores to fetch boxes for"
-        return None
+        return APART if None in self.described(c) else None
+
+    def described(self, c: Any) -> tuple[Box | None, Box | None]:
+        """Returns (shape, strides) of the operands' tensor descriptors, None for an operand that is not eligible."""
+        raise NotImplementedError
 
     def groups_apart(self, c: Pass, device: Device) -> str | None:
         """Returns why boxes cannot tell the groups apart, or None."""
@@ -95,9 +97,6 @@ class Tma(_Tma):
             return f"tile {tile}: it spills where channels are written one by one"
         return None
 
-    def ineligible(self, c: Any, device: Device) -> str | None:
-        return super().ineligible(c, device) or (APART if None in _operands(c) else None)
-
     def groups_apart(self, c: Pass, device: Device) -> str | None:
         least = 16 if device.interpreted else min(t.k for t in self.tiles_on(Access(c.itemsize, True), device))
         if c.p.G > 1 and c.ci % least:
@@ -107,9 +106,6 @@ class Tma(_Tma):
     def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
         return box_of(p, pass_, tile.m)[1] * math.ceil(self.channels(p, pass_)[0] / tile.n) * p.G
 
-    def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
-        return self.channels(p, pass_)[1]
-
     def arguments(self, c: GatherPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
         box, _ = box_of(c.p, c.pass_, tile.m)
         return {}, {
@@ -117,11 +113,13 @@ class Tma(_Tma):
             **dict(zip(("BN", "B0", "B1", "B2"), box, strict=True)),
         }  # fmt: skip
 
-    def boxes(self, c: GatherPass, tile: Tile) -> Boxes | None:
+    def described(self, c: GatherPass) -> tuple[Box | None, Box | None]:
+        return c.x.boxed((c.p.N, *c.extents_read, c.read)), c.w.boxed((c.p.K, *c.p.T, c.p.C // c.p.G), last=0)
+
+    def boxes(self, c: GatherPass, tile: Tile) -> Boxes:
         box, _ = box_of(c.p, c.pass_, tile.m)
-        x, w = _operands(c)
-        if x is None or w is None:
-            return None
+        x, w = self.described(c)
+        assert x is not None and w is not None, "ineligible"  # noqa: PT018 - one condition
         weights = (1, 1, 1, tile.k, tile.n) if c.transposed else (1, 1, 1, tile.n, tile.k)
         written = self._result(c, tile)
         return (*x, (*box, tile.k)), (*w, weights), None, written and (*written, (*box, tile.n))
@@ -133,11 +131,6 @@ class Tma(_Tma):
         if (c.transposed and max(c.p.S) > 1) or (c.p.G > 1 and c.co % tile.n):
             return None
         return c.y.boxed((c.p.N, *c.extents, c.wrote))
-
-
-def _operands(c: GatherPass) -> tuple[Box | None, Box | None]:
-    """Returns (shape, strides) of the tensor descriptors of x and w, None for one that is not eligible."""
-    return c.x.boxed((c.p.N, *c.extents_read, c.read)), c.w.boxed((c.p.K, *c.p.T, c.p.C // c.p.G), last=0)
 
 
 class TmaWgrad(_Tma):
@@ -168,7 +161,7 @@ class TmaWgrad(_Tma):
         return None
 
     def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
-        return math.ceil(p.K // p.G / tile.m) * math.ceil(p.C // p.G / tile.n) * p.taps * p.G
+        return weight_tiles(p, tile)
 
     def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
         """Returns the pixels of whole runs."""
@@ -178,13 +171,13 @@ class TmaWgrad(_Tma):
         run, runs = run_of(c.p, tile.k)
         return {"chunk": math.ceil(runs / splits)}, {"RUN": run}
 
-    def boxes(self, c: WgradPass, tile: Tile) -> Boxes | None:
-        p, tile = c.p, tile
-        run, _ = run_of(p, tile.k)
-        last = 0 if run == "n" else 1 + int(run)
-        x, y = c.x.boxed((p.N, *p.X, p.C), last), c.y.boxed((p.N, *p.Y, p.K), last)
-        if x is None or y is None:
-            return None
+    def described(self, c: WgradPass, last: int | None = None) -> tuple[Box | None, Box | None]:
+        return c.x.boxed((c.p.N, *c.p.X, c.p.C), last), c.y.boxed((c.p.N, *c.p.Y, c.p.K), last)
+
+    def boxes(self, c: WgradPass, tile: Tile) -> Boxes:
+        run, _ = run_of(c.p, tile.k)
+        x, y = self.described(c, 0 if run == "n" else 1 + int(run))
+        assert x is not None and y is not None, "ineligible"  # noqa: PT018 - one condition
         return (*y, (1, 1, 1, tile.k, tile.m)), (*x, (1, 1, 1, tile.k, tile.n)), None
 
 

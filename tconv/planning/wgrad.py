@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from tconv.planning.family import Instead, Spills
-from tconv.planning.gemm import General
+from tconv.planning.gemm import General, weight_tiles
 from tconv.planning.operands import WgradPass
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Tile
@@ -47,7 +46,7 @@ class Wgrad(General):
         return (Tile(m, n, pow2(p.gemm("wgrad")[2], 16, (1 << 18) // max(m, n))),)
 
     def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
-        return math.ceil(p.K // p.G / tile.m) * math.ceil(p.C // p.G / tile.n) * p.taps * p.G
+        return weight_tiles(p, tile)
 
     def arguments(self, c: WgradPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
         return {}, {"X_VEC": c.x_vec, "Y_VEC": c.y_vec}

@@ -69,6 +69,8 @@ def precompile(
 ) -> Precompiled:
     """Compiles every kernel that a model launches for such inputs, forward and backward, so that no later call compiles.
 
+    With a target, the first call on the device still compiles what checks TMA or bf16x6 there (launching/self_check.py).
+
     The model's Python code runs, but tconv launches no kernel. The code sees copies of the model's tensors if all are on
     a GPU, else meta tensors, which have shapes, strides and dtypes only. Whatever it changes is restored, and lazy layers stay
     lazy, as in `explain` (docs/explain.md). This assumes that tensors are aligned as torch allocates them, that gradients of
@@ -113,6 +115,10 @@ def precompile(
     else:
         raise RuntimeError("precompile: no GPU here; name what to compile for, such as target='sm_90'")
     launches, left = rehearse(model, args, kwargs, device, backward)
+    # A rehearsal takes mechanisms to work that were not checked on the device yet.
+    checked = [device.works(mechanism) for mechanism in {launch.call.plan.mechanism for launch in launches}]
+    if not all(checked):
+        launches, left = rehearse(model, args, kwargs, device, backward)
     failed, answers = [], []
     for task, launch, answer in compile_launches(launches, gpu, jobs, progress):
         error, done = answer, "compiled"

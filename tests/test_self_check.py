@@ -1,21 +1,23 @@
 """A mechanism that no plain kernel needs is checked on the device itself before the planner may choose it."""
 
+import collections
 import dataclasses
 import functools
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 import tconv
 from tconv.explain import Explanation
-from tconv.launching import self_check
-from tconv.launching.compiled import run
+from tconv.launching import launch, self_check
+from tconv.launching.compiled import run_once
+from tconv.launching.dry_run import dry_run
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_gather, prepare_wgrad
-from tconv.launching.record import Fallback, TransientFallback
 from tconv.launching.variants import float32_precision
 from tconv.planning.device import DEVICES, INTERPRETER
-from tconv.planning.problem import forward_problem
+from tconv.planning.problem import Geometry, forward_problem
 from tconv.planning.tiles import BF16X6, Tile
 from tests import oracle
 
@@ -29,6 +31,7 @@ def unchecked(monkeypatch, device):
     if device != "cpu":
         pytest.skip("on a GPU tests/test_gpu.py checks it")
     monkeypatch.setattr(self_check, "_works", {})
+    monkeypatch.setattr(self_check, "_failures", collections.Counter())
 
 
 def check(mechanism):
@@ -43,7 +46,7 @@ def test_what_is_right_works_and_is_asked_once(mechanism, monkeypatch):
         assert check(mechanism)
     assert calls == []
     assert torch.equal(torch.random.get_rng_state(), state)
-    monkeypatch.setattr(self_check, "run", None)
+    monkeypatch.setattr(self_check, "run_once", None)
     assert check(mechanism)
 
 
@@ -51,42 +54,74 @@ def test_what_is_right_works_and_is_asked_once(mechanism, monkeypatch):
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_what_is_wrong_is_barred_with_one_warning(mechanism, pass_, wrong, monkeypatch):
-    def broken(launch, pointers):
-        plan = launch.call.plan
+    def broken(prepared, pointers):
+        plan = prepared.call.plan
         ours = plan.pass_ == pass_ and plan.mechanism == mechanism
         if not ours or wrong != "unwritten":
-            run(launch, pointers)
+            run_once(prepared, pointers)
         if ours and wrong == "zero":
             pointers[-1].zero_()
         elif ours and wrong == "one element":
             pointers[-1].as_strided((1,), (1,), 77).add_(1)  # of the result or the workspace, whose memory orders are the same
 
-    monkeypatch.setattr(self_check, "run", broken)
+    monkeypatch.setattr(self_check, "run_once", broken)
     with pytest.warns(UserWarning, match=f"will not use {mechanism} on cpu: its results differ"):
         assert not check(mechanism)
     assert not check(mechanism)  # without another warning, which would be an error
 
 
-def test_what_fails_every_time_is_barred(monkeypatch):
-    def fails(launch, pointers):
-        raise Fallback("no such instruction")
-
-    monkeypatch.setattr(self_check, "run", fails)
-    with pytest.warns(UserWarning, match="will not use tma on cpu: no such instruction"):
-        assert not check("tma")
-    monkeypatch.setattr(self_check, "run", run)
-    assert not check("tma")
-
-
-@pytest.mark.parametrize("error", [TransientFallback("busy"), torch.OutOfMemoryError("full")], ids=repr)
-def test_an_error_that_may_not_recur_is_not_remembered(error, monkeypatch):
+def failing(monkeypatch, error):
     def fails(launch, pointers):
         raise error
 
+    monkeypatch.setattr(self_check, "run_once", fails)
+
+
+def test_what_fails_every_time_is_barred(monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(self_check, "run", fails)
+        failing(m, OutOfResources(300000, 232448, "shared memory"))
+        with pytest.warns(UserWarning, match="will not use tma on cpu: OutOfResources: out of resource: shared memory"):
+            assert not check("tma")
+    assert not check("tma")
+
+
+def test_an_error_that_may_not_recur_is_not_remembered_before_it_has_recurred(monkeypatch):
+    with monkeypatch.context() as m:
+        failing(m, torch.OutOfMemoryError("full"))
+        before = self_check.undecided()
         assert not check("tma")
+        assert self_check.undecided() == before + 1
     assert check("tma")
+    with monkeypatch.context() as m:
+        failing(m, RuntimeError("busy"))
+        for _ in range(self_check.ATTEMPTS - 1):
+            assert not check(BF16X6)
+        with pytest.warns(UserWarning, match="will not use bf16x6 on cpu: RuntimeError: busy"):
+            assert not check(BF16X6)
+    assert not check(BF16X6)
+
+
+def test_a_plan_made_when_nothing_could_be_told_is_not_kept(monkeypatch):
+    key, g = ("fprop", Geometry(DENSE, True)), []
+    monkeypatch.setattr(launch, "_prepared", {})
+
+    def make(tells):
+        if not tells:
+            self_check._cannot_tell()
+        g.append(tells)
+        return g
+
+    assert launch._lookup(key, lambda: make(False)) is launch._lookup(key, lambda: make(True)) is launch._lookup(key, None)
+    assert g == [False, True]
+
+
+def test_a_dry_run_launches_nothing(monkeypatch):
+    failing(monkeypatch, AssertionError("launched"))
+    with dry_run(DEVICES["H200"]):
+        assert check("tma")
+    monkeypatch.setitem(self_check._works, (CPU, "tma"), False)
+    with dry_run(DEVICES["H200"]):
+        assert not check("tma")
 
 
 def test_nothing_is_checked_nor_remembered_in_a_capture(monkeypatch):
@@ -124,17 +159,17 @@ def test_plans_use_what_works_and_list_what_does_not(dtype, mechanism):
     barring = dataclasses.replace(DEVICES["H200"], check=functools.partial(asked, names))
     with float32_precision(False):
         chosen, barred = launches(DEVICES["H200"], dtype), launches(barring, dtype)
-    used = [launch.call.plan for launch in chosen]
+    used = [one.call.plan for one in chosen]
     assert any(plan.mechanism == mechanism for plan in used)
     assert set(names) == {mechanism}
-    for plan, launch in zip(used, barred, strict=True):
-        other = launch.call.plan
+    for plan, refused in zip(used, barred, strict=True):
+        other = refused.call.plan
         assert other.mechanism == ""
         if plan.mechanism:
             (listed,) = (p for p in other.others if p.mechanism)
-            assert listed.reason.startswith(f"not chosen: {mechanism} failed its check on this device; predicted")
+            assert listed.reason.startswith(f"not chosen: {mechanism} has not passed its check on this device; predicted")
             assert listed.cost.seconds < other.cost.seconds
-            assert f"    {listed}" in str(Explanation((launch.call,)))
+            assert f"    {listed}" in str(Explanation((refused.call,)))
 
 
 def test_plain_kernels_ask_nothing():
@@ -142,4 +177,4 @@ def test_plain_kernels_ask_nothing():
         raise AssertionError(name)
 
     unasked = dataclasses.replace(DEVICES["A100"], check=never)
-    assert all(launch.call.plan.mechanism == "" for launch in launches(unasked, torch.bfloat16))
+    assert all(one.call.plan.mechanism == "" for one in launches(unasked, torch.bfloat16))

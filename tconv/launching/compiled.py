@@ -122,6 +122,12 @@ def _run_first(launch: Prepared, pointers: Pointers, device: int, key: Any) -> N
             launch.ready[key] = _directly(launch, kernel, device)
 
 
+def run_once(launch: Prepared, pointers: Pointers) -> None:
+    """Launches on the tensors' device, which is the current one, through Triton's dispatch. Errors are raised as they are."""
+    with _first_time:
+        _by_triton(launch, pointers)
+
+
 def require_launchable(launch: Prepared, operands: Pointers, more: Pointers) -> None:
     """Checks that every part of a launch can run, before any part does: copies of operands, the kernel, the sum of splits.
 
@@ -166,7 +172,7 @@ def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
     what = f"{launch.kernel.__name__} of {launch.call.operation} in {str(launch.pointers[0]).removeprefix('torch.')}"
     reason = f"{what} failed: {type(error).__name__}: {text}"
     variant = _variant(launch, key)
-    if not _lasting(error):
+    if not lasting(error):
         _warn(variant, f"tconv falls back to torch for one call, and will try again: {reason}")
         raise TransientFallback(reason) from error
     _failed[variant] = reason
@@ -175,7 +181,7 @@ def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
     raise Fallback(reason) from error
 
 
-def _lasting(error: Exception) -> bool:
+def lasting(error: Exception) -> bool:
     """Returns True if a launch would fail every time: its kernel does not compile, or needs more than the device has."""
     if isinstance(error, (CompilationError, PTXASError, OutOfResources)):
         return True

@@ -22,7 +22,7 @@ from tconv.launching.compiled import fail, require_launchable, run
 from tconv.launching.memory_format import reach, shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.launching.record import Fallback, record_call
-from tconv.launching.self_check import works_on
+from tconv.launching.self_check import undecided, works_on
 from tconv.planning import plan as planning
 from tconv.planning.addressing import LIMIT
 from tconv.planning.device import INTERPRETER, Device, cuda_device
@@ -155,11 +155,12 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
         return make()
     found = None if key[1].dry else _prepared.get(key)
     if found is None:
+        before = undecided()
         try:
             found = make()
         except planning.Unplannable as e:
             raise Fallback(str(e)) from e
-        if not key[1].dry:
+        if not key[1].dry and undecided() == before:
             _prepared[key] = found
     return found
 

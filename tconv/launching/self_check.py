@@ -2,13 +2,14 @@
 
 The plain kernels need nothing but loads, stores and tl.dot. TMA and BF16X6 rely on more: tensor descriptors that the driver
 encodes, barriers, the order of pieces. The first time such a plan would be chosen on a device, a small fixed convolution runs
-through it and through plain kernels, all three passes, from results that hold NaN. This takes a few milliseconds, plus
-compiling six small kernels if Triton's cache has none. Agreement is remembered for the process; disagreement bars the
-mechanism with one warning.
+through it and through plain kernels, all three passes, from results that hold NaN. Seven small kernels are compiled for that if
+Triton's cache has none. Agreement is remembered for the process; disagreement bars the mechanism with one warning. This shows
+that the mechanism works, on one tile of one rank; that the kernels do, the tests show.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
 import warnings
@@ -17,10 +18,10 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tconv.launching.compiled import capturing, run
+from tconv.launching.compiled import capturing, lasting, run_once
+from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import addressing
 from tconv.launching.prepare import prepare_pass
-from tconv.launching.record import Fallback, TransientFallback
 from tconv.planning.device import Device
 from tconv.planning.operands import GatherPass, Pass, WgradPass
 from tconv.planning.plan import forced
@@ -29,15 +30,19 @@ from tconv.planning.tiles import BF16X6
 
 PROBLEM = forward_problem((2, 64, 9, 9), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
 TOLERANCE = {"tma": 2**-7, BF16X6: 1e-5}  # of the largest element: two roundings to bf16; fp32 sums in two orders
+ATTEMPTS = 3  # after so many errors, even of a kind that may not recur, a mechanism is barred
 _lock = threading.RLock()
 _works: dict[tuple[torch.device, str], bool] = {}
+_failures: collections.Counter[tuple[torch.device, str]] = collections.Counter()
+_undecided = 0
 
 
 def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     """Returns True if a mechanism gives right results on a device.
 
     The answer is remembered, except the False of a call that could not tell: during the capture of a CUDA graph, while a plan
-    is forced (which would force the check's own plans too), or after an error that may not recur, such as out of memory.
+    is forced (which would force the check's own plans too), or after an error that may not recur, such as out of memory. A dry
+    run launches nothing, so it takes what was never checked to work.
 
     Args:
         device: the device.
@@ -47,22 +52,36 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     key = device, mechanism
     if key in _works:
         return _works[key]
+    if DRY.get() is not None:
+        return True
     if forced() is not None or capturing(-1 if device.index is None else device.index):
-        return False
+        return _cannot_tell()
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with _lock, here, torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
         if key not in _works:
             try:
                 wrong = max(_errors(device, planned, mechanism)) > TOLERANCE[mechanism]
                 reason = "its results differ from those of plain kernels" if wrong else ""
-            except (TransientFallback, RuntimeError):
-                return False
-            except (Fallback, ValueError) as e:  # the kernel fails every time, or has no plan
-                reason = str(e)
+            except Exception as e:
+                _failures[key] += 1
+                if not lasting(e) and not isinstance(e, ValueError) and _failures[key] < ATTEMPTS:
+                    return _cannot_tell()
+                reason = f"{type(e).__name__}: {str(e).strip()[:1000]}"
             if reason:
                 warnings.warn(f"tconv will not use {mechanism} on {device}: {reason}", stacklevel=2)
             _works[key] = not reason
     return _works[key]
+
+
+def undecided() -> int:
+    """Returns how often it could not be told whether a mechanism works. A plan made then is not for later calls."""
+    return _undecided
+
+
+def _cannot_tell() -> bool:
+    global _undecided
+    _undecided += 1
+    return False
 
 
 def _errors(device: torch.device, planned: Device, mechanism: str) -> Iterator[float]:
@@ -107,9 +126,9 @@ def _result(
     if launch.swapped:
         pointers = pointers[::-1]
     if launch.total is None:
-        run(launch, (*pointers, result))
+        run_once(launch, (*pointers, result))
     else:
         workspace = torch.full((launch.splits * result.numel(),), float("nan"), device=result.device)
-        run(launch, (*pointers, workspace))
-        run(launch.total, (workspace, result))
+        run_once(launch, (*pointers, workspace))
+        run_once(launch.total, (workspace, result))
     return result

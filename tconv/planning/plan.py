@@ -64,7 +64,7 @@ class Plan:
 
     def barred(self) -> Plan:
         """Returns this plan with the reason that it has if its mechanism does not work on the device."""
-        return replace(self, reason=f"not chosen: {self.mechanism} failed its check on this device; {self.cost}")
+        return replace(self, reason=f"not chosen: {self.mechanism} has not passed its check on this device; {self.cost}")
 
     def __str__(self) -> str:
         precision = f" {self.precision}" if self.precision else ""

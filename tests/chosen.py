@@ -6,6 +6,8 @@ alignment, awkward case) every value is there, but of their products only some. 
 
 import re
 
+import pytest
+
 # (file, test and parameters as a regular expression, why)
 ROWS = [
     ("test_kernels", r"test_every_dtype\[", "the planner's choice: every family, pass and dtype, channels_last"),
@@ -38,13 +40,14 @@ def chosen(nodes):
     """Returns those of the tests, given by their ids, that are in the table.
 
     Raises:
-        ValueError: a row chooses nothing of a file that is there: the test has another name by now.
+        pytest.UsageError: a row chooses nothing of a file that is there: the test has another name by now, or only some of the
+            file's tests were asked for.
     """
     found = set()
     for name, pattern, why in ROWS:
         there = [node for node in nodes if node.partition("::")[0].endswith(f"{name}.py")]
         mine = {node for node in there if re.search(pattern, node.partition("::")[2])}
         if there and not mine:
-            raise ValueError(f"tests/chosen.py: no test of {name} is {pattern!r} ({why})")
+            raise pytest.UsageError(f"tests/chosen.py: no test of {name} that was collected is {pattern!r} ({why})")
         found |= mine
     return found

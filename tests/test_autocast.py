@@ -177,4 +177,4 @@ def test_a_mode_sees_no_more_than_the_casts(layers):
     seen = []
     with autocast(x), Seen():
         layer(x)
-    assert not [name for name in seen if "mm" in name]
+    assert seen == ["aten._to_copy.default"] * 3 + ["tconv.fprop.default"]

@@ -153,8 +153,8 @@ def _best(
 ) -> Prepared:
     """Returns the launch of a pointer kernel or of the TMA kernel of this name: the forced one, or the faster by prediction.
 
-    Without a forced kernel, TMA is eligible from compute capability 9 on for problems without groups: it has been timed on no
-    others. If anything else is forced, or in the interpreter, the pointer kernel runs.
+    Without a forced kernel, TMA is eligible from compute capability 9 on for problems without groups, the only ones on which a
+    GPU has timed it. If anything else is forced, or in the interpreter, the pointer kernel runs.
     """
     request = planning.forced()
     if request and request.kernel == tma:

@@ -33,7 +33,8 @@ class Limits:
 
 # H200 as measured (bench/results): 800 TFLOP/s in a bf16 product of random data, 397 in TF32, 58 in fp64, 51 in fp32
 # multiply-adds, 4.3 TB/s in a copy. The L2 bandwidth is the one that fits the times of tiles best; plain reads of 20 MB reach
-# 9.9 TB/s. The other devices are scaled by their data sheets: 0.8 of the matrix rates, 0.9 of the bandwidth.
+# 9.9 TB/s. Of the other devices nothing was measured: 0.8 of their data sheets' matrix rates, 0.9 of the bandwidth, and
+# estimates of their L2, raised by as much as the H200's was.
 H100 = Limits(800e12, 397e12, 58e12, 51e12, 3.0e12, 14e12, 50e6, 1.755e9)
 H200 = dataclasses.replace(H100, bandwidth=4.3e12)
 A100 = Limits(250e12, 125e12, 15.6e12, 15.6e12, 1.83e12, 7.9e12, 40e6, 1.41e9)

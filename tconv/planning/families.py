@@ -1,4 +1,4 @@
-"""All kernel families, in the order in which the planner asks them. A new one is added here, and nowhere else by name."""
+"""All kernel families, in the order in which the planner asks them. A new one is added here."""
 
 from __future__ import annotations
 

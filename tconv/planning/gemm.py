@@ -20,8 +20,7 @@ GEMM_16 = (
 )  # fmt: skip
 GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3, 255), Tile(64, 128, 32, 4, 3))
 # fp64, and true fp32 on CUDA cores. Tiles that need at most 128 registers let two programs of eight warps share a
-# multiprocessor. In fp32 a product needs 1.2 instructions at 32 accumulators per thread, 1.3 at 16 and 1.6 at eight. At 168
-# registers per thread a multiprocessor holds three programs of four warps, but one of eight warps.
+# multiprocessor. In fp32 the fewer accumulators a thread has, the more instructions a product needs.
 GEMM_64 = (Tile(64, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 128))
 FMA_32 = (Tile(64, 64, 16, 4, 2, 255), Tile(64, 32, 16, 4, 2, 255))
 # Element-by-element loads pass through registers and hold one address per element: larger tiles spill up to 470 registers.

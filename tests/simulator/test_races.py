@@ -34,7 +34,7 @@ SOUND = {
     "read by many at once": f"{MINE} {BLOCK} mov.b32 %r7, 1024; ld.shared.b32 %r8, [%r7]; ld.shared.b32 %r8, [%r7];",
 }
 RACES = {
-    "a neighbour's value": (f"{MINE} {NEIGHBOURS}", "reads 4 bytes of shared"),
+    "a neighbour's value": (f"{MINE} {NEIGHBOURS}", "that another thread wrote"),
     "a stranger's value": (f"{MINE} {STRANGERS}", "that another thread wrote"),
     "a stranger's, after the warp's barrier": (f"{MINE} {WARP} {STRANGERS}", "that another thread wrote since"),
     "written while strangers read": (f"{MINE} {BLOCK} {STRANGERS} {OTHER} {MINE}", "that another thread read"),

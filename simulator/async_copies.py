@@ -34,6 +34,11 @@ class AsyncCopies:
         self.open: list[Copy] = []
         self.groups: list[list[Copy]] = []
 
+    @property
+    def pending(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self.open) or any(self.groups)
+
     def part(self, programs: Array) -> AsyncCopies:
         some = AsyncCopies(self.fence_needed)
         some.open = [_part(copy, programs) for copy in self.open]
@@ -56,7 +61,7 @@ class AsyncCopies:
             data[some] = m.memory.read(m, line, source[some], lanes[some], size)
         places = m.shared.locate(m, line, offsets, lanes, size, "copies")
         g = m.shared.granules(places, size)
-        problem = m.shared.races.depart(g, np.repeat(lanes % m.T, g.size // places.size))
+        problem = m.shared.races.depart(g, np.repeat(m.threads(lanes), g.size // places.size))
         if problem:
             m.shared.blame(m, line, f"copies {size} bytes to a part", problem, places, lanes)
         self.open.append(Copy(line, size, *_by_program(m, lanes, offsets, data, lanes % m.T)))
@@ -72,7 +77,7 @@ class AsyncCopies:
                 row, column = np.nonzero(copy.offsets >= 0)
                 offsets, data = copy.offsets[row, column], copy.data[row, column]
                 lanes = row * m.T + copy.threads[row, column]
-                m.shared.races.arrive(m.shared.granules(offsets + row * m.shared.row, copy.size))
+                m.shared.races.arrive_copy(m.shared.granules(offsets + row * m.shared.row, copy.size))
                 m.shared.write(m, copy.line, offsets, lanes, copy.size, data, self.fence_needed)
 
 

@@ -17,6 +17,7 @@ from triton import knobs
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver as triton_driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -148,7 +149,7 @@ def _flattened(memory: GlobalMemory, name: str, kind: Any, value: Any, boxes: li
         return [part for k, v in zip(kind, value, strict=True) for part in _flattened(memory, name, k, v, boxes)]
     if kind == "constexpr":
         return []
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, TensorDescriptor | GluonDescriptor):
         pointer = memory.pointer(value.base, name)
         if boxes:
             return [_tensor_map(pointer, value, boxes.pop(0)), *value.shape, *value.strides]
@@ -169,7 +170,7 @@ def _flattened(memory: GlobalMemory, name: str, kind: Any, value: Any, boxes: li
     return [int(value)]
 
 
-def _tensor_map(pointer: int, d: TensorDescriptor, box: dict[str, Any]) -> TensorMap:
+def _tensor_map(pointer: int, d: TensorDescriptor | GluonDescriptor, box: dict[str, Any]) -> TensorMap:
     size = d.base.element_size()
     if box.get("is_im2col") or box.get("fp4_padded") or getattr(d, "round_f32_to_tf32", False):
         raise Unsupported(f"a tensor map with {box}, rounded to TF32: {getattr(d, 'round_f32_to_tf32', False)}")

@@ -17,6 +17,7 @@ import numpy as np
 
 from simulator.arrays import Array
 from simulator.errors import Unsupported
+from simulator.races import ANY
 from simulator.shared_memory import START
 
 if TYPE_CHECKING:
@@ -119,8 +120,13 @@ class Products:
 
     def __init__(self) -> None:
         self.number = 1  # of the open group
-        self.open: list[tuple[int, Array]] = []  # (bytes of an element, offsets)
+        self.open: list[tuple[int, Array]] = []  # (bytes of an element, offsets [programs, warpgroups, elements])
         self.groups: list[tuple[int, list[tuple[int, Array]]]] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self.open) or any(group for _, group in self.groups)
 
     def part(self, programs: Array) -> Products:
         some = Products()
@@ -135,11 +141,22 @@ class Products:
         self.number += 1
 
     def wait(self, m: Machine, left: int) -> None:
+        """Ends all but the last `left` groups."""
+        if len(self.groups) <= left:
+            return
+        races = m.shared.races
         while len(self.groups) > left:
             number, group = self.groups.pop(0)
             for size, offsets in group:
-                places = offsets + np.arange(m.C)[:, None] * m.shared.row
-                m.shared.races.release(m.shared.granules(places.reshape(-1), size), number)
+                places = offsets + np.arange(m.C)[:, None, None] * m.shared.row
+                g = m.shared.granules(places.reshape(-1), size)
+                m.shared.races.release(g, _each_warpgroup(m, races.tensor_cores(m.warps[::4]), g.size), number)
+        races.released(m.warps, races.tensor_cores(m.warps))
+
+
+def _each_warpgroup(m: Machine, values: Array, count: int) -> Array:
+    """Returns a value of each warpgroup for `count` granules that go by programs, then warpgroups."""
+    return np.tile(np.repeat(values, count // (m.C * values.size)), m.C)
 
 
 def multiply(
@@ -161,8 +178,8 @@ def multiply(
         a: registers, or a descriptor, as b.
         transposed: whether a and b lie in shared memory with k as the slower dimension.
     """
-    if m.W % 4:
-        m.fault(line, "wgmma by less than four warps")
+    if m.W % 4 or m.warps[0] % 4:
+        m.fault(line, "wgmma by less than four warps, or by warps of two warpgroups;")
     groups = m.W // 4
     if isinstance(a, np.ndarray):
         x = _described(m, line, a, 64, k, kind, transposed[0])
@@ -194,11 +211,12 @@ def _described(m: Machine, line: int, descriptor: Array, rows: int, k: int, kind
     lanes = np.repeat(np.arange(m.C * groups) * 128, rows * k)  # the first thread of each warpgroup
     places = m.shared.locate(m, line, flat, lanes, size, "reads, by wgmma,")
     g = m.shared.granules(places, size)
-    problem = m.shared.races.engage(g, m.products.number)
+    races, warp = m.shared.races, _each_warpgroup(m, m.warps[::4], g.size)
+    problem = races.engage(g, races.tensor_cores(warp), m.products.number, ANY, warp)
     if problem:
         m.shared.blame(m, line, "wgmma reads a part", problem, places, lanes)
     m.shared.must_be_written(m, line, g, places, lanes, size)
-    m.products.open.append((size, offsets.reshape(m.C, -1)))
+    m.products.open.append((size, offsets.reshape(m.C, groups, -1)))
     return numbers(m.shared.units[size][places // size].view(ELEMENTS[kind]).reshape(offsets.shape), kind)
 
 

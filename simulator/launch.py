@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from simulator import forms  # noqa: F401 - registers what is known
+from simulator import accumulators, forms  # noqa: F401 - forms registers what is known
 from simulator.arrays import LOADED, Array, single
 from simulator.errors import Fault, Unsupported
 from simulator.global_memory import GlobalMemory
 from simulator.machine import Machine
 from simulator.options import DEFAULT, Options
-from simulator.parser import parse
+from simulator.parser import DONE, parse
+from simulator.strands import Team, cut
 from simulator.tensor_maps import TensorMap
-from simulator.translator import DONE, Translation
+from simulator.translator import Translation
 
 LARGEST_BATCH = 1 << 22  # bytes of shared memory of programs that run at once
 
@@ -26,6 +27,7 @@ class Program:
     """A kernel that is ready to run.
 
     Attributes:
+        fault: what is wrong with it whatever it runs on; None if nothing is.
         launches: how often it ran.
     """
 
@@ -35,6 +37,7 @@ class Program:
             self.translation = Translation(self.kernel)
         except Unsupported as e:
             raise Unsupported(f"PTX {self.kernel.version} for {self.kernel.target}: {e}") from None
+        self.fault = accumulators.fault(self.kernel)
         self.kernel.blocks.clear()  # hundreds of programs are kept, and this would be most of what they take
         self.shared_bytes = shared_bytes
         self.launches = 0
@@ -51,6 +54,8 @@ class Program:
             Fault: a program does what hardware would punish or PTX does not define, or does not end.
         """
         self.launches += 1
+        if self.fault:
+            raise self.fault
         values, maps = self._parameters(arguments)
         granule = memory.granule = min(self.translation.granule, *(t.size for t in maps.values()), 16)
         count = grid[0] * grid[1] * grid[2]
@@ -63,26 +68,27 @@ class Program:
                 self._run(m, options.max_steps)
 
     def _run(self, m: Machine, max_steps: int) -> None:
-        """Runs a batch to its end, in the parts in which its branches cut it."""
-        functions = self.translation.functions
+        """Runs a batch to its end, in the parts into which its branches cut it."""
+        functions, lines = self.translation.functions, self.translation.lines
         waiting = [(m, self.translation.registers(), 0, 0)]
         while waiting:
             m, registers, block, steps = waiting.pop()
             while block != DONE:
                 steps += 1
                 if steps > max_steps:
-                    what = f"not done after {max_steps} basic blocks; it was stopped here:"
-                    m.fault(self.translation.lines[block], what, 0)
+                    m.stopped(lines[block])
                 m.fragments.clear()
                 to = functions[block](registers, m)
-                if type(to) is not tuple:
+                if not isinstance(to, np.ndarray):
                     block = to
                     continue
-                jump, target, following = to
-                for some, block in ((~jump, following), (jump, target)):
-                    chosen = np.flatnonzero(some)
-                    cut = [a[chosen] if a.shape[0] == m.C > 1 else a for a in registers]
-                    waiting.append((m.part(chosen), cut, block, steps))
+                agree = (to == to[:, :1]).all(1)
+                for row in np.flatnonzero(~agree):
+                    one, own = _some(m, registers, np.array([row]))
+                    team = Team(one)
+                    team.run(cut(one, own, to[row], team, lines[block]), self.translation, max_steps - steps)
+                for block in np.unique(to[agree, 0]):
+                    waiting.append((*_some(m, registers, np.flatnonzero(agree & (to[:, 0] == block))), int(block), steps))
                 break
 
     def _parameters(self, arguments: Sequence[int | TensorMap]) -> tuple[list[Array | None], dict[int, TensorMap]]:
@@ -100,6 +106,11 @@ class Program:
             else:
                 values.append(single(value, LOADED[int(parameter.type[1:]) // 8]))
         return values, maps
+
+
+def _some(m: Machine, registers: list[Array], programs: Array) -> tuple[Machine, list[Array]]:
+    """Returns the machine and registers of some of a batch's programs."""
+    return m.part(programs), [a[programs] if a.shape[0] == m.C > 1 else a for a in registers]
 
 
 def run(

@@ -1,13 +1,13 @@
-"""The state of a batch of programs that run in lockstep: registers, memories, what is under way; and how it branches.
+"""The state of warps that run in lockstep: registers, memories, what is under way; and how they branch.
 
-Registers are lists of arrays (arrays.py) that translated code keeps; the machine knows the rest. All warps of all programs of
-a batch are at the same instruction. Where programs take different ways, the batch is cut (`part`); where the threads of one
-program do, it is a fault as yet.
+Registers are lists of arrays (arrays.py) that translated code keeps; the machine knows the rest. At first these are all warps
+of all programs of a batch. Where programs take different ways, the batch is cut (`part`); where the warps of one program do, it
+is cut into strands (`strand`), which strands.py runs. Threads of one warp never part: Triton has no such branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,17 +21,21 @@ from simulator.mbarriers import Barriers
 from simulator.options import Options
 from simulator.parser import Kernel
 from simulator.shared_memory import START, SharedMemory
-from simulator.tensor_maps import BulkCopies, TensorMap
+from simulator.strands import Team, Wait
+from simulator.tensor_maps import BoxLoads, BoxStores, TensorMap
 
 
 class Machine:
-    """A batch of programs.
+    """Warps that are all at the same instruction.
 
     Attributes:
-        C, T, W: programs, threads of a program, warps of a program.
+        C, T, W: programs; threads and warps of a program that are here.
+        warps: their numbers in the program.
         programs: each program's number in the grid, x counting fastest.
-        lanes: all threads, numbered through the batch.
+        lanes: all threads that are here, numbered through the batch.
         arguments: of the kernel, an array per parameter; None for tensor maps, which are in `maps` by parameter.
+        team: the strands of the program, if its warps have parted.
+        waiting: what these warps wait for before they go on; None if nothing.
     """
 
     def __init__(
@@ -48,23 +52,27 @@ class Machine:
     ) -> None:
         self.kernel, self.memory, self.grid, self.options = kernel, memory, grid, options
         self.arguments, self.maps = arguments, maps
-        self.T, self.W = kernel.threads, kernel.threads // 32
-        self.tid = np.arange(self.T, dtype=np.int32).reshape(1, -1)
-        self.lane = self.tid & 31
-        self.warp = self.tid >> 5
         self.programs = programs.astype(np.int64)
-        self._number()
-        self.shared = SharedMemory(self.C, shared_bytes, granule, options.races)
+        self._number(np.arange(kernel.threads // 32))
+        self.shared = SharedMemory(self.C, self.W, shared_bytes, granule, options.races)
         self.barriers = Barriers(self.C, self.shared.row)
+        self.boxes = BoxLoads()
         self.copies = AsyncCopies(options.async_copy_fence)
         self.products = Products()
-        self.bulk = BulkCopies()
+        self.stores = BoxStores()
+        self.team: Team | None = None
+        self.waiting: Wait | None = None
+        self.culprit = 0  # the lane that went to a trap
         self.fragments: dict[Any, tuple[Array, Any]] = {}  # operands of mma by the registers that hold them, of a basic block
 
-    def _number(self) -> None:
-        self.C = len(self.programs)
+    def _number(self, warps: Array) -> None:
+        self.warps, self.C, self.W = warps, len(self.programs), warps.size
+        self.T = 32 * self.W
         self.shape = self.C, self.T
         self.lanes = np.arange(self.C * self.T)
+        self.tid = np.arange(32 * warps[0], 32 * warps[0] + self.T, dtype=np.int32).reshape(1, -1)
+        self.lane = self.tid & 31
+        self.warp = self.tid >> 5
         x, y, _ = self.grid
         self.ctaid = tuple(
             n.astype(np.int32).reshape(-1, 1) for n in (self.programs % x, self.programs // x % y, self.programs // (x * y))
@@ -75,20 +83,52 @@ class Machine:
         m = object.__new__(Machine)
         m.__dict__.update(self.__dict__)
         m.programs = self.programs[chosen]
-        m._number()
-        m.shared, m.barriers = self.shared.part(chosen), self.barriers.part(chosen)
-        m.copies, m.products, m.bulk = self.copies.part(chosen), self.products.part(chosen), self.bulk.part(chosen)
+        m._number(self.warps)
+        m.shared, m.barriers, m.boxes = self.shared.part(chosen), self.barriers.part(chosen), self.boxes.part(chosen)
+        m.copies, m.products, m.stores = self.copies.part(chosen), self.products.part(chosen), self.stores.part(chosen)
         m.fragments = {}
         return m
+
+    def strand(self, line: int, warps: Array, team: Team) -> Machine:
+        """Returns the machine of some of the warps, neighbours, of one program."""
+        if self.copies.pending or self.products.pending or self.stores.pending:
+            raise Unsupported(f"{self.kernel.place(line)}: warps that part with asynchronous copies or products under way")
+        m = object.__new__(Machine)
+        m.__dict__.update(self.__dict__)
+        m._number(warps)
+        m.copies, m.products, m.stores = AsyncCopies(self.options.async_copy_fence), Products(), BoxStores()
+        m.team, m.fragments = team, {}
+        return m
+
+    def threads(self, lanes: Array) -> Array:
+        """Returns the numbers of threads in their programs."""
+        return lanes % self.T + self.warps[0] * 32
 
     def fault(self, line: int, what: str, lane: int | None = None, address: str | None = None) -> NoReturn:
         """Raises a fault of an instruction, of one thread if its lane is given."""
         program = thread = None
         if lane is not None:
-            row, thread = divmod(int(lane), self.T)
-            number, (x, y, _) = int(self.programs[row]), self.grid
+            number, (x, y, _) = int(self.programs[int(lane) // self.T]), self.grid
             program = number % x, number // x % y, number // (x * y)
+            thread = int(self.threads(np.array(lane)))
         raise Fault(what, self.kernel.place(line), program, thread, address)
+
+    def stopped(self, line: int) -> NoReturn:
+        """Raises the fault of a program that does not end."""
+        self.fault(line, f"not done after {self.options.max_steps} basic blocks; it was stopped here:", 0)
+
+    def wait(
+        self, line: int, ready: Callable[[], bool], what: Callable[[], str], lane: int = 0, address: str | None = None
+    ) -> None:
+        """Leaves these warps waiting for other warps of their program. A fault if there are none.
+
+        Args:
+            ready: whether they can go on.
+            what: what is missing, if they never can.
+        """
+        if self.team is None:
+            self.fault(line, what(), lane, address)
+        self.waiting = Wait(line, ready, what, lane, address)
 
     def full(self, a: Array) -> Array:
         return np.broadcast_to(a, self.shape)
@@ -163,17 +203,50 @@ class Machine:
 
     # --- control ---
 
-    def branch(self, line: int, guard: Array, negated: bool) -> bool | Array:
-        """Returns whether the programs jump: a bool if all agree, else a bool per program."""
+    def branch(self, line: int, guard: Array, target: int, following: int, failing: int | None = None) -> int | Array:
+        """Returns the next block: one for all, or [programs, warps].
+
+        Args:
+            guard: where to go to `target`; others go on to `following`.
+            failing: which of the two ends in a trap, if any.
+        """
         if guard.size == 1:
-            return bool(guard[0, 0]) != negated
+            return target if guard[0, 0] else following
         g = self.full(guard)
-        first = g[:, :1]
-        if (g != first).any():
-            lane = int(np.flatnonzero((g != first).reshape(-1))[0])
-            self.fault(line, "threads of one program part here, which is not simulated yet;", lane)
-        taken = first[:, 0] != negated
-        return bool(taken[0]) if (taken == taken[0]).all() else taken
+        if failing is not None and (failed := g == (failing == target)).any():
+            self.culprit = int(np.flatnonzero(failed)[0])
+            return failing
+        return self._next(line, np.where(g, target, following))
+
+    def select(self, line: int, index: Array, targets: Sequence[int]) -> int | Array:
+        """Returns the next block of a jump through a table, as `branch` does."""
+        i = index.view(np.uint32)
+        if i.max() >= len(targets):
+            self.fault(line, f"jumps to entry {i.max()} of {len(targets)}", 0)
+        return self._next(line, self.full(np.array(targets)[i]))
+
+    def _next(self, line: int, blocks: Array) -> int | Array:
+        if (blocks == blocks[0, 0]).all():
+            return int(blocks[0, 0])
+        by_warp = blocks.reshape(self.C, self.W, 32)
+        if (odd := by_warp != by_warp[:, :, :1]).any():
+            thread = self.threads(np.flatnonzero(odd.reshape(-1)))[0]
+            raise Unsupported(f"{self.kernel.place(line)}: threads of one warp that part, as thread {thread} does")
+        return by_warp[:, :, 0]
+
+    def barrier(self, line: int, number: int, threads: int | None) -> None:
+        """A barrier of so many threads of the program, by default of all."""
+        if self.team is not None:
+            self.team.meet(self, line, number, threads)
+        elif threads not in (None, self.T):
+            self.fault(line, f"{self.T} threads come to a barrier of {threads};", 0)
+        else:
+            self.shared.races.barrier(self.warps)
+
+    def allot(self, line: int, registers: int) -> None:
+        """setmaxnreg: each warp is to have so many registers per thread."""
+        if self.team is not None:
+            self.team.allot(self, line, registers)
 
     def trap(self, line: int, what: str) -> NoReturn:
-        self.fault(line, what, 0)
+        self.fault(line, what, self.culprit)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.arrays import Array
+from simulator.errors import Unsupported
 from simulator.shared_memory import START
 
 if TYPE_CHECKING:
@@ -38,49 +39,70 @@ class Barriers:
         return some
 
     def initialise(self, m: Machine, line: int, address: Array, count: int, guard: Array | None) -> None:
-        at = self._one(m, line, address, guard, live=None)
-        self.expected[at] = self.pending[at] = count
-        self.bytes[at] = self.phase[at] = 0
-        self.live[at] = True
+        rows, slots, lanes = self._named(m, line, address, guard, live=False)
+        if not rows.size:
+            return
+        m.shared.write(m, line, 8 * slots, lanes, 8, np.full(slots.size, count, np.uint64))
+        self.expected[rows, slots] = self.pending[rows, slots] = count
+        self.bytes[rows, slots] = self.phase[rows, slots] = 0
+        self.live[rows, slots] = True
+        m.shared.races.initialised(slots)
 
     def invalidate(self, m: Machine, line: int, address: Array, guard: Array | None) -> None:
-        self.live[self._one(m, line, address, guard)] = False
+        rows, slots, _ = self._named(m, line, address, guard)
+        self.live[rows, slots] = False
 
     def arrive(self, m: Machine, line: int, address: Array, count: int, expect: int, guard: Array | None) -> None:
-        """One thread arrives `count` times, and announces `expect` bytes."""
-        at = self._one(m, line, address, guard)
-        self.bytes[at] += expect
-        self.pending[at] -= count
-        if (self.pending[at] < 0).any():
-            m.fault(line, "more threads arrive at an mbarrier than it was initialised for;")
-        self._complete(at)
+        """Threads arrive, each `count` times, and announce `expect` bytes each."""
+        rows, slots, lanes = self._named(m, line, address, guard)
+        if not rows.size:
+            return
+        np.add.at(self.bytes, (rows, slots), expect)
+        np.subtract.at(self.pending, (rows, slots), count)
+        if (self.pending[rows, slots] < 0).any():
+            bad = int(np.flatnonzero(self.pending[rows, slots] < 0)[0])
+            what = "arrives more often at an mbarrier than it was initialised for"
+            m.fault(line, what, int(lanes[bad]), f"shared memory, byte {8 * slots[bad]}")
+        m.shared.races.arrive(rows, slots, m.threads(lanes) >> 5)
+        self._complete(m, rows, slots)
 
     def come(self, m: Machine, line: int, rows: Array, slots: Array, count: int) -> None:
-        """A bulk copy has brought `count` bytes to each of these programs' barriers."""
-        if not self.live[rows, slots].all():
-            m.fault(line, "a copy that completes at an mbarrier which is not initialised;")
+        """A box has brought `count` bytes to each of these programs' barriers."""
         np.subtract.at(self.bytes, (rows, slots), count)
-        self._complete(tuple(np.unique(np.stack([rows, slots]), axis=1)))
+        self._complete(m, rows, slots)
 
     def wait(self, m: Machine, line: int, address: Array, parity: Array) -> Array:
-        """Returns True, or raises the fault that this wait would never end: copies come at once, threads go in lockstep."""
+        """Returns whether the phase of that parity is complete.
+
+        If it is not, and no other warps of the program could complete it (boxes come at once), that is a fault; where there are
+        others, these threads are left waiting.
+        """
         a = m.full(address)
         if (a != a[:, :1]).any():
-            m.fault(line, "threads of one program wait for several mbarriers, which is not simulated yet;")
+            raise Unsupported(f"{m.kernel.place(line)}: threads that wait for several mbarriers in one instruction")
         rows, slots = np.arange(m.C), self._slots(m, line, a[:, 0])
-        self._must_live(m, line, rows, slots)
+        last = np.arange(31, m.T, 32)  # of each warp; its first thread may be the one that initialised the mbarrier
+        self._must_live(m, line, np.repeat(rows, m.W), np.repeat(slots, m.W), (rows[:, None] * m.T + last).reshape(-1))
         never = (self.phase[rows, slots] & 1) == m.full(parity)[:, 0]
         if never.any():
             row = int(np.flatnonzero(never)[0])
-            at = row, slots[row]
-            what = f"waits for ever: {self.pending[at]} arrivals and {self.bytes[at]} bytes are missing;"
-            m.fault(line, what, row * m.T, f"shared memory, byte {8 * slots[row]}")
-        m.bulk.arrived(m, slots)
+            slot, phase = int(slots[row]), int(self.phase[row, slots[row]])
+            m.wait(
+                line,
+                lambda: int(self.phase[row, slot]) != phase,
+                lambda: f"waits for ever: {self.pending[row, slot]} arrivals and {self.bytes[row, slot]} bytes are missing;",
+                row * m.T,
+                f"shared memory, byte {8 * slot}",
+            )
+            return np.zeros((1, 1), bool)
+        m.shared.races.waited(m.warps, slots)
         return np.ones((1, 1), bool)
 
-    def slots(self, m: Machine, line: int, addresses: Array) -> Array:
-        """Returns the places of barriers, one per address."""
-        return self._slots(m, line, addresses)
+    def named(self, m: Machine, line: int, lanes: Array, addresses: Array) -> Array:
+        """Returns the places of the mbarriers that threads name, which must be initialised."""
+        slots = self._slots(m, line, addresses)
+        self._must_live(m, line, lanes // m.T, slots, lanes)
+        return slots
 
     def _slots(self, m: Machine, line: int, addresses: Array) -> Array:
         offsets = addresses.astype(np.int64) - START
@@ -89,26 +111,34 @@ class Barriers:
             m.fault(line, f"an mbarrier outside shared memory or misaligned, at byte {offsets[wrong][0]};")
         return offsets // 8
 
-    def _one(self, m: Machine, line: int, address: Array, guard: Array | None, live: bool | None = True) -> tuple[Array, Array]:
-        """Returns (row, place) of the barrier that one thread of each program that takes part names."""
-        active = np.ones(m.shape, bool) if guard is None else m.full(guard)
-        if (active.sum(1) > 1).any():
-            m.fault(line, "several threads of a program at an mbarrier in one instruction, which is not simulated yet;")
-        rows = np.flatnonzero(active.any(1))
-        slots = self._slots(m, line, m.full(address)[rows, active.argmax(1)[rows]])
-        if live:
-            self._must_live(m, line, rows, slots)
-        return rows, slots
+    def _named(
+        self, m: Machine, line: int, address: Array, guard: Array | None, live: bool = True
+    ) -> tuple[Array, Array, Array]:
+        """Returns (row, place, lane) of the barriers that the threads of a guard name."""
+        lanes = m.lanes if (chosen := m.chosen(guard)) is None else chosen
+        addresses = m.full(address).reshape(-1)[lanes]
+        slots = self.named(m, line, lanes, addresses) if live and lanes.size else self._slots(m, line, addresses)
+        return lanes // m.T, slots, lanes
 
-    def _must_live(self, m: Machine, line: int, rows: Array, slots: Array) -> None:
+    def _must_live(self, m: Machine, line: int, rows: Array, slots: Array, lanes: Array) -> None:
+        """Whoever uses an mbarrier must know that it is initialised."""
         dead = ~self.live[rows, slots]
         if dead.any():
             bad = int(np.flatnonzero(dead)[0])
-            m.fault(line, "an mbarrier that is not initialised", int(rows[bad]) * m.T, f"shared memory, byte {8 * slots[bad]}")
+            m.fault(line, "an mbarrier that is not initialised", int(lanes[bad]), f"shared memory, byte {8 * slots[bad]}")
+        places = 8 * slots + rows * m.shared.row
+        g = m.shared.granules(places, 8)
+        problem = m.shared.races.unordered(g, np.repeat(m.threads(lanes), g.size // places.size))
+        if problem:
+            m.shared.blame(m, line, "uses an mbarrier in a part", problem, places, lanes)
 
-    def _complete(self, at: tuple[Array, Array]) -> None:
-        rows, slots = at
-        done = (self.pending[at] == 0) & (self.bytes[at] == 0)
-        rows, slots = rows[done], slots[done]
+    def _complete(self, m: Machine, rows: Array, slots: Array) -> None:
+        """Begins the next phase of those of these barriers of which nothing is missing."""
+        done = (self.pending[rows, slots] == 0) & (self.bytes[rows, slots] == 0)
+        if not done.any():
+            return
+        rows, slots = np.unique(np.stack([rows[done], slots[done]]), axis=1)
         self.phase[rows, slots] += 1
         self.pending[rows, slots] = self.expected[rows, slots]
+        m.shared.races.complete(rows, slots)
+        m.boxes.arrived(m, rows, slots)

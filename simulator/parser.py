@@ -19,6 +19,8 @@ CLASSES = {  # how many bits a register has, whatever kind of number its declara
     **dict.fromkeys(("b32", "u32", "s32", "f32"), "b32"),
     **dict.fromkeys(("b64", "u64", "s64", "f64"), "b64"),
 }
+ENDS = ("bra", "brx.", "ret", "trap", "bar.sync", "barrier.sync", "setmaxnreg.")  # opcodes that end a basic block
+DONE = -1  # in place of the block that follows the last one
 SPECIAL = ("%tid.", "%ntid.", "%ctaid.", "%nctaid.", "%laneid", "%warpid")
 
 
@@ -84,13 +86,14 @@ class Instruction:
     negated: bool = False
 
     @property
-    def jumps(self) -> bool:
-        return self.opcode in ("bra", "bra.uni", "ret", "trap")
+    def ends_block(self) -> bool:
+        """Whether it jumps, or may have to wait for other warps."""
+        return self.opcode.startswith(ENDS)
 
 
 @dataclass
 class Block:
-    """Instructions that run one after another; only the last may jump."""
+    """Instructions that run one after another; only the last may jump, or wait for other warps."""
 
     label: str
     code: list[Instruction] = field(default_factory=list)
@@ -111,8 +114,10 @@ class Kernel:
 
     Attributes:
         threads: of a program.
+        registers_per_thread: that it is launched with, by .maxnreg; 0 if it does not say.
         registers: the class of every register: pred, b16, b32, or b64.
         variables: names of module variables in global or shared memory.
+        tables: the labels of tables of jumps.
         sources: the line of Triton's source of each line of the PTX that has an instruction.
     """
 
@@ -121,10 +126,12 @@ class Kernel:
     target: str
     text: str
     threads: int
+    registers_per_thread: int
     parameters: list[Parameter]
     blocks: list[Block]
     registers: dict[str, str]
     variables: dict[str, str]
+    tables: dict[str, tuple[str, ...]]
     sources: dict[int, str]
 
     def place(self, line: int) -> Place:
@@ -168,6 +175,7 @@ class _Parser:
         self.blocks = [Block("")]
         self.source = ""  # file:line:column, of the statements that follow
         self.sources: dict[int, str] = {}
+        self.tables: dict[str, tuple[str, ...]] = {}
 
     def kernel(self) -> Kernel:
         entries = re.findall(r"\.entry", self.text)
@@ -182,10 +190,12 @@ class _Parser:
             raise Unsupported("a kernel without .reqntid, or of more than one dimension of threads")
         if re.search(r"\.(reqnctapercluster|explicitcluster)", directives) and "reqnctapercluster 1" not in directives:
             raise Unsupported("a kernel of clusters of thread blocks")
+        most = re.search(r"\.maxnreg\s+(\d+)", directives)
         self.body(entry.end())
         return Kernel(
-            name, self.version, self.target, self.text, int(threads[1]), [*map(_parameter, _split(parameters))],
-            self.blocks, self.registers, _variables(self.text[: entry.start()]), self.sources,
+            name, self.version, self.target, self.text, int(threads[1]), int(most[1]) if most else 0,
+            [*map(_parameter, _split(parameters))], self.blocks, self.registers, _variables(self.text[: entry.start()]),
+            self.tables, self.sources,
         )  # fmt: skip
 
     def body(self, start: int) -> None:
@@ -234,6 +244,9 @@ class _Parser:
             self.declare(statement)
         elif statement.startswith((".param", ".pragma")):  # an argument of a call (forms/control.py), advice for ptxas
             return
+        elif statement.startswith(".branchtargets"):  # of the label before it
+            labels = _split(statement.removeprefix(".branchtargets"))
+            self.tables[self.blocks[-1].label] = tuple(map(self.renamed, labels))
         elif statement.startswith("."):
             raise Unsupported(f"line {line}: directive {statement.split()[0]}")
         else:
@@ -247,7 +260,7 @@ class _Parser:
             code = Instruction(found[3], operands, line, guard, found[1] == "!")
             self.sources[line] = self.source
             self.blocks[-1].code.append(code)
-            if code.jumps:
+            if code.ends_block:
                 self.blocks.append(Block(""))
 
     def declare(self, statement: str) -> None:

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-async-copy-fence", action="store_true",
         help="do not ask for a fence.proxy.async between cp.async and wgmma, which kernels of Triton before 3.7.1 lack",
     )  # fmt: skip
+    group.addoption("--warp-seed", type=int, metavar="N", help="the order in which warps run where those of a program part")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,13 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "faults: with --compiled, this test expects faults of the kernels it runs")
     arch = config.getoption("--compiled", None)
     if arch is None:
-        if config.getoption("--no-async-copy-fence", False):
-            raise pytest.UsageError("--no-async-copy-fence is for --compiled")
+        for option in ("--no-async-copy-fence", "--warp-seed"):
+            if config.getoption(option, None):
+                raise pytest.UsageError(f"{option} is for --compiled")
         return
     os.environ.pop("TRITON_INTERPRET", None)  # before any kernel is defined
     from simulator import Options, install
 
-    install(arch, Options(async_copy_fence=not config.getoption("--no-async-copy-fence")))
+    options = Options(async_copy_fence=not config.getoption("--no-async-copy-fence"), seed=config.getoption("--warp-seed") or 0)
+    install(arch, options)
 
 
 @pytest.hookimpl(wrapper=True)

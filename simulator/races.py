@@ -1,14 +1,17 @@
-"""Which accesses of shared memory are ordered.
+"""Which accesses of shared memory are ordered: what happened before what, by vector clocks.
 
-Time is counted in barriers. An access of a thread is ordered before a later one of another thread if a barrier of the whole
-program lies between them, or, in the same warp, a barrier of the warp. (That warps run in lockstep orders nothing since
-Volta.) Per granule of shared memory it is noted when it was last written and read, by whom, and what asynchronous
-machinery is still at work on it:
+Those who access it are the parties of a program: each warp; for each warpgroup its tensor cores, which read the operands of
+wgmma; the engine that stores boxes; and for each mbarrier the engine whose boxes complete there. Time is counted in
+synchronisations. Each warp knows up to which time each party's accesses are over (`seen`), and an access is a race with an
+earlier one of the same place if it is not known to be over. Knowledge is passed on
 
-- cp.async and bulk copies write it ("arriving") until their group or mbarrier is waited for;
-- wgmma and bulk stores read it ("busy") until their group is waited for.
+- by a barrier, to all warps that meet at it;
+- by an mbarrier, from those who arrive at a phase to those who wait for it, and there also of the boxes that completed it;
+- by waiting for a group of wgmma or of stored boxes, of what these read.
 
-wgmma and bulk stores go through the asynchronous proxy: they see what threads wrote only after a `fence.proxy.async`.
+Threads of one warp are told apart: a barrier of the warp orders them. (That a warp runs in lockstep orders nothing since
+Volta.) Tensor cores and boxes go through the asynchronous proxy: they see what threads wrote only after a
+`fence.proxy.async` of the writer or of whoever asks for the read.
 """
 
 from __future__ import annotations
@@ -17,137 +20,282 @@ import numpy as np
 
 from simulator.arrays import Array
 
-# Who accessed a granule: a thread's number, or, of several threads, one of these.
-WARP = 1 << 12  # + the warp's number: several threads of it
-MANY = 1 << 13  # threads of several warps
-ENGINE = 1 << 14  # tensor cores, or the copy engine
-
-
-def warp_of(who: Array) -> Array:
-    """Returns the warp of each accessor, -1 if it is none in particular."""
-    return np.where(who < WARP, who >> 5, np.where(who < MANY, who - WARP, -1))
+ENGINE = 1 << 12  # who wrote: a thread's number, or this plus an engine's party
+SEVERAL = -1  # threads of a warp
+FLYING = 1 << 30  # time of a read that goes on, plus the number of its group
+ANY = -1  # a reader that is no thread
+Problem = tuple[Array, str]  # which granules, and what is wrong with them
+NONE: Array = np.zeros(1, bool)
 
 
 class Races:
-    """What happened to each granule, numbered through all programs of a batch. Unless enabled, nothing is noted."""
+    """What happened to each granule, numbered through all programs of a batch. Unless enabled, nothing is noted.
 
-    NOTES = ("wrote_at", "wrote_by", "read_at", "read_by", "unfenced", "arriving", "busy")
+    Attributes:
+        seen: [programs, warps, parties]: the time before which a warp knows a party's accesses to be over.
+        now: the time, of all programs of the batch.
+    """
 
-    def __init__(self, enabled: bool, granules: int) -> None:
-        self.enabled = enabled
-        self.now = 1  # barriers so far, plus one: 0 is long ago
-        self.since = 1  # `now` at the last barrier of the whole program
-        self.fences = 1  # proxy fences so far, plus one
-        n = granules if enabled else 0
-        self.wrote_at, self.wrote_by, self.read_at, self.read_by = (np.zeros(n, np.int32) for _ in range(4))
-        self.unfenced = np.zeros(n, np.int32)  # `fences` at the last write of a thread
-        self.arriving = np.zeros(n, bool)
-        self.busy = np.zeros(n, np.int32)  # the group that reads it, 0 for none
+    NOTES = ("wrote_at", "wrote_by", "read_at", "read_by", "last_read", "unfenced", "arriving")
 
-    def part(self, programs: Array, of: int) -> Races:
-        """Returns the notes of some of the `of` programs."""
+    def __init__(self, enabled: bool, programs: int, warps: int, granules: int) -> None:
+        """
+        Args:
+            granules: of one program.
+        """
+        self.enabled, self.programs, self.warps, self.granules = enabled, programs, warps, granules
+        self.stores = warps + -(-warps // 4)  # the party that stores boxes
+        self.readers = self.stores + 1  # parties that read: all but mbarriers
+        self.now = 1
+        self.seen = np.ones((programs, warps, self.readers), np.int32)
+        self.active = np.zeros(self.readers, bool)  # engines that ever accessed anything, and all warps
+        self.active[:warps] = True
+        self.fences = 0
+        self.fenced = np.zeros(self.readers, np.int32)  # each warp's last proxy fence
+        self.mbarriers: dict[int, int] = {}  # the parties of mbarriers, by their place
+        self.arrived: dict[int, Array] = {}  # what those who arrived at its present phase know: [programs, parties]
+        self.completed: dict[int, Array] = {}  # what those learn who wait for its last complete phase
+        n = programs * granules if enabled else 0
+        self.wrote_at, self.wrote_by = np.zeros(n, np.int32), np.zeros(n, np.int16)
+        self.read_at, self.read_by = np.zeros(n * self.readers, np.int32), np.zeros(n * warps, np.int16)  # by party, by warp
+        self.last_read = np.zeros(n, np.int32)  # the largest of read_at
+        self.unfenced = np.zeros(n, np.int32)  # the proxy fence that the last write needs; 0 for none
+        self.arriving = np.zeros(n, bool)  # a copy of a thread's (cp.async), or a box, is under way
+        self._learnt()
+
+    def part(self, programs: Array) -> Races:
+        """Returns the notes of some of the programs."""
         some = object.__new__(Races)
         some.__dict__.update(self.__dict__)
+        some.programs = programs.size
+        some.seen, some.active, some.fenced = self.seen[programs], self.active.copy(), self.fenced.copy()
+        some.mbarriers = dict(self.mbarriers)
+        some.arrived = {slot: known[programs] for slot, known in self.arrived.items()}
+        some.completed = {slot: known[programs] for slot, known in self.completed.items()}
         if self.enabled:
             for name in self.NOTES:
-                setattr(some, name, getattr(self, name).reshape(of, -1)[programs].reshape(-1))
+                setattr(some, name, getattr(self, name).reshape(self.programs, -1)[programs].reshape(-1))
+        some._learnt()
         return some
 
-    def block_barrier(self) -> None:
-        self.now += 1
-        self.since = self.now
+    def tensor_cores(self, warps: Array) -> Array:
+        """Returns the parties that are the tensor cores of these warps' warpgroups."""
+        return self.warps + warps // 4
 
-    def warp_barrier(self) -> None:
-        self.now += 1
+    # --- knowledge ---
 
-    def proxy_fence(self) -> None:
+    def _learnt(self) -> None:
+        """Notes the times before which all warps know all reads, and all accesses, to be over: most are."""
+        earliest = self.seen.min((0, 1))
+        self.reads_over = int(earliest[: self.readers][self.active[: self.readers]].min())
+        self.over = int(earliest[self.active].min())
+
+    def barrier(self, warps: Array) -> None:
+        """All threads of these warps meet."""
+        self.now += 1
+        known = self.seen[:, warps].max(1)
+        known[:, warps] = self.now
+        self.seen[:, warps] = known[:, None]
+        self._learnt()
+
+    def warp_barrier(self, warps: Array) -> None:
+        """The threads of each of these warps meet."""
+        self.now += 1
+        self.seen[:, warps, warps] = self.now
+        self._learnt()
+
+    def proxy_fence(self, warps: Array) -> None:
         self.fences += 1
+        self.fenced[warps] = self.fences
 
-    def _unordered(self, when: Array, by: Array, who: Array) -> Array:
-        in_one_warp = (when < self.now) & (warp_of(by) == warp_of(who))
-        return (when >= self.since) & (by != who) & ~in_one_warp
+    def initialised(self, slots: Array) -> None:
+        """mbarriers begin, or begin anew."""
+        for slot in map(int, np.unique(slots)):
+            if slot not in self.mbarriers:
+                self.mbarriers[slot] = self.seen.shape[2]
+                self.seen = np.pad(self.seen, ((0, 0), (0, 0), (0, 1)), constant_values=1)
+                self.active = np.append(self.active, False)
+                for known in (self.arrived, self.completed):
+                    for other in known:
+                        known[other] = np.pad(known[other], ((0, 0), (0, 1)))
+            for known in (self.arrived, self.completed):
+                known[slot] = np.zeros((self.programs, self.seen.shape[2]), np.int32)
 
-    def reading(self, g: Array, who: Array) -> tuple[Array, str] | None:
-        """Notes that threads read these granules. Returns which must not, and why, if any."""
+    def arrive(self, rows: Array, slots: Array, warps: Array) -> None:
+        """A thread of a warp of each of these programs arrives at one of its mbarriers."""
+        for row, slot, warp in zip(rows.tolist(), slots.tolist(), warps.tolist(), strict=True):
+            known = self.arrived[slot]
+            np.maximum(known[row], self.seen[row, warp], out=known[row])
+
+    def complete(self, rows: Array, slots: Array) -> None:
+        """A phase of these mbarriers is complete, boxes included."""
+        self.now += 1
+        for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+            known = self.completed[slot]
+            np.maximum(known[row], self.arrived[slot][row], out=known[row])
+            known[row, self.mbarriers[slot]] = self.now
+
+    def waited(self, warps: Array, slots: Array) -> None:
+        """These warps of each program have waited for the mbarrier at that place of the program."""
+        for row, slot in enumerate(slots.tolist()):
+            self.seen[row, warps] = np.maximum(self.seen[row, warps], self.completed[slot][row])
+        self._learnt()
+
+    # --- accesses ---
+
+    def _going_on(self, g: Array, when: Array, party: Array, warp: Array) -> Array:
+        """Returns which accesses of a party are not known to be over."""
+        over: Array = when >= self.seen[g // self.granules, warp, party]
+        return over
+
+    def _party(self, by: Array) -> Array:
+        return np.where(by < ENGINE, by >> 5, by - ENGINE)
+
+    def _written(self, g: Array, thread: Array | int, warp: Array) -> Array:
+        """Returns which granules were written by another thread, or an engine, without an order."""
+        when = self.wrote_at[g]
+        if not when.size or when.max() < self.over:
+            return NONE
+        by = self.wrote_by[g]
+        return (by != thread) & self._going_on(g, when, self._party(by), warp)
+
+    def _why_written(self, g: Array, bad: Array) -> str:
+        if self.wrote_by[g[bad][0]] >= ENGINE:
+            return "that an asynchronous copy writes, which was not waited for"
+        return "that another thread wrote since the last barrier"
+
+    def unordered(self, g: Array, thread: Array) -> Problem | None:
+        """Returns which granules these threads must not look at, and why, if any; notes nothing."""
         if not self.enabled:
             return None
         if (bad := self.arriving[g]).any():
             return bad, "that an asynchronous copy is still writing"
-        if (bad := self._unordered(self.wrote_at[g], self.wrote_by[g], who)).any():
-            return bad, "that another thread wrote since the last barrier"
-        before = np.where(self.read_at[g] >= self.since, self.read_by[g], who)
-        self.read_by[g] = who
-        several = (self.read_by[g] != who) | (before != who)
-        if several.any():
-            self.read_by[g[several]] = -1
-            shared = self.read_by[g] == -1  # all readers of a granule that has several
-            h, warp, earlier = g[shared], warp_of(who[shared]), warp_of(before[shared])
-            self.read_by[h] = WARP + warp
-            many = (self.read_by[h] != WARP + warp) | (earlier != warp)
-            self.read_by[h[many]] = MANY
-        self.read_at[g] = self.now
+        if (bad := self._written(g, thread, thread >> 5)).any():
+            return bad, self._why_written(g, bad)
         return None
 
-    def writing(self, g: Array, who: Array) -> tuple[Array, str] | None:
+    def reading(self, g: Array, thread: Array) -> Problem | None:
+        """Notes that threads read these granules. Returns which must not, and why, if any."""
+        problem = self.unordered(g, thread)
+        if problem or not self.enabled:
+            return problem
+        warp = thread >> 5
+        here, by = g * self.readers + warp, g * self.warps + warp
+        at, before = self.read_at[here], thread
+        if at.size and at.max() >= self.reads_over:  # earlier reads of the warp count unless they are over for it
+            before = np.where(self._going_on(g, at, warp, warp), self.read_by[by], thread)
+        self.read_by[by] = thread
+        several = (self.read_by[by] != thread) | (before != thread)
+        if several.any():
+            self.read_by[by[several]] = SEVERAL
+        self.read_at[here] = self.now
+        self.last_read[g] = np.maximum(self.last_read[g], self.now)
+        return None
+
+    def writing(self, g: Array, thread: Array) -> Problem | None:
         """Returns which granules must not be written by these threads now, and why, if any; notes nothing."""
         if not self.enabled:
             return None
         if (bad := self.arriving[g]).any():
             return bad, "that an asynchronous copy is still writing"
-        if (bad := self.busy[g] != 0).any():
+        if self.mbarriers and (bad := self._written(g, thread, thread >> 5) & (self.wrote_by[g] >= ENGINE)).any():
+            return bad, self._why_written(g, bad)
+        recent = self.last_read[g] >= self.reads_over
+        if not recent.any():
+            return None
+        some = np.flatnonzero(recent)
+        h, threads = g[some], thread[some]
+        warp = threads >> 5
+        at = self.read_at.reshape(-1, self.readers)[h]
+        going_on = at >= self.seen[h // self.granules, warp, : self.readers]
+        going_on[np.arange(h.size), warp] &= self.read_by[h * self.warps + warp] != threads
+        if not going_on.any():
+            return None
+        bad = np.zeros(g.size, bool)
+        bad[some] = going_on.any(1)
+        if (at[going_on] >= FLYING).any():
+            bad[some] = (going_on & (at >= FLYING)).any(1)
             return bad, "that an asynchronous instruction is still reading"
-        if (bad := self._unordered(self.read_at[g], self.read_by[g], who)).any():
-            return bad, "that another thread read since the last barrier"
-        return None
+        return bad, "that another thread read since the last barrier"
 
-    def rewritten(self, g: Array, who: Array) -> Array | None:
+    def rewritten(self, g: Array, thread: Array) -> Array | None:
         """Returns which granules another thread wrote since the last barrier."""
-        return self._unordered(self.wrote_at[g], self.wrote_by[g], who) if self.enabled else None
+        return self._written(g, thread, thread >> 5) if self.enabled else None
 
-    def wrote(self, g: Array, who: Array, fence_needed: bool) -> None:
+    def wrote(self, g: Array, thread: Array, fence_needed: bool) -> None:
         if self.enabled:
-            self.wrote_at[g], self.wrote_by[g] = self.now, who
-            self.unfenced[g] = self.fences if fence_needed else 0
+            self.wrote_at[g], self.wrote_by[g] = self.now, thread
+            self.unfenced[g] = self.fences + 1 if fence_needed else 0
 
     # --- asynchronous copies into shared memory ---
 
-    def depart(self, g: Array, who: Array) -> tuple[Array, str] | None:
+    def depart(self, g: Array, thread: Array) -> Problem | None:
         """Notes that a copy into these granules begins. Returns which must not be written, and why, if any."""
-        problem = self.writing(g, who)
+        problem = self.writing(g, thread)
         if problem or not self.enabled:
             return problem
-        if (bad := self._unordered(self.wrote_at[g], self.wrote_by[g], who)).any():
-            return bad, "that another thread wrote since the last barrier"
+        if (bad := self._written(g, thread, thread >> 5)).any():
+            return bad, self._why_written(g, bad)
         self.arriving[g] = True
         return None
 
-    def arrive(self, g: Array) -> None:
+    def arrive_copy(self, g: Array) -> None:
+        """A copy of a thread's is over; it is noted as that thread's write by whoever calls this."""
         if self.enabled:
             self.arriving[g] = False
 
-    def arrive_by_engine(self, g: Array) -> None:
-        """A bulk copy was waited for at its mbarrier, which orders it for whoever waited."""
+    def arrive_box(self, g: Array, slot: int) -> None:
+        """Boxes are there, since a phase of that mbarrier is complete: for whoever waits for it."""
         if self.enabled:
             self.arriving[g] = False
-            self.wrote_at[g] = self.unfenced[g] = 0
+            self.wrote_at[g], self.wrote_by[g] = self.now - 1, ENGINE + self.mbarriers[slot]
+            self.unfenced[g] = 0
+            if not self.active[self.mbarriers[slot]]:
+                self.active[self.mbarriers[slot]] = True
+                self._learnt()
 
     # --- asynchronous instructions that read shared memory ---
 
-    def engage(self, g: Array, group: int) -> tuple[Array, str] | None:
-        """Notes that wgmma or a bulk store of that group reads these granules. Returns which must not be read, and why."""
+    def engage(self, g: Array, party: Array, group: int, thread: Array | int, warp: Array) -> Problem | None:
+        """Notes that wgmma, or a stored box, of that group reads these granules.
+
+        Args:
+            thread: that asked for it, or ANY if it were several.
+            warp: of these threads.
+
+        Returns:
+            Which must not be read, and why, if any.
+        """
         if not self.enabled:
             return None
         if (bad := self.arriving[g]).any():
             return bad, "that an asynchronous copy is still writing"
-        if (bad := self._unordered(self.wrote_at[g], self.wrote_by[g], np.full(g.size, ENGINE))).any():
-            return bad, "that a thread wrote since the last barrier"
-        if (bad := self.unfenced[g] == self.fences).any():
-            return bad, "through the asynchronous proxy, that a thread wrote without a fence.proxy.async since"
-        self.busy[g] = group
+        if (bad := self._written(g, thread, warp)).any():
+            return bad, self._why_written(g, bad)
+        needed = self.unfenced[g]
+        if needed.max() > 0:
+            writer = np.minimum(self._party(self.wrote_by[g]), self.stores)  # of engines' writes none is needed
+            if (bad := needed > np.maximum(self.fenced[writer], self.fenced[warp])).any():
+                return bad, "through the asynchronous proxy, that a thread wrote without a fence.proxy.async since"
+        self.read_at[g * self.readers + party] = FLYING + group
+        self.last_read[g] = FLYING + group
+        self.active[party] = True
         return None
 
-    def release(self, g: Array, group: int) -> None:
+    def release(self, g: Array, party: Array, group: int) -> None:
+        """These reads of a group are over."""
         if self.enabled:
-            mine = g[self.busy[g] == group]
-            self.busy[mine] = 0
-            self.read_at[g], self.read_by[g] = self.now, ENGINE
+            here = g * self.readers + party
+            mine = self.read_at[here] == FLYING + group
+            h = g[mine]
+            self.read_at[here[mine]] = self.last_read[h] = self.now
+            engines = np.flatnonzero(self.active[self.warps : self.readers])
+            if engines.size > 1:  # another one may be at it still
+                at = self.read_at.reshape(-1, self.readers)[h[:, None], self.warps + engines]
+                self.last_read[h] = np.maximum(at.max(1), self.now)
+
+    def released(self, warps: Array, parties: Array) -> None:
+        """Warps know that what the parties read until now is over, a party for each warp."""
+        self.now += 1
+        self.seen[:, warps, parties] = self.now
+        self._learnt()

@@ -23,12 +23,12 @@ class SharedMemory:
     numbered through the batch.
     """
 
-    def __init__(self, programs: int, size: int, granule: int, races: bool) -> None:
+    def __init__(self, programs: int, warps: int, size: int, granule: int, races: bool) -> None:
         self.programs, self.size, self.granule = programs, size, granule
         self.row = max(16, -(-size // 16) * 16)
         self.bytes = np.zeros(programs * self.row, np.uint8)
         self.written = np.zeros(programs * self.row // granule, bool)
-        self.races = Races(races, self.written.size)
+        self.races = Races(races, programs, warps, self.row // granule)
         self._view()
 
     def _view(self) -> None:
@@ -41,7 +41,7 @@ class SharedMemory:
         some.programs = programs.size
         some.bytes = self.bytes.reshape(self.programs, -1)[programs].reshape(-1)
         some.written = self.written.reshape(self.programs, -1)[programs].reshape(-1)
-        some.races = self.races.part(programs, self.programs)
+        some.races = self.races.part(programs)
         some._view()
         return some
 
@@ -67,7 +67,7 @@ class SharedMemory:
         """Returns what threads read, in units of `size` bytes."""
         places = self.locate(m, line, offsets, lanes, size, "reads")
         g = self.granules(places, size)
-        problem = self.races.reading(g, np.repeat(lanes % m.T, g.size // places.size))
+        problem = self.races.reading(g, np.repeat(m.threads(lanes), g.size // places.size))
         if problem:
             self.blame(m, line, f"reads {size} bytes", problem, places, lanes)
         self.must_be_written(m, line, g, places, lanes, size)
@@ -83,18 +83,18 @@ class SharedMemory:
         """
         places = self.locate(m, line, offsets, lanes, size, "writes")
         g = self.granules(places, size)
-        who = np.repeat(lanes % m.T, g.size // places.size)
+        thread = np.repeat(m.threads(lanes), g.size // places.size)
         unit, index = self.units[size], places // size
-        problem = self.races.writing(g, who)
+        problem = self.races.writing(g, thread)
         if problem:
             self.blame(m, line, f"writes {size} bytes", problem, places, lanes)
-        again = self.races.rewritten(g, who)
+        again = self.races.rewritten(g, thread)
         if again is not None and again.any():
             bad = again.reshape(places.size, -1).any(1) & differ(unit[index], data)
             if bad.any():
                 why = "where another thread wrote other values since the last barrier"
                 self.blame(m, line, f"writes {size} bytes", (bad, why), places, lanes)
-        self.races.wrote(g, who, fence_needed)
+        self.races.wrote(g, thread, fence_needed)
         self.written[g] = True
         unit[index] = data
         if (lost := differ(unit[index], data)).any():

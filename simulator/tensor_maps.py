@@ -79,21 +79,15 @@ class Boxes:
     inside: Array
 
 
-class BulkCopies:
-    """Boxes under way: into shared memory until their mbarrier is waited for, out of it until their group is."""
+class BoxLoads:
+    """Boxes on their way into a program's shared memory, until a phase of their mbarrier is complete."""
 
     def __init__(self) -> None:
         self.arriving: list[tuple[int, Array, Array]] = []  # bytes of an element, barriers, offsets; -1 for none
-        self.number = 1  # of the open group of stores
-        self.open: list[tuple[int, Array]] = []
-        self.groups: list[tuple[int, list[tuple[int, Array]]]] = []
 
-    def part(self, programs: Array) -> BulkCopies:
-        some = BulkCopies()
+    def part(self, programs: Array) -> BoxLoads:
+        some = BoxLoads()
         some.arriving = [(size, slots[programs], offsets[programs]) for size, slots, offsets in self.arriving]
-        some.number = self.number
-        some.open = [(size, offsets[programs]) for size, offsets in self.open]
-        some.groups = [(n, [(size, offsets[programs]) for size, offsets in group]) for n, group in self.groups]
         return some
 
     def load(
@@ -114,11 +108,11 @@ class BulkCopies:
         data = np.full(b.offsets.shape, b.map.fill, m.shared.units[size].dtype)
         if b.inside.any():
             data[b.inside] = m.memory.read(m, line, b.addresses[b.inside], _each(b.lanes, b.inside), size)
-        slots = m.barriers.slots(m, line, m.full(barrier).reshape(-1)[b.lanes])
+        slots = m.barriers.named(m, line, b.lanes, m.full(barrier).reshape(-1)[b.lanes])
         lanes = np.repeat(b.lanes, b.offsets.shape[1])
         places = m.shared.locate(m, line, b.offsets.reshape(-1), lanes, size, "copies a box to")
         g = m.shared.granules(places, size)
-        problem = m.shared.races.depart(g, np.repeat(lanes % m.T, g.size // places.size))
+        problem = m.shared.races.depart(g, np.repeat(m.threads(lanes), g.size // places.size))
         if problem:
             m.shared.blame(m, line, "copies a box to a part", problem, places, lanes)
         m.shared.written[g] = True
@@ -126,35 +120,58 @@ class BulkCopies:
         self.arriving.append((size, _table(m, b.rows, slots), _table(m, b.rows, b.offsets)))
         m.barriers.come(m, line, b.rows, slots, b.offsets.shape[1] * size)
 
-    def arrived(self, m: Machine, slots: Array) -> None:
-        """Each program has waited for one of its mbarriers: the boxes that complete there are its to use."""
+    def arrived(self, m: Machine, rows: Array, slots: Array) -> None:
+        """A phase of these programs' mbarriers is complete: the boxes that were on their way there have come."""
         left = []
         for size, barriers, offsets in self.arriving:
-            mine = barriers == slots[:, None]
-            row, column = np.nonzero(mine)
-            if row.size:
-                places = offsets[row, column] + row[:, None] * m.shared.row
-                m.shared.races.arrive_by_engine(m.shared.granules(places.reshape(-1), size))
-                barriers = np.where(mine, -1, barriers)
+            for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+                mine = np.flatnonzero(barriers[row] == slot)
+                if mine.size:
+                    g = m.shared.granules((offsets[row, mine] + row * m.shared.row).reshape(-1), size)
+                    m.shared.races.arrive_box(g, slot)
+                    barriers[row, mine] = -1
             if (barriers >= 0).any():
                 left.append((size, barriers, offsets))
         self.arriving = left
+
+
+class BoxStores:
+    """Boxes that are read from shared memory until their group is waited for."""
+
+    def __init__(self) -> None:
+        self.number = 1  # of the open group of stores
+        self.open: list[tuple[int, Array, Array]] = []  # bytes of an element, lanes that asked, offsets; -1 for none
+        self.groups: list[tuple[int, list[tuple[int, Array, Array]]]] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self.open) or any(group for _, group in self.groups)
+
+    def part(self, programs: Array) -> BoxStores:
+        def cut(group: list[tuple[int, Array, Array]]) -> list[tuple[int, Array, Array]]:
+            return [(size, warps[programs], offsets[programs]) for size, warps, offsets in group]
+
+        some = BoxStores()
+        some.number, some.open = self.number, cut(self.open)
+        some.groups = [(n, cut(group)) for n, group in self.groups]
+        return some
 
     def store(self, m: Machine, line: int, source: Array, which: Array, coordinates: Coordinates, guard: Array | None) -> None:
         """Copies boxes from shared memory; what is outside the tensor is dropped."""
         b = _boxes(m, line, source, which, coordinates, guard)
         if b is None:
             return
-        size = b.map.size
+        size, races = b.map.size, m.shared.races
         lanes = np.repeat(b.lanes, b.offsets.shape[1])
         places = m.shared.locate(m, line, b.offsets.reshape(-1), lanes, size, "copies a box from")
         g = m.shared.granules(places, size)
-        problem = m.shared.races.engage(g, -self.number)
+        threads = np.repeat(m.threads(lanes), g.size // places.size)
+        problem = races.engage(g, np.full(g.size, races.stores), self.number, threads, threads >> 5)
         if problem:
             m.shared.blame(m, line, "copies a box from a part", problem, places, lanes)
         m.shared.must_be_written(m, line, g, places, lanes, size)
-        offsets = _table(m, b.rows, b.offsets)
-        self.open.append((size, offsets.reshape(m.C, -1)))
+        self.open.append((size, _table(m, b.rows, m.threads(b.lanes) >> 5), _table(m, b.rows, b.offsets)))
         if b.inside.any():
             data = m.shared.units[size][places // size].reshape(b.offsets.shape)
             m.memory.write(m, line, b.addresses[b.inside], _each(b.lanes, b.inside), size, data[b.inside])
@@ -165,13 +182,16 @@ class BulkCopies:
         self.number += 1
 
     def wait(self, m: Machine, left: int) -> None:
-        """Ends all but the last `left` groups of stores."""
+        """Ends all but the last `left` groups, which the warps of those who asked for the boxes know."""
+        races = m.shared.races
         while len(self.groups) > left:
             number, group = self.groups.pop(0)
-            for size, offsets in group:
-                row, column = np.nonzero(offsets >= 0)
-                g = m.shared.granules(offsets[row, column] + row * m.shared.row, size)
-                m.shared.races.release(g, -number)
+            for size, warps, offsets in group:
+                row, box = np.nonzero(warps >= 0)
+                g = m.shared.granules((offsets[row, box] + row[:, None] * m.shared.row).reshape(-1), size)
+                races.release(g, np.full(g.size, races.stores), number)
+                asked = np.unique(warps[row, box])
+                races.released(asked, np.full(asked.size, races.stores))
 
 
 def _boxes(m: Machine, line: int, shared: Array, which: Array, coordinates: Coordinates, guard: Array | None) -> Boxes | None:

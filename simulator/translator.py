@@ -1,7 +1,7 @@
 """Basic blocks of PTX into Python functions.
 
 Each block becomes a function of the registers, a list of arrays, and the machine. It returns the number of the block that runs
-next, `DONE`, or, where programs take different ways, (which of them jump, where to, where the others go on).
+next, `DONE`, or, where programs or warps take different ways, one for each of them, as [programs, warps].
 
 What an instruction does is said in simulator/forms/: for each complete opcode, type suffix included, a function that writes
 Python into a `Code`. An opcode that is not there is refused by name.
@@ -32,7 +32,6 @@ from simulator.parser import (
 )
 from simulator.shared_memory import START
 
-DONE = -1
 Handler = Callable[..., None]
 FORMS: dict[str, tuple[Handler, tuple[str, ...]]] = {}  # complete opcode: who translates it, its alternatives
 SPECIALS = {
@@ -168,6 +167,13 @@ class Code:
             raise self.unsupported(f"label {operand}")
         return self.translation.labels[operand.name]
 
+    def targets(self, operand: int) -> tuple[int, ...]:
+        """The blocks of a table of jumps."""
+        table = self.operands[operand]
+        if not isinstance(table, Symbol) or table.name not in self.translation.kernel.tables:
+            raise self.unsupported(f"table {table}")
+        return tuple(self.target(Symbol(label)) for label in self.translation.kernel.tables[table.name])
+
     def parameter(self, operand: Operand) -> int | None:
         """The number of a kernel's parameter; None if it is none."""
         return self.translation.parameters.get(operand.name) if isinstance(operand, Symbol) else None
@@ -246,6 +252,15 @@ class Translation:
     def registers(self) -> list[Array]:
         """Returns registers that nothing wrote: a NaN in every format, far outside every tensor."""
         return [single(POISON[kind], STORED[kind]) for kind in self.kinds]
+
+    def failing(self, *blocks: int) -> int | None:
+        """Returns which of these blocks does nothing but end the program as wrong, if any."""
+        for block in blocks:
+            if block < len(self.kernel.blocks) and any(
+                i.opcode in ("trap", "call.uni") for i in self.kernel.blocks[block].code
+            ):
+                return block
+        return None
 
     def number(self, register: Register) -> int:
         if register.name not in self.numbers:

@@ -10,13 +10,13 @@ from simulator.translator import Code, form
 def load_box(c: Code, _: str, __: str, ___: str) -> None:
     which, coordinates = _box(c, c.operands[1])
     barrier = c.address(2, "b32")
-    c.emit(f"m.bulk.load(m, {c.line}, {c.address(0, 'b32')}, {which}, {coordinates}, {barrier}, {c.guard})")
+    c.emit(f"m.boxes.load(m, {c.line}, {c.address(0, 'b32')}, {which}, {coordinates}, {barrier}, {c.guard})")
 
 
 @form("cp.async.bulk.tensor.{1,2,3,4,5}d.global.shared::cta{,.tile}.bulk_group")
 def store_box(c: Code, _: str, __: str) -> None:
     which, coordinates = _box(c, c.operands[0])
-    c.emit(f"m.bulk.store(m, {c.line}, {c.address(1, 'b32')}, {which}, {coordinates}, {c.guard})")
+    c.emit(f"m.stores.store(m, {c.line}, {c.address(1, 'b32')}, {which}, {coordinates}, {c.guard})")
 
 
 def _box(c: Code, operand: Operand) -> tuple[str, str]:
@@ -27,16 +27,17 @@ def _box(c: Code, operand: Operand) -> tuple[str, str]:
 
 @form("cp.async.bulk.commit_group")
 def commit(c: Code) -> None:
-    c.emit("m.bulk.commit()")
+    c.emit("m.stores.commit()")
 
 
 @form("cp.async.bulk.wait_group{,.read}")
 def wait(c: Code, _: str) -> None:
-    c.emit(f"m.bulk.wait(m, {c.integer(0)})")
+    c.emit(f"m.stores.wait(m, {c.integer(0)})")
 
 
 @form("mbarrier.init{,.shared,.shared::cta}.b64")
 def initialise(c: Code, _: str) -> None:
+    c.translation.accesses(8)
     c.emit(f"m.barriers.initialise(m, {c.line}, {c.address(0, 'b32')}, {c.integer(1)}, {c.guard})")
 
 

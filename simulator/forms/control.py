@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from simulator.parser import Symbol
-from simulator.translator import DONE, Code, form
+from simulator.parser import DONE, Symbol
+from simulator.strands import NAMED_BARRIERS
+from simulator.translator import Code, form
 
 
 @form("bra{,.uni}")
 def jump(c: Code, _: str) -> None:
-    target, guard = c.target(0), c.instruction.guard
-    if guard is None:
+    target = c.target(0)
+    if c.instruction.guard is None:
         c.emit(f"return {target}")
         return
-    c.guarded = True
-    c.emit(f"to = m.branch({c.line}, {c.register(guard)}, {c.instruction.negated})")
-    c.emit(f"if to is True: return {target}")
-    c.emit(f"if to is not False: return to, {target}, {c.block + 1}")
+    c.emit(f"return m.branch({c.line}, {c.guard}, {target}, {c.block + 1}, {c.translation.failing(target, c.block + 1)})")
+
+
+@form("brx.idx{,.uni}")
+def jump_through_table(c: Code, _: str) -> None:
+    c.emit(f"return m.select({c.line}, {c.read(0, 'b32')}, {c.targets(1)})")
 
 
 @form("ret")
@@ -41,22 +44,32 @@ def pass_argument(c: Code, _: str) -> None:
     """Of a call, which here only fails an assertion."""
 
 
-@form("bar.sync")
-def barrier(c: Code) -> None:
-    if len(c.operands) > 1 or c.integer(0) != 0:
-        raise c.unsupported("a barrier of some of the warps")
-    c.emit("m.shared.races.block_barrier()")
+@form("{bar.sync,barrier.sync,barrier.sync.aligned}")
+def barrier(c: Code, _: str) -> None:
+    """Which of the 16 barriers, and of how many threads it is; by default of all."""
+    number, threads = c.integer(0), c.integer(1) if len(c.operands) > 1 else None
+    if not 0 <= number < NAMED_BARRIERS or (threads is not None and (threads % 32 or threads <= 0)):
+        raise c.unsupported(f"operands {number}, {threads}")
+    c.emit(f"m.barrier({c.line}, {number}, {threads})")
+
+
+@form("setmaxnreg.{inc,dec}.sync.aligned.u32")
+def allot(c: Code, _: str) -> None:
+    count = c.integer(0)
+    if count % 8 or not 24 <= count <= 256:
+        raise c.unsupported(f"{count} registers")
+    c.emit(f"m.allot({c.line}, {count})")
 
 
 @form("bar.warp.sync")
 def warp_barrier(c: Code) -> None:
     c.emit(f"m.whole_warps({c.line}, {c.read(0, 'b32')})")
-    c.emit("m.shared.races.warp_barrier()")
+    c.emit("m.shared.races.warp_barrier(m.warps)")
 
 
 @form("fence.proxy.async{,.shared::cta}")
 def proxy_fence(c: Code, _: str) -> None:
-    c.emit("m.shared.races.proxy_fence()")
+    c.emit("m.shared.races.proxy_fence(m.warps)")
 
 
 @form("griddepcontrol.{wait,launch_dependents}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.arrays import STORED, TYPES, Array, integer
+from simulator.global_memory import PARAMETERS, TAG
 from simulator.parser import Address, Symbol, Vector
 from simulator.translator import Code, form
 
@@ -41,10 +42,11 @@ def select(c: Code, kind: str) -> None:
 
 
 @form("cvta{,.to}.{global,param}.u64")
-def generic_address(c: Code, _: str, __: str) -> None:
-    """Generic addresses of global memory and of parameters are the addresses themselves. (Of shared memory they are not:
-    nothing here reads through those, so they are not known.)"""
-    c.write(0, c.read(1, "b64"), "b64")
+def generic_address(c: Code, to: str, space: str) -> None:
+    """Generic addresses of global memory are the addresses themselves. Those of parameters have the parameters' tag, which is
+    lost where their own addresses are 32 bits wide. (Of shared memory they are not known: nothing here reads through those.)"""
+    tag = c.constant(PARAMETERS << TAG, np.int64)
+    c.write(0, f"{c.read(1, 'b64')} | {tag}" if space == "param" and not to else c.read(1, "b64"), "b64")
 
 
 @form("ld.param.{u8,s8,b8,u16,s16,b16,u32,s32,b32,f32,u64,s64,b64,f64}")

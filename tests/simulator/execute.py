@@ -54,6 +54,13 @@ class Result:
         return self[register].view(TYPES[kind].dtype)
 
 
+def note_opcodes(text):
+    """For test_forms.py, which asks what all tests run."""
+    if "SIMULATOR_OPCODES" in os.environ:
+        with open(os.environ["SIMULATOR_OPCODES"], "a") as f:
+            f.writelines(f"{i.opcode}\n" for block in parse(text).blocks for i in block.code)
+
+
 def execute(body, given=None, threads=32, shared_bytes=0, tensors=(), options=None, parameters="", arguments=(), maps=None):
     """Runs a body by one program.
 
@@ -62,9 +69,7 @@ def execute(body, given=None, threads=32, shared_bytes=0, tensors=(), options=No
         tensors: register: a tensor, of which it gets the address.
     """
     program = Program(ptx(body, threads, parameters), shared_bytes)
-    if "SIMULATOR_OPCODES" in os.environ:  # of test_forms.py, which asks what all tests run
-        with open(os.environ["SIMULATOR_OPCODES"], "a") as f:
-            f.writelines(f"{i.opcode}\n" for block in parse(program.kernel.text).blocks for i in block.code)
+    note_opcodes(program.kernel.text)
     memory = GlobalMemory()
     registers = program.translation.registers()
     values = {name: np.asarray(v) for name, v in (given or {}).items()}

@@ -46,7 +46,6 @@ UNKNOWN = [
     "cp.async.bulk.tensor.3d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2}], [%r5], {%rs1};",
     "cvta.to.shared.u64 %rd1, %rd2;",
     "tcgen05.wait::ld.sync.aligned;",
-    "setmaxnreg.inc.sync.aligned.u32 240;",
     "barrier.cluster.arrive;",
     "activemask.b32 %r1;",
 ]

@@ -116,7 +116,7 @@ def test_the_interpreter_would_run_kernels_unchecked(monkeypatch):
         simulator.install("sm_90")
 
 
-@pytest.mark.parametrize("option", ["--no-async-copy-fence", "--chosen"])
+@pytest.mark.parametrize("option", ["--no-async-copy-fence", "--chosen", "--warp-seed=1"])
 def test_options_that_mean_nothing_without_compiled_are_refused(option):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", option, "tests/test_imports.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

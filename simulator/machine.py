@@ -234,14 +234,34 @@ class Machine:
             raise Unsupported(f"{self.kernel.place(line)}: threads of one warp that part, as thread {thread} does")
         return by_warp[:, :, 0]
 
-    def barrier(self, line: int, number: int, threads: int | None) -> None:
-        """A barrier of so many threads of the program, by default of all."""
+    def barrier(self, line: int, number: int, threads: int | None, guard: Array | None) -> None:
+        """A barrier of so many threads of the program, by default of all. All of these warps come to it, or none."""
+        if guard is not None:
+            g = self.full(guard)
+            here = g.any(1)
+            missing = here[:, None] & ~g
+            if missing.any():
+                lane = int(np.flatnonzero(missing)[0])
+                self.fault(line, "only some threads of the program come to this barrier, and this one does not;", lane)
+            if not here.any():
+                return
+            if not here.all():
+                raise Unsupported(f"{self.kernel.place(line)}: a barrier of some of the programs")
         if self.team is not None:
             self.team.meet(self, line, number, threads)
         elif threads not in (None, self.T):
             self.fault(line, f"{self.T} threads come to a barrier of {threads};", 0)
         else:
             self.shared.races.barrier(self.warps)
+
+    def leave(self, line: int) -> None:
+        """These warps are done. The shared memory of a program that is done may be another's at once: no box may be under way."""
+        if (rows := self.stores.under_way()).size:
+            what = "the program ends while a box that it stores is still read from its shared memory"
+            self.fault(line, what, int(rows[0]) * self.T)
+        if self.team is None or self.team.are_last(self.warps):
+            if (rows := self.shared.races.unknown_boxes()).size:
+                self.fault(line, "the program ends while a box is still copied to its shared memory", int(rows[0]) * self.T)
 
     def allot(self, line: int, registers: int) -> None:
         """setmaxnreg: each warp is to have so many registers per thread."""

@@ -55,6 +55,7 @@ class Races:
         self.mbarriers: dict[int, int] = {}  # the parties of mbarriers, by their place
         self.arrived: dict[int, Array] = {}  # what those who arrived at its present phase know: [programs, parties]
         self.completed: dict[int, Array] = {}  # what those learn who wait for its last complete phase
+        self.boxes = np.zeros((programs, 0), np.int32)  # by mbarriers, the time when a warp knows its last boxes to be there
         n = programs * granules if enabled else 0
         self.wrote_at, self.wrote_by = np.zeros(n, np.int32), np.zeros(n, np.int16)
         self.read_at, self.read_by = np.zeros(n * self.readers, np.int32), np.zeros(n * warps, np.int16)  # by party, by warp
@@ -69,7 +70,7 @@ class Races:
         some.__dict__.update(self.__dict__)
         some.programs = programs.size
         some.seen, some.active, some.fenced = self.seen[programs], self.active.copy(), self.fenced.copy()
-        some.mbarriers = dict(self.mbarriers)
+        some.mbarriers, some.boxes = dict(self.mbarriers), self.boxes[programs]
         some.arrived = {slot: known[programs] for slot, known in self.arrived.items()}
         some.completed = {slot: known[programs] for slot, known in self.completed.items()}
         if self.enabled:
@@ -115,6 +116,7 @@ class Races:
                 self.mbarriers[slot] = self.seen.shape[2]
                 self.seen = np.pad(self.seen, ((0, 0), (0, 0), (0, 1)), constant_values=1)
                 self.active = np.append(self.active, False)
+                self.boxes = np.pad(self.boxes, ((0, 0), (0, 1)))
                 for known in (self.arrived, self.completed):
                     for other in known:
                         known[other] = np.pad(known[other], ((0, 0), (0, 1)))
@@ -244,8 +246,9 @@ class Races:
         if self.enabled:
             self.arriving[g] = False
 
-    def arrive_box(self, g: Array, slot: int) -> None:
-        """Boxes are there, since a phase of that mbarrier is complete: for whoever waits for it."""
+    def arrive_box(self, g: Array, row: int, slot: int) -> None:
+        """Boxes are there, since a phase of that mbarrier of a program is complete: for whoever waits for it."""
+        self.boxes[row, self.mbarriers[slot] - self.readers] = self.now
         if self.enabled:
             self.arriving[g] = False
             self.wrote_at[g], self.wrote_by[g] = self.now - 1, ENGINE + self.mbarriers[slot]
@@ -253,6 +256,11 @@ class Races:
             if not self.active[self.mbarriers[slot]]:
                 self.active[self.mbarriers[slot]] = True
                 self._learnt()
+
+    def unknown_boxes(self) -> Array:
+        """Returns the programs of which no warp knows that all boxes are there."""
+        known = self.seen[:, :, self.readers :].max(1)
+        return np.flatnonzero((self.boxes > known).any(1) | self.arriving.reshape(self.programs, -1).any(1))
 
     # --- asynchronous instructions that read shared memory ---
 

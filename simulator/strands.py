@@ -118,6 +118,10 @@ class Team:
         if not ready():
             m.wait(line, ready, lambda: f"waits for ever for {registers} registers per thread: {32 * self.spare} are left;")
 
+    def are_last(self, warps: Array) -> bool:
+        """Returns whether all other warps are done."""
+        return sum(done.size for done in self.left) + warps.size == self.warps
+
     # --- by turns ---
 
     def run(self, strands: Sequence[Strand], translation: Translation, steps: int) -> None:

@@ -128,7 +128,7 @@ class BoxLoads:
                 mine = np.flatnonzero(barriers[row] == slot)
                 if mine.size:
                     g = m.shared.granules((offsets[row, mine] + row * m.shared.row).reshape(-1), size)
-                    m.shared.races.arrive_box(g, slot)
+                    m.shared.races.arrive_box(g, row, slot)
                     barriers[row, mine] = -1
             if (barriers >= 0).any():
                 left.append((size, barriers, offsets))
@@ -175,6 +175,11 @@ class BoxStores:
         if b.inside.any():
             data = m.shared.units[size][places // size].reshape(b.offsets.shape)
             m.memory.write(m, line, b.addresses[b.inside], _each(b.lanes, b.inside), size, data[b.inside])
+
+    def under_way(self) -> Array:
+        """Returns the programs whose boxes are still being read."""
+        tables = [warps for group in (self.open, *(group for _, group in self.groups)) for _, warps, _ in group]
+        return np.unique(np.concatenate([np.flatnonzero((warps >= 0).any(1)) for warps in tables] or [np.zeros(0, np.int64)]))
 
     def commit(self) -> None:
         self.groups.append((self.number, self.open))

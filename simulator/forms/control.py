@@ -23,6 +23,7 @@ def jump_through_table(c: Code, _: str) -> None:
 
 @form("ret")
 def leave(c: Code) -> None:
+    c.emit(f"m.leave({c.line})")
     c.emit(f"return {DONE}")
 
 
@@ -50,7 +51,7 @@ def barrier(c: Code, _: str) -> None:
     number, threads = c.integer(0), c.integer(1) if len(c.operands) > 1 else None
     if not 0 <= number < NAMED_BARRIERS or (threads is not None and (threads % 32 or threads <= 0)):
         raise c.unsupported(f"operands {number}, {threads}")
-    c.emit(f"m.barrier({c.line}, {number}, {threads})")
+    c.emit(f"m.barrier({c.line}, {number}, {threads}, {c.guard})")
 
 
 @form("setmaxnreg.{inc,dec}.sync.aligned.u32")

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +126,28 @@ def test_a_program_that_reads_what_another_wrote():
 def test_what_the_kernel_itself_finds_wrong(body, text):
     with pytest.raises(Fault, match=text):
         execute(body)
+
+
+@pytest.mark.parametrize("threads", [7, 32])
+def test_a_barrier_to_which_only_some_threads_come(threads):
+    given = {"%r1": np.arange(64, dtype=np.int32)}
+    with pytest.raises(Fault, match="only some threads of the program come to this barrier") as e:
+        execute(f"setp.lt.s32 %p1, %r1, {threads}; @%p1 bar.sync 0;", given, threads=64)
+    assert e.value.thread == threads
+    execute("setp.lt.s32 %p1, %r1, 64; @%p1 bar.sync 0; @!%p1 bar.sync 0;", given, threads=64)
+
+
+def test_a_barrier_that_a_guard_skips_orders_nothing():
+    given = {"%r1": np.arange(1024, 1280, 4, dtype=np.int32), "%r2": np.roll(np.arange(1024, 1280, 4, dtype=np.int32), 32)}
+    body = "setp.{}.s32 %p1, %r1, 0; st.shared.b32 [%r1], %r1; @%p1 bar.sync 0; ld.shared.b32 %r3, [%r2];"
+    execute(body.format("gt"), given, threads=64, shared_bytes=256)
+    with pytest.raises(Fault, match="another thread wrote"):
+        execute(body.format("lt"), given, threads=64, shared_bytes=256)
+
+
+def test_a_barrier_of_some_of_the_programs_is_refused():
+    with pytest.raises(Unsupported, match="a barrier of some of the programs"):
+        launch("mov.u32 %r1, %ctaid.x; setp.eq.s32 %p1, %r1, 0; @%p1 bar.sync 0;" + STORE)
 
 
 @pytest.mark.parametrize("body", ["bar.sync 16;", "bar.sync 0, 33;", "call.uni other, (param0);", "bra nowhere;"])

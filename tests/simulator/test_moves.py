@@ -61,8 +61,8 @@ def test_a_guard_leaves_other_threads_alone():
 
 
 def test_a_guard_that_would_not_be_heeded_is_refused():
-    with pytest.raises(Unsupported, match=r"a guard of bar\.sync"):
-        execute("@%p1 bar.sync 0;", {"%p1": np.ones(32, bool)})
+    with pytest.raises(Unsupported, match=r"a guard of bar\.warp\.sync"):
+        execute("@%p1 bar.warp.sync -1;", {"%p1": np.ones(32, bool)})
 
 
 def test_a_register_that_nothing_wrote_is_nan():

@@ -145,7 +145,8 @@ def test_a_stored_box_drops_what_is_outside(shape, box, first, mode):
 @pytest.mark.parametrize("rank", [4, 5])
 def test_stored_boxes_of_more_dimensions(rank):
     tensor = torch.zeros((2,) * (rank - 1) + (8,), dtype=torch.int16)
-    execute(FILL + FENCE + store((0,) * rank) + store((0,) * rank, ".tile"), tensor, tuple(tensor.shape))
+    wait = "cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;"
+    execute(FILL + FENCE + store((0,) * rank) + store((0,) * rank, ".tile") + wait, tensor, tuple(tensor.shape))
     assert tensor.reshape(-1).tolist() == list(range(tensor.numel()))
 
 
@@ -171,6 +172,8 @@ WRONG = {
         FILL + FENCE + store((0, 0)) + "cp.async.bulk.commit_group; st.shared.b16 [%r91], 9;", "still reading"
     ),
     "never written": (store((0, 0)), "that nothing wrote"),
+    "the end while it comes": (INIT + expect(128) + load((0, 0)), "ends while a box is still copied to its shared memory"),
+    "the end while it is stored": (FILL + FENCE + store((0, 0)), "ends while a box that it stores is still read"),
     "beyond shared memory": ("add.s32 %r91, %r91, 8192;" + INIT + expect(128) + load((0, 0)), "out of bounds"),
 }  # fmt: skip
 

@@ -128,4 +128,5 @@ def check(function, case: Case, x, w, b, eager=None) -> None:
         assert worst <= 1, f"{name}: {worst:.3g} times the error budget, {case}"
         if e is not None:
             ours, theirs = error.norm(), (e.double() - r).norm()
-            assert ours <= 3 * theirs + eps_out * r.norm(), f"{name}: error {ours:.3g}, eager's is {theirs:.3g}"
+            luck = eps_out * r.norm() + eps_acc * s.abs().sqrt().norm()  # eager's error may be 0: a rounding of result and sum
+            assert ours <= 3 * theirs + luck, f"{name}: error {ours:.3g}, eager's is {theirs:.3g}"

@@ -19,6 +19,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, tor
 TF32_TOLERANCE = 1e-2
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far two right results may differ: by nothing for what is not a floating dtype."""
+    return TF32_TOLERANCE if oracle.tf32(dtype) else TOLERANCE.get(dtype, 0.0)
+
+
 def rank(name: str) -> int:
     """The rank in an operation's or a layer's name."""
     return int(name[-2])
@@ -43,9 +48,7 @@ def assert_same(got: torch.Tensor | None, expected: torch.Tensor | None, what: s
     if got is None or expected is None:
         assert got is expected, what
         return
-    tolerance = TOLERANCE.get(got.dtype, 0.0)
-    if oracle.tf32(got.dtype):
-        tolerance = TF32_TOLERANCE
+    tolerance = tolerance_of(got.dtype)
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{what}: {m}")
     strides, expected_strides = (
         [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 or not weight] for t in (got, expected)

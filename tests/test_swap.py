@@ -349,7 +349,7 @@ def test_an_optimizer_goes_on(device):
         results.append((losses, {**model.state_dict(), **dict(enumerate(momenta))}))
     (expected_losses, expected), (losses, state) = results
     assert expected_losses[-1] < expected_losses[0]
-    tolerance = 1e-2 if device == "cuda" else 1e-4  # TF32 on a GPU
+    tolerance = parity.tolerance_of(torch.float32)
     assert losses == pytest.approx(expected_losses, rel=tolerance)
     torch.testing.assert_close(state, expected, rtol=tolerance, atol=tolerance)
 

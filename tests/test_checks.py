@@ -1,0 +1,193 @@
+"""tconv's kernels with one mistake each, as compiled code: a check of the simulator's must name it, with the line.
+
+Mistakes are made in Triton's source (a mask, a stride, a hint) or in the PTX that is made of it (a wait, a barrier, a fence, a
+count of bytes). Those that only a wrong result shows are in scripts/mutations.py.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+
+import pytest
+import torch
+import triton
+
+import tconv
+from tconv import functional as TF
+from tconv.kernels import copy, depthwise, gather, packed, reduce, strip, tma, wgrad
+from tconv.launching import launch
+from tests import oracle
+
+KERNELS = pathlib.Path(gather.__file__).parent
+DENSE = oracle.Case("dense", (2, 72, 9, 7), 72, (3, 3), padding=1)
+TWENTY = oracle.Case("twenty channels", (2, 20, 9, 7), 20, (3, 3), padding=1)
+SLICED = oracle.Case("64 of 68 channels of w", (2, 64, 9, 7), 72, (3, 3), padding=1)
+STEM = oracle.Case("stem", (2, 3, 9, 7), 24, (3, 3), padding=1)
+DEPTHWISE = oracle.Case("depthwise", (2, 20, 9, 7), 20, (3, 3), padding=1, groups=20)
+BOXES = oracle.Case("boxes", (2, 192, 8, 8), 64, (3, 3), padding=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call that launches a kernel: a forward pass, or if `of` is not empty the gradient of that operand.
+
+    Attributes:
+        sliced: whether w is part of a tensor with four channels more, so that 8 bytes of it are aligned, but not 16.
+    """
+
+    kernel: object
+    case: oracle.Case
+    plan: dict
+    of: str = ""
+    channels_last: bool = True
+    sliced: bool = False
+
+    def run(self):
+        x, w, b = oracle.tensors(self.case, torch.bfloat16, "cpu", self.channels_last)
+        if self.sliced:
+            w = oracle.to_channels_last(torch.cat([w, w[:, :4]], 1))[:, :-4]
+        with tconv.force(**self.plan):
+            y = TF.conv2d(x, w.requires_grad_(), b.requires_grad_(), **self.case.arguments)
+            if self.of:
+                torch.autograd.grad(y, {"w": w, "b": b}[self.of], torch.ones_like(y))
+
+
+CALLS = {
+    "gather": Call(gather.gather, DENSE, {"kernel": "gather"}),
+    "gather of a part of w": Call(gather.gather, SLICED, {"kernel": "gather"}, sliced=True),
+    "wgrad": Call(wgrad.wgrad, DENSE, {"kernel": "wgrad"}, "w"),
+    "wgrad in splits": Call(wgrad.wgrad, TWENTY, {"kernel": "wgrad", "splits": 2}, "w"),
+    "sum_splits": Call(reduce.sum_splits, TWENTY, {"kernel": "wgrad", "splits": 2}, "w"),
+    "sum_pixels": Call(reduce.sum_pixels, TWENTY, {"kernel": "wgrad"}, "b"),
+    "copy": Call(copy.copy_channels_last, TWENTY, {"staged": True}, channels_last=False),
+    "packed": Call(packed.packed, STEM, {"kernel": "packed"}),
+    "packed_wgrad": Call(packed.packed_wgrad, STEM, {"kernel": "packed_wgrad"}, "w"),
+    "depthwise": Call(depthwise.depthwise, DEPTHWISE, {"kernel": "depthwise"}),
+    "depthwise_wgrad": Call(depthwise.depthwise_wgrad, DEPTHWISE, {"kernel": "depthwise_wgrad"}, "w"),
+    "strip": Call(strip.strip, DEPTHWISE, {"kernel": "strip"}),
+    "strip_wgrad": Call(strip.strip_wgrad, DEPTHWISE, {"kernel": "strip_wgrad"}, "w"),
+    "tma": Call(tma.tma, BOXES, {"kernel": "tma"}),
+    "tma_wgrad": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad"}, "w"),
+    "tma_wgrad in splits": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad", "splits": 2}, "w"),
+}
+OUTSIDE, MISALIGNED = "(reads|writes) .* out of bounds", "(reads|writes|copies) .* misaligned"
+OVERLAPPING = "writes .* (not as|where) another (program|thread)"
+SOURCES = [  # call, mistake, words of the fault, what stands on the line that it names, (old, new) ...
+    ("gather", "the padding is read", OUTSIDE, "xv = tl.load", ("mask=lead(ok, X_FLIP) & trail(tail", "mask=trail(tail")),
+    ("gather", "channels past the last are read", OUTSIDE, "wv = tl.load",
+     ("wp + dw, mask=lead(tail", "wp + dw, mask=lead(c >= 0")),
+    ("gather", "pixels past the last are written", OUTSIDE, "tl.store", ("mask=lead(live, Y_FLIP) & ", "mask=")),
+    ("gather", "a bias past the last is read", OUTSIDE, "bias = tl.load", ("mask=once", "mask=o >= 0")),
+    ("gather", "images overlap", OVERLAPPING, "tl.store", ("multiple(syn, Y_VEC), sy", "multiple(syn, Y_VEC) - 8, sy")),
+    ("gather of a part of w", "addresses are said to be multiples of 16", MISALIGNED, "wv = tl.load",
+     ("wv = tl.load(wp + dw)", "wv = tl.load(tl.multiple_of(wp + dw, [16, 16]))")),
+    ("gather of a part of w", "strides are said to be multiples of 8", "between the tensor's elements", "wv = tl.load",
+     ("    W_FLIP: tl.constexpr", "    W_VEC = 8; W_FLIP: tl.constexpr")),
+    ("wgrad", "the padding is read", OUTSIDE, "xv = tl.load", ("mask=lead(ok, X_FLIP) & trail(mask_c", "mask=trail(mask_c")),
+    ("wgrad", "taps lie too far apart", OUTSIDE, "tl.store", ("tap[d] * sw[d]", "tap[d] * 2 * sw[d]")),
+    ("wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* sws", "* 0")),
+    ("sum_splits", "a split too many", OUTSIDE, "acc += tl.load", ("tl.range(1, splits)", "tl.range(1, splits + 1)")),
+    ("sum_splits", "sums past the last are written", OUTSIDE, "tl.store", ("INTERPRET), mask=mask)", "INTERPRET))")),
+    ("sum_pixels", "pixels past the last are read", OUTSIDE, "tl.load", ("lead(live, FLIP) &", "lead(p >= 0, FLIP) &")),
+    ("copy", "pixels overlap", OVERLAPPING, "tl.store", ("p * C,", "p * (C - 4),")),
+    ("copy", "pixels past the last are read", OUTSIDE, "tl.load", ("lead(p < pixels, X_FLIP) &", "lead(p >= 0, X_FLIP) &")),
+    ("packed", "the padding is read", OUTSIDE, "xv = turned", ("X_FLIP), mask=ok", "X_FLIP), mask=ok | True")),
+    ("packed", "taps past the last are read", OUTSIDE, "wv = turned", ("keep = lead(within,", "keep = lead(c >= 0,")),
+    ("packed_wgrad", "the padding is read", OUTSIDE, "xv = tl.load", ("xq, mask=ok", "xq, mask=ok | True")),
+    ("depthwise", "pixels past the last are written", OUTSIDE, "tl.store", ("mask=lead(live, Y_FLIP) & ", "mask=")),
+    ("depthwise_wgrad", "channels share a place", OVERLAPPING, "tl.store", ("+ k * swk", "+ k * 0")),
+    ("strip", "columns past the last are written", OUTSIDE, "tl.store", ("live & (h[2] * COLUMNS + v < Y2)", "live")),
+    ("tma_wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* sws", "* 0")),
+]  # fmt: skip
+LATE, BUSY, UNORDERED = "is still writing", "is still reading", "since the last barrier"
+TEXTS = [  # call, mistake, words, on the line, pattern of which the first match is changed, what it becomes
+    ("gather", "copies are not waited for", LATE, "tl.dot", r"(cp\.async\.wait_group\s+)\d+", r"\1 9"),
+    ("gather", "products are not waited for", BUSY, "xv = tl.load", r"(wgmma\.wait_group\.sync\.aligned )\d+", r"\1 9"),
+    ("gather", "no fence between proxies", "without a fence.proxy.async", "tl.dot", r"fence\.proxy\.async.*;", ""),
+    ("gather", "no mask of a copy", OUTSIDE, "xv = tl.load", r"(cp\.async\.c[ag]\..*0x[0-9a-f]+), %r\d+;", r"\1;"),
+    ("gather", "no barrier after copies", UNORDERED, "tl.dot", r"(cp\.async\.wait_group\s+\d+;\n)\tbar\.sync.*;", r"\1"),
+    ("wgrad", "copies are not waited for", LATE, "tl.dot", r"(cp\.async\.wait_group\s+)\d+", r"\1 9"),
+    ("tma", "too few bytes expected", "waits for ever", "tl.range", r"(expect_tx.*, )\d+;", r"\1 64;"),
+    ("tma", "an mbarrier is not initialised", "not initialised", "tl.range", r"@%p\d+ mbarrier\.init.*;", ""),
+    ("tma", "boxes are not waited for", LATE, "tl.dot", r"mbarrier\.try_wait.*\n(.*\n)*?\t@!complete.*;", ""),
+    ("tma", "products are not waited for", BUSY, "_desc.load", r"(wgmma\.wait_group\.sync\.aligned )\d+", r"\1 9"),
+    ("tma", "no fence between proxies", "without a fence.proxy.async", "y_ptr.store", r"fence\.proxy\.async.*;", ""),
+    ("tma", "a stored box is not waited for", "the program ends", "", r"(cp\.async\.bulk\.wait_group\.read\s+)0", r"\1 1"),
+    ("tma_wgrad", "too few bytes expected", "waits for ever", "tl.range", r"(expect_tx.*, )\d+;", r"\1 64;"),
+    ("sum_pixels", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
+    ("copy", "no barrier in a transposition", UNORDERED, "tl.store", r"^\tbar\.sync.*;", ""),
+    ("depthwise_wgrad", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
+    ("strip_wgrad", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
+]  # fmt: skip
+
+
+def ids(rows):
+    return [f"{call}: {what}".replace(" ", "-") for call, what, *_ in rows]
+
+
+@pytest.fixture(autouse=True)
+def _on_compiled_code(request):
+    if request.config.getoption("--compiled", None) != "sm_90":
+        pytest.skip("the simulator's checks, of code for Hopper: pytest --compiled sm_90")
+    if not triton.__version__.startswith("3.7."):
+        pytest.skip("the rows are of what Triton 3.7 makes of the kernels")
+
+
+@contextlib.contextmanager
+def source(kernel, edits):
+    """A kernel with another source, compiled anew."""
+
+    def become(text):
+        kernel._unsafe_update_src(text)
+        kernel.device_caches.clear()
+        launch._prepared.clear()
+
+    before = text = kernel.src
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new, 1)
+    become(text)
+    try:
+        yield
+    finally:
+        become(before)
+
+
+def fault(call, words, at):
+    """Asserts that a call raises a fault with these words, which names a line of the PTX and of a kernel's source with `at`."""
+    from simulator import Fault
+
+    with pytest.raises(Fault, match=words) as caught:
+        call.run()
+    assert "PTX line" in str(caught.value)
+    file, line, _ = caught.value.place.source.rsplit(":", 2)  # of whoever's checkout, since Triton caches by the text
+    if at:
+        assert at in (KERNELS / pathlib.Path(file).name).read_text().splitlines()[int(line) - 1]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("row", SOURCES, ids=ids(SOURCES))
+def test_a_mistake_in_the_source(row):
+    name, _, words, at, *edits = row
+    with source(CALLS[name].kernel, edits):
+        fault(CALLS[name], words, at)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("row", TEXTS, ids=ids(TEXTS))
+def test_a_mistake_in_the_ptx(row, monkeypatch):
+    from simulator.launch import Program
+
+    name, _, words, at, pattern, to = row
+    run = Program.run
+
+    def edited(program, *arguments):
+        if program.kernel.name == CALLS[name].kernel.__name__:
+            text, found = re.subn(pattern, to, program.kernel.text, count=1, flags=re.MULTILINE)
+            assert found
+            program = Program(text, program.shared_bytes)
+        run(program, *arguments)
+
+    monkeypatch.setattr(Program, "run", edited)
+    fault(CALLS[name], words, at)

@@ -9,6 +9,7 @@ import torch
 
 import tconv
 from tconv import functional as TF
+from tconv.launching.launch import device_of
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.prepare import prepare_gather
 from tconv.planning.device import DEVICES
@@ -218,7 +219,7 @@ def test_what_is_not_finite_stays_in_its_channel_when_operands_change_places(dev
 def test_operands_change_places_in_boxes(device, poisoned):
     case = oracle.Case("few outputs", (2, 32, 8, 16), 16, (3, 3), padding=1)
     x, w, b = oracle.tensors(case, torch.float16, device, channels_last=True)
-    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+    if device_of(x).generation < 9:
         pytest.skip("no tensor memory accelerator")
     with tconv.recording() as calls, force(kernel="tma_wgrad"):
         oracle.check(TF.conv2d, case, x, w, b)

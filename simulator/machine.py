@@ -255,13 +255,12 @@ class Machine:
             self.shared.races.barrier(self.warps)
 
     def leave(self, line: int) -> None:
-        """These warps are done. The shared memory of a program that is done may be another's at once: no box may be under way."""
+        """These warps are done. The shared memory of a program may then be another's at once: no box may be under way."""
         if (rows := self.stores.under_way()).size:
             what = "the program ends while a box that it stores is still read from its shared memory"
             self.fault(line, what, int(rows[0]) * self.T)
-        if self.team is None or self.team.are_last(self.warps):
-            if (rows := self.shared.races.unknown_boxes()).size:
-                self.fault(line, "the program ends while a box is still copied to its shared memory", int(rows[0]) * self.T)
+        if (self.team is None or self.team.are_last(self.warps)) and (rows := self.shared.races.unknown_boxes()).size:
+            self.fault(line, "the program ends while a box is still copied to its shared memory", int(rows[0]) * self.T)
 
     def allot(self, line: int, registers: int) -> None:
         """setmaxnreg: each warp is to have so many registers per thread."""

@@ -155,15 +155,21 @@ def source(kernel, edits):
 
 
 def fault(call, words, at):
-    """Asserts that a call raises a fault with these words, which names a line of the PTX and of a kernel's source with `at`."""
+    """Asserts that a call raises a fault of its kernel, with these words, a line of PTX, and a line of source that has `at`."""
     from simulator import Fault
 
     with pytest.raises(Fault, match=words) as caught:
         call.run()
-    assert "PTX line" in str(caught.value)
+    assert caught.value.place.kernel == call.kernel.__name__
+    assert re.search(r"PTX line \d+: \S", str(caught.value))
     file, line, _ = caught.value.place.source.rsplit(":", 2)  # of whoever's checkout, since Triton caches by the text
     if at:
         assert at in (KERNELS / pathlib.Path(file).name).read_text().splitlines()[int(line) - 1]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_without_a_mistake(name):
+    CALLS[name].run()
 
 
 @pytest.mark.faults

@@ -238,7 +238,7 @@ class Machine:
         """A barrier of so many threads of the program, by default of all. All of these warps come to it, or none."""
         if guard is not None:
             g = self.full(guard)
-            here = g.any(1)
+            here = np.any(g, axis=1)
             missing = here[:, None] & ~g
             if missing.any():
                 lane = int(np.flatnonzero(missing)[0])
@@ -259,7 +259,9 @@ class Machine:
         if (rows := self.stores.under_way()).size:
             what = "the program ends while a box that it stores is still read from its shared memory"
             self.fault(line, what, int(rows[0]) * self.T)
-        if (self.team is None or self.team.are_last(self.warps)) and (rows := self.shared.races.unknown_boxes()).size:
+        if self.team is not None and not self.team.are_last(self.warps):
+            return
+        if (rows := np.union1d(self.boxes.under_way(), self.shared.races.unknown_boxes())).size:
             self.fault(line, "the program ends while a box is still copied to its shared memory", int(rows[0]) * self.T)
 
     def allot(self, line: int, registers: int) -> None:

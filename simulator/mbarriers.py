@@ -42,6 +42,10 @@ class Barriers:
         rows, slots, lanes = self._named(m, line, address, guard, live=False)
         if not rows.size:
             return
+        if (again := self.live[rows, slots]).any():
+            bad = int(np.flatnonzero(again)[0])
+            what = "initialises an mbarrier that has not ended"
+            m.fault(line, what, int(lanes[bad]), f"shared memory, byte {8 * slots[bad]}")
         m.shared.write(m, line, 8 * slots, lanes, 8, np.full(slots.size, count, np.uint64))
         self.expected[rows, slots] = self.pending[rows, slots] = count
         self.bytes[rows, slots] = self.phase[rows, slots] = 0

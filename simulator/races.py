@@ -258,9 +258,9 @@ class Races:
                 self._learnt()
 
     def unknown_boxes(self) -> Array:
-        """Returns the programs of which no warp knows that all boxes are there."""
+        """Returns the programs of which no warp knows that all boxes that have come are there."""
         known = self.seen[:, :, self.readers :].max(1)
-        return np.flatnonzero((self.boxes > known).any(1) | self.arriving.reshape(self.programs, -1).any(1))
+        return np.flatnonzero((self.boxes > known).any(1))
 
     # --- asynchronous instructions that read shared memory ---
 

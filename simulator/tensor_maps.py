@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,10 @@ class BoxLoads:
         some = BoxLoads()
         some.arriving = [(size, slots[programs], offsets[programs]) for size, slots, offsets in self.arriving]
         return some
+
+    def under_way(self) -> Array:
+        """Returns the programs of which boxes have not come."""
+        return _programs(slots for _, slots, _ in self.arriving)
 
     def load(
         self,
@@ -178,8 +183,7 @@ class BoxStores:
 
     def under_way(self) -> Array:
         """Returns the programs whose boxes are still being read."""
-        tables = [warps for group in (self.open, *(group for _, group in self.groups)) for _, warps, _ in group]
-        return np.unique(np.concatenate([np.flatnonzero((warps >= 0).any(1)) for warps in tables] or [np.zeros(0, np.int64)]))
+        return _programs(warps for group in (self.open, *(group for _, group in self.groups)) for _, warps, _ in group)
 
     def commit(self) -> None:
         self.groups.append((self.number, self.open))
@@ -229,6 +233,11 @@ def _boxes(m: Machine, line: int, shared: Array, which: Array, coordinates: Coor
         t, lanes // m.T, lanes, (swizzled(linear, t.swizzle) if t.swizzle else linear) - START,
         t.address + offsets.reshape(n, -1), inside.reshape(n, -1),
     )  # fmt: skip
+
+
+def _programs(tables: Iterable[Array]) -> Array:
+    """Returns the rows of tables that have an entry."""
+    return np.unique([row for table in tables for row in np.flatnonzero((table >= 0).any(1))]).astype(np.int64)
 
 
 def _each(lanes: Array, inside: Array) -> Array:

@@ -110,7 +110,7 @@ TEXTS = [  # call, mistake, words, on the line, pattern of which the first match
     ("wgrad", "copies are not waited for", LATE, "tl.dot", r"(cp\.async\.wait_group\s+)\d+", r"\1 9"),
     ("tma", "too few bytes expected", "waits for ever", "tl.range", r"(expect_tx.*, )\d+;", r"\1 64;"),
     ("tma", "an mbarrier is not initialised", "not initialised", "tl.range", r"@%p\d+ mbarrier\.init.*;", ""),
-    ("tma", "boxes are not waited for", LATE, "tl.dot", r"mbarrier\.try_wait.*\n(.*\n)*?\t@!complete.*;", ""),
+    ("tma", "boxes are not waited for", "was not waited for", "tl.dot", r"mbarrier\.try_wait.*\n(.*\n)*?\t@!complete.*;", ""),
     ("tma", "products are not waited for", BUSY, "_desc.load", r"(wgmma\.wait_group\.sync\.aligned )\d+", r"\1 9"),
     ("tma", "no fence between proxies", "without a fence.proxy.async", "y_ptr.store", r"fence\.proxy\.async.*;", ""),
     ("tma", "a stored box is not waited for", "the program ends", "", r"(cp\.async\.bulk\.wait_group\.read\s+)0", r"\1 1"),

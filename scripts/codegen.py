@@ -33,7 +33,7 @@ COLUMNS = (
     ("registers", "regs"), ("spills", "spill"), ("loop_spills", "loopsp"), ("shared_bytes", "smem"), ("mma", "mma"),
     ("mma_kind", "kind"), ("register_detour", "detour"), ("async_copies", "async"), ("async_copy_bytes", "bytes"),
     ("load_bytes", "ldbyte"), ("narrow_loads", "narrow"), ("store_bytes", "stbyte"), ("tma_loads", "tma"),
-    ("loop_instructions", "loop"), ("loop_waits", "waits"),
+    ("loop_instructions", "loop"), ("loop_waits", "waits"), ("loop_fences", "fences"),
 )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / "bench" / "codegen"
 FIELDS = (
     "registers", "spills", "loop_spills", "stack_bytes", "shared_bytes", "mma", "mma_kind", "register_detour", "tma_loads",
     "async_copies", "async_copy_bytes", "loads", "load_bytes", "narrow_loads", "stores", "store_bytes", "loop_instructions",
-    "loop_waits",  # empty in rows from before it was read
+    "loop_waits", "loop_fences",
 )  # fmt: skip
+LATER = ("loop_waits", "loop_fences")  # empty in rows from before they were read
 # Field -> how much it may grow: compilers schedule differently for reasons that are not ours.
 GROWTH = {
     "spills": lambda old: 0, "loop_spills": lambda old: 0, "stack_bytes": lambda old: 0, "narrow_loads": lambda old: 0,
@@ -84,7 +85,7 @@ def _parse(text: str, version: str, arch: str) -> tuple[Budget, str]:
     budget = {}
     for number, row in enumerate(rows[1:], 3):
         values = dict(zip(FIELDS, row[1:], strict=False))
-        numbers = [v for k, v in values.items() if k != "mma_kind" and (v or k != "loop_waits")]
+        numbers = [v for k, v in values.items() if k != "mma_kind" and (v or k not in LATER)]
         if len(row) != len(FIELDS) + 1 or not all(v.isdigit() for v in numbers):
             raise ValueError(f"line {number} is not a variant's: {','.join(row)[:60]!r}")
         budget[row[0]] = {k: v if k == "mma_kind" else int(v) if v else None for k, v in values.items()}
@@ -111,7 +112,7 @@ def worse(old: Row, new: Row) -> list[str]:
     """The fields in which a variant got worse, the gravest first."""
     found = ["mma_kind"] if new["mma_kind"] != old["mma_kind"] else []
     found += [k for k, slack in GROWTH.items() if None not in (old[k], new[k]) and new[k] > old[k] + slack(old[k])]
-    found += [k for k in ("async_copy_bytes", "tma_loads") if new[k] < old[k]]
+    found += [k for k in ("async_copy_bytes", "tma_loads", "loop_fences") if None not in (old[k], new[k]) and new[k] < old[k]]
     # None at all is no narrower: the loop then copies asynchronously, or the fields above say that it does not.
     return found + [k for k in ("load_bytes", "store_bytes") if 0 < new[k] < old[k]]
 
@@ -132,6 +133,8 @@ def regressions(rows: list[Row], budgets: dict[str, Budget]) -> list[str]:
             found.append(f"{label}: not in the budget; look at it, then --update")
         elif fields := worse(old, row):
             found.append(f"{label}: {changes(old, row, fields)}")
+        if "error" not in row and row["mma_kind"] == "HGMMA" and row["async_copies"] and not row["loop_fences"]:
+            found.append(f"{label}: wgmma reads what asynchronous copies wrote without a fence")
     return found
 
 

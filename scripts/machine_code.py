@@ -81,6 +81,8 @@ def _nvidia(usage: str, sass: str) -> dict[str, Any]:
         "loop_instructions": len(inside),
         # If ptxas cannot keep accumulators in wgmma's hands it waits after every one of them, not once per iteration.
         "loop_waits": _count(inside, r"\bWARPGROUP\.DEPBAR"),
+        # wgmma sees what threads and their asynchronous copies wrote only behind one (tconv/launching/fences.py).
+        "loop_fences": _count(inside, r"\bFENCE\.VIEW\.ASYNC"),
     }
 
 
@@ -109,6 +111,7 @@ def _amd(text: str) -> dict[str, Any]:
         )),
         "loop_instructions": len(inside),
         "loop_waits": 0,
+        "loop_fences": 0,
     }  # fmt: skip
 
 

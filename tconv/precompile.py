@@ -316,6 +316,9 @@ def _work(answers: Any) -> None:
     from triton import knobs
     from triton.runtime import driver
 
+    from tconv.launching.fences import install
+
+    install()
     driver.set_active(_Target(pickle.load(sys.stdin.buffer)))
     hits: list[bool] = []
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)

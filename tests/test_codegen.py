@@ -36,12 +36,12 @@ ROW = {
     "name": "a", "arch": "sm_90", "registers": 100, "spills": 0, "loop_spills": 0, "stack_bytes": 0, "shared_bytes": 1024,
     "mma": 4, "mma_kind": "HGMMA", "register_detour": False, "tma_loads": 2, "async_copies": 8, "async_copy_bytes": 16,
     "loads": 4, "load_bytes": 16, "narrow_loads": 0, "stores": 8, "store_bytes": 16, "loop_instructions": 100,
-    "loop_waits": 1,
+    "loop_waits": 1, "loop_fences": 2,
 }  # fmt: skip
 WORSE = {
     "spills": 1, "loop_spills": 1, "stack_bytes": 8, "narrow_loads": 1, "registers": 109, "shared_bytes": 1025,
     "loop_instructions": 111, "mma_kind": "HMMA", "register_detour": True, "async_copy_bytes": 4, "tma_loads": 1,
-    "load_bytes": 8, "store_bytes": 8, "loop_waits": 4,
+    "load_bytes": 8, "store_bytes": 8, "loop_waits": 4, "loop_fences": 1,
 }  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def test_16_bit_channels_last_uses_the_tensor_cores_and_wide_asynchronous_copies
         assert row["async_copy_bytes"] == 16, row
         assert row["narrow_loads"] == 0, row
         assert row["loop_instructions"] > 0, row
+        assert row["loop_fences"] == 1, row
 
 
 def test_boxes_go_from_shared_memory_straight_to_the_tensor_cores():
@@ -265,6 +266,10 @@ def test_a_regression_is_named():
     assert budget.regressions([ROW | better], budgets) == []
     (lost,) = budget.regressions([ROW | {"mma_kind": "", "async_copies": 0, "async_copy_bytes": 0}], budgets)
     assert "mma_kind HGMMA -> none, async_copy_bytes 16 -> 0" in lost
+    unfenced = "sm_90 a: wgmma reads what asynchronous copies wrote without a fence"
+    for known in (ROW, ROW | {"loop_fences": 0}, ROW | {"loop_fences": None}):  # whatever the record says
+        assert budget.regressions([ROW | {"loop_fences": 0}], {"sm_90": {"a": known}})[-1] == unfenced
+    assert budget.regressions([ROW], {"sm_90": {"a": ROW | {"loop_fences": None}}}) == []
     assert "not in the budget" in budget.regressions([ROW | {"name": "b"}], budgets)[0]
     assert "not in the budget" in budget.regressions([ROW | {"arch": "sm_80"}], budgets)[0]
     assert "does not compile: E" in budget.regressions([{"name": "a", "arch": "sm_90", "error": "E"}], budgets)[0]

@@ -11,6 +11,7 @@ import torch
 
 from tconv.kernels.copy import copy_channels_last
 from tconv.launching.arguments import KERNELS, Prepared, dot_precision, numerics, options, prepared, tensor_cores
+from tconv.launching.fences import marked
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call
 from tconv.planning import cost
@@ -135,6 +136,8 @@ def prepare_pass(
         | numerics(result.dtype)
     )
     constants = {k: v for k, v in (shared | constants).items() if k in kernel.arg_names} | options(plan.tile)
+    if family.dot:
+        constants |= marked(device)
     if c.rules:
         done = " + ".join(dict.fromkeys(c.rules))
         plan = dataclasses.replace(plan, reason=f"{done} to {c.p}; {plan.reason}")

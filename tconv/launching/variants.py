@@ -20,7 +20,7 @@ from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, can_cut
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "ptx_options")
 VECTORS = ("X_VEC", "W_VEC", "Y_VEC")
 # The pointer that points to a workspace instead if the reduction is split.
 RESULT = {"fprop": "y_ptr", "dgrad": "y_ptr", "wgrad": "dw_ptr", "bias": "out_ptr"}
@@ -43,7 +43,7 @@ class Variant:
     kernel: Any = field(compare=False)
     signature: dict[str, str] = field(compare=False)
     constants: dict[str, Any] = field(compare=False)
-    options: dict[str, int] = field(compare=False)
+    options: dict[str, Any] = field(compare=False)
     memory_bound: bool = False
 
 

@@ -18,14 +18,18 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if not (HAS_GPU or config.getoption("--tiny", False)):
+    if config.getoption("--compiled", None):  # of the simulator (bench/sanitize.py)
+        from tests import compiled
+
+        compiled.install(config.getoption("--compiled"))
+    elif not (HAS_GPU or config.getoption("--tiny", False)):
         raise pytest.UsageError("no GPU here: only `python bench/dispatch.py` measures anything; --tiny makes a dry run")
     torch.backends.cudnn.benchmark = True
 
 
 @pytest.fixture(scope="session")
-def device():
-    return "cuda" if HAS_GPU else "cpu"
+def device(pytestconfig):
+    return "cuda" if HAS_GPU and not pytestconfig.getoption("--compiled", None) else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Runs bench/test_small.py under compute-sanitizer's memcheck and racecheck and records what they find.
+"""Runs bench/test_small.py under what watches every access of memory, and records what that finds: compute-sanitizer's memcheck
+and racecheck, or, where there is no GPU, the simulator (simulator/README.md) on the code compiled for sm_90.
 
     python -m bench.sanitize --out bench/results/DIR [--seconds 480] [--tiny]
 
-Where compute-sanitizer is not installed one line says so. --tiny runs the cases without it, in the interpreter.
+A line says so where a GPU is there and compute-sanitizer is not. --tiny runs the cases unwatched, in the interpreter.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
-from bench.record import ROOT, Writer, machine
+import torch
+
+from bench.record import ROOT, Writer, machine, read
 from bench.stage import CUT
 
 TOOLS = ("memcheck", "racecheck")
+SIMULATOR = "simulator"
+ARCH = "sm_90"
 
 
 def findings(log: str) -> int | None:
@@ -27,10 +33,33 @@ def findings(log: str) -> int | None:
     return int(found[-1]) if found else None
 
 
+def faults(lines: list[dict[str, Any]]) -> list[str]:
+    """The simulator's findings in the record of a stage: for each test that ended in a fault, its name and what happened."""
+    last = {line["test"]: line.get("detail", "") for line in lines if "test" in line}
+    return [f"{test}: {detail}" for test, detail in last.items() if "simulator.errors.Fault" in detail]
+
+
+def chosen() -> tuple[str, ...]:
+    """The tools to run here. Says in a line where the simulator takes compute-sanitizer's place, and why nothing can run."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        problem = "is not here"
+    else:
+        probe = [tool, sys.executable, "-c", "import torch; torch.zeros(1).cuda()"]
+        if not subprocess.run(probe, cwd=ROOT, capture_output=True).returncode:
+            return TOOLS
+        problem = "does not work on this device"
+    if torch.cuda.is_available():
+        print(f"compute-sanitizer {problem}: nothing was checked by it")
+        return ()
+    print(f"No GPU here: the simulator runs the code for {ARCH}")
+    return (SIMULATOR,)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--seconds", type=float, default=480, help="for both tools together")
+    parser.add_argument("--seconds", type=float, default=480, help="for all tools together")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--commit")
     args = parser.parse_args()
@@ -40,31 +69,32 @@ def main() -> int:
     if args.tiny:
         done = subprocess.run([*pytest, "--record", out / "sanitize.jsonl", "--seconds", str(args.seconds)], cwd=ROOT)
         return done.returncode
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        print("compute-sanitizer is not here: nothing was checked by it")
-        return 0
-    probe = [tool, sys.executable, "-c", "import torch; torch.zeros(1).cuda()"]
-    if subprocess.run(probe, cwd=ROOT, capture_output=True).returncode:
-        print("compute-sanitizer does not work on this device: nothing was checked by it")
+    tools = chosen()
+    if not tools:
         return 0
     writer = Writer(out / "sanitize.jsonl", machine(args.commit) | {"tiny": False})
-    for name in TOOLS:
+    for name in tools:
         before = [line for line in writer.lines if line.get("tool") == name]
         if any(line["complete"] for line in before):
             print(f"{name}: already recorded")
             continue
         log, record = out / f"sanitize-{name}-{len(before) + 1}.log", out / f"sanitize_{name}.jsonl"
-        command = [tool, "--tool", name, "--log-file", log, *pytest, "--record", record]
-        status = subprocess.run([*command, "--seconds", str(args.seconds / len(TOOLS))], cwd=ROOT).returncode
-        found = findings(log.read_text() if log.exists() else "")
-        said = "no summary" if found is None else f"{found} found"
+        command = [*pytest, "--record", record, "--seconds", str(args.seconds / len(tools))]
+        if name == SIMULATOR:
+            status = subprocess.run([*command, "-p", "simulator.pytest_plugin", "--compiled", ARCH], cwd=ROOT).returncode
+            found = faults(read(record).lines) if record.exists() else None
+            log.write_text("".join(f"{line}\n" for line in found or []))
+            count = None if found is None else len(found)
+        else:
+            status = subprocess.run(["compute-sanitizer", "--tool", name, "--log-file", log, *command], cwd=ROOT).returncode
+            count = findings(log.read_text() if log.exists() else "")
+        said = "no summary" if count is None else f"{count} found"
         print(f"{name}: {said}{', cut' if status == CUT else ''}; the log is {log}")
-        writer.write({"tool": name, "found": found, "status": status, "complete": found is not None and status != CUT})
+        writer.write({"tool": name, "found": count, "status": status, "complete": count is not None and status != CUT})
     if any(line.get("found") or line.get("status", 0) not in (0, CUT) for line in writer.lines):
         return 1
     done = {line["tool"] for line in writer.lines if line.get("complete")}
-    return 0 if done == set(TOOLS) else CUT
+    return 0 if done >= set(tools) else CUT
 
 
 if __name__ == "__main__":

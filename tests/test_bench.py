@@ -16,7 +16,7 @@ import torch
 import tconv
 from bench import record
 from bench.layers import FAMILIES, layers
-from bench.sanitize import findings
+from bench.sanitize import chosen, faults, findings
 from bench.stage import CUT
 from bench.timing import Clock, median
 from bench.warm import warm
@@ -373,18 +373,38 @@ def test_sanitizer_runs_are_recorded(tmp_path, errors, exits, status):
     assert ("memcheck: 0 found, incomplete" in report("--summary", tmp_path / "out")[1]) == (exits == CUT)
 
 
-def test_a_sanitizer_that_does_not_work_here_is_said_so(tmp_path):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text("#!/bin/sh\nexit 255\n")
-    tool.chmod(0o755)
-    command = [sys.executable, "-m", "bench.sanitize", "--out", tmp_path / "out"]
-    status, text = run(*command, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert (status, text.strip()) == (0, "compute-sanitizer does not work on this device: nothing was checked by it")
+@pytest.mark.parametrize("problem", ["is not here", "does not work on this device"])
+def test_a_gpu_without_a_sanitizer_that_works_is_said_so(tmp_path, monkeypatch, capsys, problem):
+    if problem != "is not here":
+        (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\nexit 255\n")
+        (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen() == ()
+    assert capsys.readouterr().out == f"compute-sanitizer {problem}: nothing was checked by it\n"
 
 
-def test_without_a_sanitizer_one_line_says_so(tmp_path):
-    status, text = run(sys.executable, "-m", "bench.sanitize", "--out", tmp_path, PATH="/nowhere")
-    assert (status, text.strip()) == (0, "compute-sanitizer is not here: nothing was checked by it")
+def test_without_a_gpu_the_simulator_looks_at_every_access(tmp_path):
+    """One case of it: the time is up by then, and the same command goes on."""
+    if torch.cuda.is_available():
+        pytest.skip("compute-sanitizer's place")
+    command = [sys.executable, "-m", "bench.sanitize", "--out", tmp_path, "--seconds", "0.1"]
+    status, text = run(*command)
+    assert status == CUT, text
+    assert text.startswith("No GPU here: the simulator runs the code for sm_90\n")
+    assert "simulator: 0 found, cut" in text
+    assert re.search(r"simulator: \d+ launches of \d+ compiled kernels", text)
+    (line,) = record.read(tmp_path / "sanitize.jsonl").lines
+    assert line == {"tool": "simulator", "found": 0, "status": CUT, "complete": False}
+    (case,) = record.read(tmp_path / "sanitize_simulator.jsonl").lines
+    assert case["outcome"] == "passed"
+
+
+def test_faults_are_counted_by_test():
+    fault = {"outcome": "failed", "detail": "simulator.errors.Fault: reads 8 bytes out of bounds"}
+    lines = [{"test": "a"} | fault, {"test": "b"} | fault, {"test": "b", "outcome": "passed"}]  # mended since
+    lines += [{"test": "c", "outcome": "failed", "detail": "AssertionError"}, {"limits": {}}]
+    assert faults(lines) == ["a: simulator.errors.Fault: reads 8 bytes out of bounds"]
 
 
 # --- the report ---

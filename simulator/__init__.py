@@ -14,11 +14,12 @@ from simulator.errors import Fault, Place, Unsupported
 from simulator.options import Options
 
 if TYPE_CHECKING:
+    from simulator.counters import profile
     from simulator.driver import checking, install, tensors
     from simulator.launch import run
 
-__all__ = ["Fault", "Options", "Place", "Unsupported", "checking", "install", "run", "tensors"]
-HOMES = {"checking": "driver", "install": "driver", "tensors": "driver", "run": "launch"}
+__all__ = ["Fault", "Options", "Place", "Unsupported", "checking", "install", "profile", "run", "tensors"]
+HOMES = {"checking": "driver", "install": "driver", "tensors": "driver", "run": "launch", "profile": "counters"}
 
 
 def __getattr__(name: str) -> Any:

@@ -160,7 +160,7 @@ def _flattened(memory: GlobalMemory, name: str, kind: Any, value: Any, boxes: li
         if isinstance(value, torch.Tensor):
             return [memory.pointer(value, name)]
         address = value if isinstance(value, int) else value.data_ptr()
-        known = memory.find(address)
+        known = memory.find(address, name)
         if address and known is None:
             raise Unsupported(f"argument {name}: an address without its tensor; say `with simulator.tensors(...)`")
         return [known or 0]

@@ -46,12 +46,18 @@ class Storage:
 
     def __init__(self, number: int, tensor: torch.Tensor, name: str) -> None:
         storage = tensor.untyped_storage()
-        self.number, self.start, self.size, self.name = number, storage.data_ptr(), storage.nbytes(), name
+        self.number, self.start, self.size = number, storage.data_ptr(), storage.nbytes()
+        self.names = [name] if name else []
         self.writers: Array | None = None
         self.elements: Array | None = _elements(tensor)
 
+    @property
+    def name(self) -> str:
+        """The names of its tensors in the launch."""
+        return "/".join(self.names) or "a tensor"
+
     def add(self, tensor: torch.Tensor, name: str) -> None:
-        self.name += f"/{name}"
+        self.names += [name] if name else []
         more = _elements(tensor)
         self.elements = None if self.elements is None or more is None else self.elements | more
 
@@ -81,7 +87,7 @@ class GlobalMemory:
         self.storages: list[Storage] = []
         self._by_start: dict[int, Storage] = {}
 
-    def pointer(self, tensor: torch.Tensor, name: str = "a tensor") -> int:
+    def pointer(self, tensor: torch.Tensor, name: str = "") -> int:
         """Makes a tensor's memory accessible, and returns its address as kernels see it."""
         start = tensor.untyped_storage().data_ptr()
         storage = self._by_start.get(start)
@@ -92,10 +98,15 @@ class GlobalMemory:
             storage.add(tensor, name)
         return (storage.number << TAG) | tensor.data_ptr()
 
-    def find(self, address: int) -> int | None:
-        """Returns an address in this process as kernels see it; None if no tensor given to the launch is there."""
+    def find(self, address: int, name: str) -> int | None:
+        """Returns an address in this process as kernels see it; None if no tensor given to the launch is there.
+
+        Args:
+            name: of the argument whose value this address is.
+        """
         for s in self.storages:
             if s.start <= address < s.start + max(s.size, 1):
+                s.names.append(name)
                 return (s.number << TAG) | address
         return None
 
@@ -118,6 +129,8 @@ class GlobalMemory:
                     bad = int(np.flatnonzero(others.any(1))[0])
                     what = f"reads {size} bytes that another program of the launch wrote"
                     m.fault(line, what, lanes[part][bad], self.describe(int(addresses[part][bad])))
+        if m.tally:
+            m.tally.access(m, "reads", line, addresses, lanes, size)
         return EVERYTHING[size][((addresses & REAL) - FIRST_PAGE) // size]
 
     def write(self, m: Machine, line: int, addresses: Array, lanes: Array, size: int, data: Array) -> None:
@@ -142,6 +155,8 @@ class GlobalMemory:
             bad = int(np.flatnonzero(lost)[0])
             what = f"writes {size} bytes, where another thread, perhaps of another program, writes other values at once"
             m.fault(line, what, lanes[bad], self.describe(int(addresses[bad])))
+        if m.tally:
+            m.tally.access(m, "writes", line, addresses, lanes, size)
 
     def _granules(self, storage: Storage, real: Array, size: int) -> Array:
         first = (real - storage.start) // self.granule

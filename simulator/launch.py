@@ -9,6 +9,7 @@ import torch
 
 from simulator import accumulators, forms  # noqa: F401 - forms registers what is known
 from simulator.arrays import LOADED, Array, single
+from simulator.counters import tally
 from simulator.errors import Fault, Unsupported
 from simulator.global_memory import GlobalMemory
 from simulator.machine import Machine
@@ -61,11 +62,15 @@ class Program:
         count = grid[0] * grid[1] * grid[2]
         batch = min(options.threads_at_once // self.kernel.threads, LARGEST_BATCH // max(self.shared_bytes, 1))
         batch = max(batch, 1)
+        counted = tally(self.kernel, self.shared_bytes, memory)
         with np.errstate(all="ignore"):
             for first in range(0, count, batch):
                 programs = np.arange(first, min(count, first + batch))
                 m = Machine(self.kernel, memory, programs, grid, self.shared_bytes, values, maps, granule, options)
+                m.tally = counted
                 self._run(m, options.max_steps)
+        if counted:
+            counted.end(count)
 
     def _run(self, m: Machine, max_steps: int) -> None:
         """Runs a batch to its end, in the parts into which its branches cut it."""
@@ -77,8 +82,7 @@ class Program:
                 steps += 1
                 if steps > max_steps:
                     m.stopped(lines[block])
-                m.fragments.clear()
-                to = functions[block](registers, m)
+                to = m.step(functions[block], block, registers)
                 if not isinstance(to, np.ndarray):
                     block = to
                     continue

@@ -14,6 +14,7 @@ import numpy as np
 
 from simulator.arrays import LOADED, UNITS, Array
 from simulator.async_copies import AsyncCopies
+from simulator.counters import Tally
 from simulator.errors import Fault, Unsupported
 from simulator.fragments import Products
 from simulator.global_memory import GlobalMemory
@@ -36,7 +37,10 @@ class Machine:
         arguments: of the kernel, an array per parameter; None for tensor maps, which are in `maps` by parameter.
         team: the strands of the program, if its warps have parted.
         waiting: what these warps wait for before they go on; None if nothing.
+        tally: what everything is reported to while somebody counts (counters.py).
     """
+
+    tally: Tally | None = None
 
     def __init__(
         self,
@@ -99,6 +103,13 @@ class Machine:
         m.copies, m.products, m.stores = AsyncCopies(self.options.async_copy_fence), Products(), BoxStores()
         m.team, m.fragments = team, {}
         return m
+
+    def step(self, function: Callable[[list[Array], Machine], int | Array], block: int, registers: list[Array]) -> int | Array:
+        """Runs a basic block; returns the next one, or one for each program and warp."""
+        self.fragments.clear()
+        if self.tally:
+            self.tally.block(self, block)
+        return function(registers, self)
 
     def threads(self, lanes: Array) -> Array:
         """Returns the numbers of threads in their programs."""

@@ -71,6 +71,8 @@ class SharedMemory:
         if problem:
             self.blame(m, line, f"reads {size} bytes", problem, places, lanes)
         self.must_be_written(m, line, g, places, lanes, size)
+        if m.tally:
+            m.tally.shared(m, line, offsets, lanes, size)
         return self.units[size][places // size]
 
     def write(
@@ -100,6 +102,8 @@ class SharedMemory:
         if (lost := differ(unit[index], data)).any():
             why = "where another thread writes other values at once"
             self.blame(m, line, f"writes {size} bytes", (lost, why), places, lanes)
+        if m.tally:
+            m.tally.shared(m, line, offsets, lanes, size)
 
     def must_be_written(self, m: Machine, line: int, g: Array, places: Array, lanes: Array, size: int) -> None:
         fresh = ~self.written[g]

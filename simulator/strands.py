@@ -142,8 +142,7 @@ class Team:
                 steps -= 1
                 if steps < 0:
                     s.machine.stopped(lines[s.block])
-                s.machine.fragments.clear()
-                to = functions[s.block](s.registers, s.machine)
+                to = s.machine.step(functions[s.block], s.block, s.registers)
                 if isinstance(to, np.ndarray):
                     going.remove(s)
                     going += cut(s.machine, s.registers, to[0], self, lines[s.block])

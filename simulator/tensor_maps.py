@@ -124,6 +124,8 @@ class BoxLoads:
         m.shared.units[size][places // size] = data.reshape(-1)
         self.arriving.append((size, _table(m, b.rows, slots), _table(m, b.rows, b.offsets)))
         m.barriers.come(m, line, b.rows, slots, b.offsets.shape[1] * size)
+        if m.tally:
+            m.tally.box(b.offsets.size * size)
 
     def arrived(self, m: Machine, rows: Array, slots: Array) -> None:
         """A phase of these programs' mbarriers is complete: the boxes that were on their way there have come."""
@@ -180,6 +182,8 @@ class BoxStores:
         if b.inside.any():
             data = m.shared.units[size][places // size].reshape(b.offsets.shape)
             m.memory.write(m, line, b.addresses[b.inside], _each(b.lanes, b.inside), size, data[b.inside])
+        if m.tally:
+            m.tally.box(b.offsets.size * size)
 
     def under_way(self) -> Array:
         """Returns the programs whose boxes are still being read."""

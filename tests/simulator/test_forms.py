@@ -14,7 +14,7 @@ from simulator.translator import FORMS
 from tests.simulator.execute import execute, ptx
 
 HERE = pathlib.Path(__file__).parent
-OTHERS = {"test_forms.py", "test_examples.py", "test_plugin.py", "test_imports.py", "test_mutations.py"}
+OTHERS = {"test_forms.py", "test_examples.py", "test_plugin.py", "test_imports.py", "test_mutations.py", "test_profile.py"}
 
 
 def test_every_known_opcode_is_run_by_a_test(tmp_path):

@@ -8,12 +8,14 @@ the machine code: registers, spills, shared memory, tensor-core instructions, wi
     python scripts/codegen.py --update                 # rewrite the budgets of this Triton version and these architectures
     python scripts/codegen.py --compare 3.6            # what this Triton compiles differently from what 3.6 did
     python scripts/codegen.py --compare 3.6 3.9        # the same of two recorded ones, without compiling
+    python scripts/codegen.py --run --only 'fprop gather 2d bf16 128x128x64 .* even$'    # also what they do, in the simulator
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -62,10 +64,12 @@ def collect(arch: str, quick: bool) -> dict[str, Any]:
                 for channels_last in (True, False):
                     for v in variants(problem, dtype, channels_last, ARCHS[arch][3]):
                         found.setdefault(v.name, v)
+                        _settings.setdefault(v.name, (dtype, tf32, channels_last))
     return found
 
 
 _collected: dict[str, dict[str, Any]] = {}  # by architecture; worker processes inherit it
+_settings: dict[str, tuple[Any, bool, bool]] = {}  # by variant: dtype, whether TF32 is allowed, channels_last
 
 
 def compile_one(task: tuple[str, str]) -> dict[str, Any]:
@@ -98,6 +102,23 @@ def compile_one(task: tuple[str, str]) -> dict[str, Any]:
     }
 
 
+def run_one(arch: str, name: str) -> str:
+    """What a variant does in the simulator on a smaller problem than the one it was listed for: its counts as text."""
+    from bench.smaller import MOST, smaller
+    from tconv.launching.variants import float32_precision
+
+    call, (dtype, tf32, channels_last) = _collected[arch][name].call, _settings[name]
+    if call is None or call.plan.kernel in ("bias", "copy"):
+        return f"{arch} {name}\nnot run: --run is for fprop, dgrad and wgrad"
+    plan = dataclasses.replace(call.plan, splits=MOST if name.endswith(" split") else 1)
+    with float32_precision(tf32):
+        try:
+            problem, launch, _ = smaller(call.problem, plan, channels_last, dtype, ARCHS[arch][3])
+        except ValueError as e:
+            return f"{arch} {name}\nnot run: {e}"
+        return f"{arch} {name}\non {problem}\n{launch.count()}"
+
+
 def compile_all(tasks: list[tuple[str, str]], jobs: int) -> list[dict[str, Any]]:
     """The rows of tasks, compiled in parallel under a progress bar."""
     from tqdm import tqdm
@@ -106,6 +127,17 @@ def compile_all(tasks: list[tuple[str, str]], jobs: int) -> list[dict[str, Any]]
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=fork) as pool:
         done = pool.map(compile_one, tasks)
         return list(tqdm(done, total=len(tasks), desc="compiling", unit="variant", disable=None))
+
+
+def run_all(tasks: list[tuple[str, str]], file: Any) -> None:
+    """Prints the counts of tasks, run one after another under a progress bar."""
+    from tqdm import tqdm
+
+    import simulator
+
+    for arch, name in tqdm(tasks, desc="running", unit="variant", disable=None):
+        simulator.install(arch)
+        print(f"\n{run_one(arch, name)}", file=file)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -135,8 +167,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="compare with the budget; exit status 1 on a regression")
     parser.add_argument("--update", action="store_true", help="rewrite the budget; of what was compiled, if that is a part")
     parser.add_argument("--compare", nargs="+", metavar="VERSION", help="name what another Triton compiles differently")
+    parser.add_argument("--run", action="store_true", help="also run them in the simulator on a small problem, and count")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if args.run and not {*(args.arch or ["sm_90"])} <= {"sm_80", "sm_90"}:
+        parser.error("--run is for sm_80 and sm_90, which the simulator knows")
     if args.compare and len(args.compare) > 2:
         parser.error("--compare takes one version, or two to compare with each other")
     return args
@@ -194,6 +229,8 @@ def compile_and_judge(args: argparse.Namespace, archs: list[str]) -> int:
     text = sys.stderr if args.json == "-" else sys.stdout
     if args.json != "-":
         print(f"Triton {triton.__version__}\n{table(rows)}")
+    if args.run:
+        run_all(tasks, text)
     report = json.dumps({"triton": triton.__version__, "variants": rows}, indent=1)
     if args.json == "-":
         print(report)

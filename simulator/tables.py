@@ -25,7 +25,9 @@ def table(c: Counts) -> str:
 
 
 def _title(c: Counts) -> str:
-    lines = [f"{c.kernel.name} ({c.kernel.target}): {c.launches} launches, {c.programs} programs of {c.warps} warps"]
+    counts = (c.launches, "launch"), (c.programs, "program"), (c.warps, "warp")
+    launches, programs, warps = (_several(n, what) for n, what in counts)
+    lines = [f"{c.kernel.name} ({c.kernel.target}): {launches}, {programs} of {warps}"]
     found = c.resources
     if found is None:
         lines.append(f"{c.shared_bytes:,} bytes of shared memory; registers and occupancy unknown, as there is no ptxas")
@@ -33,7 +35,7 @@ def _title(c: Counts) -> str:
         o = occupancy(c.kernel.target, c.kernel.threads, found.registers, c.shared_bytes)
         lines.append(
             f"{found.registers} registers, {found.spills} bytes spilled, {c.shared_bytes:,} bytes of shared memory: "
-            f"{o.programs} programs on a multiprocessor, {o.warps:.0%} of its warps, by {o.limit}"
+            f"{_several(o.programs, 'program')} on a multiprocessor, {o.warps:.0%} of its warps, by {o.limit}"
         )
     return "\n".join(lines)
 
@@ -87,6 +89,10 @@ def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.ljust(w) if i in (0, 5) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "es" if what.endswith("ch") else "s")
 
 
 def _number(value: float) -> str:

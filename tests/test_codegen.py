@@ -93,6 +93,23 @@ def test_boxes_go_from_shared_memory_straight_to_the_tensor_cores():
     assert {row["name"].split()[0] for row in boxes if row["tma_stores"]} == {"fprop", "dgrad"}
 
 
+def test_what_a_variant_does_is_counted_beside_its_code():
+    """In the simulator on a small problem: the same registers, and as many products in the loop as the machine code has."""
+    variant = "wgrad tma_wgrad 2d bf16 64x64x64 w4 s4 inner= vec= split"
+    done = gate("--quick", "--only", f"^({variant}|sum sum_splits 0d bf16 .* vec=8)$", "--jobs", "1", "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    gated, counts = done.stdout.split(f"\nsm_90 {variant}\n")
+    line = next(line for line in gated.splitlines() if line.endswith(f" sm_90 {variant}"))
+    row = dict(zip((title for _, title in codegen.COLUMNS), line.split(), strict=False))
+    assert counts.startswith("on N1 C256 ")
+    assert f"\n{row['regs']} registers, {row['spill']} bytes spilled, {int(row['smem']):,} bytes of shared memory" in counts
+    assert f", tensor {row['mma']}, " in counts
+    assert "wgmma" in counts
+    assert "sum sum_splits" in gated
+    assert "not run: --run is for fprop, dgrad and wgrad" in gated
+    assert gate("--run", "--arch", "gfx942").returncode == 2
+
+
 def test_lanes_are_read_off_however_a_layout_is_spelled():
     ttgir = """
 #blocked = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}>

@@ -13,6 +13,7 @@ from tconv.kernels.reduce import sum_splits
 from tconv.launching.arguments import Prepared, accumulator, sum_constants, tensor_cores
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.launching.record import Call
 from tconv.planning.device import Device
 from tconv.planning.families import FAMILIES, families
 from tconv.planning.plan import force
@@ -37,6 +38,7 @@ class Variant:
         constants: constant name -> value.
         options: launch options, such as num_warps.
         memory_bound: a direct kernel, without tl.dot.
+        call: what it was prepared for; None for the sum of splits.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Variant:
     constants: dict[str, Any] = field(compare=False)
     options: dict[str, Any] = field(compare=False)
     memory_bound: bool = False
+    call: Call | None = field(compare=False, default=None)
 
 
 def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device) -> Iterator[Variant]:
@@ -78,10 +81,10 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
             for tile in plan.tiles:
                 with force(kernel, tile, staged=staged, precision=precision):
                     prepared = prepare()
-                yield _variant(pass_, prepared, dtype)
-                yield from (_variant("copy", copy, dtype) for copy in prepared.copies if copy)
+                yield variant_of(pass_, prepared, dtype)
+                yield from (variant_of("copy", copy, dtype) for copy in prepared.copies if copy)
                 if _also_split(prepared, dtype):
-                    yield _variant(pass_, prepared, dtype, split=True)
+                    yield variant_of(pass_, prepared, dtype, split=True)
     yield from (_sum_splits(dtype, vec) for vec in (1, 2, 4, 8) if vec * dtype.itemsize <= 16)
 
 
@@ -127,7 +130,8 @@ def _also_split(prepared: Prepared, dtype: torch.dtype) -> bool:
     return plan.pass_ in ("wgrad", "bias") and dtype.itemsize == 2  # for other dtypes the workspace has the result's dtype
 
 
-def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = False) -> Variant:
+def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = False) -> Variant:
+    """Returns the variant of a launch, with a whole reduction or a split one."""
     c = prepared.constants
     if "SPLIT" in c:  # overrides what the planner chose
         c = c | {"SPLIT": split}
@@ -173,7 +177,7 @@ def _variant(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = F
     )
     options = {k: c[k] for k in OPTIONS if k in c}
     constants = {k: v for k, v in c.items() if k not in OPTIONS}
-    return Variant(name, prepared.kernel, signature, constants, options, direct)
+    return Variant(name, prepared.kernel, signature, constants, options, direct, prepared.call)
 
 
 def _sum_splits(dtype: torch.dtype, vec: int) -> Variant:

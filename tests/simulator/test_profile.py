@@ -338,7 +338,7 @@ def test_the_table_says_what_ptxas_says_or_that_there_is_none(monkeypatch):
     monkeypatch.setattr("simulator.counters.resources", lambda ptx: resources.Resources(168, 8))
     text = str(c)
     assert text.startswith(
-        "kernel (sm_90a): 1 launches, 1 programs of 1 warps\n"
+        "kernel (sm_90a): 1 launch, 1 program of 1 warp\n"
         "168 registers, 8 bytes spilled, 0 bytes of shared memory: 12 programs on a multiprocessor, 19% of its warps, by reg"
     )
     assert "5 iterations of a warp, each integer 2, control 1" in text
@@ -376,7 +376,7 @@ def test_a_script_is_profiled(tmp_path):
     done = profiled("--arch", "sm_80", example, "sm_80")
     assert done.returncode == 0, done.stderr
     assert "Of an n that is too large by one: reads" in done.stdout
-    assert done.stdout.count("add (sm_80): 1 launches, 97 programs of 4 warps") == 5  # a kernel per dtype
+    assert done.stdout.count("add (sm_80): 1 launch, 97 programs of 4 warps") == 5  # a kernel per dtype
     for size in (1, 2, 4, 8):
         n = f"{size * 98432:,}"
         row = next(line for line in done.stdout.splitlines() if line.startswith("out_ptr") and n in line)

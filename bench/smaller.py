@@ -125,10 +125,10 @@ def shrunk(p: ConvProblem, scale: int, row: bool, images: int) -> ConvProblem:
     y0, y1, y2 = (_kept(n, unit) for n in p.Y)
     y = y0, y1, p.Y[2] if row else y2
     x0, x1, x2 = (e - s * (n - m) for e, s, n, m in zip(p.X, p.S, p.Y, y, strict=True))
-    groups = _kept(p.G, 64 * scale)
-    c, k = (groups * _kept(n // p.G, 256) for n in (p.C, p.K))
+    c, k = (_kept(n // p.G, 256) for n in (p.C, p.K))
+    groups = _kept(p.G, scale * (64 if p.depthwise else max(2, 128 // max(c, k))))
     n = images or min(p.N, math.ceil(scale * PIXELS / math.prod(y)))
-    return dataclasses.replace(p, N=n, C=c, K=k, G=groups, X=(x0, x1, x2), Y=y)
+    return dataclasses.replace(p, N=n, C=groups * c, K=groups * k, G=groups, X=(x0, x1, x2), Y=y)
 
 
 def _kept(n: int, unit: int) -> int:

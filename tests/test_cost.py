@@ -95,14 +95,14 @@ def test_loop_lengths_are_near_those_compiled():
     """Against the recorded machine code: of every kernel and precision, wide and narrow, the median is within a half."""
     rows = csv.DictReader((BUDGETS / "triton-3.7" / "sm_90.csv").read_text().splitlines()[1:])
     tile = r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: r\d+)?(?: c(\d+))?"
-    pattern = re.compile(rf"(\w+) (\w+) \dd (\w+) {tile} inner=(\S*) vec=(\S*)(.*)")
+    pattern = re.compile(rf"(\w+) (\w+) (\d)d (\w+) {tile} inner=(\S*) vec=(\S*)(.*)")
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     ratios = collections.defaultdict(list)
     for row in rows:
         found = pattern.fullmatch(row["variant"])
-        if not found or found[2] in ("bias", "copy") or found[3] not in sizes:
+        if not found or found[2] in ("bias", "copy") or found[4] not in sizes:
             continue
-        pass_, kernel, dtype, *extents, columns, inner, vectors, flags = found.groups()
+        pass_, kernel, rank, dtype, *extents, columns, inner, vectors, flags = found.groups()
         direct = kernel.startswith(("depthwise", "strip"))
         read = vectors.split("/")[: 1 if kernel == "packed" else 2]  # few of the packed gather's elements are weights
         narrow = "1" in read
@@ -114,9 +114,8 @@ def test_loop_lengths_are_near_those_compiled():
                 continue
             p = forward_problem((1, 2, 9, 99), (2, 1, 3, size), (1, stride), [(0, padding)] * 2, (1, dilation), 2)
         else:
-            p = forward_problem(
-                (1, 16, 9, 9), (16, 16, 3, 3), (1, 1), [(0, 0)] * 2, (1, 1), 1
-            )  # its length depends on no problem
+            r = int(rank)  # of the problem, its length depends on nothing else
+            p = forward_problem((1, 16, *[9] * r), (16, 16, *[3] * r), (1,) * r, [(0, 0)] * r, (1,) * r, 1)
         access = Access(sizes[dtype], cores, narrow, kernel.startswith("strip") and inner[0] != "c", precision=split)
         length = FAMILIES[kernel].length(p, pass_, Tile(*map(int, extents), columns=int(columns or 1)), access)
         ratios[kernel, dtype, cores, split, narrow].append(int(row["loop_instructions"]) / length)
@@ -124,6 +123,26 @@ def test_loop_lengths_are_near_those_compiled():
     assert {kernel for kernel, _, _, split, _ in ratios if split} == {f.name for f in FAMILIES.values() if f.cuts}
     for kind, found in ratios.items():
         assert 1 / 1.5 < statistics.median(found) < 1.5, kind
+
+
+def test_a_weight_gradients_loop_advances_its_pixels():
+    """Tiles of 128x256 and 64 pixels by 256 threads: each copies 8 of x's pixels, and 4 of dy's. At rank 2 one takes 46."""
+    tile, wide = Tile(128, 256, 64, 8, 3), Access(2, True)
+    two, three = (forward_problem((1, 16, *[9] * r), (16, 16, *[3] * r), (1,) * r, [(0, 0)] * r, (1,) * r, 1) for r in (2, 3))
+    assert FAMILIES["wgrad"].length(two, "wgrad", tile, wide) == 40 + 8 * 46
+    assert FAMILIES["wgrad"].length(three, "wgrad", tile, wide) == 40 + 8 * 63
+    assert FAMILIES["packed_wgrad"].length(two, "wgrad", Tile(64, 64, 64, 8, 3), wide) == 50 + 2 * 46
+
+
+def test_boxes_walk_one_tap_in_phases_that_have_none():
+    """A 1x1 layer of stride two: of four phases of 7x7 pixels and 128 channels, from 256, one has a tap and four steps."""
+    p = forward_problem((2, 128, 14, 14), (256, 128, 1, 1), (2, 2), [(0, 0)] * 2, (1, 1), 1)
+    tile = Tile(128, 64, 64, 4, 3)
+    programs = FAMILIES["tma"].programs(p, "dgrad", tile)
+    assert FAMILIES["tma"].steps(p, "dgrad", tile, 1) == 4 * programs
+    assert FAMILIES["gather"].steps(p, "dgrad", tile, 1) == 4 * FAMILIES["gather"].programs(p, "dgrad", tile) // 4
+    three = forward_problem((2, 128, 14, 14), (256, 128, 3, 3), (2, 2), [(1, 1)] * 2, (1, 1), 1)
+    assert FAMILIES["tma"].steps(three, "dgrad", tile, 1) == 4 * 9 * programs // 4  # each phase has some
 
 
 def test_pixels_that_no_tap_meets_are_not_read():

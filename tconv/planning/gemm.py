@@ -60,13 +60,16 @@ class Gemm(Family):
 
     def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
         threads = 32 * tile.warps
-        loaded = (tile.m + tile.n) * tile.k / threads
-        copies = loaded * self.one if access.narrow else self.copy * loaded * access.itemsize / 16
         products = 0.0 if access.tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
         if access.precision == BF16X6:  # each warpgroup cuts the rows it reads; a step's sum is added
             shared = max(1, 16 * tile.warps // tile.m)
             products = self.cut * (shared * tile.m + tile.n) * tile.k / threads + tile.m * tile.n / threads
-        return self.base + copies + products
+        return self.loads(p, tile, access) + products
+
+    def loads(self, p: ConvProblem, tile: Tile, access: Access) -> float:
+        """Returns the instructions per iteration besides the products'."""
+        loaded = (tile.m + tile.n) * tile.k / (32 * tile.warps)
+        return self.base + loaded * (self.one if access.narrow else self.copy * access.itemsize / 16)
 
     def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
         return super().reduction(p, pass_, tile) if pass_ == "wgrad" else self.channels(p, pass_)[1]
@@ -90,6 +93,27 @@ class Gemm(Family):
             self.steps(p, pass_, tile, splits), 2 * tile.m * tile.n * tile.k, length,
             access.itemsize * tile.k * (tile.m + tile.n), resident,
         )  # fmt: skip
+
+
+class Advancing(Gemm):
+    """A weight gradient, whose iterations advance through the pixels.
+
+    With wide accesses a thread copies some pixels of either operand, and advances the digits of each: those of the operand of
+    which it has more serve both.
+
+    Attributes:
+        apart: instructions per iteration besides these.
+    """
+
+    apart = 0
+
+    def loads(self, p: ConvProblem, tile: Tile, access: Access) -> float:
+        # At rank 1 the loop is shorter, by up to a quarter for small tiles. But with that count the planner would choose a tile
+        # with which an H200 took 1.8 times as long (the 1x1 layer of bench/results), so what fits the times is kept.
+        if access.narrow or p.rank == 1:
+            return super().loads(p, tile, access)
+        pixels = max(tile.m, tile.n) * tile.k * access.itemsize / 16 / (32 * tile.warps)
+        return self.apart + pixels * (12 + 17 * p.rank)
 
 
 class General(Gemm):

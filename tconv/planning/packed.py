@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tconv.planning.cost import phase_pixels, phase_taps, pixel_tiles
 from tconv.planning.device import Device
 from tconv.planning.family import Instead, Spills
-from tconv.planning.gemm import FMA_32, PIECES_32_NARROW, Gemm
+from tconv.planning.gemm import FMA_32, PIECES_32_NARROW, Advancing, Gemm
 from tconv.planning.operands import GatherPass, Operands, WgradPass
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.simplify import FEW
@@ -119,14 +119,14 @@ class Packed(_Packed):
         }  # fmt: skip
 
 
-class PackedWgrad(_Packed):
+class PackedWgrad(Advancing, _Packed):
     """A GEMM of [output channels of a pack, pixels] by [pixels, taps times input channels of the pack]."""
 
     name = "packed_wgrad"
     passes = ("wgrad",)
     start = 2.7e-6
     splittable = True
-    base, copy = 100, 14
+    apart, base, copy = 50, 100, 14
     cut = 20
     waiting = 3.0
     few = 2 * FEW  # its tiles are up to 128 wide, two taps of so many channels

@@ -8,7 +8,7 @@ import math
 from typing import Any, ClassVar
 
 from tconv.planning.addressing import LIMIT
-from tconv.planning.cost import pixel_extents
+from tconv.planning.cost import phase_taps, pixel_extents
 from tconv.planning.device import Device
 from tconv.planning.family import Boxes, Instead
 from tconv.planning.gemm import Gemm, weight_tiles
@@ -105,6 +105,12 @@ class Tma(_Tma):
 
     def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
         return box_of(p, pass_, tile.m)[1] * math.ceil(self.channels(p, pass_)[0] / tile.n) * p.G
+
+    def steps(self, p: ConvProblem, pass_: str, tile: Tile, splits: int) -> int:
+        # A phase without taps walks one whose boxes lie outside, and multiplies zeros.
+        empty = p.phases(pass_) - len(phase_taps(p, pass_))
+        each = self.programs(p, pass_, tile) // p.phases(pass_)
+        return super().steps(p, pass_, tile, splits) + empty * each * math.ceil(self.reduction(p, pass_, tile) / tile.k)
 
     def arguments(self, c: GatherPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
         box, _ = box_of(c.p, c.pass_, tile.m)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from tconv.planning.family import Instead, Spills
-from tconv.planning.gemm import General, weight_tiles
+from tconv.planning.gemm import Advancing, General, weight_tiles
 from tconv.planning.operands import WgradPass
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Tile
 
 
-class Wgrad(General):
+class Wgrad(Advancing, General):
     """A GEMM of [output channels, pixels] by [pixels, input channels] for each tap, split over the pixels."""
 
     name = "wgrad"
     passes = ("wgrad",)
     start = 2.7e-6
     splittable = True
-    base, copy, one = 110, 14, 4  # it advances pixel digits with carries, and both operands' offsets with them
+    apart, base, copy, one = 40, 110, 14, 4
     cut = 20
     spills: ClassVar[Spills] = {
         8: (

@@ -74,7 +74,7 @@ def occupancy(target: str, threads: int, registers: int, shared_bytes: int) -> O
 
 @functools.lru_cache(1024)
 def resources(ptx: str) -> Resources | None:
-    """Returns what ptxas reports of a module with one kernel; None if Triton has no ptxas, or ptxas refuses it."""
+    """Returns what ptxas reports of a module with one kernel; None if Triton has no ptxas, or none that takes it."""
     from triton import knobs
 
     target = re.search(r"^\s*\.target\s+(\w+)", ptx, re.MULTILINE)
@@ -83,10 +83,12 @@ def resources(ptx: str) -> Resources | None:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        try:
-            command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", file.name, "-o", os.devnull]
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        except (OSError, RuntimeError, subprocess.CalledProcessError):
-            return None
-    used, spilled = re.search(r"Used (\d+) registers", told), re.findall(r"(\d+) bytes spill", told)
-    return Resources(int(used[1]), sum(map(int, spilled))) if used else None
+        for tool in ("ptxas", "ptxas_blackwell"):  # the newer one knows later versions of PTX
+            try:
+                command = [getattr(knobs.nvidia, tool).path, "-v", f"--gpu-name={target[1]}", file.name, "-o", os.devnull]
+                told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            except (OSError, RuntimeError, subprocess.CalledProcessError):
+                continue
+            used, spilled = re.search(r"Used (\d+) registers", told), re.findall(r"(\d+) bytes spill", told)
+            return Resources(int(used[1]), sum(map(int, spilled))) if used else None
+    return None

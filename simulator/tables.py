@@ -30,7 +30,7 @@ def _title(c: Counts) -> str:
     lines = [f"{c.kernel.name} ({c.kernel.target}): {launches}, {programs} of {warps}"]
     found = c.resources
     if found is None:
-        lines.append(f"{c.shared_bytes:,} bytes of shared memory; registers and occupancy unknown, as there is no ptxas")
+        lines.append(f"{c.shared_bytes:,} bytes of shared memory; registers and occupancy unknown, as no ptxas takes it")
     else:
         o = occupancy(c.kernel.target, c.kernel.threads, found.registers, c.shared_bytes)
         lines.append(

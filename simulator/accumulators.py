@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from simulator.errors import Fault
-from simulator.parser import Address, Block, Instruction, Kernel, Operand, Pair, Register, Vector
+from simulator.loops import successors
+from simulator.parser import Address, Instruction, Kernel, Operand, Pair, Register, Vector
 
 OLDEST = 8  # groups that are told apart: wgmma.wait_group leaves at most 7
 Ages = dict[str, int]  # register: groups that were committed since the wgmma that works on it, itself included
@@ -57,7 +58,7 @@ def fault(kernel: Kernel) -> Fault | None:
     """Returns the fault of a register that is touched while wgmma may work on it, or the other way round; None if none is."""
     if not any(i.opcode.startswith("wgmma.mma_async") for block in kernel.blocks for i in block.code):
         return None
-    labels = {block.label: n for n, block in enumerate(kernel.blocks) if block.label}
+    after = successors(kernel)
     before: list[_State | None] = [_State(), *[None] * (len(kernel.blocks) - 1)]
     waiting = [0]
     while waiting:
@@ -69,27 +70,14 @@ def fault(kernel: Kernel) -> Fault | None:
             problem = _step(state, i)
             if problem:
                 return Fault(problem, kernel.place(i.line))
-        for following in _following(kernel.blocks[n], n, labels, kernel.tables):
-            if following < len(kernel.blocks):
-                there = before[following]
-                if there is None:
-                    before[following] = state.copy()
-                    waiting.append(following)
-                elif there.join(state):
-                    waiting.append(following)
+        for following in after[n]:
+            there = before[following]
+            if there is None:
+                before[following] = state.copy()
+                waiting.append(following)
+            elif there.join(state):
+                waiting.append(following)
     return None
-
-
-def _following(block: Block, n: int, labels: dict[str, int], tables: dict[str, tuple[str, ...]]) -> list[int]:
-    last = block.code[-1] if block.code else None
-    if last is None or not last.opcode.startswith(("bra", "brx", "ret", "trap")):
-        return [n + 1]
-    targets: list[int] = []
-    if last.opcode.startswith("bra"):
-        targets = [labels[name] for name in (getattr(last.operands[0], "name", ""),) if name in labels]
-    elif last.opcode.startswith("brx"):
-        targets = [labels[label] for label in tables.get(getattr(last.operands[1], "name", ""), ())]
-    return targets if last.guard is None else [*targets, n + 1]
 
 
 def _step(state: _State, i: Instruction) -> str | None:

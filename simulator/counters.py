@@ -101,8 +101,8 @@ class Code:
     """
 
     def __init__(self, kernel: Kernel) -> None:
-        parsed = parse(kernel.text).blocks
-        self.blocks = [block.code for block in parsed]
+        parsed = parse(kernel.text)
+        self.blocks = [block.code for block in parsed.blocks]
         memory = ("global", "shared", "boxes")
         self.opcodes = {i.line: i.opcode for code in self.blocks for i in code if pipe(i.opcode) in memory}
         self.loops = loops(parsed)
@@ -255,7 +255,9 @@ class Tally:
 
     def shared(self, m: Machine, line: int, offsets: Array, lanes: Array, size: int) -> None:
         """Threads access `size` bytes each of shared memory: up to 128 bytes at a time, those of a half or a quarter of a warp
-        if threads have 8 or 16."""
+        if threads have 8 or 16. (The initialisation of an mbarrier is none of these.)"""
+        if line not in self.counts.code.opcodes:
+            return
         group = lanes // (32 if size <= 4 else 128 // size)
         span = -(-m.shared.row // 128) * 128
         distinct = _distinct(group * span + offsets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from simulator.parser import Block, Symbol
+from simulator.parser import Block, Kernel, Symbol
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,29 @@ class Loop:
     blocks: frozenset[int]
 
 
-def successors(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
+def successors(kernel: Kernel) -> list[tuple[int, ...]]:
     """Returns the blocks that may run after each block."""
-    labels = {block.label: i for i, block in enumerate(blocks) if block.label}
+    labels = {block.label: i for i, block in enumerate(kernel.blocks) if block.label}
     found: list[tuple[int, ...]] = []
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(kernel.blocks):
         last = block.code[-1] if block.code else None
-        following = (i + 1,) if i + 1 < len(blocks) else ()
+        following = (i + 1,) if i + 1 < len(kernel.blocks) else ()
         if last is None or not last.jumps:
             found.append(following)
             continue
-        target = last.operands[0] if last.operands else None
-        jumped = (labels[target.name],) if isinstance(target, Symbol) else ()
+        target = last.operands[-1] if last.operands else None  # a label, or a table of them
+        names = kernel.tables.get(target.name, (target.name,)) if isinstance(target, Symbol) else ()
+        jumped = tuple(labels[name] for name in names)
         found.append(jumped if last.guard is None else jumped + following)
     return found
 
 
-def loops(blocks: Sequence[Block]) -> list[Loop]:
+def loops(kernel: Kernel) -> list[Loop]:
     """Returns the natural loops, those that begin first first.
 
     A single block that asks an mbarrier until it is complete is a wait, not a loop.
     """
-    after = successors(blocks)
+    blocks, after = kernel.blocks, successors(kernel)
     before: list[list[int]] = [[] for _ in blocks]
     for i, targets in enumerate(after):
         for target in targets:

@@ -19,7 +19,7 @@ CLASSES = {  # how many bits a register has, whatever kind of number its declara
     **dict.fromkeys(("b32", "u32", "s32", "f32"), "b32"),
     **dict.fromkeys(("b64", "u64", "s64", "f64"), "b64"),
 }
-ENDS = ("bra", "brx.", "ret", "trap", "bar.sync", "barrier.sync", "setmaxnreg.")  # opcodes that end a basic block
+JUMPS, WAITS = ("bra", "brx.", "ret", "trap"), ("bar.sync", "barrier.sync", "setmaxnreg.")  # opcodes that end a basic block
 DONE = -1  # in place of the block that follows the last one
 SPECIAL = ("%tid.", "%ntid.", "%ctaid.", "%nctaid.", "%laneid", "%warpid")
 
@@ -86,9 +86,14 @@ class Instruction:
     negated: bool = False
 
     @property
+    def jumps(self) -> bool:
+        """Whether something else than the next instruction may follow."""
+        return self.opcode.startswith(JUMPS)
+
+    @property
     def ends_block(self) -> bool:
         """Whether it jumps, or may have to wait for other warps."""
-        return self.opcode.startswith(ENDS)
+        return self.opcode.startswith(JUMPS + WAITS)
 
 
 @dataclass

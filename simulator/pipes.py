@@ -11,11 +11,11 @@ FLOATS = "(f32|f16|f16x2|bf16|bf16x2)"
 PIPES = {  # pipe: its opcodes; the first that fits counts
     "tensor": r"mma\.|wgmma\.mma_async\.",
     "boxes": r"cp\.async\.bulk\.tensor\.",
-    "wait": r"bar\.|mbarrier\.|fence\.|wgmma\.|cp\.async\.(bulk\.)?(commit|wait)_|griddepcontrol\.",
+    "wait": r"bar\.|barrier\.|setmaxnreg\.|mbarrier\.|fence\.|wgmma\.|cp\.async\.(bulk\.)?(commit|wait)_|griddepcontrol\.",
     "global": r"(ld|st)\.global\.|cp\.async\.c[ag]\.",
     "shared": r"(ld|st)\.shared[.:]|(ld|st)matrix\.",
     "warp": r"(shfl|redux|vote|elect)\.",
-    "control": r"(bra|ret|trap|call)(\.|$)|st\.param\.",
+    "control": r"(bra|brx|ret|trap|call)(\.|$)|st\.param\.",
     "move": r"mov\.|cvta\.|ld\.param\.",
     "convert": r"cvt\.",
     "special": r"(div|rem|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\.",
@@ -27,7 +27,7 @@ PIPES = {  # pipe: its opcodes; the first that fits counts
     ),
 }
 WAITS = {  # what is waited for: opcodes
-    "barriers": r"bar\.sync",
+    "barriers": r"(bar|barrier)\.sync",
     "barriers of a warp": r"bar\.warp\.sync",
     "mbarriers": r"mbarrier\.try_wait",
     "groups of cp.async": r"cp\.async\.wait_",

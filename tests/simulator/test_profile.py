@@ -119,8 +119,8 @@ def test_programs_loop_as_often_as_they_like_and_loops_lie_in_loops():
 
 def test_what_waits_for_an_mbarrier_is_no_loop():
     wait = "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%r90], 0; @!done bra.uni again; }"
-    assert loops(parse(ptx(wait)).blocks) == []
-    assert len(loops(parse(ptx(LOOP)).blocks)) == 1
+    assert loops(parse(ptx(wait))) == []
+    assert len(loops(parse(ptx(LOOP)))) == 1
 
 
 # --- global memory ---

@@ -123,6 +123,20 @@ def test_what_waits_for_an_mbarrier_is_no_loop():
     assert len(loops(parse(ptx(LOOP)))) == 1
 
 
+def test_a_loop_through_a_table_of_jumps():
+    """Two warps, of which the second goes round once more; each meets the other at the end."""
+    c = counted(
+        """mov.b32 %r2, 0; shr.u32 %r3, %r1, 5;
+    $loop: add.s32 %r2, %r2, 1; setp.gt.u32 %p1, %r2, %r3; selp.b32 %r4, 1, 0, %p1;
+        $table: .branchtargets $loop, $done; brx.idx %r4, $table;
+    $done: bar.sync 0;""",
+        threads=64,
+    )
+    (loop,) = c.loops
+    assert loop.iterations == 1 + 2
+    assert c.waits == {"barriers": 2}
+
+
 # --- global memory ---
 
 PLACES = {  # name: (bytes between threads, first byte, bytes a thread, sectors of a warp, the least, different bytes)

@@ -166,7 +166,7 @@ class Team:
             assert w is not None
             place = other.machine.kernel.place(w.line)
             told.append(f"{_names(other.machine.warps)}, at PTX line {w.line} ({place.source}), {w.what().rstrip(';')}")
-        more = "".join(f" ({_names(first.machine.warps)}; {'; '.join(told)})" if told else "")
+        more = f" ({_names(first.machine.warps)}; {'; '.join(told)})" if told else ""
         first.machine.fault(wait.line, f"{wait.what().rstrip(';')}{more};", wait.lane, wait.address)
 
 

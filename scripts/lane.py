@@ -85,6 +85,11 @@ def good(row: dict[str, Any]) -> bool:
     return bool(row["passed"]) and not row["failed"]
 
 
+def place(row: dict[str, Any]) -> tuple[list[int], str, str]:
+    """Where a row stands among others: the older Triton first."""
+    return [int(part) for part in re.findall(r"\d+", row["triton"])], row["arch"], row["tests"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of the record as Markdown."""
     lines = [f"| Triton | code | tests | {' | '.join(COUNTS)} |", "|---" * (3 + len(COUNTS)) + "|"]
@@ -116,7 +121,7 @@ def main() -> int:
         what = {"triton": version(folder), "arch": args.arch, "tests": " ".join(arguments) or "all"}
         print(f"== Triton {what['triton']}", flush=True)
         done.append(what | run(folder, args.arch, arguments))
-        record = [row for row in record if any(row[k] != what[k] for k in what)] + done[-1:]
+        record = sorted([row for row in record if any(row[k] != what[k] for k in what)] + done[-1:], key=place)
         args.record.parent.mkdir(parents=True, exist_ok=True)
         args.record.write_text(json.dumps(record, indent=1) + "\n")  # as they come: what is cut later keeps them
     if done:

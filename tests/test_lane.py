@@ -63,6 +63,14 @@ def test_counts_are_read_off():
     assert not lane.good(lane.counted([], ""))  # it died
 
 
+def test_older_tritons_come_first():
+    newest, oldest, middle = (
+        {"triton": triton, "arch": arch, "tests": "all"}
+        for triton, arch in (("3.10.0", "sm_80"), ("3.6.0", "sm_80"), ("3.6.0", "sm_90"))
+    )
+    assert sorted([newest, middle, oldest], key=lane.place) == [oldest, middle, newest]
+
+
 def test_the_table_in_the_evidence_is_that_of_the_record():
     text = (ROOT / "docs" / "evidence.md").read_text()
     between = text.split(lane.MARKS[0])[1].split(lane.MARKS[1])[0]

@@ -16,10 +16,10 @@ active() {
 }
 
 if PYTHON="$(active)" && has "$PYTHON" torch triton; then
-    if ! has "$PYTHON" numpy pytest pytest_benchmark xdist pytest_timeout hypothesis expecttest sklearn PIL matplotlib tqdm onnx onnxscript; then
+    if ! has "$PYTHON" platformdirs filelock numpy pytest pytest_benchmark xdist pytest_timeout hypothesis expecttest sklearn PIL matplotlib tqdm onnx onnxscript; then
         echo "Adding what is missing to the active environment, $PYTHON"
         "$PYTHON" -m pip install --disable-pip-version-check -q \
-            numpy pytest pytest-benchmark pytest-xdist pytest-timeout hypothesis expecttest scikit-learn pillow matplotlib tqdm onnx onnxscript ||
+            platformdirs filelock numpy pytest pytest-benchmark pytest-xdist pytest-timeout hypothesis expecttest scikit-learn pillow matplotlib tqdm onnx onnxscript ||
             echo "Not everything could be added; going on without"
     fi
 else

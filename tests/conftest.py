@@ -1,6 +1,7 @@
 """Chooses what runs the kernels: a GPU if there is one, else Triton's interpreter, or with --compiled the simulator."""
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Before any kernel is imported."""
+    # What the user's GPU has measured must not choose the plans of tests, nor tests those of the user.
+    os.environ["TCONV_CACHE_DIR"] = tempfile.mkdtemp(prefix="tconv-tests-")
     if config.getoption("--compiled", None):
         from tests import compiled
 

@@ -13,10 +13,11 @@ import tconv
 ROOT = pathlib.Path(tconv.__file__).parent
 # Each folder imports from itself and from these; "" is the face.
 BELOW = {
-    "": {"rehearsal", "dispatch", "launching", "planning"},
+    "": {"rehearsal", "dispatch", "launching", "records", "planning"},
     "rehearsal": {"dispatch", "launching", "planning"},
-    "dispatch": {"launching", "planning"},
-    "launching": {"planning", "kernels"},
+    "dispatch": {"launching", "records", "planning"},
+    "launching": {"records", "planning", "kernels"},
+    "records": {"planning"},
     "planning": set(),
     "kernels": set(),
 }

@@ -21,7 +21,7 @@ from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import fail, require_launchable, run
 from tconv.launching.memory_format import reach, shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
-from tconv.launching.record import Fallback, record_call
+from tconv.launching.record import Fallback, Slower, record_call
 from tconv.launching.self_check import undecided, works_on
 from tconv.planning import plan as planning
 from tconv.planning.addressing import LIMIT
@@ -30,7 +30,7 @@ from tconv.planning.problem import Geometry
 
 Backward = tuple[Prepared | None, Prepared | None, Prepared | None]  # launches for the gradients of x, w and bias
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-_prepared: BoundedCache[Any, Prepared] = BoundedCache()
+_prepared: BoundedCache[Any, Prepared | str] = BoundedCache()  # or why torch's kernel is to run
 # The lists of the `collecting()` blocks that this thread is in. Per context, like DRY: other threads rehearse other models.
 _collections: contextvars.ContextVar[tuple[list[Prepared], ...]] = contextvars.ContextVar("tconv_collections", default=())
 
@@ -48,7 +48,7 @@ def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tens
     if reach(w) > LIMIT:  # kernels address weights in 32 bits
         raise Fallback("a weight that 32 bits cannot address")
     y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
-    return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x))
+    return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x), g.policy != "always")
 
 
 class SharedOperand:
@@ -94,7 +94,8 @@ def weight_reduction(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared
 
 def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
     channels_last = g.channels_last if g.dw_channels_last is None else g.dw_channels_last
-    return prepare_wgrad(g.problem, dy, x, shaped(g.problem.shape("w"), channels_last, x.dtype), g.device or device_of(x))
+    dw = shaped(g.problem.shape("w"), channels_last, x.dtype)
+    return prepare_wgrad(g.problem, dy, x, dw, g.device or device_of(x), g.policy != "always")
 
 
 def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:
@@ -145,14 +146,18 @@ def checked_device(index: int) -> Device:
 def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
     """Returns the launch for this key from the cache, or makes and caches it.
 
-    key[1] is the call's `Geometry`. The cache is not used for dry calls, nor while plans are forced.
+    key[1] is the call's `Geometry`. The cache is not used for dry calls, nor while plans are forced. Deterministic algorithms,
+    which torch's kernel need not be, have entries of their own.
 
     Raises:
+        Slower: torch's kernel was measured to be faster.
         Fallback: no kernel can run the pass on the device.
         ValueError: a forced plan cannot run.
     """
     if planning.forced() is not None:
         return make()
+    if torch.are_deterministic_algorithms_enabled():
+        key = *key, "deterministic"
     found = None if key[1].dry else _prepared.get(key)
     if found is None:
         before = undecided()
@@ -160,9 +165,18 @@ def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
             found = make()
         except planning.Unplannable as e:
             raise Fallback(str(e)) from e
+        except Slower as e:
+            found = str(e)
         if not key[1].dry and undecided() == before:
             _prepared[key] = found
+    if isinstance(found, str):
+        raise Slower(found)
     return found
+
+
+def forget() -> None:
+    """Forgets all launches, so that every pass is planned anew by what is known now."""
+    _prepared.clear()
 
 
 def execute(

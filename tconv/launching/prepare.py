@@ -11,9 +11,10 @@ import torch
 
 from tconv.kernels.copy import copy_channels_last
 from tconv.launching.arguments import KERNELS, Prepared, dot_precision, numerics, options, prepared, tensor_cores
+from tconv.launching.dry_run import DRY
 from tconv.launching.fences import marked
 from tconv.launching.memory_format import addressing, shaped
-from tconv.launching.record import Call
+from tconv.launching.record import Call, Slower
 from tconv.planning import cost
 from tconv.planning import plan as planning
 from tconv.planning.addressing import LIMIT, flattened, vector
@@ -22,6 +23,8 @@ from tconv.planning.families import FAMILIES
 from tconv.planning.operands import GatherPass, Pass, WgradPass, chunk, strides, triple
 from tconv.planning.problem import ConvProblem, lift
 from tconv.planning.tiles import BF16X6
+from tconv.records.book import Measured, book
+from tconv.records.key import Cell, cell_of, machine
 
 # Prepares a pass on these two operands. The last argument is the only kernel to consider, or None for all that load through
 # pointers.
@@ -40,33 +43,103 @@ def prepare_gather(
     b: torch.Tensor | None,
     y: torch.Tensor,
     device: Device,
+    torch_may: bool = False,
 ) -> Prepared:
-    """Returns the launch of fprop (x -> y) or dgrad (x is dy, y is dx), with the kernel that the planner chooses.
+    """Returns the launch of fprop (x -> y) or dgrad (x is dy, y is dx): the plan that was measured, else the planner's choice.
 
     The implicit GEMM kernels load x one element at a time if its channels are not contiguous. Such operands are copied to
     channels last first if that is predicted to be faster, or is forced. The result keeps its memory format either way.
+
+    Args:
+        torch_may: whether the pass may be left to torch's kernel.
+    Raises:
+        Slower: a record says that torch's kernel is faster.
     """
     bias = None if b is None else b.stride(0)
 
+    def described(x: torch.Tensor, w: torch.Tensor) -> Pass:
+        return GatherPass(pass_, problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias)
+
     def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
-        c = GatherPass(pass_, problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias)
-        return prepare_pass(c, problem, y, device, only)
+        return prepare_pass(described(x, w), problem, y, device, only)
 
-    return _best(prepare, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
+    def best() -> Prepared:
+        return _best(prepare, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
+
+    return _as_measured(best, lambda: described(x, w), x.dtype, device, torch_may)
 
 
-def prepare_wgrad(problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device) -> Prepared:
+def prepare_wgrad(
+    problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device, torch_may: bool = False
+) -> Prepared:
     """Returns the launch of wgrad, from dy and x into dw.
 
-    If the plan has splits, each is written to a workspace slice with dw's strides. Operands are copied to channels last as in
-    `prepare_gather`.
+    If the plan has splits, each is written to a workspace slice with dw's strides. Operands are copied to channels last, and a
+    plan that was measured is taken, as in `prepare_gather`.
+
+    Raises:
+        Slower: a record says that torch's kernel is faster.
     """
 
-    def prepare(dy: torch.Tensor, x: torch.Tensor, only: str | None) -> Prepared:
-        c = WgradPass(problem, addressing(x), addressing(dw), addressing(dy), tensor_cores(x.dtype))
-        return prepare_pass(c, problem, dw, device, only)
+    def described(dy: torch.Tensor, x: torch.Tensor) -> Pass:
+        return WgradPass(problem, addressing(x), addressing(dw), addressing(dy), tensor_cores(x.dtype))
 
-    return _best(prepare, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
+    def prepare(dy: torch.Tensor, x: torch.Tensor, only: str | None) -> Prepared:
+        return prepare_pass(described(dy, x), problem, dw, device, only)
+
+    def best() -> Prepared:
+        return _best(prepare, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
+
+    return _as_measured(best, lambda: described(dy, x), x.dtype, device, torch_may)
+
+
+def _as_measured(
+    best: Callable[[], Prepared], describe: Callable[[], Pass], dtype: torch.dtype, device: Device, torch_may: bool
+) -> Prepared:
+    """Returns the launch of the plan that a record has for a pass, if it can run; else the planner's choice.
+
+    Args:
+        best: makes the launch that the planner chooses, or is told to choose.
+        describe: returns the pass.
+        dtype: of its operands.
+        device: the device to plan for.
+        torch_may: whether the pass may be left to torch's kernel.
+    Raises:
+        Slower: the record says that torch's kernel is faster, and torch may run it.
+    """
+    dry = DRY.get()
+    if planning.requested() is not None or (dry and dry.unmeasured) or book().empty:
+        return best()
+    c, where = describe(), machine(device.name)
+    cell = cell_of(c, str(dtype).removeprefix("torch."))
+    found = book().find(where, cell)
+    if found is None:
+        return best()
+    near, measured = found
+    if torch_may and measured.torch_is_faster and not torch.are_deterministic_algorithms_enabled():
+        raise Slower(f"{measured}{_elsewhere(near, cell)}")
+    for choices in _choices(measured, c.pass_, book().barred(where, cell)):
+        if device.works(FAMILIES[choices.kernel or ""].mechanism(choices.precision or "")):
+            try:
+                with planning.given(choices):
+                    launch = best()
+            except ValueError:  # not for this problem
+                continue
+            assert launch.call.plan is not None
+            return _replanned(launch, reason=f"{measured}{_elsewhere(near, cell)}; {launch.call.plan.reason}")
+    return best()
+
+
+def _choices(measured: Measured, pass_: str, barred: set[planning.Forced]) -> list[planning.Forced]:
+    """Returns the choices to try for a plan that was measured, here or nearby: with its number of splits, else with another."""
+    plan = measured.plan
+    if plan is None or plan.kernel not in planning.KERNELS[pass_] or plan in barred:
+        return []
+    return [plan, dataclasses.replace(plan, splits=None)]
+
+
+def _elsewhere(measured: Cell, cell: Cell) -> str:
+    return "" if measured == cell else ", of a problem nearby"
 
 
 def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepared:
@@ -159,7 +232,7 @@ def _best(
     Without a forced kernel, TMA is eligible from compute capability 9 on for problems without groups, the only ones on which a
     GPU has timed it. If anything else is forced, or in the interpreter, the pointer kernel runs.
     """
-    request = planning.forced()
+    request = planning.requested()
     if request and request.kernel == tma:
         try:
             if request.precision == BF16X6 and operands[0].dtype == torch.float32:
@@ -198,7 +271,7 @@ def _staged(
 
     Only operands whose channels are not contiguous are copied, and never those of a depthwise problem.
     """
-    native, request = prepare(*operands, None), planning.forced()
+    native, request = prepare(*operands, None), planning.requested()
     forced = request.staged if request else None
     if forced is False or not any(map(_channels_apart, operands)) or problem.depthwise or (device.interpreted and not forced):
         return native

@@ -24,6 +24,10 @@ class TransientFallback(Fallback):
     """This call falls back to torch, but the next one like it may not: memory ran out, for example."""
 
 
+class Slower(Fallback):
+    """The call falls back to torch because torch's kernel was measured to be faster. The text has both times."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One pass that tconv computed, or one call that fell back to torch.

@@ -13,7 +13,7 @@ from tconv.planning.cost import Cost, Work, price
 from tconv.planning.device import Device
 from tconv.planning.operands import Operands
 from tconv.planning.problem import ConvProblem
-from tconv.planning.tiles import Access, Tile
+from tconv.planning.tiles import BF16X6, Access, Tile
 
 MAX_TILE = 1 << 20  # elements of a block: Triton's own limit
 Spills = Mapping[int, tuple[Tile, ...]]
@@ -58,6 +58,10 @@ class Family:
     def kernel(self) -> tuple[str, str]:
         """The file in tconv/kernels that holds the kernel, and the name of its `@triton.jit` function."""
         return type(self).__module__.rpartition(".")[2], self.name
+
+    def mechanism(self, precision: str) -> str:
+        """Returns what a device must do right for the kernel in a precision (`Plan.mechanism`)."""
+        return precision if precision == BF16X6 else "tma" if self.tma else ""
 
     # --- what it can take ---
 

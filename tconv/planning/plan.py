@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -60,7 +61,12 @@ class Plan:
     @property
     def mechanism(self) -> str:
         """What a device must do right for this plan and not for a plain kernel: "tma", BF16X6, or "" for nothing."""
-        return self.precision or ("tma" if self.kernel in FAMILIES and FAMILIES[self.kernel].tma else "")
+        return FAMILIES[self.kernel].mechanism(self.precision) if self.kernel in FAMILIES else ""
+
+    @property
+    def choices(self) -> Forced:
+        """What `force` or `given` would have to be told for this plan."""
+        return Forced(self.kernel, self.tile, self.splits, bool(self.staged), self.precision or "ieee")
 
     def barred(self) -> Plan:
         """Returns this plan with the reason that it has if its mechanism does not work on the device."""
@@ -75,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Forced:
-    """The arguments of `force`."""
+    """The arguments of `force`, or the choices of a plan that was measured (`Plan.choices`)."""
 
     kernel: str | None
     tile: Tile | None
@@ -85,11 +91,30 @@ class Forced:
 
 
 _forced: Forced | None = None
+_given: contextvars.ContextVar[Forced | None] = contextvars.ContextVar("tconv_given", default=None)
 
 
 def forced() -> Forced | None:
     """Returns the arguments of the innermost active `force`, or None."""
     return _forced
+
+
+def requested() -> Forced | None:
+    """Returns what the planner is told to choose: by `force`, else by `given`; None if it is free."""
+    return _forced or _given.get()
+
+
+@contextlib.contextmanager
+def given(choices: Forced) -> Iterator[None]:
+    """Makes every plan that this thread makes inside the block use the given choices, as `force` does in the whole process.
+
+    A plan that cannot be raises ValueError. Where `force` is active, that counts.
+    """
+    token = _given.set(choices)
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 @contextlib.contextmanager
@@ -193,8 +218,9 @@ def _precisions(family: Family, operands: Operands, device: Device) -> tuple[str
     """Returns the precisions to consider, as values of `Plan.precision`. Only fp32 without TF32 has a choice: BF16X6."""
     if operands.itemsize != 4 or operands.tensor_cores or not family.cuts:
         return ("",)
-    if _forced and _forced.precision:
-        return (BF16X6 if _forced.precision == BF16X6 else "",)
+    request = requested()
+    if request and request.precision:
+        return (BF16X6 if request.precision == BF16X6 else "",)
     return ("", BF16X6) if can_cut(device) and not device.interpreted else ("",)
 
 
@@ -256,13 +282,13 @@ def choose_copy(channels: int, pixels: int, itemsize: int, device: Device) -> Pl
 def _fastest(plans: list[Plan], request: Forced | None) -> Plan:
     """Returns the plan that `Cost.rank` sorts first. Its `others` are the next three."""
     first, *rest = sorted(plans, key=lambda plan: plan.cost.rank if plan.cost else (0.0, 0.0))
-    why = "forced" if request else f"best of {len(plans)}"
+    why = f"best of {len(plans)}" if request is None else "forced" if _forced else "given"
     return replace(first, reason=f"{why}; {first.cost}", others=tuple(rest[:3]))
 
 
 def _request_for(pass_: str) -> Forced | None:
     """Returns the forced choices for this pass, or None, also if the forced kernel is not one of this pass."""
-    request = _forced
+    request = requested()
     return None if request is None or not (request.kernel is None or request.kernel in KERNELS[pass_]) else request
 
 

@@ -26,6 +26,7 @@ from tconv.planning.device import Device
 
 Triple = tuple[int, int, int]
 PASSES = ("fprop", "dgrad", "wgrad")
+POLICIES = ("auto", "always", "tune")
 
 
 def lift(values: Sequence[int], fill: int) -> Triple:
@@ -126,6 +127,8 @@ class Geometry:
         device: the device that a dry call is planned for; None for the tensors' own device.
         dw_channels_last: True if dw is channels_last, where its format may differ from that of y and dx
             (launching/memory_format.py `weight_format`).
+        policy: one of POLICIES: whether passes may be left to torch's kernel where that was measured to be faster ("auto"),
+            never ("always"), or after measuring them when they are first seen ("tune").
     """
 
     problem: ConvProblem
@@ -133,6 +136,7 @@ class Geometry:
     dry: bool = False
     device: Device | None = None
     dw_channels_last: bool | None = None
+    policy: str = "auto"
 
 
 def forward_problem(

@@ -26,12 +26,12 @@ from bench.timing import Clock, in_turns
 from tconv.launching import launch
 from tconv.launching.arguments import INTERPRET, Prepared
 from tconv.launching.memory_format import result_is_channels_last, weight_format
+from tconv.launching.workers import COMPILED, FOUND, compile_launches
 from tconv.planning.device import INTERPRETER, Device, cuda_device
 from tconv.planning.families import FAMILIES
 from tconv.planning.plan import KERNELS, Plan
 from tconv.planning.problem import Geometry
 from tconv.planning.tiles import Tile
-from tconv.precompile import COMPILED, FOUND, compile_launches
 
 SPLITS = 2  # numbers of splits to try on either side of the planned one
 SLICE = 24  # cells whose kernels are compiled at a time, so that a run that is cut has measured some

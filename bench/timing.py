@@ -7,57 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tconv.planning.device import Limits
+from tconv.tune import clock
 
-FLUSH = 256 << 20  # bytes: four times the L2 cache of an H200
 BUDGET = 0.06  # seconds of measured calls
-HEAD_START = 300_000  # cycles, about 0.15 ms: several launches queue up behind them
 
 
-class Clock:
-    """A timer for pytest-benchmark, which asks it before and after each call and takes the difference.
-
-    On a GPU both answers come from events in the stream, so that a launch's time on the host hides behind the flush before
-    it: the first answer is zero, the second the seconds between the events.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.start: Any = None
-        self.waste = torch.empty(FLUSH if self.cuda else 0, dtype=torch.int8, device=device)
-
-    def __call__(self) -> float:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        if self.start is None:
-            self.start = event
-            return 0.0
-        event.synchronize()
-        seconds: float = self.start.elapsed_time(event) / 1000
-        self.start = None
-        return seconds
-
-    def flush(self) -> None:
-        """Overwrites the L2 cache and gives the host a head start; queued, like everything else."""
-        self.start = None  # a call that raised has left it
-        self.waste.zero_()
-        if self.cuda:
-            torch.cuda._sleep(HEAD_START)
-
-    def once(self, call: Callable[[], Any]) -> float:
-        """Seconds of one call, after the flush."""
-        self.flush()
-        before = self()
-        call()
-        return self() - before
+class Clock(clock.Clock):
+    """The tuner's clock, which is also a timer for pytest-benchmark: that asks it before and after each call."""
 
     def rounds(self, call: Callable[[], Any]) -> int:
         """How many calls fit the budget, from one that is timed: 5 to 100."""

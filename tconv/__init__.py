@@ -7,6 +7,7 @@
     Conv2d etc., functional           layers and functions to call directly
     last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
     precompile                        compiles ahead of time what a model will launch
+    tune, load_record                 measure a model's convolutions on the GPU here, and choose by what was measured
     decompositions                    tconv's operators in terms of aten's, for graphs that may only have aten's
     force, Tile                       plans chosen by hand, for tests and measurements
     tconv.distributed                 convolutions of DTensors; must be imported by name
@@ -38,6 +39,7 @@ from tconv.planning.tiles import Tile
 from tconv.precompile import Precompiled, precompile
 from tconv.restored import restored
 from tconv.swap import replace_, restore_
+from tconv.tune import Tuned, load_record, tune
 
 __version__ = "0.1.0"
 
@@ -58,6 +60,7 @@ __all__ = [
     "LazyConvTranspose3d",
     "Precompiled",
     "Tile",
+    "Tuned",
     "decompositions",
     "disable",
     "enable",
@@ -67,9 +70,11 @@ __all__ = [
     "functional",
     "is_enabled",
     "last_calls",
+    "load_record",
     "precompile",
     "recording",
     "replace_",
     "restore_",
     "restored",
+    "tune",
 ]

@@ -68,3 +68,22 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def own_record(tmp_path, monkeypatch):
+    """A function that makes this process read its record anew, as another process would. The record is this test's own."""
+    from tconv.records.book import book
+    from tconv.tune import tuner
+
+    monkeypatch.setenv("TCONV_CACHE_DIR", str(tmp_path / "own"))
+
+    def afresh():
+        book.cache_clear()
+        tuner.forget()
+        return book()
+
+    afresh()
+    yield afresh
+    monkeypatch.undo()
+    afresh()

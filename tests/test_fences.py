@@ -215,7 +215,7 @@ def test_a_mark_that_nobody_reads_is_an_error():
         from tconv.launching.compiled import stand_ins
         from tconv.planning.device import DEVICES
         from tconv.planning.problem import forward_problem
-        from tconv.precompile import _Target
+        from tconv.launching.workers import _Target
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
         from triton.runtime.errors import PTXASError

@@ -13,7 +13,8 @@ import tconv
 ROOT = pathlib.Path(tconv.__file__).parent
 # Each folder imports from itself and from these; "" is the face.
 BELOW = {
-    "": {"rehearsal", "dispatch", "launching", "records", "planning"},
+    "": {"tune", "rehearsal", "dispatch", "launching", "records", "planning"},
+    "tune": {"rehearsal", "dispatch", "launching", "records", "planning"},
     "rehearsal": {"dispatch", "launching", "planning"},
     "dispatch": {"launching", "records", "planning"},
     "launching": {"records", "planning", "kernels"},

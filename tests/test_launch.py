@@ -15,14 +15,13 @@ import torch
 
 import tconv
 from tconv.dispatch import check, entry
-from tconv.launching import compiled, launch
+from tconv.launching import compiled, launch, workers
 from tconv.launching.record import TransientFallback
 from tconv.planning.tiles import Tile
 from tests import parity
 from tests.test_explain import BLOCKED
 
 ROOT = pathlib.Path(tconv.__file__).parents[1]
-precompile = sys.modules["tconv.precompile"]  # tconv.precompile is the function
 
 
 OWN_CACHE = ("precompiled", "boxes", "nested", "not_loaded")  # of what is compiled
@@ -327,17 +326,17 @@ def test_bad_input_to_precompile():
 def test_a_kernel_that_does_not_compile_is_named_and_the_others_go_on(tmp_path):
     out = script(
         """
-        import sys, warnings
+        import warnings
+        from tconv.launching import workers
 
-        precompile = sys.modules["tconv.precompile"]
-        make = precompile._task
+        make = workers._task
         def spoiled(launch, backend):
             task = make(launch, backend)
             bad = {"wgrad": ("BLOCK_K", 24), "dgrad": ("NO_SUCH", 1)}.get(launch.call.operation)
             constants = {**task.constants, **dict([bad] if bad else [])}
             kernel = ("tests.dying", "kernel") if launch.call.operation == "fprop" else task.kernel
-            return precompile.Task(task.name, kernel, task.arguments, constants)
-        precompile._task = spoiled
+            return workers.Task(task.name, kernel, task.arguments, constants)
+        workers._task = spoiled
 
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -360,13 +359,12 @@ def test_a_kernel_that_does_not_compile_is_named_and_the_others_go_on(tmp_path):
 def test_a_worker_may_write_to_stdout(tmp_path):
     out = script(
         """
-        import sys
+        from tconv.launching import workers
 
-        precompile = sys.modules["tconv.precompile"]
-        kernel = precompile.Task("noisy", ("tests.noisy", "kernel"), (), {})
-        gone = precompile.Task("gone", ("tests.dying", "kernel"), (), {})
+        kernel = workers.Task("noisy", ("tests.noisy", "kernel"), (), {})
+        gone = workers.Task("gone", ("tests.dying", "kernel"), (), {})
         from triton.backends.compiler import GPUTarget
-        print(precompile._compile([kernel, gone], GPUTarget("cuda", 90, 32), 1, False))
+        print(workers._compile([kernel, gone], GPUTarget("cuda", 90, 32), 1, False))
         """,
         TRITON_CACHE_DIR=str(tmp_path),
     )
@@ -377,10 +375,10 @@ def test_a_worker_may_write_to_stdout(tmp_path):
 @pytest.mark.parametrize("sent", ["written by C", ".", "cos\nnothing\n.", ""])
 def test_a_worker_that_sends_no_answer_is_ended(sent):
     """One that lives on would be waited for for ever."""
-    worker = precompile._Worker.__new__(precompile._Worker)
+    worker = workers._Worker.__new__(workers._Worker)
     code = f"import sys, time; sys.stdout.write({sent!r} + '\\n'); sys.stdout.flush(); time.sleep(600 if {sent!r} else 0)"
     worker.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert "died, with status" in worker(precompile.Task("", ("", ""), (), {}))
+    assert "died, with status" in worker(workers.Task("", ("", ""), (), {}))
     assert worker.process.poll() is not None
     worker.close()
 
@@ -408,8 +406,8 @@ def test_as_many_workers_as_this_process_may_have(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5}, raising=False)
     jobs = []
-    monkeypatch.setattr(precompile, "_compile", lambda tasks, gpu, jobs_, progress: jobs.append(jobs_) or [])
-    precompile.compile_launches([], None)
+    monkeypatch.setattr(workers, "_compile", lambda tasks, gpu, jobs_, progress: jobs.append(jobs_) or [])
+    workers.compile_launches([], None)
     assert jobs == [2]
 
 

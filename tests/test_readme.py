@@ -18,6 +18,7 @@ PRINTED = {  # what the examples of a document print, among else
     "docs/explain.md": ("fprop: gather", "dgrad: gather", "wgrad: wgrad", "bias: bias"),
     "docs/kernels.md": ("fprop: gather",),
     "docs/support.md": ("Conv2d(3, 8",),
+    "docs/tuning.md": ("pass", "fprop", "total on ", "measured: tconv "),
     "docs/swapping.md": ("fprop: ", "dgrad: ", "wgrad: ", "0: torch.nn.Conv1d -> tconv.Conv1d", "filter_fn"),
 }
 
@@ -46,7 +47,7 @@ def test_what_a_document_names_is_there(path):
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_the_python_runs_as_it_stands(name, device):
+def test_the_python_runs_as_it_stands(name, device, own_record):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), torch.device(device):
         for block in blocks(name):

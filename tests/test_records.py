@@ -21,7 +21,7 @@ from tconv.planning.plan import Forced
 from tconv.planning.problem import Geometry, forward_problem
 from tconv.planning.tiles import Tile
 from tconv.records import book, file
-from tconv.records.book import Book, Measured, bar, line_of, mechanism_line
+from tconv.records.book import Book, Measured, barring, line_of, mechanism_line
 from tconv.records.key import OCTAVE, Cell, Machine, bucket, machine
 
 H200 = DEVICES["H200"]
@@ -51,7 +51,7 @@ def moved(octaves, cell=CELL):
 
 def test_what_is_written_is_read_by_another_process(path):
     read = written(
-        path, line_of(HERE, CELL, "N32 C64", FOUND), bar(HERE, CELL, PLAN, "wrong"), mechanism_line(HERE, "tma", True)
+        path, line_of(HERE, CELL, "N32 C64", FOUND), barring(HERE, CELL, PLAN, "wrong"), mechanism_line(HERE, "tma", True)
     )
     assert read.find(HERE, CELL) == (CELL, FOUND)
     assert read.barred(HERE, CELL) == {PLAN}
@@ -282,7 +282,7 @@ def test_a_plan_that_is_barred_is_not_chosen(known):
     cell = prepare.cell_of(
         prepare.GatherPass("fprop", PROBLEM, *map(prepare.addressing, operands()), True), "bfloat16"
     )  # fmt: skip
-    known.book.add([bar(machine(H200.name), cell, choices, "wrong")])
+    known.book.add([barring(machine(H200.name), cell, choices, "wrong")])
     assert planned().tile == guess.tile
 
 

@@ -27,7 +27,7 @@ from tconv.launching.arguments import Prepared
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY, Dry
 from tconv.launching.memory_format import FORMATS, weight_format
-from tconv.launching.record import Call, Fallback, TransientFallback, record_call
+from tconv.launching.record import Call, Fallback, Slower, TransientFallback, record_call
 from tconv.planning.plan import forced
 from tconv.planning.problem import Geometry
 
@@ -177,12 +177,16 @@ def _lookup(
 ) -> tuple[Found | Call, bool]:
     """Returns the launches of a kind of call, or the record of its fallback, and whether this is a dry run.
 
-    Dry runs and forced plans neither use nor fill the cache.
+    Dry runs and forced plans neither use nor fill the cache. Deterministic algorithms, which torch's kernel need not be, have
+    entries of their own.
     """
     dry = DRY.get()
     if dry or forced() is not None:
         return prepare(dry), dry is not None
     found = memory.get(key)
+    if (found is None or type(found) is not Prepared) and torch.are_deterministic_algorithms_enabled():
+        key = key, "deterministic"
+        found = memory.get(key)
     if found is None:
         found = memory[key] = prepare(None)
     return found, False
@@ -210,7 +214,10 @@ def _prepare_forward(
         raise
     except Fallback as e:
         return _left("_convolution", e)
-    return launch.convolution(transposed, g, x, w, b)
+    try:
+        return launch.convolution(transposed, g, x, w, b)
+    except Slower as e:
+        return _left("_convolution", e)
 
 
 def _refusal(chosen: Choice, operation: str, x: torch.Tensor, w: torch.Tensor) -> str | None:
@@ -249,7 +256,24 @@ def _prepare_backward(
         raise
     except Fallback as e:
         return _left("convolution_backward", e)
-    return launch.backward(transposed, g, dy, x, w, mask)
+    try:
+        return launch.backward(transposed, g, dy, x, w, mask)
+    except Slower as e:
+        slower = e
+    # Some of these gradients are torch's. That of the bias goes with that of the weight.
+    of_x, of_w = (wanted and _is_slower(transposed, g, dy, x, w, i) for i, wanted in enumerate(mask[:2]))
+    torchs = of_x, of_w, mask[2] and (of_w or not mask[1])
+    kept = tuple(wanted and not other for wanted, other in zip(mask, torchs, strict=True))
+    return Parts(kept, torchs) if any(kept) else _left("convolution_backward", slower)
+
+
+def _is_slower(transposed: bool, g: Geometry, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, which: int) -> bool:
+    """Returns True if torch's kernel was measured to be faster at the gradient of x (`which` is 0) or of w (1)."""
+    try:
+        launch.backward(transposed, g, dy, x, w, [which == i for i in range(3)])
+    except Slower:
+        return True
+    return False
 
 
 def _geometry(

@@ -21,7 +21,7 @@ from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.window import window
 from tconv.launching import launch
 from tconv.launching.arguments import Prepared
-from tconv.launching.record import Call, Fallback, TransientFallback, record_call
+from tconv.launching.record import Call, Fallback, Slower, TransientFallback, record_call
 from tconv.planning.plan import forced
 from tconv.planning.problem import Geometry
 
@@ -142,7 +142,10 @@ class _Convolve(torch.autograd.Function):
         grads = gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
         if not traced and repeatable and type(operations) is _ByKernels and not torch.is_grad_enabled() and forced() is None:
             how.left -= 1
-            how.again = _CachedBackward(how, dy, x, w, needs)
+            try:
+                how.again = _CachedBackward(how, dy, x, w, needs)
+            except Slower:  # torch runs a part of it
+                how.left = 0
         return *grads, None
 
 

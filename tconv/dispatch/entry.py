@@ -40,6 +40,12 @@ geometries: BoundedCache[Any, Geometry | str] = BoundedCache()  # of calls that 
 fast_paths: BoundedCache[Any, Any] = BoundedCache()
 
 
+def forget() -> None:
+    """Forgets the calls that may be repeated, and the launches that they hold."""
+    fast_paths.clear()
+    geometries.clear()
+
+
 def kernels_for(device: str) -> Any:
     """Returns the fast_path module, and imports with it, when first needed, everything that needs Triton.
 

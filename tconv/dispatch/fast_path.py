@@ -16,6 +16,7 @@ from tconv.dispatch import autograd
 from tconv.dispatch.context import global_state_differs, tensor_guard
 from tconv.dispatch.dynamo import opaque
 from tconv.launching import launch, profiling
+from tconv.launching.record import Slower
 from tconv.planning.plan import forced
 from tconv.planning.problem import Geometry
 
@@ -43,14 +44,21 @@ class FastPath:
         call: transposed, rank, stride, padding, output_padding, groups, dilation, as they were given.
         g: the call's geometry.
         x, w, b: input, weight and bias.
+
+    Attributes:
+        slower: why torch computes the call, whose kernel was measured to be faster; None if tconv does.
     """
 
-    __slots__ = ("call", "differentiable", "how", "precision", "tensor_guard")
+    __slots__ = ("call", "differentiable", "how", "precision", "slower", "tensor_guard")
 
     def __init__(self, call: tuple[Any, ...], g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> None:
         tensors = (x, w) if b is None else (x, w, b)
         self.call = call
-        self.how = autograd.ForwardState(call[0], g, launch.convolution(call[0], g, x, w, b), repeated=True)
+        self.slower: str | None = None
+        try:
+            self.how = autograd.ForwardState(call[0], g, launch.convolution(call[0], g, x, w, b), repeated=True)
+        except Slower as e:
+            self.slower = str(e)
         self.precision = fp32_precision("cuda", "conv")
         self.differentiable = any(t.requires_grad for t in tensors)
         self.tensor_guard = tensor_guard(*tensors)
@@ -69,7 +77,11 @@ class FastPath:
         groups: Any,
         dilation: Any,
     ) -> torch.Tensor | None:
-        """Returns the result, or None if the call differs from the accepted one."""
+        """Returns the result, or None if the call differs from the accepted one.
+
+        Raises:
+            Slower: torch's kernel was measured to be faster.
+        """
         transposed_, rank_, stride_, padding_, output_padding_, groups_, dilation_ = self.call
         same = (  # a layer passes the same objects again
             stride is stride_
@@ -87,6 +99,10 @@ class FastPath:
             or global_state_differs(self.precision)
         ):
             return None
+        if self.slower is not None:
+            if torch.are_deterministic_algorithms_enabled():
+                return None
+            raise Slower(self.slower)
         event = profiling.begin_call(transposed, self.how.g, x, w, b) if profiler._is_profiler_enabled else None
         try:
             if self.differentiable and torch.is_grad_enabled():

@@ -110,6 +110,13 @@ def choice(selections: Iterable[Selection]) -> Choice:
     return found
 
 
+def forget() -> None:
+    """Forgets all launches."""
+    for known in _choices.values():
+        known.forward.clear()
+        known.backward.clear()
+
+
 class Chooser(Protocol):
     """Tells which `Choice` applies to the calls of a registered kernel.
 

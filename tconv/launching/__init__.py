@@ -14,5 +14,6 @@ launch. In reading order:
     compiled       launches a kernel, directly from the second time on; knows what is compiled and what failed
     self_check     whether TMA and BF16X6 give right results on a device, asked of the device itself
     launch         fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
+    workers        compiles kernels in parallel, in other processes
     variants       every kernel variant that the planner can choose, for scripts/codegen.py
 """

@@ -74,6 +74,11 @@ class Prepared:
     ready: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
+    def parts(self) -> list[Prepared]:
+        """All launches that this one makes: copies of operands, itself, and the sum of the splits."""
+        return [part for part in (*self.copies, self, self.total) if part]
+
+    @property
     def tail(self) -> tuple[Any, ...]:
         """All kernel arguments after the pointers, in the kernel's order."""
         named = {**dict(zip(integers_of(self.kernel), self.integers, strict=True)), **self.constants}

@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tconv.launching.arguments import INTERPRET, Box, Prepared
 from tconv.launching.cache import BoundedCache
 from tconv.launching.record import Fallback, TransientFallback
-from tconv.planning.plan import forced
+from tconv.planning.plan import requested
 
 Pointers = tuple[torch.Tensor, ...]
 Relaunch = Callable[[Pointers, list[int]], bool]
@@ -66,7 +66,7 @@ def run(launch: Prepared, pointers: Pointers) -> None:
         TransientFallback: the kernel is not compiled and a CUDA graph is being captured, or an error occurred that may not
             recur.
         Fallback: this variant of the kernel fails every time.
-        Exception: the original error, if a plan is forced.
+        Exception: the original error, if a plan is requested.
     """
     device = pointers[0].get_device()  # -1 for the CPU
     if device >= 0 and device != torch.cuda.current_device():
@@ -140,8 +140,11 @@ def require_launchable(launch: Prepared, operands: Pointers, more: Pointers) -> 
         Fallback: a part fails every time.
     """
     device = operands[0].get_device()
-    needed = [part for part in (*launch.copies, launch, launch.total) if part]
-    if not AMD and all(device in part.ready for part in needed) and not any(t.data_ptr() & 15 for t in (*operands, *more)):
+    if (
+        not AMD
+        and all(device in part.ready for part in launch.parts)
+        and not any(t.data_ptr() & 15 for t in (*operands, *more))
+    ):
         return  # each part has run on aligned tensors, as copies and the workspace are too
     if not _failed and not capturing(device):
         return
@@ -157,7 +160,7 @@ def require_launchable(launch: Prepared, operands: Pointers, more: Pointers) -> 
 
 
 def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
-    """Turns an error of a launch into a fallback of its call, with a warning. If a plan is forced, raises the error itself.
+    """Turns an error of a launch into a fallback of its call, with a warning. If a plan is requested, raises the error itself.
 
     Args:
         key: what the launch is specialised on, from `_specialised`; None if the error came before that was known.
@@ -166,7 +169,7 @@ def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:
         TransientFallback: the error may not recur, so the next call tries again.
         Fallback: the error would recur. The variant is remembered, and later calls that need it fall back at once.
     """
-    if forced() is not None:
+    if requested() is not None:
         raise error
     text = str(error).strip()[:1000]  # a compiler may print pages
     what = f"{launch.kernel.__name__} of {launch.call.operation} in {str(launch.pointers[0]).removeprefix('torch.')}"

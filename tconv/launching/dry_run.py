@@ -18,25 +18,22 @@ class Dry:
 
     Attributes:
         device: the device to plan for, wherever the tensors are; None for the tensors' own device.
-        unmeasured: True to plan by prediction alone, as if nothing had been measured.
     """
 
     device: Device | None = None
-    unmeasured: bool = False
 
 
 DRY: contextvars.ContextVar[Dry | None] = contextvars.ContextVar("tconv_dry", default=None)
 
 
 @contextlib.contextmanager
-def dry_run(device: Device | None = None, unmeasured: bool = False) -> Iterator[None]:
+def dry_run(device: Device | None = None) -> Iterator[None]:
     """Plans and records the calls that this thread makes in the block, and their backward passes, without computing them.
 
     Args:
         device: the device to plan for; tensors may then be on any device, such as "meta". None for the tensors' own device.
-        unmeasured: whether to plan by prediction alone, as if nothing had been measured.
     """
-    token = DRY.set(Dry(device, unmeasured))
+    token = DRY.set(Dry(device))
     try:
         with torch.autograd.set_multithreading_enabled(False):  # so that a GPU's backward runs in this thread too
             yield

@@ -34,6 +34,10 @@ _prepared: BoundedCache[Any, Prepared | str] = BoundedCache()  # or why torch's 
 # The lists of the `collecting()` blocks that this thread is in. Per context, like DRY: other threads rehearse other models.
 _collections: contextvars.ContextVar[tuple[list[Prepared], ...]] = contextvars.ContextVar("tconv_collections", default=())
 
+_asked: contextvars.ContextVar[tuple[tuple[list[Asked], Callable[[], str]], ...]] = contextvars.ContextVar(
+    "tconv_asked", default=()
+)  # of the `asking()` blocks
+
 
 def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
     """Returns the launch of fprop, or of dgrad if `transposed`, for these tensors; pass it to `convolve`."""
@@ -199,7 +203,7 @@ def execute(
     try:
         out = operands[0].new_empty_strided(launch.shape, launch.strides)
         if dry:
-            _collect(launch)
+            _collect(launch, operands, more)
         else:
             event = profiling.begin_launch(launch.call) if profiler._is_profiler_enabled else None
             try:
@@ -244,9 +248,59 @@ def to_channels_last(copy: Prepared, t: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _collect(launch: Prepared) -> None:
+def _collect(launch: Prepared, operands: tuple[torch.Tensor, ...], more: tuple[torch.Tensor, ...]) -> None:
     for launches in _collections.get():
-        launches += [part for part in (*launch.copies, launch, launch.total) if part]
+        launches += launch.parts
+    for asked, where in _asked.get():
+        bias = next((form_of(t) for t in more if t is not operands[0]), None)
+        asked.append(Asked(launch, tuple(map(form_of, operands)), bias, where()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A tensor without its elements: shape, strides, dtype, and the remainder of its address modulo 16."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int = 0
+
+
+def form_of(t: torch.Tensor) -> Form:
+    """Returns the form of a tensor."""
+    return Form(tuple(t.shape), t.stride(), t.dtype, t.data_ptr() % 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A pass that a dry call asked for.
+
+    Attributes:
+        launch: what would run.
+        operands: the forms of its two operands; of one for the bias gradient.
+        bias: the form of the bias that it adds, or None.
+        where: what the function given to `asking` returned.
+    """
+
+    launch: Prepared
+    operands: tuple[Form, ...]
+    bias: Form | None
+    where: str
+
+
+@contextlib.contextmanager
+def asking(where: Callable[[], str] = str) -> Iterator[list[Asked]]:
+    """Yields a list that fills with the passes that this thread's dry calls in the block ask for.
+
+    Args:
+        where: called for each, to tell where it was asked for.
+    """
+    asked: list[Asked] = []
+    token = _asked.set((*_asked.get(), (asked, where)))
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import torch
 
 from tconv.kernels.copy import copy_channels_last
 from tconv.launching.arguments import KERNELS, Prepared, dot_precision, numerics, options, prepared, tensor_cores
-from tconv.launching.dry_run import DRY
 from tconv.launching.fences import marked
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call, Slower
@@ -23,7 +22,7 @@ from tconv.planning.families import FAMILIES
 from tconv.planning.operands import GatherPass, Pass, WgradPass, chunk, strides, triple
 from tconv.planning.problem import ConvProblem, lift
 from tconv.planning.tiles import BF16X6
-from tconv.records.book import Measured, book
+from tconv.records.book import Measured, book, is_set_aside
 from tconv.records.key import Cell, cell_of, machine
 
 # Prepares a pass on these two operands. The last argument is the only kernel to consider, or None for all that load through
@@ -107,8 +106,7 @@ def _as_measured(
     Raises:
         Slower: the record says that torch's kernel is faster, and torch may run it.
     """
-    dry = DRY.get()
-    if planning.requested() is not None or (dry and dry.unmeasured) or book().empty:
+    if planning.requested() is not None or is_set_aside() or book().empty:
         return best()
     c, where = describe(), machine(device.name)
     cell = cell_of(c, str(dtype).removeprefix("torch."))

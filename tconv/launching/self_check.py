@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tconv.launching.arguments import Prepared
 from tconv.launching.compiled import capturing, lasting, run_once
 from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import addressing
@@ -113,22 +114,45 @@ def _result(
     precision: str,
 ) -> torch.Tensor:
     """Returns the result of a pass by a kernel in a precision, in memory that held NaN. It has the shape of `like`."""
-    result = torch.full_like(like, float("nan"))
+    result = torch.empty_like(like)
     fast = like.dtype != torch.float32  # whatever torch's flag says of TF32
     first, second, third = (addressing(t) for t in (*operands, result))
     c: Pass
-    pointers: tuple[torch.Tensor, ...] = operands
+    more: tuple[torch.Tensor, ...] = ()
     if pass_ == "wgrad":
         c = WgradPass(PROBLEM, second, third, first, fast)
     else:
-        c, pointers = GatherPass(pass_, PROBLEM, first, second, third, fast), (*operands, operands[0])  # no bias is read
+        c, more = GatherPass(pass_, PROBLEM, first, second, third, fast), operands[:1]  # no bias is read
     launch = prepare_pass(c, PROBLEM, result, planned, kernel, precision)
-    if launch.swapped:
-        pointers = pointers[::-1]
-    if launch.total is None:
-        run_once(launch, (*pointers, result))
-    else:
-        workspace = torch.full((launch.splits * result.numel(),), float("nan"), device=result.device)
-        run_once(launch, (*pointers, workspace))
-        run_once(launch.total, (workspace, result))
+    run_poisoned(launch, operands, more, result)
     return result
+
+
+def run_poisoned(
+    launch: Prepared, operands: tuple[torch.Tensor, ...], more: tuple[torch.Tensor, ...], result: torch.Tensor
+) -> None:
+    """Runs every part of a launch once, by Triton's dispatch, into memory that held NaN. Errors are raised as they are.
+
+    Args:
+        operands: the operands that may be copied to channels last first.
+        more: other tensors that the kernel reads.
+        result: the tensor to write, with the launch's shape and strides.
+    """
+    nan = float("nan")
+    result.fill_(nan)
+    if launch.copies:
+        operands = tuple(_copied(copy, t) if copy else t for copy, t in zip(launch.copies, operands, strict=True))
+    if launch.swapped:
+        operands = operands[::-1]
+    if launch.total is None:
+        run_once(launch, (*operands, *more, result))
+    else:
+        workspace = torch.full((launch.splits * result.numel(),), nan, dtype=launch.total.pointers[0], device=result.device)
+        run_once(launch, (*operands, *more, workspace))
+        run_once(launch.total, (workspace, result))
+
+
+def _copied(copy: Prepared, t: torch.Tensor) -> torch.Tensor:
+    made = t.new_empty_strided(copy.shape, copy.strides).fill_(float("nan"))
+    run_once(copy, (t, made))
+    return made

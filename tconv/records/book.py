@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ from tconv.records.file import Line
 from tconv.records.key import OCTAVE, Cell, Machine, tuples
 
 SHIPPED = pathlib.Path(__file__).parent
+_set_aside: contextvars.ContextVar[bool] = contextvars.ContextVar("tconv_set_aside", default=False)
 NEAR = OCTAVE  # how far apart a cell and one whose measurement it takes may be: an octave in images and pixels together
 
 
@@ -175,6 +178,21 @@ def book() -> Book:
     return Book(file.own())
 
 
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+    """Within the block, this thread plans by prediction alone, as if nothing had been measured."""
+    token = _set_aside.set(True)
+    try:
+        yield
+    finally:
+        _set_aside.reset(token)
+
+
+def is_set_aside() -> bool:
+    """Returns True within a block of `set_aside`."""
+    return _set_aside.get()
+
+
 def line_of(where: Machine, cell: Cell, problem: str, measured: Measured) -> Line:
     """Returns the line of a measurement. `problem` is for people to read."""
     times = {"ms": measured.seconds, "torch_ms": measured.torch, "predicted_ms": measured.predicted, "guess_ms": measured.guess}
@@ -184,7 +202,7 @@ def line_of(where: Machine, cell: Cell, problem: str, measured: Measured) -> Lin
     }  # fmt: skip
 
 
-def bar(where: Machine, cell: Cell, plan: Forced, reason: str) -> Line:
+def barring(where: Machine, cell: Cell, plan: Forced, reason: str) -> Line:
     """Returns the line that bars a plan of a cell on a machine, with the reason for people to read."""
     return {**_key(where, cell), "barred": plan_to(plan), "reason": reason}
 

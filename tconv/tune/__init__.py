@@ -1,0 +1,17 @@
+"""Measures a model's convolutions on the GPU here: tconv's plans and torch's kernel beside each other (docs/tuning.md).
+
+`python -m tconv.tune` is the command. In reading order:
+
+    clock       the time of one call
+    subject     a pass to measure: its operands, tconv's launch of it under any plan, and torch's call
+    candidates  the plans of a pass that are worth measuring
+    measure     checks each candidate, then times them, fewer and fewer
+    table       what was measured of a model, for people to read
+    tuner       `tune` and `load_record`
+    __main__    the command
+"""
+
+from tconv.tune.table import Row, Tuned
+from tconv.tune.tuner import load_record, tune
+
+__all__ = ["Row", "Tuned", "load_record", "tune"]

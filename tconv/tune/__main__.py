@@ -1,0 +1,96 @@
+"""The command: measures the convolutions of the benchmark suite on the GPU here, and keeps what is fastest.
+
+python -m tconv.tune --suite [--layer NAME ...] [--precision bf16 ...] [--record FILE]    # from a checkout
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tconv.planning.problem import PASSES
+from tconv.tune import tuner
+from tconv.tune.subject import Asked, Subject
+
+
+def suite(names: Sequence[str], precisions: Sequence[str], tiny: bool) -> list[Asked]:
+    """Returns the passes of the suite's layers (bench/layers.json) in both memory formats.
+
+    Args:
+        names: only these layers; all of them if empty.
+        precisions: some of "bf16", "fp16", "tf32" and "fp32". The last two differ by torch's setting, so only one may be given.
+        tiny: whether to shrink the layers, for a dry run by the interpreter.
+    Raises:
+        ValueError: a layer does not exist.
+    """
+    from tconv.launching.launch import form_of
+    from tconv.launching.memory_format import result_is_channels_last, shaped, weight_format
+
+    bench: Any = importlib.import_module("bench.layers")
+    providers: Any = importlib.import_module("bench.providers")
+    layers = {layer.name: layer.tiny() if tiny else layer for layer in bench.layers()}
+    unknown = [name for name in names if name not in layers]
+    if unknown:
+        raise ValueError(f"no layer {unknown[0]!r} in {bench.FILE.name}")
+    found = []
+    for name, precision, layout in itertools.product(names or layers, precisions, providers.LAYOUTS):
+        o = providers.operands(layers[name], precision, "meta").in_layout(layout)
+        channels_last = result_is_channels_last(o.x, o.w)
+        problem, x, y = o.layer.problem, *((o.dy, o.x) if o.layer.transposed else (o.x, o.dy))
+        operands = {"fprop": (x, o.w), "dgrad": (y, o.w), "wgrad": (y, x)}
+        for pass_ in PASSES:
+            shape = problem.shape({"fprop": "y", "dgrad": "x", "wgrad": "w"}[pass_])
+            last = weight_format(o.w, channels_last) if pass_ == "wgrad" else channels_last
+            result = form_of(shaped(torch_size(shape), last, o.x.dtype))
+            forward = pass_ == ("dgrad" if o.layer.transposed else "fprop")
+            bias = form_of(o.b) if forward and o.b is not None else None
+            subject = Subject(pass_, problem, tuple(map(form_of, operands[pass_])), bias, result)
+            found.append(Asked(subject, [f"{name} {precision} {layout}"], 1))
+    return found
+
+
+def torch_size(shape: tuple[int, ...]) -> Any:
+    import torch
+
+    return torch.Size(shape)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m tconv.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", action="store_true", help="measure the layers of bench/layers.json")
+    parser.add_argument("--layer", action="append", default=[], help="only this layer of the suite")
+    parser.add_argument("--precision", action="append", choices=("bf16", "fp16", "tf32", "fp32"), help="bf16 if not given")
+    parser.add_argument("--record", help="a file to add the lines to, to ship; the user's own record gets them too")
+    parser.add_argument("--again", action="store_true", help="measure also what the record has")
+    parser.add_argument("--jobs", type=int, help="processes that compile; one per core if not given")
+    parser.add_argument("--tiny", action="store_true", help="shrink the layers: a dry run, on a CPU by the interpreter")
+    args = parser.parse_args(arguments)
+    if not args.suite:
+        parser.error("say --suite; a model is measured by tconv.tune(model, *inputs)")
+    precisions = args.precision or ["bf16"]
+    if {"tf32", "fp32"} <= {*precisions}:
+        parser.error("tf32 and fp32 differ by a setting of the process: run twice")
+    try:
+        importlib.import_module("bench.layers")
+    except ImportError as e:
+        print(f"--suite needs a checkout of tconv as the current directory: {e}", file=sys.stderr)
+        return 2
+    importlib.import_module("bench.providers").set_precision(precisions[-1])
+    try:
+        device, planned = tuner.device_here()
+        asked = suite(args.layer, precisions, args.tiny)
+    except (RuntimeError, ValueError) as e:
+        print(e, file=sys.stderr)
+        return 2
+    print(tuner.tune_passes(asked, device, planned, (), args.record, args.again, args.jobs))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

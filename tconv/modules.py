@@ -44,9 +44,11 @@ class _Layer:
     Attributes:
         _tconv_rank: number of spatial dimensions. Not taken from `kernel_size`, for which torch.nn accepts any length at
             construction and raises at the call.
+        _tconv_policy: one of planning.problem's POLICIES.
     """
 
     _tconv_rank: int
+    _tconv_policy = "auto"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -71,7 +73,7 @@ class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
         rank, padding = self._tconv_rank, self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO[rank]
-        y = convolve(False, rank, input, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
+        y = convolve(False, rank, input, weight, bias, self.stride, padding, 0, self.groups, self.dilation, self._tconv_policy)
         if y is None:  # what torch's `_conv_forward` calls, which would pad once more
             y = getattr(F, f"conv{rank}d")(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y
@@ -94,8 +96,9 @@ class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
                 input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation  # type: ignore[arg-type]
             )  # fmt: skip
             y = convolve(
-                True, rank, input, weight, bias, self.stride, self.padding, tuple(output_padding), self.groups, self.dilation
-            )
+                True, rank, input, weight, bias, self.stride, self.padding, tuple(output_padding), self.groups, self.dilation,
+                self._tconv_policy,
+            )  # fmt: skip
         return _torchs(self).forward(self, input, output_size) if y is None else y  # type: ignore[no-any-return]
 
 

@@ -23,9 +23,10 @@ import torch
 
 from tconv.dispatch import entry, registration, scope
 from tconv.dispatch.dynamo import opaque
-from tconv.dispatch.selection import EVERYTHING, Choice, Selection, choice, select
+from tconv.dispatch.selection import Choice, Selection, choice, one_policy, select
 from tconv.launching.cache import BoundedCache
 from tconv.launching.record import Fallback
+from tconv.planning.problem import check_policy
 
 MADE_BY = ("convolution", "_convolution", "convolution_backward")  # the operators for which autograd creates nodes
 DYNAMO = os.path.join("torch", "_dynamo")
@@ -43,6 +44,7 @@ def enable(
     operations: Iterable[str] | None = None,
     ranks: Iterable[int] | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
+    policy: str = "auto",
 ) -> None:
     """Runs torch's convolutions by tconv's kernels, in the whole process or inside one model, until `disable()`.
 
@@ -63,10 +65,12 @@ def enable(
             A transposed convolution is a dgrad, and the gradient of its input an fprop. None: all.
         ranks: some of 1, 2 and 3. None: all.
         dtypes: some of torch.float16, bfloat16, float32 and float64: the input's dtype after autocast. None: all.
+        policy: what to do where torch's kernel was measured to be faster, "auto", "always" or "tune", as in `replace_`. If
+            several `enable()` select a call, "always" goes before "tune", and that before "auto".
 
     Raises:
         TypeError: the model is not a module, or a selection is not a collection of values of the right type.
-        ValueError: a selection is empty, or has a value that tconv has no kernels for.
+        ValueError: a selection is empty, or has a value that tconv has no kernels for, or the policy does not exist.
 
     Example:
         >>> enable()
@@ -74,7 +78,7 @@ def enable(
         >>> enable(ranks=(1, 2), dtypes=(torch.bfloat16,))
         >>> disable()
     """
-    _begin(5, model, False, operations, ranks, dtypes)
+    _begin(5, model, False, operations, ranks, dtypes, policy)
 
 
 def disable(model: torch.nn.Module = PROCESS, /) -> None:
@@ -106,6 +110,7 @@ def enabled(
     operations: Iterable[str] | None = None,
     ranks: Iterable[int] | None = None,
     dtypes: Iterable[torch.dtype] | None = None,
+    policy: str = "auto",
 ) -> Iterator[None]:
     """A context manager: `enable()`, with the same arguments, until the block ends.
 
@@ -116,7 +121,7 @@ def enabled(
         >>> with enabled(layer):
         ...     y = layer(torch.ones(1, 1, 3))
     """
-    one = _begin(6, model, True, operations, ranks, dtypes)  # one frame more than `enable`: contextlib's
+    one = _begin(6, model, True, operations, ranks, dtypes, policy)  # one frame more than `enable`: contextlib's
     try:
         yield
     finally:
@@ -146,7 +151,8 @@ def is_enabled(
         TypeError, ValueError: as `enable` does.
     """
     _check("is_enabled", model)
-    asked = select(*(None if v is None else (v,) for v in (operation, rank, dtype)))
+    one_of = [None if v is None else (v,) for v in (operation, rank, dtype)]
+    asked = select(one_of[0], one_of[1], one_of[2])
     every = _process() + ([] if model is PROCESS else _hooked(model))
     return any(one.layer is not None and not one.layer.empty and one.selection.meets(asked) for one in every)
 
@@ -235,7 +241,11 @@ class _Override(registration.Registration):
 
     def _choose(self) -> None:
         selections = [one.selection for one in self.process]
-        alike = EVERYTHING in selections or (selections and not self.inside)  # the same choice inside and outside of models
+        # The same choice inside and outside of models.
+        alike = selections and (
+            not self.inside
+            or (any(s.everything for s in selections) and one_policy([*selections, *[one.selection for one in self.inside]]))
+        )
         self.chosen = choice(selections) if alike else None
         self.forget()
 
@@ -276,10 +286,12 @@ def _kernels(layer: _Override, device: str) -> dict[tuple[str, str], Any]:
     return {(operator, device.upper()): functools.partial(function, layer) for operator, function in ours.items()}
 
 
-def _begin(stacklevel: int, model: Any, block: bool, operations: Any, ranks: Any, dtypes: Any) -> _Enabled:
+def _begin(stacklevel: int, model: Any, block: bool, operations: Any, ranks: Any, dtypes: Any, policy: str) -> _Enabled:
     """Does what `enable()` and `enabled()` do. `stacklevel` is that of the user's call in a warning of `_Override`."""
-    _check("enabled" if block else "enable", model)
-    selection = select(operations, ranks, dtypes)
+    name = "enabled" if block else "enable"
+    _check(name, model)
+    check_policy(f"tconv.{name}", policy)
+    selection = select(operations, ranks, dtypes, policy)
     if model is PROCESS:
         one = _Enabled(selection, block)
         _open(one, stacklevel)

@@ -12,10 +12,12 @@ import torch
 from torch.nn.utils import parametrize
 
 from tconv import subclasses
+from tconv.planning.problem import check_policy
 from tconv.subclasses import COMPUTES, OURS, TORCHS, USERS
 
 __all__ = ["MARK", "OURS", "TORCHS", "replace_", "restore_"]
 
+POLICY = "_tconv_policy"  # set on a replaced module whose policy is not "auto", the class's
 MARK = "_tconv_replaced"  # set on a replaced module, so that copies and pickles of a model can be restored too
 
 Filter = Callable[[torch.nn.Module, str], bool]
@@ -23,7 +25,11 @@ Report = Callable[[str], object]
 
 
 def replace_(
-    model: torch.nn.Module, filter_fn: Filter | None = None, *, report: Report | bool | None = None
+    model: torch.nn.Module,
+    filter_fn: Filter | None = None,
+    *,
+    report: Report | bool | None = None,
+    policy: str = "auto",
 ) -> torch.nn.Module:
     """Replaces the convolution layers of a model by tconv's, in place.
 
@@ -36,9 +42,13 @@ def replace_(
         model: any module; may itself be a convolution.
         filter_fn: called with (module, qualified name) of each convolution that could be replaced; False leaves it alone.
         report: called with one line of text per convolution, which says what was done with it; True prints the lines.
+        policy: what the replaced layers do where torch's kernel was measured to be faster (docs/tuning.md): "auto" leaves the
+            call to torch; "always" runs tconv's kernels all the same; "tune" is "auto", and measures what has not been
+            measured when it is first seen. Without measurements tconv's kernels run.
     Returns:
         The same model.
     Raises:
+        ValueError: the policy does not exist.
         TypeError: `model` is not a module, or `filter_fn` or `report` cannot be called.
         RuntimeError: the class of a module cannot be changed.
         Whatever `filter_fn` or `report` raises. In all cases the model is unchanged.
@@ -53,12 +63,15 @@ def replace_(
         )
     """
     report = checked("replace_", model, filter_fn, report)
+    check_policy("tconv.replace_", policy)
     found = [f for name, module in model.named_modules() if (f := _to_replace(module, name, filter_fn))]
     with _undone_if_raised(found):
         for f in found:
             if f.target is not None:
                 _change(f.module, f.name, f.target)
                 f.module.__dict__[MARK] = True
+                if policy != "auto":
+                    f.module.__dict__[POLICY] = policy
         _report(report, found, "no convolution to replace")
     if all(f.cannot for f in found) and not any(isinstance(m, tuple(TORCHS)) for m in model.modules()):
         warnings.warn(_nothing(type(model).__name__, found), stacklevel=2)
@@ -86,6 +99,7 @@ def restore_(
             if f.target is not None:
                 _change(f.module, f.name, f.target)
                 f.module.__dict__.pop(MARK, None)
+                f.module.__dict__.pop(POLICY, None)
         _report(report, found, "no replaced convolution")
     return model
 

@@ -181,6 +181,8 @@ def _lookup(
     entries of their own.
     """
     dry = DRY.get()
+    if dry and dry.left:
+        raise Fallback(dry.left)
     if dry or forced() is not None:
         return prepare(dry), dry is not None
     found = memory.get(key)
@@ -209,7 +211,7 @@ def _prepare_forward(
         why = _refusal(chosen, "dgrad" if transposed else "fprop", x, w)
         if why:
             raise Fallback(why)
-        g = _geometry(transposed, x, w, b, parameters, dry)
+        g = _geometry(chosen, ("dgrad" if transposed else "fprop",), transposed, x, w, b, parameters, dry)
     except TransientFallback:  # must not be cached
         raise
     except Fallback as e:
@@ -247,7 +249,7 @@ def _prepare_backward(
             return Parts(tuple(ours), tuple(map(bool, refused)))
         for why in filter(None, refused):
             raise Fallback(why)
-        g = _geometry(transposed, x, w, None, parameters, dry)
+        g = _geometry(chosen, operations, transposed, x, w, None, parameters, dry)
         if dy.shape != g.problem.shape("x" if transposed else "y") or dy.dtype != x.dtype or dy.device != x.device:
             raise Fallback("an output's gradient that does not fit the layer")
         if mask[2] and bias_sizes != (dy.shape[1],):
@@ -277,7 +279,14 @@ def _is_slower(transposed: bool, g: Geometry, dy: torch.Tensor, x: torch.Tensor,
 
 
 def _geometry(
-    transposed: bool, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, parameters: Parameters, dry: Dry | None
+    chosen: Choice,
+    operations: tuple[str, ...],
+    transposed: bool,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    parameters: Parameters,
+    dry: Dry | None,
 ) -> Geometry:
     """Returns the geometry of a call, with the memory format that torch's own kernels would give its result.
 
@@ -302,4 +311,5 @@ def _geometry(
     format = torch._C._conv_determine_backend_memory_format(x, w, backend)
     channels_last = format == FORMATS[x.dim()]
     of_weight = weight_format(weight, channels_last)
-    return Geometry(g.problem, channels_last, dry is not None, dry.device if dry else None, of_weight)
+    policy = chosen.policy(operations, weight.dim() - 2, x.dtype)
+    return Geometry(g.problem, channels_last, dry is not None, dry.device if dry else None, of_weight, policy)

@@ -71,6 +71,7 @@ def convolve(
     output_padding: Any,
     groups: Any,
     dilation: Any,
+    policy: str = "auto",
 ) -> torch.Tensor | None:
     """Computes one of the six convolutions, or records why not and returns None: the caller then calls torch.
 
@@ -78,6 +79,7 @@ def convolve(
         transposed, rank: which of the six functions.
         x, w, b: input, weight and bias.
         stride, padding, output_padding, groups, dilation: in any form that torch accepts.
+        policy: one of planning.problem's POLICIES; registered operators have "auto".
     """
     if is_dynamo_compiling():
         return _operator(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
@@ -85,7 +87,7 @@ def convolve(
     try:
         if type(x) in PLAIN and type(w) in PLAIN and DRY.get() is None:
             try:
-                key = id(w), id(b), x.shape, x.requires_grad, w.requires_grad
+                key = id(w), id(b), policy, x.shape, x.requires_grad, w.requires_grad
                 seen = fast_paths.get(key)
             except TypeError:  # symbolic extents have no hash
                 key = seen = None
@@ -98,14 +100,14 @@ def convolve(
                 if y is not None:
                     return y
         asked = CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation)
-        return _convolve(key, asked, x, w, b)
+        return _convolve(key, asked, x, w, b, policy)
     except Fallback as e:
         record_call(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
 
 
 @opaque
-def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
+def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, policy: str) -> torch.Tensor:
     """Computes a call that is no repeated one. `key` is where `fast_paths` has the call; None if it must not be there."""
     tensors: tuple[Any, ...] = (x, w) if b is None else (x, w, b)
     for t in tensors:
@@ -135,7 +137,7 @@ def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any) -> torch.T
                 y = seen.again(*asked[:2], x, w, b, *asked[2:])
                 if y is not None:
                     return y
-    g = _geometry(asked, x, w, b)
+    g = _geometry(asked, x, w, b, policy)
     batched = x.dim() == asked.rank + 2
     if dry:
         g = dataclasses.replace(g, dry=True, device=dry.device)
@@ -152,7 +154,7 @@ def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any) -> torch.T
     return y if batched else y.squeeze(0)
 
 
-def _geometry(asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Geometry:
+def _geometry(asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, policy: str) -> Geometry:
     """Returns the geometry of a call, which is examined once per kind of call.
 
     Raises:
@@ -167,14 +169,14 @@ def _geometry(asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.T
         key = (
             transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
             None if b is None else (b.shape, b.stride(), b.dtype, b.device),
-            stride, padding, output_padding, groups, dilation, rank,
+            stride, padding, output_padding, groups, dilation, rank, policy,
         )  # fmt: skip
     except RuntimeError:  # one of them is nested
         raise Fallback(NOT_STRIDED) from None
     known = geometries.get(key)
     if known is None:
         try:
-            known = examine(asked, x, w, b)
+            known = dataclasses.replace(examine(asked, x, w, b), policy=policy)
         except Fallback as e:
             known = str(e)
         geometries[key] = known

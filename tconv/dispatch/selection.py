@@ -17,11 +17,17 @@ RANKS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Selection:
-    """The calls that one `enable()` selects, by operation, rank and dtype."""
+    """The calls that one `enable()` selects, by operation, rank and dtype, and its policy for them (POLICIES)."""
 
     operations: frozenset[str]
     ranks: frozenset[int]
     dtypes: frozenset[torch.dtype]
+    policy: str = "auto"
+
+    @property
+    def everything(self) -> bool:
+        """True if every call is selected."""
+        return (len(self.operations), len(self.ranks), len(self.dtypes)) == (len(OPERATIONS), len(RANKS), len(DTYPES))
 
     def takes(self, operation: str, rank: int, dtype: torch.dtype) -> bool:
         """Returns True if a call of this operation, rank and dtype is selected."""
@@ -34,15 +40,11 @@ class Selection:
     def __str__(self) -> str:
         """Returns the keywords of `enable()` that give this selection."""
         named = (("operations", self.operations, OPERATIONS), ("ranks", self.ranks, RANKS), ("dtypes", self.dtypes, DTYPES))
-        return ", ".join(
-            f"{name}={tuple(v for v in every if v in some)}" for name, some, every in named if len(some) < len(every)
-        )
+        given = [f"{name}={tuple(v for v in every if v in some)}" for name, some, every in named if len(some) < len(every)]
+        return ", ".join(given + ([f"policy={self.policy!r}"] if self.policy != "auto" else []))
 
 
-EVERYTHING = Selection(frozenset(OPERATIONS), frozenset(RANKS), frozenset(DTYPES))
-
-
-def select(operations: Any = None, ranks: Any = None, dtypes: Any = None) -> Selection:
+def select(operations: Any = None, ranks: Any = None, dtypes: Any = None, policy: str = "auto") -> Selection:
     """Returns the selection for these keywords of `enable()`; None selects all operations, ranks or dtypes.
 
     Raises:
@@ -53,6 +55,7 @@ def select(operations: Any = None, ranks: Any = None, dtypes: Any = None) -> Sel
         frozenset(_among("operations", operations, OPERATIONS, str)),
         frozenset(_among("ranks", ranks, RANKS, int)),
         frozenset(_among("dtypes", dtypes, DTYPES, torch.dtype)),
+        policy,
     )
 
 
@@ -95,15 +98,26 @@ class Choice:
         asked = " or ".join(sorted(f"enable({s})" for s in self._selections))
         return f"{operation} of rank {rank} in {dtype} is not selected by {asked}"
 
+    def policy(self, operations: Iterable[str], rank: int, dtype: torch.dtype) -> str:
+        """Returns the policy for a call: of those that select it, "always" goes before "tune", and that before "auto"."""
+        asked = {s.policy for s in self._selections if any(s.takes(operation, rank, dtype) for operation in operations)}
+        return next((policy for policy in ("always", "tune") if policy in asked), "auto")
+
 
 _choices: BoundedCache[frozenset[Selection], Choice] = BoundedCache()
+
+
+def one_policy(selections: Iterable[Selection]) -> bool:
+    """Returns True if the selections do not differ in their policies."""
+    return len({s.policy for s in selections}) <= 1
 
 
 def choice(selections: Iterable[Selection]) -> Choice:
     """Returns the `Choice` of these selections, always the same object, so that toggling `enable()` keeps its caches."""
     key = frozenset(selections)
-    if EVERYTHING in key:
-        key = frozenset((EVERYTHING,))
+    everything = [s for s in key if s.everything]
+    if everything and one_policy(key):
+        key = frozenset(everything)
     found = _choices.get(key)
     if found is None:
         found = _choices[key] = Choice(key)

@@ -18,9 +18,11 @@ class Dry:
 
     Attributes:
         device: the device to plan for, wherever the tensors are; None for the tensors' own device.
+        left: why calls are left to torch, in a block of `left_to_torch`; else empty.
     """
 
     device: Device | None = None
+    left: str = ""
 
 
 DRY: contextvars.ContextVar[Dry | None] = contextvars.ContextVar("tconv_dry", default=None)
@@ -37,5 +39,15 @@ def dry_run(device: Device | None = None) -> Iterator[None]:
     try:
         with torch.autograd.set_multithreading_enabled(False):  # so that a GPU's backward runs in this thread too
             yield
+    finally:
+        DRY.reset(token)
+
+
+@contextlib.contextmanager
+def left_to_torch(why: str) -> Iterator[None]:
+    """Leaves the calls that this thread makes in the block to torch, also while `enable()` is active."""
+    token = DRY.set(Dry(left=why))
+    try:
+        yield
     finally:
         DRY.reset(token)

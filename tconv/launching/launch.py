@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from tconv.launching import profiling
+from tconv.launching import first_sight, profiling
 from tconv.launching.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.launching.cache import BoundedCache
-from tconv.launching.compiled import fail, require_launchable, run
+from tconv.launching.compiled import capturing, fail, require_launchable, run
 from tconv.launching.memory_format import reach, shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.launching.record import Fallback, Slower, record_call
@@ -52,6 +52,7 @@ def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tens
     if reach(w) > LIMIT:  # kernels address weights in 32 bits
         raise Fallback("a weight that 32 bits cannot address")
     y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
+    _measure_first(pass_, g, (x, w), b, y)
     return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x), g.policy != "always")
 
 
@@ -99,7 +100,28 @@ def weight_reduction(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared
 def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
     channels_last = g.channels_last if g.dw_channels_last is None else g.dw_channels_last
     dw = shaped(g.problem.shape("w"), channels_last, x.dtype)
+    _measure_first("wgrad", g, (dy, x), None, dw)
     return prepare_wgrad(g.problem, dy, x, dw, g.device or device_of(x), g.policy != "always")
+
+
+def _measure_first(
+    pass_: str, g: Geometry, operands: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None, result: torch.Tensor
+) -> None:
+    """Measures a pass that was not measured before, if the policy is "tune", or "auto" and torch's own flag asks for it.
+
+    Not in a dry run, for a plan that is requested, in the capture of a CUDA graph, where nothing can be timed, nor under
+    deterministic algorithms, where what runs must not depend on times.
+    """
+    x = operands[0]
+    if (
+        first_sight.measure is not None
+        and (g.policy == "tune" or (g.policy == "auto" and x.is_cuda and torch.backends.cudnn.benchmark))
+        and not g.dry
+        and planning.requested() is None
+        and not torch.are_deterministic_algorithms_enabled()
+        and not capturing(x.get_device())
+    ):
+        first_sight.measure(pass_, g, operands, bias, result)
 
 
 def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,12 @@ PASSES = ("fprop", "dgrad", "wgrad")
 POLICIES = ("auto", "always", "tune")
 
 
+def check_policy(function: str, policy: object) -> None:
+    """Raises ValueError unless a policy is one of POLICIES. `function` is the name of the user's call, for the text."""
+    if policy not in POLICIES:
+        raise ValueError(f"{function}: policy must be one of {POLICIES}, got {policy!r}")
+
+
 def lift(values: Sequence[int], fill: int) -> Triple:
     """Returns three numbers: `values`, with `fill` for the missing leading dimensions."""
     full = (fill,) * (3 - len(values)) + tuple(values)

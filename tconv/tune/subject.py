@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from tconv.dispatch.window import window
+from tconv.launching.dry_run import left_to_torch
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call
 from tconv.planning import plan as planning
@@ -19,7 +21,7 @@ from tconv.planning.operands import GatherPass, Pass, WgradPass
 from tconv.planning.plan import Forced
 from tconv.planning.problem import PASSES, ConvProblem, Geometry
 from tconv.records.book import set_aside
-from tconv.records.key import Cell, cell_of
+from tconv.records.key import Cell, cell_of, tuples
 from tconv.rehearsal.runner import rehearse
 
 
@@ -55,6 +57,27 @@ class Subject:
             c = GatherPass(self.pass_, self.problem, first, second, result, tensor_cores(dtype), bias)
         return cell_of(c, str(dtype).removeprefix("torch."))
 
+    def to_line(self) -> dict[str, Any]:
+        """Returns the pass for a line of a record."""
+        forms = [None if f is None else [f.shape, f.strides] for f in (*self.operands, self.bias, self.result)]
+        return {
+            "pass": self.pass_,
+            "problem": dataclasses.asdict(self.problem),
+            "forms": forms,
+            "dtype": str(self.result.dtype)[6:],
+        }
+
+    @staticmethod
+    def from_line(line: dict[str, Any]) -> Subject:
+        """Returns the pass of a line. Raises KeyError, TypeError, ValueError or AttributeError if it is none."""
+        from tconv.launching.launch import Form
+
+        dtype = getattr(torch, line["dtype"])
+        first, second, bias, result = (None if f is None else Form(tuple(f[0]), tuple(f[1]), dtype) for f in line["forms"])
+        return Subject(
+            line["pass"], ConvProblem(**{k: tuples(v) for k, v in line["problem"].items()}), (first, second), bias, result
+        )
+
     def tensors(self, device: str) -> tuple[torch.Tensor, ...]:
         """Returns random operands, and the bias if there is one, on a device. Nobody else's random numbers are used up."""
         seeded = torch.Generator(device).manual_seed(0)
@@ -85,7 +108,12 @@ class Subject:
 
         channels_last = shaped(torch.Size(self.result.shape), True, self.result.dtype).stride() == self.result.strides
         h, (first, second, *bias) = window(Geometry(self.problem, channels_last)), tensors
-        return lambda: IN_ATEN[self.pass_](first, second, bias[0] if bias else None, *h)
+
+        def call() -> torch.Tensor:
+            with left_to_torch("measured"):
+                return IN_ATEN[self.pass_](first, second, bias[0] if bias else None, *h)
+
+        return call
 
 
 def _empty(form: Any, device: str) -> torch.Tensor:
@@ -118,17 +146,21 @@ class Asked:
 
 
 def passes_of(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool, device: Device | None = None
 ) -> tuple[list[Asked], list[Call]]:
     """Returns the distinct passes that a model's forward and backward make, and the calls that fall back to torch.
 
     The bias gradient is not among them: it has one kernel, and torch's is no convolution. Nor are passes whose operands do not
     begin at a multiple of 16 bytes, as views may not: the next call's may begin elsewhere.
+
+    Args:
+        model, args, kwargs, backward: as `tune` takes them.
+        device: the device to plan for, for a model that runs on meta tensors; None for the tensors' own device.
     """
     from tconv.launching.launch import Form, asking
 
     with _modules(model) as running, asking(lambda: running[-1] if running else "") as asked, set_aside():
-        calls = rehearse(model, args, kwargs, None, backward)
+        calls = rehearse(model, args, kwargs, device, backward)
     layers: dict[ConvProblem | None, list[str]] = {}
     for one in asked:
         if one.where and one.where not in layers.setdefault(one.launch.call.problem, []):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import warnings
@@ -10,11 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from tconv.launching import first_sight
 from tconv.launching.record import recording_apart
 from tconv.launching.workers import bar, compile_launches
 from tconv.planning.device import Device
 from tconv.planning.plan import Plan
+from tconv.planning.problem import Geometry
 from tconv.records import file
 from tconv.records.book import Measured, barring, book, line_of
 from tconv.records.key import Cell, Machine, machine
@@ -165,6 +169,51 @@ def _quiet() -> Iterator[None]:
         allow_tf32=torch.backends.cudnn.allow_tf32,
     ):  # fmt: skip
         yield
+
+
+def on_sight(
+    pass_: str,
+    g: Geometry,
+    operands: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    result: torch.Tensor,
+) -> None:
+    """Measures a pass that a call makes for the first time, for the policy "tune". It raises nothing.
+
+    Each pass is measured once per process, and not while another process measures it: this one then plans by prediction.
+    """
+    import filelock
+
+    from tconv.launching.launch import form_of
+
+    x = operands[0]
+    forms = tuple(map(form_of, operands))
+    subject = Subject(pass_, g.problem, forms, None if bias is None else form_of(bias), form_of(result))
+    if any(form.offset for form in forms):
+        return
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        device, planned = device_here()
+        where, cell = machine(planned.name), subject.cell()
+        if (where, cell) in _tried or book().measured_here(where, cell):
+            return
+        _tried.add((where, cell))
+        name = hashlib.sha256(repr((where, cell)).encode()).hexdigest()[:16]
+        lock = filelock.FileLock(file.folder() / f"measuring-{name}.lock", timeout=0)
+        try:
+            file.folder().mkdir(parents=True, exist_ok=True)
+            with lock, _quiet(), _disable_current_modes(), torch._C.DisableTorchFunction():
+                plans = candidates(subject, planned, book().barred(where, cell))
+                if device == "cuda":
+                    _compile([(subject, plan) for plan in plans], planned, None, False)
+                measure_and_keep(subject, cell, plans, device, planned, new_timer(device), where)
+        except filelock.Timeout:
+            return
+        except Exception as e:  # no memory for operands, a folder that cannot be written: the call itself goes on
+            warnings.warn(f"tconv could not measure {pass_} of {g.problem}: {type(e).__name__}: {e}", stacklevel=2)
+
+
+first_sight.measure = on_sight
+_tried: set[tuple[Machine, Cell]] = set()  # what `on_sight` has measured or could not
 
 
 def _compile(plans: Sequence[tuple[Subject, Plan]], planned: Device, jobs: int | None, progress: bool | None) -> None:

@@ -34,7 +34,17 @@ class Explanation:
 def _lines(call: Call) -> list[str]:
     """Returns a line for a call, and one for each faster plan not chosen because its mechanism does not work on the device."""
     barred = [plan for plan in call.plan.others if plan.reason.startswith("not chosen")] if call.plan else []
-    return [str(call), *(f"    {plan}" for plan in barred)]
+    return [f"{call}{_standing(call)}", *(f"    {plan}" for plan in barred)]
+
+
+def _standing(call: Call) -> str:
+    """Returns how the mechanism stands that a plan needs beyond plain kernels, to be put behind its line."""
+    mechanism = call.plan.mechanism if call.plan else ""
+    if not mechanism:
+        return ""
+    from tconv.launching.self_check import standing
+
+    return f"; {mechanism} is {standing(mechanism)}"
 
 
 def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Explanation:

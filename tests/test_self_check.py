@@ -27,7 +27,7 @@ MECHANISMS = ("tma", BF16X6)
 
 
 @pytest.fixture(autouse=True)
-def unchecked(monkeypatch, device):
+def unchecked(monkeypatch, device, own_record):
     if device != "cpu":
         pytest.skip("on a GPU tests/test_gpu.py checks it")
     monkeypatch.setattr(self_check, "_works", {})
@@ -99,6 +99,67 @@ def test_an_error_that_may_not_recur_is_not_remembered_before_it_has_recurred(mo
         with pytest.warns(UserWarning, match="will not use bf16x6 on cpu: RuntimeError: busy"):
             assert not check(BF16X6)
     assert not check(BF16X6)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_the_answer_is_kept_for_other_processes(mechanism, monkeypatch, own_record):
+    assert self_check.standing(mechanism) == "untested"
+    assert check(mechanism)
+    assert self_check.standing(mechanism) == "proven here"
+    other_process(monkeypatch, own_record)
+    monkeypatch.setattr(self_check, "run_once", None)  # nothing runs
+    assert self_check.standing(mechanism) == ("untested" if oracle.compiled() else "proven here")
+    assert check(mechanism)
+
+
+def other_process(monkeypatch, own_record):
+    monkeypatch.setattr(self_check, "_works", {})
+    own_record()
+
+
+def test_what_is_wrong_stays_barred_in_other_processes_without_a_warning(monkeypatch, own_record):
+    def broken(prepared, pointers):
+        run_once(prepared, pointers)
+        if prepared.call.plan.mechanism == "tma":
+            pointers[-1].zero_()
+
+    with monkeypatch.context() as m:
+        m.setattr(self_check, "run_once", broken)
+        with pytest.warns(UserWarning, match="will not use tma on cpu: its results differ"):
+            assert not check("tma")
+    other_process(monkeypatch, own_record)
+    assert not check("tma")
+    assert check(BF16X6)
+
+
+@pytest.mark.parametrize("change", ["gpu", "driver", "triton", "kernels"])
+def test_an_answer_from_elsewhere_is_asked_again(change, monkeypatch, own_record):
+    assert check("tma")
+    other_process(monkeypatch, own_record)
+    here = self_check.machine("interpreter")
+    monkeypatch.setattr(self_check, "machine", lambda name: dataclasses.replace(here, **{change: "other"}))
+    assert self_check.standing("tma") == "proven elsewhere"
+    failing(monkeypatch, OutOfResources(300000, 232448, "shared memory"))
+    with pytest.warns(UserWarning, match="will not use tma on cpu"):
+        assert not check("tma")
+    assert self_check.standing("tma") == "barred here"
+
+
+def test_errors_that_may_not_recur_are_not_kept_for_other_processes(monkeypatch, own_record):
+    with monkeypatch.context() as m:
+        failing(m, RuntimeError("busy"))
+        for _ in range(self_check.ATTEMPTS - 1):
+            assert not check("tma")
+        with pytest.warns(UserWarning, match="will not use tma on cpu: RuntimeError: busy"):
+            assert not check("tma")
+    other_process(monkeypatch, own_record)
+    assert check("tma")
+
+
+def test_explain_says_how_a_mechanism_stands(own_record):
+    fprop = launches(DEVICES["H200"], torch.bfloat16)[0].call
+    assert fprop.plan.mechanism == "tma"
+    assert str(Explanation((fprop,))) == f"{fprop}; tma is untested"
 
 
 def test_a_plan_made_when_nothing_could_be_told_is_not_kept(monkeypatch):

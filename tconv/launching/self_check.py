@@ -3,8 +3,9 @@
 The plain kernels need nothing but loads, stores and tl.dot. TMA and BF16X6 rely on more: tensor descriptors that the driver
 encodes, barriers, the order of pieces. The first time such a plan would be chosen on a device, a small fixed convolution runs
 through it and through plain kernels, all three passes, from results that hold NaN. Seven small kernels are compiled for that if
-Triton's cache has none. Agreement is remembered for the process; disagreement bars the mechanism with one warning. This shows
-that the mechanism works, on one tile of one rank; that the kernels do, the tests show.
+Triton's cache has none. Agreement is kept on disk for that GPU, driver, torch, Triton and these kernels (tconv/records);
+disagreement, too, which bars the mechanism with one warning. This shows that the mechanism works, on one tile of one rank; that
+the kernels do, the tests show.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from tconv.launching.compiled import capturing, lasting, run_once
 from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import addressing
 from tconv.launching.prepare import prepare_pass
-from tconv.planning.device import Device
+from tconv.planning.device import INTERPRETER, Device
 from tconv.planning.operands import GatherPass, Pass, WgradPass
 from tconv.planning.plan import forced
 from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import BF16X6
+from tconv.records.book import book, mechanism_line
+from tconv.records.key import machine
 
 PROBLEM = forward_problem((2, 64, 9, 9), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
 TOLERANCE = {"tma": 2**-7, BF16X6: 1e-5}  # of the largest element: two roundings to bf16; fp32 sums in two orders
@@ -41,9 +44,9 @@ _undecided = 0
 def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     """Returns True if a mechanism gives right results on a device.
 
-    The answer is remembered, except the False of a call that could not tell: during the capture of a CUDA graph, while a plan
-    is forced (which would force the check's own plans too), or after an error that may not recur, such as out of memory. A dry
-    run launches nothing, so it takes what was never checked to work.
+    The answer is remembered, and kept in the record for later processes, except the False of a call that could not tell:
+    during the capture of a CUDA graph, while a plan is forced (which would force the check's own plans too), or after an error
+    that may not recur, such as out of memory. A dry run launches nothing, so it takes what was never checked to work.
 
     Args:
         device: the device.
@@ -53,6 +56,11 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     key = device, mechanism
     if key in _works:
         return _works[key]
+    where = machine(planned.name)
+    kept = book().works(where, mechanism)
+    if kept is not None:
+        _works[key] = kept
+        return kept
     if DRY.get() is not None:
         return True
     if forced() is not None or capturing(-1 if device.index is None else device.index):
@@ -61,17 +69,35 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     with _lock, here, torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
         if key not in _works:
             try:
+                certain = True
                 wrong = max(_errors(device, planned, mechanism)) > TOLERANCE[mechanism]
                 reason = "its results differ from those of plain kernels" if wrong else ""
             except Exception as e:
                 _failures[key] += 1
-                if not lasting(e) and not isinstance(e, ValueError) and _failures[key] < ATTEMPTS:
+                certain = lasting(e) or isinstance(e, ValueError)
+                if not certain and _failures[key] < ATTEMPTS:
                     return _cannot_tell()
                 reason = f"{type(e).__name__}: {str(e).strip()[:1000]}"
             if reason:
                 warnings.warn(f"tconv will not use {mechanism} on {device}: {reason}", stacklevel=2)
             _works[key] = not reason
+            if certain:
+                book().add([mechanism_line(where, mechanism, not reason)])
     return _works[key]
+
+
+def standing(mechanism: str) -> str:
+    """Returns how a mechanism stands on the current device: "proven here", "proven elsewhere", "barred here" or "untested".
+
+    An untested one is checked before its first launch.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    name = torch.cuda.get_device_name(device) if cuda else INTERPRETER.name
+    here = _works.get((device, mechanism), book().works(machine(name), mechanism))
+    if here is not None:
+        return "proven here" if here else "barred here"
+    return "proven elsewhere" if book().works_elsewhere(mechanism) else "untested"
 
 
 def undecided() -> int:

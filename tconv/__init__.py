@@ -7,6 +7,7 @@
     Conv2d etc., functional           layers and functions to call directly
     last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
     precompile                        compiles ahead of time what a model will launch
+    report                            where the time of a model's convolutions goes, measured or predicted
     tune, load_record                 measure a model's convolutions on the GPU here, and choose by what was measured
     decompositions                    tconv's operators in terms of aten's, for graphs that may only have aten's
     force, Tile                       plans chosen by hand, for tests and measurements
@@ -39,7 +40,7 @@ from tconv.planning.tiles import Tile
 from tconv.precompile import Precompiled, precompile
 from tconv.restored import restored
 from tconv.swap import replace_, restore_
-from tconv.tune import Tuned, load_record, tune
+from tconv.tune import Report, Tuned, load_record, report, tune
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
     "Precompiled",
+    "Report",
     "Tile",
     "Tuned",
     "decompositions",
@@ -74,6 +76,7 @@ __all__ = [
     "precompile",
     "recording",
     "replace_",
+    "report",
     "restore_",
     "restored",
     "tune",

@@ -32,6 +32,7 @@ class Measured:
         spread: the relative spread of the two times, as the larger distance of a quartile to the median.
         predicted: the planner's prediction of the plan, in seconds; None in the interpreter.
         guess: the time of the plan that the planner chose, in seconds; None if it was not timed.
+        details: for whoever fits the cost model: "asked", the pass in full, and "times", the milliseconds of every candidate.
     """
 
     plan: Forced | None
@@ -40,6 +41,7 @@ class Measured:
     spread: float = 0.0
     predicted: float | None = None
     guess: float | None = None
+    details: Line = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def torch_is_faster(self) -> bool:
@@ -199,6 +201,7 @@ def line_of(where: Machine, cell: Cell, problem: str, measured: Measured) -> Lin
     return {
         **_key(where, cell), "problem": problem, "plan": plan_to(measured.plan) if measured.plan else None,
         **{name: None if t is None else round(t * 1e3, 6) for name, t in times.items()}, "spread": round(measured.spread, 4),
+        **measured.details,
     }  # fmt: skip
 
 
@@ -234,4 +237,5 @@ def _measured(line: Line) -> Measured:
     ms = [line[name] for name in ("ms", "torch_ms", "predicted_ms", "guess_ms")]
     seconds, torch, predicted, guess = (None if t is None else float(t) / 1e3 for t in ms)
     plan = None if line["plan"] is None else plan_from(line["plan"])
-    return Measured(plan, None if plan is None else seconds, torch, float(line["spread"]), predicted, guess)
+    details: Line = {name: line[name] for name in ("asked", "times") if name in line}
+    return Measured(plan, None if plan is None else seconds, torch, float(line["spread"]), predicted, guess, details)

@@ -8,10 +8,13 @@
     measure     checks each candidate, then times them, fewer and fewer
     table       what was measured of a model, for people to read
     tuner       `tune` and `load_record`
+    report      `report`: the share of each pass, as text, HTML or a picture
+    fit         the cost model compared with a record and fitted to it
     __main__    the command
 """
 
+from tconv.tune.report import Report, report
 from tconv.tune.table import Row, Tuned
 from tconv.tune.tuner import load_record, tune
 
-__all__ = ["Row", "Tuned", "load_record", "tune"]
+__all__ = ["Report", "Row", "Tuned", "load_record", "report", "tune"]

@@ -1,6 +1,10 @@
-"""The command: measures the convolutions of the benchmark suite on the GPU here, and keeps what is fastest.
+"""The command: measures the convolutions of the benchmark suite on the GPU here, or compares a record with the cost model.
 
-python -m tconv.tune --suite [--layer NAME ...] [--precision bf16 ...] [--record FILE]    # from a checkout
+    python -m tconv.tune --suite [--layer NAME ...] [--precision bf16 ...] [--record FILE]    # from a checkout
+    python -m tconv.tune --regret [--record FILE]    # by kind of layer: measured over predicted, and the planner's regret
+    python -m tconv.tune --fit [--record FILE]       # the cost model's times, as they are and as fitted to the record
+
+A model is measured by `tconv.tune(model, *inputs)`.
 """
 
 from __future__ import annotations
@@ -8,12 +12,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from tconv.planning.device import DEVICES
 from tconv.planning.problem import PASSES
-from tconv.tune import tuner
+from tconv.records import file
+from tconv.tune import fit, tuner
 from tconv.tune.subject import Asked, Subject
 
 
@@ -45,7 +54,7 @@ def suite(names: Sequence[str], precisions: Sequence[str], tiny: bool) -> list[A
         for pass_ in PASSES:
             shape = problem.shape({"fprop": "y", "dgrad": "x", "wgrad": "w"}[pass_])
             last = weight_format(o.w, channels_last) if pass_ == "wgrad" else channels_last
-            result = form_of(shaped(torch_size(shape), last, o.x.dtype))
+            result = form_of(shaped(torch.Size(shape), last, o.x.dtype))
             forward = pass_ == ("dgrad" if o.layer.transposed else "fprop")
             bias = form_of(o.b) if forward and o.b is not None else None
             subject = Subject(pass_, problem, tuple(map(form_of, operands[pass_])), bias, result)
@@ -53,26 +62,46 @@ def suite(names: Sequence[str], precisions: Sequence[str], tiny: bool) -> list[A
     return found
 
 
-def torch_size(shape: tuple[int, ...]) -> Any:
-    import torch
-
-    return torch.Size(shape)
+def compared(path: pathlib.Path, fitted: bool) -> int:
+    """Prints how a record compares with the cost model, for each GPU in it; or what the model would be if fitted to it."""
+    try:
+        found = fit.timed(path)
+    except OSError as e:
+        print(f"{path} cannot be read: {e}", file=sys.stderr)
+        return 2
+    if not found:
+        print(f"{path} has no times of candidates", file=sys.stderr)
+        return 2
+    for gpu in dict.fromkeys(one.gpu for one in found):
+        known = next((device for name, device in DEVICES.items() if name in gpu), None)
+        if known is None:
+            print(f"{gpu}: the cost model does not know this GPU; it knows {', '.join(DEVICES)}")
+            continue
+        of_gpu = [one for one in found if one.gpu == gpu]
+        print(f"\n{gpu}\n")
+        print(fit.fit(of_gpu, known) if fitted else "\n".join(fit.regrets(of_gpu, known)))
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m tconv.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", action="store_true", help="measure the layers of bench/layers.json")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--suite", action="store_true", help="measure the layers of bench/layers.json")
+    what.add_argument("--regret", action="store_true", help="print how far the planner's choices are from the best measured")
+    what.add_argument("--fit", action="store_true", help="fit the cost model's times to the record; no file is changed")
     parser.add_argument("--layer", action="append", default=[], help="only this layer of the suite")
     parser.add_argument("--precision", action="append", choices=("bf16", "fp16", "tf32", "fp32"), help="bf16 if not given")
-    parser.add_argument("--record", help="a file to add the lines to, to ship; the user's own record gets them too")
+    parser.add_argument(
+        "--record", help="--suite: a file to add the lines to, to ship, besides the user's own record; else the file to read"
+    )
     parser.add_argument("--again", action="store_true", help="measure also what the record has")
     parser.add_argument("--jobs", type=int, help="processes that compile; one per core if not given")
     parser.add_argument("--tiny", action="store_true", help="shrink the layers: a dry run, on a CPU by the interpreter")
     args = parser.parse_args(arguments)
     if not args.suite:
-        parser.error("say --suite; a model is measured by tconv.tune(model, *inputs)")
+        return compared(pathlib.Path(args.record) if args.record else file.own(), args.fit)
     precisions = args.precision or ["bf16"]
     if {"tf32", "fp32"} <= {*precisions}:
         parser.error("tf32 and fp32 differ by a setting of the process: run twice")

@@ -16,7 +16,7 @@ import torch
 from tconv.planning import plan as planning
 from tconv.planning.device import Device
 from tconv.planning.plan import Forced, Plan
-from tconv.records.book import Measured
+from tconv.records.book import Measured, plan_to
 from tconv.tune.subject import Subject
 
 RUNS = 3  # of each candidate, before the slower ones are dropped
@@ -113,6 +113,10 @@ def measure(subject: Subject, plans: Sequence[Plan], planned: Device, device: st
         max((_spread(out.seconds[c]) for c in (best, None) if c in out.seconds), default=0.0),
         cost.seconds if cost else None,
         medians.get(plans[0].choices) if plans else None,
+        {
+            "asked": subject.to_line(),
+            "times": [[plan_to(choices), round(medians[choices] * 1e3, 6)] for choices in ours],
+        },
     )
     return out
 

@@ -15,13 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import tconv
 from bench.layers import Layer
-from tconv.dispatch import autograd
+from tconv.dispatch import autograd, entry
+from tconv.launching import launch
 from tconv.launching.arguments import INTERPRET
+from tconv.launching.launch import form_of
 from tconv.launching.memory_format import result_is_channels_last, shaped, weight_format
 from tconv.planning import problem
-from tconv.planning.problem import Geometry
+from tconv.planning.problem import PREDICTED, Geometry
+from tconv.records.book import book
+from tconv.records.key import machine
+from tconv.tune import tuner
+from tconv.tune.subject import Asked, Subject
 
 SINGLE = problem.PASSES  # calls of one pass, below autograd
 PASSES = (*SINGLE, "step")
@@ -125,20 +130,69 @@ def torch_nn(o: Operands, pass_: str) -> Callable[[], Any]:
 
 
 def tconv_(o: Operands, pass_: str) -> Callable[[], Any]:
-    """Our kernels."""
+    """Our kernels by the planner's own choices: what was measured does not count, nor cudnn.benchmark, which is torch.nn's."""
     if o.x.is_cuda or INTERPRET:
-        function = function_of(tconv.functional, o.layer)
         if pass_ == "step":
-            return _step(function, o)
+            return _step(_predicted(o.layer), o)
         if pass_ == "fprop":
-            return lambda: function(o.x, o.w, o.b, **o.settings)
+            return lambda: _predicted(o.layer)(o.x, o.w, o.b, **o.settings)
         channels_last = result_is_channels_last(o.x, o.w)
-        g = Geometry(o.layer.problem, channels_last, dw_channels_last=weight_format(o.w, channels_last))
+        of_weight = weight_format(o.w, channels_last)
+        g = Geometry(o.layer.problem, channels_last, dw_channels_last=of_weight, policy=PREDICTED)
         if pass_ == "dgrad":
             return lambda: autograd.convolve(not o.layer.transposed, o.dy, o.w, None, g)
         pair = (o.x, o.dy) if o.layer.transposed else (o.dy, o.x)  # exchanged, like all else of a transposed layer
         return lambda: autograd.wgrad(*pair, g)
     raise Missing("tconv's kernels need a GPU or TRITON_INTERPRET=1")
+
+
+def _predicted(layer: Layer) -> Callable[..., torch.Tensor]:
+    """tconv.functional's function for a layer, with the planner's own choices."""
+    torchs = function_of(F, layer)
+
+    def function(
+        x: Any, w: Any, b: Any, stride: Any, padding: Any, dilation: Any, groups: Any, output_padding: Any = 0
+    ) -> torch.Tensor:
+        y = entry.convolve(layer.transposed, layer.rank, x, w, b, stride, padding, output_padding, groups, dilation, PREDICTED)
+        if y is not None:
+            return y
+        more = {"output_padding": output_padding} if layer.transposed else {}
+        return torchs(x, w, b, stride=stride, padding=padding, dilation=dilation, groups=groups, **more)
+
+    return function
+
+
+def subject(o: Operands, pass_: str) -> Subject:
+    """A pass of a layer, for the tuner."""
+    channels_last, transposed = result_is_channels_last(o.x, o.w), o.layer.transposed
+    x, y = (o.dy, o.x) if transposed else (o.x, o.dy)  # of the problem
+    first, second, like = {"fprop": (x, o.w, y), "dgrad": (y, o.w, x), "wgrad": (y, x, o.w)}[pass_]
+    last = weight_format(o.w, channels_last) if pass_ == "wgrad" else channels_last
+    forward = pass_ == ("dgrad" if transposed else "fprop")
+    bias = form_of(o.b) if forward and o.b is not None else None
+    result = form_of(shaped(like.shape, last, like.dtype))
+    return Subject(pass_, o.layer.problem, (form_of(first), form_of(second)), bias, result)
+
+
+def auto(o: Operands, pass_: str) -> Callable[[], Any]:
+    """What `tconv.tune` chooses, the fastest of our plans or torch's kernel. A pass that was not measured is measured first."""
+    if not (o.x.is_cuda or INTERPRET):
+        raise Missing("tconv's kernels need a GPU or TRITON_INTERPRET=1")
+    # The tuner's passes are the problem's; a transposed layer's forward is its dgrad, and so on.
+    exchanged = {"fprop": "dgrad", "dgrad": "fprop"} if o.layer.transposed else {}
+    asked = subject(o, exchanged.get(pass_, pass_))
+    device, planned = tuner.device_here()
+    tuner.tune_passes([Asked(asked)], device, planned, progress=False)
+    found = book().measured_here(machine(planned.name), asked.cell())
+    if found is None or found.torch_is_faster:
+        return torch_nn(o, pass_)
+    made = asked.launch(planned, found.plan)
+    pair = (o.x, o.w) if pass_ == "fprop" else (o.dy, o.w)
+    if pass_ == "wgrad":
+        pair = (o.x, o.dy) if o.layer.transposed else (o.dy, o.x)
+        return lambda: launch.execute(made, False, None, pair)
+    b = o.b if pass_ == "fprop" else None
+    return lambda: launch.convolve(made, *pair, b, False)
 
 
 def inductor(o: Operands, pass_: str) -> Callable[[], Any]:
@@ -194,6 +248,7 @@ class Provider:
 PROVIDERS = {
     "torch.nn": Provider(torch_nn),
     "tconv": Provider(tconv_),
+    "auto": Provider(auto, lambda layer, pass_, layout: pass_ in SINGLE),
     # Forward only, 2-D and 3-D, dilation 1.
     "inductor": Provider(
         inductor,
@@ -214,12 +269,13 @@ PROVIDERS = {
 
 
 def absent() -> dict[str, str]:
-    """Peers that are not installed, with a line for each."""
-    return {
+    """Peers that are not installed, and what needs a GPU where there is none, with a line for each."""
+    found = {
         name: f"{name} is not installed ({p.package} {p.version}): left out"
         for name, p in PROVIDERS.items()
         if p.package and importlib.util.find_spec(p.package) is None
     }
+    return found if torch.cuda.is_available() else found | {"auto": "auto measures, which needs a GPU: left out"}
 
 
 def function_of(library: Any, layer: Layer) -> Callable[..., torch.Tensor]:

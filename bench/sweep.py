@@ -30,7 +30,7 @@ from tconv.launching.workers import COMPILED, FOUND, compile_launches
 from tconv.planning.device import INTERPRETER, Device, cuda_device
 from tconv.planning.families import FAMILIES
 from tconv.planning.plan import KERNELS, Plan
-from tconv.planning.problem import Geometry
+from tconv.planning.problem import PREDICTED, Geometry
 from tconv.planning.tiles import Tile
 
 SPLITS = 2  # numbers of splits to try on either side of the planned one
@@ -56,7 +56,7 @@ def prepared(
         ValueError: no such plan can run.
     """
     channels_last, dry = result_is_channels_last(o.x, o.w), planned is not None
-    g = Geometry(o.layer.problem, channels_last, dry, planned, weight_format(o.w, channels_last))
+    g = Geometry(o.layer.problem, channels_last, dry, planned, weight_format(o.w, channels_last), PREDICTED)
     with tconv.force(**forced):
         if pass_ == "wgrad":
             pair = (o.x, o.dy) if o.layer.transposed else (o.dy, o.x)

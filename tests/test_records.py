@@ -12,13 +12,13 @@ import filelock
 import pytest
 import torch
 
-from tconv.launching import prepare
+from tconv.launching import launch, prepare
 from tconv.launching.launch import convolution
 from tconv.launching.memory_format import shaped
 from tconv.launching.record import Slower
 from tconv.planning.device import DEVICES
 from tconv.planning.plan import Forced
-from tconv.planning.problem import Geometry, forward_problem
+from tconv.planning.problem import PREDICTED, Geometry, forward_problem
 from tconv.planning.tiles import Tile
 from tconv.records import book, file
 from tconv.records.book import Book, Measured, barring, line_of, mechanism_line
@@ -230,9 +230,9 @@ def operands(channels_last=True):
     return tuple(shaped(PROBLEM.shape(which), channels_last, torch.bfloat16) for which in "xwy")
 
 
-def planned(torch_may=False, channels_last=True):
+def planned(policy="always", channels_last=True):
     x, w, y = operands(channels_last)
-    return prepare.prepare_gather("fprop", PROBLEM, x, w, None, y, H200, torch_may).call.plan
+    return prepare.prepare_gather("fprop", PROBLEM, x, w, None, y, H200, policy).call.plan
 
 
 def test_the_plan_that_was_measured_is_chosen(known):
@@ -271,7 +271,7 @@ def test_a_mechanism_that_does_not_work_here_is_not_chosen_by_a_record_either(kn
     assert planned().kernel == "tma"
     x, w, y = operands()
     broken = dataclasses.replace(H200, check=lambda mechanism: False)
-    assert prepare.prepare_gather("fprop", PROBLEM, x, w, None, y, broken).call.plan.kernel != "tma"
+    assert prepare.prepare_gather("fprop", PROBLEM, x, w, None, y, broken, "always").call.plan.kernel != "tma"
 
 
 def test_a_plan_that_is_barred_is_not_chosen(known):
@@ -291,24 +291,39 @@ SLOW = dataclasses.replace(FOUND, seconds=2e-5, torch=1e-5)
 
 def test_torch_runs_what_it_is_faster_at_if_it_may(known):
     known(SLOW)
-    assert planned(torch_may=False).kernel == "gather"
+    assert planned(policy="always").kernel == "gather"
     with pytest.raises(Slower, match=r"^measured: tconv 20.0 us, torch 10.0 us$"):
-        planned(torch_may=True)
+        planned(policy="auto")
+
+
+def test_a_prediction_is_asked_for_by_name(known):
+    before = planned(PREDICTED)
+    known(SLOW)
+    assert planned(PREDICTED) == before
+
+
+def test_what_is_repeated_asks_no_record(known, monkeypatch):
+    monkeypatch.setattr(launch, "_prepared", {})
+    monkeypatch.setattr(launch, "device_of", lambda t: H200)
+    known(FOUND)
+    g, (x, w, _) = Geometry(PROBLEM, True), operands()
+    first = convolution(False, g, x, w, None)
+    assert first.call.reason.startswith("measured")
+    monkeypatch.setattr(prepare, "book", None)
+    assert convolution(False, g, x, w, None) is first
 
 
 def test_within_the_spread_torch_is_not_faster(known):
     known(dataclasses.replace(SLOW, seconds=1.02e-5, spread=0.03))
-    assert planned(torch_may=True).kernel == "gather"
+    assert planned(policy="auto").kernel == "gather"
 
 
 def test_deterministic_algorithms_keep_to_our_own_plans(known, poisoned):
     known(SLOW)
-    assert planned(torch_may=True).kernel == "gather"
+    assert planned(policy="auto").kernel == "gather"
 
 
 def test_the_flag_for_deterministic_algorithms_is_asked_on_every_call(known, monkeypatch):
-    from tconv.launching import launch
-
     monkeypatch.setattr(launch, "_prepared", {})
     monkeypatch.setattr(launch, "device_of", lambda t: H200)
     known(SLOW)
@@ -329,4 +344,4 @@ def test_a_forced_plan_goes_before_what_was_measured(known):
 
     known(SLOW)
     with tconv.force(kernel="gather"):
-        assert planned(torch_may=True).reason.startswith("forced")
+        assert planned(policy="auto").reason.startswith("forced")

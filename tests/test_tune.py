@@ -29,6 +29,7 @@ from tconv.records.book import Book
 from tconv.tune import tuner
 from tconv.tune.__main__ import main
 from tconv.tune.candidates import MOST, WITHIN, candidates
+from tconv.tune.marker import left_behind, noting
 from tconv.tune.measure import HANGS, LAST, RUNS
 from tconv.tune.subject import Subject, passes_of
 from tests import parity
@@ -468,6 +469,50 @@ def test_two_processes_tune_at_once(tmp_path):
     assert len(list(file.read(found.path))) == len(found.path.read_text().splitlines())
 
 
+DIES = """
+import os, torch, tconv
+from tconv.launching import self_check
+
+run = self_check.run_poisoned
+
+def dies(launch, operands, more, result):
+    if launch.call.plan.kernel == "packed" and not launch.call.plan.staged:
+        os._exit(9)
+    run(launch, operands, more, result)
+
+self_check.run_poisoned = dies
+tconv.tune(tconv.Conv1d(4, 4, 2, bias=False), torch.randn(1, 4, 6), backward=False, progress=False)
+"""
+
+
+def test_a_candidate_that_takes_the_process_with_it_is_barred_by_the_next(own, timed):
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", DIES], env=environment, timeout=300, check=False).returncode == 9
+    layer, x = small()
+    timed(packed=1e-6)
+    with pytest.warns(UserWarning, match="tconv bars 1 plans that processes died of"):
+        tconv.tune(layer, x, backward=False)
+    plan = ran(layer, x).plan
+    assert (plan.kernel, plan.staged) == ("packed", ("x", "w"))
+    own()
+    assert ran(layer, x).plan == plan
+    assert [path.name for path in file.folder().glob("running-*")] == []
+
+
+def test_one_that_still_runs_is_not_barred(own):
+    with noting(file.folder()) as note:
+        note({"a": 1})
+        assert left_behind(file.folder()) == []
+        assert len(list(file.folder().glob("running-*.json"))) == 1
+    assert left_behind(file.folder()) == []
+
+
+def test_where_nothing_can_be_noted_it_goes_on(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with noting(tmp_path / "file") as note:
+        note({"a": 1})
+
+
 def test_a_gpu_of_another_name_measures_anew(own, timed, monkeypatch):
     layer, x = small()
     timer = timed()
@@ -495,6 +540,21 @@ def test_the_suite_is_measured_by_the_command(timed, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("whisper_lv3_conv1 bf16 channels_last")]) == 3
     assert lines[-1].startswith("total on interpreter: ")
+
+
+@pytest.mark.parametrize("kernel", ["ours", "torch"])
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("name", ["whisper_lv3_conv1", "nnunet3d_tconv_64_32_k2s2"])
+def test_the_suites_column_auto_is_what_was_fastest(timed, name, pass_, kernel):
+    from bench import providers
+    from bench.layers import layers
+
+    timed(torch=1e-3 if kernel == "ours" else 1e-6)
+    o = providers.operands(next(layer for layer in layers() if layer.name == name).tiny(), "fp32", "cpu")
+    call = providers.auto(o, pass_)
+    with tconv.recording() as calls:
+        parity.assert_same(call(), providers.torch_nn(o, pass_)())
+    assert [one.ours for one in calls] == ([True] if kernel == "ours" else [])
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def convolve(
         transposed, rank: which of the six functions.
         x, w, b: input, weight and bias.
         stride, padding, output_padding, groups, dilation: in any form that torch accepts.
-        policy: one of planning.problem's POLICIES; registered operators have "auto".
+        policy: as in `Geometry`; registered operators have "auto".
     """
     if is_dynamo_compiling():
         return _operator(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)

@@ -53,7 +53,7 @@ def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tens
         raise Fallback("a weight that 32 bits cannot address")
     y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
     _measure_first(pass_, g, (x, w), b, y)
-    return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x), g.policy != "always")
+    return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x), g.policy)
 
 
 class SharedOperand:
@@ -101,7 +101,7 @@ def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
     channels_last = g.channels_last if g.dw_channels_last is None else g.dw_channels_last
     dw = shaped(g.problem.shape("w"), channels_last, x.dtype)
     _measure_first("wgrad", g, (dy, x), None, dw)
-    return prepare_wgrad(g.problem, dy, x, dw, g.device or device_of(x), g.policy != "always")
+    return prepare_wgrad(g.problem, dy, x, dw, g.device or device_of(x), g.policy)
 
 
 def _measure_first(

@@ -20,7 +20,7 @@ from tconv.planning.addressing import LIMIT, flattened, vector
 from tconv.planning.device import Device
 from tconv.planning.families import FAMILIES
 from tconv.planning.operands import GatherPass, Pass, WgradPass, chunk, strides, triple
-from tconv.planning.problem import ConvProblem, lift
+from tconv.planning.problem import PREDICTED, ConvProblem, lift
 from tconv.planning.tiles import BF16X6
 from tconv.records.book import Measured, book, is_set_aside
 from tconv.records.key import Cell, cell_of, machine
@@ -42,15 +42,15 @@ def prepare_gather(
     b: torch.Tensor | None,
     y: torch.Tensor,
     device: Device,
-    torch_may: bool = False,
+    policy: str = PREDICTED,
 ) -> Prepared:
-    """Returns the launch of fprop (x -> y) or dgrad (x is dy, y is dx): the plan that was measured, else the planner's choice.
+    """Returns the launch of fprop (x -> y) or dgrad (x is dy, y is dx): the planner's choice, or the plan that was measured.
 
     The implicit GEMM kernels load x one element at a time if its channels are not contiguous. Such operands are copied to
     channels last first if that is predicted to be faster, or is forced. The result keeps its memory format either way.
 
     Args:
-        torch_may: whether the pass may be left to torch's kernel.
+        policy: as in `Geometry`.
     Raises:
         Slower: a record says that torch's kernel is faster.
     """
@@ -65,11 +65,11 @@ def prepare_gather(
     def best() -> Prepared:
         return _best(prepare, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
 
-    return _as_measured(best, lambda: described(x, w), x.dtype, device, torch_may)
+    return _as_measured(best, lambda: described(x, w), x.dtype, device, policy)
 
 
 def prepare_wgrad(
-    problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device, torch_may: bool = False
+    problem: ConvProblem, dy: torch.Tensor, x: torch.Tensor, dw: torch.Tensor, device: Device, policy: str = PREDICTED
 ) -> Prepared:
     """Returns the launch of wgrad, from dy and x into dw.
 
@@ -89,11 +89,11 @@ def prepare_wgrad(
     def best() -> Prepared:
         return _best(prepare, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
 
-    return _as_measured(best, lambda: described(dy, x), x.dtype, device, torch_may)
+    return _as_measured(best, lambda: described(dy, x), x.dtype, device, policy)
 
 
 def _as_measured(
-    best: Callable[[], Prepared], describe: Callable[[], Pass], dtype: torch.dtype, device: Device, torch_may: bool
+    best: Callable[[], Prepared], describe: Callable[[], Pass], dtype: torch.dtype, device: Device, policy: str
 ) -> Prepared:
     """Returns the launch of the plan that a record has for a pass, if it can run; else the planner's choice.
 
@@ -102,11 +102,11 @@ def _as_measured(
         describe: returns the pass.
         dtype: of its operands.
         device: the device to plan for.
-        torch_may: whether the pass may be left to torch's kernel.
+        policy: as in `Geometry`.
     Raises:
-        Slower: the record says that torch's kernel is faster, and torch may run it.
+        Slower: the record says that torch's kernel is faster, and the policy lets torch run it.
     """
-    if planning.requested() is not None or is_set_aside() or book().empty:
+    if policy == PREDICTED or planning.requested() is not None or is_set_aside() or book().empty:
         return best()
     c, where = describe(), machine(device.name)
     cell = cell_of(c, str(dtype).removeprefix("torch."))
@@ -114,7 +114,7 @@ def _as_measured(
     if found is None:
         return best()
     near, measured = found
-    if torch_may and measured.torch_is_faster and not torch.are_deterministic_algorithms_enabled():
+    if policy != "always" and measured.torch_is_faster and not torch.are_deterministic_algorithms_enabled():
         raise Slower(f"{measured}{_elsewhere(near, cell)}")
     for choices in _choices(measured, c.pass_, book().barred(where, cell)):
         if device.works(FAMILIES[choices.kernel or ""].mechanism(choices.precision or "")):

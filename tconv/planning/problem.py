@@ -27,6 +27,7 @@ from tconv.planning.device import Device
 Triple = tuple[int, int, int]
 PASSES = ("fprop", "dgrad", "wgrad")
 POLICIES = ("auto", "always", "tune")
+PREDICTED = "predicted"  # not one of the user's: plans by prediction alone, whatever was measured
 
 
 def check_policy(function: str, policy: object) -> None:
@@ -133,8 +134,8 @@ class Geometry:
         device: the device that a dry call is planned for; None for the tensors' own device.
         dw_channels_last: True if dw is channels_last, where its format may differ from that of y and dx
             (launching/memory_format.py `weight_format`).
-        policy: one of POLICIES: whether passes may be left to torch's kernel where that was measured to be faster ("auto"),
-            never ("always"), or after measuring them when they are first seen ("tune").
+        policy: PREDICTED, or one of POLICIES, which says whether passes may be left to torch's kernel where that was measured
+            to be faster: "auto" does, "always" never, and "tune" first measures what was not measured.
     """
 
     problem: ConvProblem

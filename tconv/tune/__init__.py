@@ -5,6 +5,7 @@
     clock       the time of one call
     subject     a pass to measure: its operands, tconv's launch of it under any plan, and torch's call
     candidates  the plans of a pass that are worth measuring
+    marker      a note of the candidate that runs, for the next process should this one die of it
     measure     checks each candidate, then times them, fewer and fewer
     table       what was measured of a model, for people to read
     tuner       `tune` and `load_record`

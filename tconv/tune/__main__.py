@@ -17,13 +17,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from tconv.planning.device import DEVICES
 from tconv.planning.problem import PASSES
 from tconv.records import file
 from tconv.tune import fit, tuner
-from tconv.tune.subject import Asked, Subject
+from tconv.tune.subject import Asked
 
 
 def suite(names: Sequence[str], precisions: Sequence[str], tiny: bool) -> list[Asked]:
@@ -36,9 +34,6 @@ def suite(names: Sequence[str], precisions: Sequence[str], tiny: bool) -> list[A
     Raises:
         ValueError: a layer does not exist.
     """
-    from tconv.launching.launch import form_of
-    from tconv.launching.memory_format import result_is_channels_last, shaped, weight_format
-
     bench: Any = importlib.import_module("bench.layers")
     providers: Any = importlib.import_module("bench.providers")
     layers = {layer.name: layer.tiny() if tiny else layer for layer in bench.layers()}
@@ -48,17 +43,7 @@ def suite(names: Sequence[str], precisions: Sequence[str], tiny: bool) -> list[A
     found = []
     for name, precision, layout in itertools.product(names or layers, precisions, providers.LAYOUTS):
         o = providers.operands(layers[name], precision, "meta").in_layout(layout)
-        channels_last = result_is_channels_last(o.x, o.w)
-        problem, x, y = o.layer.problem, *((o.dy, o.x) if o.layer.transposed else (o.x, o.dy))
-        operands = {"fprop": (x, o.w), "dgrad": (y, o.w), "wgrad": (y, x)}
-        for pass_ in PASSES:
-            shape = problem.shape({"fprop": "y", "dgrad": "x", "wgrad": "w"}[pass_])
-            last = weight_format(o.w, channels_last) if pass_ == "wgrad" else channels_last
-            result = form_of(shaped(torch.Size(shape), last, o.x.dtype))
-            forward = pass_ == ("dgrad" if o.layer.transposed else "fprop")
-            bias = form_of(o.b) if forward and o.b is not None else None
-            subject = Subject(pass_, problem, tuple(map(form_of, operands[pass_])), bias, result)
-            found.append(Asked(subject, [f"{name} {precision} {layout}"], 1))
+        found += [Asked(providers.subject(o, pass_), [f"{name} {precision} {layout}"], 1) for pass_ in PASSES]
     return found
 
 

@@ -75,7 +75,14 @@ class Outcome:
     seconds: dict[Forced | None, list[float]] = field(default_factory=dict)
 
 
-def measure(subject: Subject, plans: Sequence[Plan], planned: Device, device: str, timer: Timer) -> Outcome:
+def measure(
+    subject: Subject,
+    plans: Sequence[Plan],
+    planned: Device,
+    device: str,
+    timer: Timer,
+    running: Callable[[Plan | None], None] = lambda plan: None,
+) -> Outcome:
     """Measures the candidates of a pass.
 
     Args:
@@ -84,6 +91,7 @@ def measure(subject: Subject, plans: Sequence[Plan], planned: Device, device: st
         planned: the planner's description of the device.
         device: where to put the operands.
         timer: measures each call.
+        running: told of each candidate before it runs for the first time, and None when all have.
     """
     out = Outcome(Measured(None, None, None))
     tensors = subject.tensors(device)
@@ -91,6 +99,7 @@ def measure(subject: Subject, plans: Sequence[Plan], planned: Device, device: st
     runs: list[Run] = []
     # Without torch's result, a plan that needs nothing special of the device is what the others are compared with.
     for plan in plans if torchs else sorted(plans, key=lambda plan: plan.mechanism):
+        running(plan)
         try:
             run, right = _checked(subject, plan, planned, tensors, right)
         except Exception as e:
@@ -98,6 +107,7 @@ def measure(subject: Subject, plans: Sequence[Plan], planned: Device, device: st
         else:
             runs.append(run)
     del right
+    running(None)
     if torchs is not None:
         runs.append(torchs)
     out.seconds = _halved(runs, plans, timer, out)

@@ -25,6 +25,7 @@ from tconv.records.key import Cell, Machine, machine
 from tconv.rehearsal.runner import check_callable
 from tconv.tune.candidates import candidates
 from tconv.tune.clock import Clock
+from tconv.tune.marker import Note, left_behind, noting
 from tconv.tune.measure import Outcome, Timer, measure
 from tconv.tune.subject import Asked, Subject, passes_of
 from tconv.tune.table import Row, Tuned, named, row_of
@@ -113,6 +114,7 @@ def tune_passes(
         left: calls that fall back to torch, for the table.
         record, again, jobs, progress: as in `tune`.
     """
+    _bar_what_killed()
     where, cells = machine(planned.name), [one.subject.cell() for one in asked]
     known = {cell: found for cell in cells if not again and (found := book().measured_here(where, cell))}
     plans = {
@@ -125,11 +127,11 @@ def tune_passes(
     barred: list[str] = []
     skipped: list[str] = []
     try:
-        with _quiet():
+        with _quiet(), noting(file.folder()) as note:
             timer = new_timer(device)
             for one, cell in zip(bar(asked, len(asked), progress, "measuring", "pass"), cells, strict=True):
                 if cell not in known:
-                    out = measure_and_keep(one.subject, cell, plans[one.subject], device, planned, timer, where)
+                    out = measure_and_keep(one.subject, cell, plans[one.subject], device, planned, timer, where, note)
                     barred += [f"{one.subject.pass_}: {named(plan.choices)}: {reason}" for plan, reason in out.barred]
                     skipped += out.skipped
                     known[cell] = out.measured
@@ -146,10 +148,21 @@ def tune_passes(
 
 
 def measure_and_keep(
-    subject: Subject, cell: Cell, plans: Sequence[Plan], device: str, planned: Device, timer: Timer, where: Machine
+    subject: Subject,
+    cell: Cell,
+    plans: Sequence[Plan],
+    device: str,
+    planned: Device,
+    timer: Timer,
+    where: Machine,
+    note: Note,
 ) -> Outcome:
     """Measures a pass and adds what was seen to the record. Warns of each plan that is barred."""
-    out = measure(subject, plans, planned, device, timer)
+
+    def running(plan: Plan | None) -> None:
+        note(None if plan is None else barring(where, cell, plan.choices, ""))
+
+    out = measure(subject, plans, planned, device, timer, running)
     lines: list[file.Line] = [barring(where, cell, plan.choices, reason) for plan, reason in out.barred]
     if out.measured != Measured(None, None, None):
         lines.append(line_of(where, cell, str(subject.problem), out.measured))
@@ -159,6 +172,14 @@ def measure_and_keep(
         )
     book().add(lines)
     return out
+
+
+def _bar_what_killed() -> None:
+    """Bars the plans that earlier processes died of, with a warning."""
+    lines = left_behind(file.folder())
+    if lines:
+        book().add(lines)
+        warnings.warn(f"tconv bars {len(lines)} plans that processes died of while they were measured", stacklevel=3)
 
 
 @contextlib.contextmanager
@@ -201,11 +222,12 @@ def on_sight(
         lock = filelock.FileLock(file.folder() / f"measuring-{name}.lock", timeout=0)
         try:
             file.folder().mkdir(parents=True, exist_ok=True)
-            with lock, _quiet(), _disable_current_modes(), torch._C.DisableTorchFunction():
+            _bar_what_killed()
+            with lock, noting(file.folder()) as note, _quiet(), _disable_current_modes(), torch._C.DisableTorchFunction():
                 plans = candidates(subject, planned, book().barred(where, cell))
                 if device == "cuda":
                     _compile([(subject, plan) for plan in plans], planned, None, False)
-                measure_and_keep(subject, cell, plans, device, planned, new_timer(device), where)
+                measure_and_keep(subject, cell, plans, device, planned, new_timer(device), where, note)
         except filelock.Timeout:
             return
         except Exception as e:  # no memory for operands, a folder that cannot be written: the call itself goes on

@@ -198,6 +198,34 @@ def test_a_record_to_ship_is_what_another_machine_loads(own, timed, tmp_path):
         tconv.load_record(tmp_path / "none.jsonl")
 
 
+EVERY = {
+    "transposed, with a bias": (lambda: tconv.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3)),
+    "depthwise": (lambda: tconv.Conv1d(4, 4, 3, groups=4), (2, 4, 9)),
+    "3-D": (lambda: tconv.Conv3d(2, 4, (1, 2, 2), stride=2), (1, 2, 2, 4, 4)),
+    "a patch embedding": (lambda: tconv.Conv2d(3, 8, 2, stride=2), (2, 3, 4, 4)),
+    "channels_last": (lambda: tconv.Conv2d(8, 8, 3).to(memory_format=torch.channels_last), (1, 8, 4, 5)),
+    "in fp16": (lambda: tconv.Conv2d(4, 4, 1).half(), (1, 4, 3, 5)),
+    "unbatched": (lambda: tconv.Conv1d(4, 4, 2), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_pass_that_was_measured_is_found_again(timed, monkeypatch, name):
+    make, shape = EVERY[name]
+    layer = make()
+    x = torch.randn(shape).to(layer.weight.dtype).requires_grad_()
+    monkeypatch.setattr(tuner, "candidates", lambda *args: candidates(*args)[:1])
+    timed(torch=1.0)
+    assert len(tconv.tune(layer, x).rows) == 3
+    with tconv.recording() as calls:
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+    found = [call for call in calls if call.operation != "bias"]
+    assert len(found) == 3
+    for call in found:
+        assert call.reason.startswith("measured: tconv 50.0 us, torch 1000000.0 us; ")
+
+
 # --- candidates ---
 
 

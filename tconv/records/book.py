@@ -94,7 +94,7 @@ class _Lines:
         """
         found: dict[Cell, Measured] = {}
         if anywhere:
-            for machine, kind in self.measured:
+            for machine, kind in list(self.measured):  # a copy: another thread may add one
                 if (machine.gpu, machine.kernels) == (where.gpu, where.kernels) and kind == cell.kind:
                     found |= self.measured[machine, kind]
         found |= self.measured.get((where, cell.kind), {})

@@ -418,6 +418,22 @@ def test_a_candidate_without_memory_is_skipped_this_time_only(own, timed, monkey
     assert ran(layer, x).plan.kernel == "packed"
 
 
+def test_where_none_of_ours_has_memory_nothing_is_concluded(own, timed, monkeypatch):
+    layer, x = small()
+    timed()
+
+    def fails(launch, operands, more, result):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as m:
+        m.setattr(self_check, "run_poisoned", fails)
+        tuned = tconv.tune(layer, x, backward=False)
+    assert [row.choice for row in tuned.rows] == ["-"]
+    assert tuned.skipped
+    assert not file.own().exists()
+    assert ran(layer, x).ours
+
+
 def test_a_candidate_that_hangs_is_barred(own, timed):
     layer, x = small()
     timed(tma=HANGS + 1)

@@ -114,6 +114,8 @@ def measure(
     barred = {plan.choices for plan, _ in out.barred}
     medians = {choices: statistics.median(times) for choices, times in out.seconds.items() if choices not in barred}
     ours = [choices for choices in medians if choices is not None]
+    if not ours and len(barred) < len(plans):
+        return out  # some could not run this time, for lack of memory perhaps: that says nothing about the next time
     best = min(ours, key=medians.__getitem__, default=None)
     cost = next((plan.cost for plan in plans if plan.choices == best), None)
     out.measured = Measured(

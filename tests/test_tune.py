@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 
 import pytest
@@ -269,6 +270,20 @@ def test_what_is_barred_is_no_candidate():
     assert plans[0].choices not in {plan.choices for plan in candidates(subject, device, [plans[0].choices])}
 
 
+def test_every_part_of_every_candidate_is_compiled_in_parallel(monkeypatch):
+    subject, device = dense("fprop", strides=False), DEVICES["H200"]
+    plans, compiled = candidates(subject, device), []
+    stub = types.SimpleNamespace(active=types.SimpleNamespace(get_current_target=lambda: "the GPU here"))
+    monkeypatch.setattr("triton.runtime.driver", stub)
+    monkeypatch.setattr(tuner, "compile_launches", lambda *args: compiled.append(args))
+    tuner._compile([(subject, plan) for plan in plans], device, 3, False)
+    ((launches, *rest),) = compiled
+    assert rest == ["the GPU here", 3, False]
+    ours = {launch.call.plan.choices for launch in launches if launch.call.operation == "fprop"}
+    assert ours == {plan.choices for plan in plans}
+    assert any(launch.call.operation == "copy" for launch in launches)
+
+
 # --- what is left alone ---
 
 
@@ -432,6 +447,43 @@ def test_where_none_of_ours_has_memory_nothing_is_concluded(own, timed, monkeypa
     assert tuned.skipped
     assert not file.own().exists()
     assert ran(layer, x).ours
+
+
+def test_operands_without_memory_are_skipped_and_the_other_passes_measured(own, timed, monkeypatch):
+    layer, x = small()
+    timed(packed=1e-5)
+    tensors = Subject.tensors
+
+    def fails(self, device):
+        if self.pass_ == "dgrad":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tensors(self, device)
+
+    monkeypatch.setattr(Subject, "tensors", fails)
+    tuned = tconv.tune(layer, x, record=own().path.with_name("model.jsonl"))
+    assert [(row.pass_, row.seconds is None) for row in tuned.rows] == [("fprop", False), ("dgrad", True), ("wgrad", False)]
+    assert tuned.skipped == ("dgrad of N1 C4 6 -> K4 5, filter 2: OutOfMemoryError: CUDA out of memory",)
+    assert tconv.load_record(own().path.with_name("model.jsonl")) == 2
+
+
+def test_a_forced_plan_is_no_choice(timed):
+    layer, x = small()
+    timed()
+    with tconv.force(kernel="gather"), pytest.raises(RuntimeError, match="tune: a plan is forced"):
+        tconv.tune(layer, x)
+
+
+def test_torchs_newer_setting_of_true_fp32_is_measured_too(timed):
+    layer, x = small()
+    timed(packed=1e-5)
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    try:
+        tconv.tune(layer, x, backward=False)
+        assert ran(layer, x).plan.kernel == "packed"
+    finally:
+        conv.fp32_precision = before
+    assert ran(layer, x).plan.kernel == "gather"  # TF32 is another cell
 
 
 def test_a_candidate_that_hangs_is_barred(own, timed):

@@ -94,7 +94,11 @@ def measure(
         running: told of each candidate before it runs for the first time, and None when all have.
     """
     out = Outcome(Measured(None, None, None))
-    tensors = subject.tensors(device)
+    try:
+        tensors = subject.tensors(device)
+    except RuntimeError as e:  # no memory for the operands
+        out.skipped.append(f"{subject.pass_} of {subject.problem}: {_first_line(e)}")
+        return out
     torchs, right = _torchs(subject, tensors, out)
     runs: list[Run] = []
     # Without torch's result, a plan that needs nothing special of the device is what the others are compared with.

@@ -17,7 +17,7 @@ from tconv.launching import first_sight
 from tconv.launching.record import recording_apart
 from tconv.launching.workers import bar, compile_launches
 from tconv.planning.device import Device
-from tconv.planning.plan import Plan
+from tconv.planning.plan import Plan, forced
 from tconv.planning.problem import Geometry
 from tconv.records import file
 from tconv.records.book import Measured, barring, book, line_of
@@ -30,6 +30,7 @@ from tconv.tune.measure import Outcome, Timer, measure
 from tconv.tune.subject import Asked, Subject, passes_of
 from tconv.tune.table import Row, Tuned, named, row_of
 
+NOTHING = Measured(None, None, None)
 new_timer: Callable[[str], Timer] = Clock  # makes the timer for a type of device; tests put a stand-in here
 
 
@@ -43,7 +44,7 @@ def tune(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Tuned:
-    """Measures every distinct convolution pass of a model on the GPU here, tconv's plans beside torch's kernel.
+    """Measures every distinct convolution pass of a model on the current GPU, tconv's plans beside torch's kernel.
 
     What is fastest is kept in the record on disk, and this process and later ones choose by it (docs/tuning.md). The model is
     only rehearsed, as by `precompile`: its parameters, gradients, buffers, hooks and random numbers are as before. An
@@ -62,11 +63,13 @@ def tune(
     Raises:
         TypeError: the model cannot be called. Errors of the model itself are passed on.
         ValueError: `jobs` is below 1.
-        RuntimeError: no GPU, no Triton, or the model makes no convolution that tconv computes.
+        RuntimeError: no GPU, no Triton, a plan is forced, or the model makes no convolution that tconv computes.
     """
     check_callable("tune", "model", model)
     if jobs is not None and (type(jobs) is not int or jobs < 1):
         raise ValueError(f"tune: jobs must be a positive int or None, got {jobs!r}")
+    if forced() is not None:
+        raise RuntimeError("tune: a plan is forced (tconv.force), which would be the only candidate")
     device, planned = device_here()
     asked, left = passes_of(model, inputs, kwargs, backward)
     if not asked:
@@ -141,7 +144,7 @@ def tune_passes(
         if record is not None:
             lines = [
                 line_of(where, cell, str(one.subject.problem), known[cell])
-                for one, cell in zip(asked, cells, strict=True) if cell in known
+                for one, cell in zip(asked, cells, strict=True) if known.get(cell, NOTHING) != NOTHING
             ]  # fmt: skip
             file.append(pathlib.Path(record), lines)
     return Tuned(planned.name, tuple(rows), tuple(barred), tuple(dict.fromkeys(skipped)), tuple(left))
@@ -164,13 +167,13 @@ def measure_and_keep(
 
     out = measure(subject, plans, planned, device, timer, running)
     lines: list[file.Line] = [barring(where, cell, plan.choices, reason) for plan, reason in out.barred]
-    if out.measured != Measured(None, None, None):
+    if out.measured != NOTHING:
         lines.append(line_of(where, cell, str(subject.problem), out.measured))
+    book().add(lines)
     for plan, reason in out.barred:
         warnings.warn(
             f"tconv bars a plan of {subject.pass_} of {subject.problem}: {named(plan.choices)}: {reason}", stacklevel=2
         )
-    book().add(lines)
     return out
 
 
@@ -184,12 +187,18 @@ def _bar_what_killed() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Measures without a trace: calls are not recorded, nothing is differentiated, and cuDNN's flags are as before."""
-    with recording_apart(), torch.no_grad(), torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled, benchmark=True, deterministic=torch.backends.cudnn.deterministic,
-        allow_tf32=torch.backends.cudnn.allow_tf32,
-    ):  # fmt: skip
-        yield
+    """Measures without a trace: calls are not recorded, nothing is differentiated, and cuDNN's flag is as before.
+
+    Only that flag is touched: what torch.backends.cudnn.flags does besides raises where TF32 is set by torch's newer names.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = True
+    try:
+        with recording_apart(), torch.no_grad():
+            yield
+    finally:
+        cudnn.benchmark = before
 
 
 def on_sight(

@@ -79,6 +79,8 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
     sys.exit(f"tconv needs Triton 3.6 or newer, {sys.executable} has {triton.__version__}")
 CHECK
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# What is measured here must not depend on what this user's tconv.tune has measured before.
+export TCONV_CACHE_DIR="${TCONV_CACHE_DIR:-$(mktemp -d)}"
 
 if [ ${#tiny[@]} -eq 0 ] && ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     echo "No GPU here: only Python's share of a call can be measured (--dry-run tries the rest out on tiny shapes)"

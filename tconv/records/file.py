@@ -21,9 +21,12 @@ Line = dict[str, Any]
 
 def folder() -> pathlib.Path:
     """Returns the folder of the user's own record: TCONV_CACHE_DIR, or the platform's cache folder."""
+    given = os.environ.get("TCONV_CACHE_DIR")
+    if given:
+        return pathlib.Path(given)
     import platformdirs
 
-    return pathlib.Path(os.environ.get("TCONV_CACHE_DIR") or platformdirs.user_cache_dir("tconv", False))
+    return pathlib.Path(platformdirs.user_cache_dir("tconv", False))
 
 
 def own() -> pathlib.Path:

@@ -108,7 +108,8 @@ def test_the_answer_is_kept_for_other_processes(mechanism, monkeypatch, own_reco
     assert self_check.standing(mechanism) == "proven here"
     other_process(monkeypatch, own_record)
     monkeypatch.setattr(self_check, "run_once", None)  # nothing runs
-    assert self_check.standing(mechanism) == ("untested" if oracle.compiled() else "proven here")
+    simulated = oracle.compiled()  # an H100, which this machine is not
+    assert self_check.standing(mechanism) == ("proven elsewhere" if simulated else "proven here")
     assert check(mechanism)
 
 

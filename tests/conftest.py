@@ -21,7 +21,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Before any kernel is imported."""
     # What the user's GPU has measured must not choose the plans of tests, nor tests those of the user.
-    os.environ["TCONV_CACHE_DIR"] = tempfile.mkdtemp(prefix="tconv-tests-")
+    folder = tempfile.TemporaryDirectory(prefix="tconv-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["TCONV_CACHE_DIR"] = folder.name
     if config.getoption("--compiled", None):
         from tests import compiled
 

@@ -69,6 +69,7 @@ class Utils:
     def __init__(self, chip: Chip) -> None:
         self.chip = chip
         self.programs: OrderedDict[bytes, Program] = OrderedDict()
+        self.loaded = 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
@@ -81,15 +82,18 @@ class Utils:
 
         Registers are not allocated, so the number is the most that a program of this size could have.
         """
-        program = self.programs.pop(binary, None) or Program(binary.decode(), shared)
+        program = self.programs.pop(binary, None)
+        if program is None:
+            program = Program(binary.decode(), shared)
+            self.loaded += 1
         self.programs[binary] = program
         if len(self.programs) > KEPT:
             self.programs.popitem(last=False)
         return program, program, min(255, 65536 // program.kernel.threads), 0, 1024
 
     def count(self) -> tuple[int, int]:
-        """Returns how many launches ran so far, and how many kernels are loaded."""
-        return sum(program.launches for program in self.programs.values()), len(self.programs)
+        """Returns how many launches ran so far, and how many kernels were loaded for them."""
+        return Program.launches, self.loaded
 
     def unload_module(self, module: Program) -> None:
         pass

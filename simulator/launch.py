@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,8 +30,10 @@ class Program:
 
     Attributes:
         fault: what is wrong with it whatever it runs on; None if nothing is.
-        launches: how often it ran.
+        launches: how often any kernel ran.
     """
+
+    launches: ClassVar[int] = 0
 
     def __init__(self, ptx: str, shared_bytes: int) -> None:
         self.kernel = parse(ptx)
@@ -41,7 +44,6 @@ class Program:
         self.fault = accumulators.fault(self.kernel)
         self.kernel.blocks.clear()  # hundreds of programs are kept, and this would be most of what they take
         self.shared_bytes = shared_bytes
-        self.launches = 0
 
     def run(
         self, grid: tuple[int, int, int], memory: GlobalMemory, arguments: Sequence[int | TensorMap], options: Options
@@ -54,7 +56,7 @@ class Program:
         Raises:
             Fault: a program does what hardware would punish or PTX does not define, or does not end.
         """
-        self.launches += 1
+        Program.launches += 1
         if self.fault:
             raise self.fault
         values, maps = self._parameters(arguments)

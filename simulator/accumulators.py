@@ -96,6 +96,9 @@ def _step(state: _State, i: Instruction) -> str | None:
                 del ages[register]
     elif i.opcode.startswith("mov.") and i.guard is None and all(isinstance(o, Register) for o in i.operands):
         to, source = (o.name for o in i.operands if isinstance(o, Register))
+        under_way = state.sums.keys() | state.factors.keys()
+        if to in under_way and source not in under_way:
+            return f"writes register {to}, which products that were not waited for use;"
         for ages in (state.sums, state.factors):
             ages.pop(to, None)
             if source in ages:

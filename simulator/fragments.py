@@ -179,6 +179,8 @@ def multiply(
         transposed: whether a and b lie in shared memory with k as the slower dimension.
     """
     if m.W % 4 or m.warps[0] % 4:
+        if m.team is not None:
+            raise Unsupported(f"{m.kernel.place(line)}: wgmma by warps of one warpgroup that have parted")
         m.fault(line, "wgmma by less than four warps, or by warps of two warpgroups;")
     groups = m.W // 4
     if isinstance(a, np.ndarray):

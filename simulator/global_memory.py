@@ -21,6 +21,7 @@ REAL = (1 << TAG) - 1
 PARAMETERS = 0x7000  # a number that no storage has: kernel parameters, of which tensor maps have addresses
 VARIABLES = 0x7001  # and the module's variables, which nothing reads
 FIRST_PAGE = 4096  # numpy makes no array at address 0
+SEVERAL = -1  # programs wrote it, all the same value
 LARGEST_MAP = 1 << 26  # bytes of a storage up to which it is known which of them belong to the tensor
 
 
@@ -144,12 +145,14 @@ class GlobalMemory:
             granules = self._granules(storage, addresses[part] & REAL, size)
             mine = m.programs[lanes[part] // m.T, None] + 1
             before = storage.writers[granules]
-            again = ((before != 0) & (before != mine)).any(1)
+            others = (before != 0) & (before != mine)
+            again = others.any(1)
             if again.any() and (changed := again & differ(memory[index[part]], data[part])).any():
                 bad = int(np.flatnonzero(changed)[0])
                 what = f"writes {size} bytes, not as another program of the launch wrote them"
                 m.fault(line, what, lanes[part][bad], self.describe(int(addresses[part][bad])))
             storage.writers[granules] = mine
+            storage.writers[granules[others | (storage.writers[granules] != mine)]] = SEVERAL
         memory[index] = data
         if (lost := differ(memory[index], data)).any():
             bad = int(np.flatnonzero(lost)[0])

@@ -67,6 +67,7 @@ class Machine:
         self.team: Team | None = None
         self.waiting: Wait | None = None
         self.culprit = 0  # the lane that went to a trap
+        self.registers = kernel.registers_per_thread  # of each thread, while all warps of the program are here
         self.fragments: dict[Any, tuple[Array, Any]] = {}  # operands of mma by the registers that hold them, of a basic block
 
     def _number(self, warps: Array) -> None:
@@ -246,24 +247,28 @@ class Machine:
         return by_warp[:, :, 0]
 
     def barrier(self, line: int, number: int, threads: int | None, guard: Array | None) -> None:
-        """A barrier of so many threads of the program, by default of all. All of these warps come to it, or none."""
+        """A barrier of so many threads of the program, by default of all. A guard may choose the warps that it is of."""
+        warps = self.warps
         if guard is not None:
-            g = self.full(guard)
-            here = np.any(g, axis=1)
-            missing = here[:, None] & ~g
+            by_warp = self.full(guard).reshape(self.C, self.W, 32)
+            here = np.any(by_warp, axis=2)
+            if (here != here[:1]).any():
+                raise Unsupported(f"{self.kernel.place(line)}: a barrier of some of the programs")
+            warps = self.warps[here[0]]
+            if not warps.size:
+                return
+            missing: Array = ~by_warp & (here[:, :, None] | (threads != 32 * warps.size))
             if missing.any():
                 lane = int(np.flatnonzero(missing)[0])
                 self.fault(line, "only some threads of the program come to this barrier, and this one does not;", lane)
-            if not here.any():
-                return
-            if not here.all():
-                raise Unsupported(f"{self.kernel.place(line)}: a barrier of some of the programs")
+            if warps.size < self.W and self.team is not None:
+                raise Unsupported(f"{self.kernel.place(line)}: a barrier of some of the warps that have not parted")
         if self.team is not None:
             self.team.meet(self, line, number, threads)
-        elif threads not in (None, self.T):
-            self.fault(line, f"{self.T} threads come to a barrier of {threads};", 0)
+        elif threads not in (None, 32 * warps.size):
+            self.fault(line, f"{32 * warps.size} threads come to a barrier of {threads};", 0)
         else:
-            self.shared.races.barrier(self.warps)
+            self.shared.races.barrier(warps)
 
     def leave(self, line: int) -> None:
         """These warps are done. The shared memory of a program may then be another's at once: no box may be under way."""
@@ -277,8 +282,14 @@ class Machine:
 
     def allot(self, line: int, registers: int) -> None:
         """setmaxnreg: each warp is to have so many registers per thread."""
+        if not self.kernel.registers_per_thread:
+            raise Unsupported(f"{self.kernel.place(line)}: setmaxnreg in a kernel without .maxnreg")
         if self.team is not None:
             self.team.allot(self, line, registers)
+        elif registers > self.kernel.registers_per_thread:
+            self.fault(line, f"waits for ever for {registers} registers per thread: all warps ask for them;", 0)
+        else:
+            self.registers = registers
 
     def trap(self, line: int, what: str) -> NoReturn:
         self.fault(line, what, self.culprit)

@@ -49,12 +49,14 @@ class Barriers:
         m.shared.write(m, line, 8 * slots, lanes, 8, np.full(slots.size, count, np.uint64))
         self.expected[rows, slots] = self.pending[rows, slots] = count
         self.bytes[rows, slots] = self.phase[rows, slots] = 0
-        self.live[rows, slots] = True
-        m.shared.races.initialised(slots)
+        self._live(m, rows, slots, True)
+        m.shared.races.initialised(rows, slots)
 
     def invalidate(self, m: Machine, line: int, address: Array, guard: Array | None) -> None:
-        rows, slots, _ = self._named(m, line, address, guard)
-        self.live[rows, slots] = False
+        rows, slots, lanes = self._named(m, line, address, guard)
+        if rows.size:
+            self._live(m, rows, slots, False)
+            m.shared.write(m, line, 8 * slots, lanes, 8, np.zeros(slots.size, np.uint64))
 
     def arrive(self, m: Machine, line: int, address: Array, count: int, expect: int, guard: Array | None) -> None:
         """Threads arrive, each `count` times, and announce `expect` bytes each."""
@@ -85,9 +87,11 @@ class Barriers:
         if (a != a[:, :1]).any():
             raise Unsupported(f"{m.kernel.place(line)}: threads that wait for several mbarriers in one instruction")
         rows, slots = np.arange(m.C), self._slots(m, line, a[:, 0])
-        last = np.arange(31, m.T, 32)  # of each warp; its first thread may be the one that initialised the mbarrier
-        self._must_live(m, line, np.repeat(rows, m.W), np.repeat(slots, m.W), (rows[:, None] * m.T + last).reshape(-1))
-        never = (self.phase[rows, slots] & 1) == m.full(parity)[:, 0]
+        self._must_live(m, line, np.repeat(rows, m.T), np.repeat(slots, m.T), m.lanes)
+        p = m.full(parity)
+        if (p != p[:, :1]).any():
+            raise Unsupported(f"{m.kernel.place(line)}: threads that wait for several phases in one instruction")
+        never = (self.phase[rows, slots] & 1) == p[:, 0]
         if never.any():
             row = int(np.flatnonzero(never)[0])
             slot, phase = int(slots[row]), int(self.phase[row, slots[row]])
@@ -124,6 +128,10 @@ class Barriers:
         slots = self.named(m, line, lanes, addresses) if live and lanes.size else self._slots(m, line, addresses)
         return lanes // m.T, slots, lanes
 
+    def _live(self, m: Machine, rows: Array, slots: Array, live: bool) -> None:
+        self.live[rows, slots] = live
+        m.shared.mbarriers[m.shared.granules(8 * slots + rows * m.shared.row, 8)] = live
+
     def _must_live(self, m: Machine, line: int, rows: Array, slots: Array, lanes: Array) -> None:
         """Whoever uses an mbarrier must know that it is initialised."""
         dead = ~self.live[rows, slots]
@@ -132,7 +140,7 @@ class Barriers:
             m.fault(line, "an mbarrier that is not initialised", int(lanes[bad]), f"shared memory, byte {8 * slots[bad]}")
         places = 8 * slots + rows * m.shared.row
         g = m.shared.granules(places, 8)
-        problem = m.shared.races.unordered(g, np.repeat(m.threads(lanes), g.size // places.size))
+        problem = m.shared.races.reading(g, np.repeat(m.threads(lanes), g.size // places.size))
         if problem:
             m.shared.blame(m, line, "uses an mbarrier in a part", problem, places, lanes)
 

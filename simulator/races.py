@@ -1,17 +1,18 @@
 """Which accesses of shared memory are ordered: what happened before what, by vector clocks.
 
 Those who access it are the parties of a program: each warp; for each warpgroup its tensor cores, which read the operands of
-wgmma; the engine that stores boxes; and for each mbarrier the engine whose boxes complete there. Time is counted in
-synchronisations. Each warp knows up to which time each party's accesses are over (`seen`), and an access is a race with an
-earlier one of the same place if it is not known to be over. Knowledge is passed on
+wgmma; for each warp the engine that stores its boxes; and for each mbarrier the engine whose boxes complete there. Time is
+counted in synchronisations. Each warp knows up to which time each party's accesses are over (`seen`), and an access is a race
+with an earlier one of the same place if it is not known to be over. Knowledge is passed on
 
 - by a barrier, to all warps that meet at it;
 - by an mbarrier, from those who arrive at a phase to those who wait for it, and there also of the boxes that completed it;
 - by waiting for a group of wgmma or of stored boxes, of what these read.
 
 Threads of one warp are told apart: a barrier of the warp orders them. (That a warp runs in lockstep orders nothing since
-Volta.) Tensor cores and boxes go through the asynchronous proxy: they see what threads wrote only after a
-`fence.proxy.async` of the writer or of whoever asks for the read.
+Volta.) Tensor cores and boxes go through the asynchronous proxy: they see what threads wrote only behind a
+`fence.proxy.async`, of the writer, of whoever asks for the read, or of a warp on the way between. So each warp also knows up
+to which time each other one's writes are fenced.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from simulator.arrays import Array
 
 ENGINE = 1 << 12  # who wrote: a thread's number, or this plus an engine's party
-SEVERAL = -1  # threads of a warp
+SEVERAL = -1  # threads: readers of one warp, or writers of one value
 FLYING = 1 << 30  # time of a read that goes on, plus the number of its group
 ANY = -1  # a reader that is no thread
 Problem = tuple[Array, str]  # which granules, and what is wrong with them
@@ -32,7 +33,8 @@ class Races:
     """What happened to each granule, numbered through all programs of a batch. Unless enabled, nothing is noted.
 
     Attributes:
-        seen: [programs, warps, parties]: the time before which a warp knows a party's accesses to be over.
+        seen: [programs, warps, parties]: the time before which a warp knows a party's accesses to be over. The parties are
+            those that read (`readers` of them), the fences of each warp, which end at `fenced`, and mbarriers.
         now: the time, of all programs of the batch.
     """
 
@@ -44,14 +46,13 @@ class Races:
             granules: of one program.
         """
         self.enabled, self.programs, self.warps, self.granules = enabled, programs, warps, granules
-        self.stores = warps + -(-warps // 4)  # the party that stores boxes
-        self.readers = self.stores + 1  # parties that read: all but mbarriers
+        self.stores = warps + -(-warps // 4)  # the first party that stores boxes
+        self.readers = self.stores + warps
+        self.fenced = self.readers + warps
         self.now = 1
-        self.seen = np.ones((programs, warps, self.readers), np.int32)
-        self.active = np.zeros(self.readers, bool)  # engines that ever accessed anything, and all warps
+        self.seen = np.ones((programs, warps, self.fenced), np.int32)
+        self.active = np.zeros(self.fenced, bool)  # engines that ever accessed anything, and all warps
         self.active[:warps] = True
-        self.fences = 0
-        self.fenced = np.zeros(self.readers, np.int32)  # each warp's last proxy fence
         self.mbarriers: dict[int, int] = {}  # the parties of mbarriers, by their place
         self.arrived: dict[int, Array] = {}  # what those who arrived at its present phase know: [programs, parties]
         self.completed: dict[int, Array] = {}  # what those learn who wait for its last complete phase
@@ -60,7 +61,7 @@ class Races:
         self.wrote_at, self.wrote_by = np.zeros(n, np.int32), np.zeros(n, np.int16)
         self.read_at, self.read_by = np.zeros(n * self.readers, np.int32), np.zeros(n * warps, np.int16)  # by party, by warp
         self.last_read = np.zeros(n, np.int32)  # the largest of read_at
-        self.unfenced = np.zeros(n, np.int32)  # the proxy fence that the last write needs; 0 for none
+        self.unfenced = np.zeros(n, bool)  # the last write is one that needs a proxy fence
         self.arriving = np.zeros(n, bool)  # a copy of a thread's (cp.async), or a box, is under way
         self._learnt()
 
@@ -69,7 +70,7 @@ class Races:
         some = object.__new__(Races)
         some.__dict__.update(self.__dict__)
         some.programs = programs.size
-        some.seen, some.active, some.fenced = self.seen[programs], self.active.copy(), self.fenced.copy()
+        some.seen, some.active = self.seen[programs], self.active.copy()
         some.mbarriers, some.boxes = dict(self.mbarriers), self.boxes[programs]
         some.arrived = {slot: known[programs] for slot, known in self.arrived.items()}
         some.completed = {slot: known[programs] for slot, known in self.completed.items()}
@@ -88,7 +89,8 @@ class Races:
     def _learnt(self) -> None:
         """Notes the times before which all warps know all reads, and all accesses, to be over: most are."""
         earliest = self.seen.min((0, 1))
-        self.reads_over = int(earliest[: self.readers][self.active[: self.readers]].min())
+        self.reading_parties = np.flatnonzero(self.active[: self.readers])
+        self.reads_over = int(earliest[self.reading_parties].min())
         self.over = int(earliest[self.active].min())
 
     def barrier(self, warps: Array) -> None:
@@ -106,11 +108,16 @@ class Races:
         self._learnt()
 
     def proxy_fence(self, warps: Array) -> None:
-        self.fences += 1
-        self.fenced[warps] = self.fences
+        """All that these warps know of is fenced, and what they wrote themselves."""
+        self.now += 1
+        known = self.seen[:, warps]
+        fences = known[:, :, self.readers : self.fenced]
+        np.maximum(fences, known[:, :, : self.warps], out=fences)
+        self.seen[:, warps] = known
+        self.seen[:, warps, self.readers + warps] = self.now
 
-    def initialised(self, slots: Array) -> None:
-        """mbarriers begin, or begin anew."""
+    def initialised(self, rows: Array, slots: Array) -> None:
+        """mbarriers of these programs begin, or begin anew."""
         for slot in map(int, np.unique(slots)):
             if slot not in self.mbarriers:
                 self.mbarriers[slot] = self.seen.shape[2]
@@ -120,14 +127,23 @@ class Races:
                 for known in (self.arrived, self.completed):
                     for other in known:
                         known[other] = np.pad(known[other], ((0, 0), (0, 1)))
+                for known in (self.arrived, self.completed):
+                    known[slot] = np.zeros((self.programs, self.seen.shape[2]), np.int32)
             for known in (self.arrived, self.completed):
-                known[slot] = np.zeros((self.programs, self.seen.shape[2]), np.int32)
+                known[slot][rows[slots == slot]] = 0
 
     def arrive(self, rows: Array, slots: Array, warps: Array) -> None:
-        """A thread of a warp of each of these programs arrives at one of its mbarriers."""
-        for row, slot, warp in zip(rows.tolist(), slots.tolist(), warps.tolist(), strict=True):
+        """Threads of these warps arrive, each at an mbarrier of its program.
+
+        They pass on what their warp knew at its last barrier, and, if all threads of a warp arrive, what these did since.
+        """
+        self.now += 1
+        arrivals, counts = np.unique(np.stack([rows, slots, warps], 1), axis=0, return_counts=True)
+        for (row, slot, warp), count in zip(arrivals.tolist(), counts.tolist(), strict=True):
             known = self.arrived[slot]
             np.maximum(known[row], self.seen[row, warp], out=known[row])
+            if count == 32:
+                known[row, warp] = self.now
 
     def complete(self, rows: Array, slots: Array) -> None:
         """A phase of these mbarriers is complete, boxes included."""
@@ -151,7 +167,7 @@ class Races:
         return over
 
     def _party(self, by: Array) -> Array:
-        return np.where(by < ENGINE, by >> 5, by - ENGINE)
+        return np.where(by < ENGINE, np.maximum(by, 0) >> 5, by - ENGINE)
 
     def _written(self, g: Array, thread: Array | int, warp: Array) -> Array:
         """Returns which granules were written by another thread, or an engine, without an order."""
@@ -159,7 +175,11 @@ class Races:
         if not when.size or when.max() < self.over:
             return NONE
         by = self.wrote_by[g]
-        return (by != thread) & self._going_on(g, when, self._party(by), warp)
+        going_on = self._going_on(g, when, self._party(by), warp)
+        if (several := by == SEVERAL).any():
+            h, warps = g[several], np.broadcast_to(warp, g.shape)[several]
+            going_on[several] = when[several] >= self.seen[h // self.granules, warps, : self.warps].min(1)
+        return (by != thread) & going_on
 
     def _why_written(self, g: Array, bad: Array) -> str:
         if self.wrote_by[g[bad][0]] >= ENGINE:
@@ -208,8 +228,9 @@ class Races:
         some = np.flatnonzero(recent)
         h, threads = g[some], thread[some]
         warp = threads >> 5
-        at = self.read_at.reshape(-1, self.readers)[h]
-        going_on = at >= self.seen[h // self.granules, warp, : self.readers]
+        parties = self.reading_parties  # of which the first ones are all warps
+        at = self.read_at.reshape(-1, self.readers)[h[:, None], parties]
+        going_on = at >= self.seen[(h // self.granules)[:, None], warp[:, None], parties]
         going_on[np.arange(h.size), warp] &= self.read_by[h * self.warps + warp] != threads
         if not going_on.any():
             return None
@@ -224,10 +245,16 @@ class Races:
         """Returns which granules another thread wrote since the last barrier."""
         return self._written(g, thread, thread >> 5) if self.enabled else None
 
-    def wrote(self, g: Array, thread: Array, fence_needed: bool) -> None:
+    def wrote(self, g: Array, thread: Array, fence_needed: bool, again: Array | None) -> None:
+        """Notes that threads write. Where several of them write, at once or `again`, it is the same value."""
         if self.enabled:
             self.wrote_at[g], self.wrote_by[g] = self.now, thread
-            self.unfenced[g] = self.fences + 1 if fence_needed else 0
+            several = self.wrote_by[g] != thread
+            if again is not None:
+                several = several | again
+            if several.any():
+                self.wrote_by[g[several]] = SEVERAL
+            self.unfenced[g] = fence_needed
 
     # --- asynchronous copies into shared memory ---
 
@@ -248,18 +275,18 @@ class Races:
 
     def arrive_box(self, g: Array, row: int, slot: int) -> None:
         """Boxes are there, since a phase of that mbarrier of a program is complete: for whoever waits for it."""
-        self.boxes[row, self.mbarriers[slot] - self.readers] = self.now
+        self.boxes[row, self.mbarriers[slot] - self.fenced] = self.now
         if self.enabled:
             self.arriving[g] = False
             self.wrote_at[g], self.wrote_by[g] = self.now - 1, ENGINE + self.mbarriers[slot]
-            self.unfenced[g] = 0
+            self.unfenced[g] = False
             if not self.active[self.mbarriers[slot]]:
                 self.active[self.mbarriers[slot]] = True
                 self._learnt()
 
     def unknown_boxes(self) -> Array:
         """Returns the programs of which no warp knows that all boxes that have come are there."""
-        known = self.seen[:, :, self.readers :].max(1)
+        known = self.seen[:, :, self.fenced :].max(1)
         return np.flatnonzero((self.boxes > known).any(1))
 
     # --- asynchronous instructions that read shared memory ---
@@ -280,14 +307,16 @@ class Races:
             return bad, "that an asynchronous copy is still writing"
         if (bad := self._written(g, thread, warp)).any():
             return bad, self._why_written(g, bad)
-        needed = self.unfenced[g]
-        if needed.max() > 0:
-            writer = np.minimum(self._party(self.wrote_by[g]), self.stores)  # of engines' writes none is needed
-            if (bad := needed > np.maximum(self.fenced[writer], self.fenced[warp])).any():
+        unfenced = self.unfenced[g]
+        if unfenced.any():
+            writer = np.minimum(self._party(self.wrote_by[g]), self.warps - 1)  # an engine's writes need no fence
+            if (bad := unfenced & self._going_on(g, self.wrote_at[g], self.readers + writer, warp)).any():
                 return bad, "through the asynchronous proxy, that a thread wrote without a fence.proxy.async since"
         self.read_at[g * self.readers + party] = FLYING + group
         self.last_read[g] = FLYING + group
-        self.active[party] = True
+        if not self.active[party].all():
+            self.active[party] = True
+            self._learnt()
         return None
 
     def release(self, g: Array, party: Array, group: int) -> None:

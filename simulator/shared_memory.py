@@ -28,6 +28,7 @@ class SharedMemory:
         self.row = max(16, -(-size // 16) * 16)
         self.bytes = np.zeros(programs * self.row, np.uint8)
         self.written = np.zeros(programs * self.row // granule, bool)
+        self.mbarriers = np.zeros_like(self.written)  # what live mbarriers take
         self.races = Races(races, programs, warps, self.row // granule)
         self._view()
 
@@ -41,6 +42,7 @@ class SharedMemory:
         some.programs = programs.size
         some.bytes = self.bytes.reshape(self.programs, -1)[programs].reshape(-1)
         some.written = self.written.reshape(self.programs, -1)[programs].reshape(-1)
+        some.mbarriers = self.mbarriers.reshape(self.programs, -1)[programs].reshape(-1)
         some.races = self.races.part(programs)
         some._view()
         return some
@@ -71,6 +73,7 @@ class SharedMemory:
         if problem:
             self.blame(m, line, f"reads {size} bytes", problem, places, lanes)
         self.must_be_written(m, line, g, places, lanes, size)
+        self.must_be_data(m, line, g, places, lanes, f"reads {size} bytes")
         if m.tally:
             m.tally.shared(m, line, offsets, lanes, size)
         return self.units[size][places // size]
@@ -87,6 +90,7 @@ class SharedMemory:
         g = self.granules(places, size)
         thread = np.repeat(m.threads(lanes), g.size // places.size)
         unit, index = self.units[size], places // size
+        self.must_be_data(m, line, g, places, lanes, f"writes {size} bytes")
         problem = self.races.writing(g, thread)
         if problem:
             self.blame(m, line, f"writes {size} bytes", problem, places, lanes)
@@ -96,7 +100,7 @@ class SharedMemory:
             if bad.any():
                 why = "where another thread wrote other values since the last barrier"
                 self.blame(m, line, f"writes {size} bytes", (bad, why), places, lanes)
-        self.races.wrote(g, thread, fence_needed)
+        self.races.wrote(g, thread, fence_needed, again)
         self.written[g] = True
         unit[index] = data
         if (lost := differ(unit[index], data)).any():
@@ -109,6 +113,11 @@ class SharedMemory:
         fresh = ~self.written[g]
         if fresh.any():
             self.blame(m, line, f"reads {size} bytes", (fresh, "that nothing wrote"), places, lanes)
+
+    def must_be_data(self, m: Machine, line: int, g: Array, places: Array, lanes: Array, what: str) -> None:
+        taken = self.mbarriers[g]
+        if taken.any():
+            self.blame(m, line, what, (taken, "where a live mbarrier is"), places, lanes)
 
     def blame(self, m: Machine, line: int, what: str, problem: tuple[Array, str], places: Array, lanes: Array) -> None:
         """Raises the fault of the first access that has a problem; of each, its granules lie side by side."""

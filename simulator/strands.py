@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.errors import Unsupported
 from simulator.parser import DONE
 
 if TYPE_CHECKING:
@@ -71,8 +70,8 @@ class Team:
     def __init__(self, m: Machine) -> None:
         self.warps = m.W
         self.barriers = [NamedBarrier() for _ in range(NAMED_BARRIERS)]
-        self.held = np.full(m.W, m.kernel.registers_per_thread or 0)
-        self.spare = 0
+        self.held = np.full(m.W, m.registers)
+        self.spare = (m.kernel.registers_per_thread - m.registers) * m.W
         self.random = np.random.default_rng([m.options.seed, int(m.programs[0])])
         self.left: list[Array] = []  # warps that are done
 
@@ -104,8 +103,6 @@ class Team:
 
     def allot(self, m: Machine, line: int, registers: int) -> None:
         """setmaxnreg: gives registers back, or waits until there are enough for these warps to have so many each."""
-        if not m.kernel.registers_per_thread:
-            raise Unsupported(f"{m.kernel.place(line)}: setmaxnreg in a kernel without .maxnreg")
 
         def ready() -> bool:
             more = int((registers - self.held[m.warps]).sum())

@@ -174,7 +174,7 @@ class BoxStores:
         places = m.shared.locate(m, line, b.offsets.reshape(-1), lanes, size, "copies a box from")
         g = m.shared.granules(places, size)
         threads = np.repeat(m.threads(lanes), g.size // places.size)
-        problem = races.engage(g, np.full(g.size, races.stores), self.number, threads, threads >> 5)
+        problem = races.engage(g, races.stores + (threads >> 5), self.number, threads, threads >> 5)
         if problem:
             m.shared.blame(m, line, "copies a box from a part", problem, places, lanes)
         m.shared.must_be_written(m, line, g, places, lanes, size)
@@ -202,9 +202,9 @@ class BoxStores:
             for size, warps, offsets in group:
                 row, box = np.nonzero(warps >= 0)
                 g = m.shared.granules((offsets[row, box] + row[:, None] * m.shared.row).reshape(-1), size)
-                races.release(g, np.full(g.size, races.stores), number)
+                races.release(g, np.repeat(races.stores + warps[row, box], g.size // row.size), number)
                 asked = np.unique(warps[row, box])
-                races.released(asked, np.full(asked.size, races.stores))
+                races.released(asked, races.stores + asked)
 
 
 def _boxes(m: Machine, line: int, shared: Array, which: Array, coordinates: Coordinates, guard: Array | None) -> Boxes | None:

@@ -52,6 +52,8 @@ UNSOUND = {
         f"$loop: {READ} {FENCE} {PRODUCT} {COMMIT} setp.lt.s32 %p1, %r9, 9; @%p1 bra $loop; {wait(0)}", "touches register %r2"
     ),
     "an operand that is changed": (FENCE + FROM_REGISTERS + COMMIT + "add.s32 %r21, %r21, 1;", "writes register %r21"),
+    "another copied over an operand": (FENCE + FROM_REGISTERS + COMMIT + "mov.b32 %r21, %r8;", "writes register %r21"),
+    "another copied over it": (FENCE + PRODUCT + COMMIT + "mov.b32 %r2, %r8;", "writes register %r2"),
     "an operand that is an accumulator": (
         FENCE + PRODUCT.replace("%r1, %r2, %r3, %r4", "%r21, %r22, %r23, %r24") + COMMIT + FROM_REGISTERS, "uses register %r21"
     ),

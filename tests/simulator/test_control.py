@@ -101,6 +101,15 @@ def test_programs_that_write_one_address():
     assert e.value.program == (1, 0, 0)
 
 
+def test_a_value_that_programs_agree_on_is_nobodys_to_change():
+    """Whichever of them wrote it last."""
+    text = "ld.param.b64 %rd1, [out]; st.global.b32 [%rd1], 5; mov.u32 %r1, %ctaid.x; setp.eq.b32 %p1, %r1, WHO;"
+    text += "@%p1 st.global.b32 [%rd1], 6;"
+    for who in ("0", "2"):
+        with pytest.raises(Fault, match="not as another program of the launch wrote them"):
+            run(ptx(text.replace("WHO", who), parameters=OUT), (3,), [torch.zeros(1, dtype=torch.int32)])
+
+
 def test_a_program_that_reads_what_another_wrote():
     wrong = (
         "mov.u32 %r1, %ctaid.x; setp.eq.b32 %p1, %r1, 0; ld.param.b64 %rd1, [out]; @%p1 bra $first;"

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from simulator import Fault, Options, Unsupported, run
+from simulator.global_memory import GlobalMemory
+from simulator.launch import Program
+from simulator.tensor_maps import TensorMap
 from tests.simulator.execute import note_opcodes, ptx
 
 SETUP = """
@@ -85,6 +88,14 @@ PASSED = {
         ),
         [i ^ 64 for i in range(64)] + [1] * 64,
     ),
+    "every thread arrives by itself": (  # which needs no barrier before
+        parted(MINE + arrive(80, "") + "mov.b32 %r1, 1;" + STORE, wait(80, 0, "a") + OTHERS + STORE, init(64)),
+        [i ^ 64 for i in range(64)] + [1] * 64,
+    ),
+    "a barrier that a guard gives to some warps": (
+        "@%p9 " + MINE + "@%p9 bar.sync 2, 64; xor.b32 %r2, %r90, 32; shl.b32 %r2, %r2, 2; add.s32 %r2, %r2, 1024;"
+        "mov.b32 %r1, 7; @%p9 ld.shared.b32 %r1, [%r2];" + STORE, [i ^ 32 for i in range(64)] + [7] * 64,
+    ),
     "known at third hand": (  # warp 1 has not waited, but met warp 0 that has
         parted(
             MINE + "bar.sync 2, 64;" + arrive(80) + "mov.b32 %r1, 1;" + STORE,
@@ -129,6 +140,16 @@ RACES = {
         MINE + "bar.sync 2, 64;" + arrive(80) + wait(81, 0, "b") + "st.shared.b32 [%r92], 9;",
         wait(80, 0, "a") + arrive(81) + OTHERS, init(),
     ),
+    "all store one value, and one of them another": (
+        "mov.b32 %r7, 1024; st.shared.b32 [%r7], 5; setp.eq.b32 %p1, %r90, 127; @%p1 st.shared.b32 [%r7], 6;"
+    ),
+    "both store one value, and one of them another": parted(
+        "mov.b32 %r7, 1024; st.shared.b32 [%r7], 5; bar.sync 2, 64; @%p8 st.shared.b32 [%r7], 6;",
+        "mov.b32 %r7, 1024; st.shared.b32 [%r7], 5;",
+    ),
+    "an mbarrier that ends while others wait at it": (
+        init() + arrive(80, "@%p7") + wait(80, 0, "a") + "@%p7 mbarrier.inval.shared::cta.b64 [%r80];"
+    ),
     "written by both": parted(MINE, "st.shared.b32 [%r93], 0;"),
     "an mbarrier that is just being initialised": parted(
         "bar.sync 2, 64;" + arrive(80), wait(80, 0, "a"), init().replace("bar.sync 0;", "")
@@ -143,6 +164,82 @@ def test_races_between_warps_that_part(what):
     for seed in range(6):
         with pytest.raises(Fault, match=words):
             launch(RACES[what], seed)
+
+
+BOX = """
+    mov.u32 %r90, %tid.x; shr.u32 %r91, %r90, 5; shl.b32 %r94, %r90, 2; add.s32 %r92, %r94, 1024; and.b32 %r97, %r90, 63;
+    setp.eq.b32 %p8, %r97, 0; setp.lt.u32 %p9, %r91, 2; mov.b64 %rd1, map; mov.b32 %r60, 1024; mov.b32 %r61, 1280;
+"""
+PROXY = "fence.proxy.async.shared::cta;"
+DONE = "cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;"
+
+
+def stored(which, guard="@%p8"):
+    """Stores a box of 64 words: the first ones of shared memory (0), or the next ones (1)."""
+    return f"{guard} cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%rd1, {{{64 * which}}}], [%r6{which}];"
+
+
+def boxed(body, seed):
+    """Runs a body with a map of 128 words, of which it may store boxes."""
+    tensor = torch.zeros(128, dtype=torch.int32)
+    memory = GlobalMemory()
+    maps = {0: TensorMap(memory.pointer(tensor), 4, (128,), (), (64,), 0)}
+    program = Program(ptx(BOX + body, 128, ".param .align 64 .b8 map[128]"), 512 + 64)
+    program.run((1, 1, 1), memory, [maps[0]], Options(seed=seed))
+    return tensor.tolist()
+
+
+BACK = MINE + "bar.sync 2, 64;" + arrive(80)
+FENCED = {  # what the last two warps write, the first two store
+    "by the writer": (parted(MINE + PROXY + "bar.sync 2, 64;" + arrive(80), wait(80, 0, "a") + stored(1) + DONE, init()), None),
+    "by whoever asks": (parted(BACK, wait(80, 0, "a") + PROXY + stored(1) + DONE, init()), None),
+    "by a third warp on the way": (  # from warp 2 by warp 3 to warp 0
+        MINE + "bar.sync 0; setp.eq.b32 %p1, %r91, 3; @!%p1 bra $past;" + PROXY + "$past: bar.sync 1;" + stored(1) + DONE, None
+    ),
+    "by the writer, too late": (
+        parted(BACK + PROXY, wait(80, 0, "a") + stored(1) + DONE, init()), "without a fence"
+    ),
+    "by whoever asks, too early": (
+        parted(BACK, PROXY + wait(80, 0, "a") + stored(1) + DONE, init()), "without a fence"
+    ),
+    "of another warp's box": (  # warp 0 stores one, warp 2 the other; each has waited for its own
+        MINE + PROXY + "bar.sync 0;"
+        + parted(stored(1) + DONE, stored(0) + DONE + "bar.sync 2, 64; add.s32 %r92, %r92, 256;" + MINE),
+        "still reading|(read|wrote) since the last barrier",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FENCED)
+def test_boxes_of_warps_that_part(what):
+    body, text = FENCED[what]
+    for seed in range(6):
+        if text is None:
+            assert boxed(body, seed) == [0] * 64 + [*range(64, 128)]
+        else:
+            with pytest.raises(Fault, match=text):
+                boxed(body, seed)
+
+
+def test_mbarriers_of_programs_at_different_places():
+    """One program's second mbarrier is where the other's first is; each keeps what those who arrived knew."""
+    body = SETUP + (
+        "mov.u32 %r2, %ctaid.x; shl.b32 %r3, %r2, 3; add.s32 %r80, %r3, 1536; sub.s32 %r81, 1544, %r3;"
+        "setp.eq.b32 %p7, %r90, 0;"
+        "@%p7 mbarrier.init.shared::cta.b64 [%r80], 1; bar.sync 0; setp.eq.b32 %p6, %r91, 0; @%p6 "
+        + MINE
+        + "bar.warp.sync -1;"
+        + arrive(80, "@%p7")
+        + "@%p7 mbarrier.init.shared::cta.b64 [%r81], 1;"
+        + wait(80, 0, "a")
+        + "and.b32 %r4, %r94, 127; add.s32 %r4, %r4, 1024; ld.shared.b32 %r1, [%r4];"
+        "shl.b32 %r5, %r2, 9; cvt.u64.u32 %rd4, %r5; add.s64 %rd3, %rd3, %rd4;" + STORE
+    )
+    for batch in (128, 8192):
+        out = torch.full((2, 128), -1, dtype=torch.int32)
+        text = ptx(body, 128, ".param .u64 .ptr .global .align 1 out")
+        run(text, (2,), [out], 512 + 64, Options(threads_at_once=batch))
+        assert out.tolist() == [[i % 32 for i in range(128)]] * 2
 
 
 DEADLOCKS = {
@@ -171,6 +268,8 @@ DEADLOCKS = {
 CONFUSED = {
     "counts that differ": (parted("bar.sync 1, 96;", "bar.sync 1, 128;"), "to which others came as one of"),
     "more threads than it is of": (parted("bar.sync 1, 96;", "bar.sync 1, 96;"), "128 threads come to barrier 1 of 96"),
+    "data where an mbarrier is": (init() + "@%p7 st.shared.b32 [%r80], 77;", "writes 4 bytes .* where a live mbarrier"),
+    "registers for all, in step": ("setmaxnreg.inc.sync.aligned.u32 200;", "waits for ever for 200 registers"),
     "in step, of fewer": ("bar.sync 1, 64;", "128 threads come to a barrier of 64"),
     "beyond a table": (
         "mov.b32 %r2, 2; $table: .branchtargets $zero, $one; brx.idx %r2, $table; $zero: $one: mov.b32 %r1, 1;", "entry 2 of 2",
@@ -193,7 +292,7 @@ def test_deadlocks(what):
 def test_what_no_order_makes_right(what):
     body, text = CONFUSED[what]
     with pytest.raises(Fault, match=text):
-        launch(body, max_steps=400)
+        launch(body, maxnreg=168, max_steps=400)
 
 
 def test_registers_are_given_and_taken():
@@ -202,6 +301,10 @@ def test_registers_are_given_and_taken():
     for seed in range(4):
         body = parted(give + "mov.b32 %r1, 1;" + STORE, take + "mov.b32 %r1, 2;" + STORE)
         assert launch(body, seed, 168) == [2] * 64 + [1] * 64
+    body = parted("mov.b32 %r1, 1;" + STORE, take + "mov.b32 %r1, 2;" + STORE, give)  # all give some back before they part
+    assert launch(body, 0, 168) == [2] * 64 + [1] * 64
+    with pytest.raises(Unsupported, match=r"several phases in one instruction"):
+        launch(init() + arrive(80, "@%p7") + "and.b32 %r50, %r91, 1;" + wait(80, "%r50", "a"))
     with pytest.raises(Unsupported, match=r"without \.maxnreg"):
         launch(parted(give, take))
     with pytest.raises(Unsupported, match="20 registers"):

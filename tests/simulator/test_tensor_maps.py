@@ -201,7 +201,7 @@ def test_mbarriers_by_every_name_of_their_memory(space):
     body = (
         f"@%p1 mbarrier.init{space}.b64 [%r90], 2; bar.sync 0; @%p1 mbarrier.arrive{space}.b64 _, [%r90];"
         f"@%p1 mbarrier.arrive.expect_tx{space}.b64 _, [%r90], 128;" + load((0, 0)) + WAIT.replace(".shared::cta", space)
-        + f"@%p1 mbarrier.inval{space}.b64 [%r90];"
+        + f"bar.sync 0; @%p1 mbarrier.inval{space}.b64 [%r90];"
     )  # fmt: skip
     execute(body, TENSOR, BOX)
 

@@ -44,7 +44,8 @@ def replace_(
         report: called with one line of text per convolution, which says what was done with it; True prints the lines.
         policy: what the replaced layers do where torch's kernel was measured to be faster (docs/tuning.md): "auto" leaves the
             call to torch; "always" runs tconv's kernels all the same; "tune" is "auto", and measures what has not been
-            measured when it is first seen. Without measurements tconv's kernels run.
+            measured when it is first seen. Without measurements tconv's kernels run. Layers that were replaced before get this
+            policy too.
     Returns:
         The same model.
     Raises:
@@ -65,6 +66,13 @@ def replace_(
     report = checked("replace_", model, filter_fn, report)
     check_policy("tconv.replace_", policy)
     found = [f for name, module in model.named_modules() if (f := _to_replace(module, name, filter_fn))]
+    replaced = [
+        module
+        for name, module in model.named_modules()
+        if MARK in module.__dict__
+        and module.__dict__.get(POLICY, "auto") != policy
+        and (filter_fn is None or filter_fn(module, name))
+    ]
     with _undone_if_raised(found):
         for f in found:
             if f.target is not None:
@@ -73,6 +81,8 @@ def replace_(
                 if policy != "auto":
                     f.module.__dict__[POLICY] = policy
         _report(report, found, "no convolution to replace")
+    for module in replaced:
+        module.__dict__[POLICY] = policy
     if all(f.cannot for f in found) and not any(isinstance(m, tuple(TORCHS)) for m in model.modules()):
         warnings.warn(_nothing(type(model).__name__, found), stacklevel=2)
     return model

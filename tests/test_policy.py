@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import filelock
 import pytest
@@ -13,7 +14,7 @@ import tconv
 from tconv.dispatch.selection import choice, select
 from tconv.launching import launch
 from tconv.records import file
-from tconv.tune import tuner
+from tconv.tune import measure, tuner
 from tests.test_tune import own, ran, timed
 
 __all__ = ["own", "timed"]  # fixtures
@@ -192,3 +193,118 @@ def test_a_call_goes_on_if_it_cannot_be_measured(monkeypatch):
     with pytest.warns(UserWarning, match="could not measure fprop of .*: OutOfMemoryError: CUDA out of memory"):
         assert ran(layer, x).plan.kernel == "gather"
     assert ran(layer, x).plan.kernel == "gather"  # without another warning, which would be an error
+
+
+def test_what_was_wrong_does_not_run_under_any_policy(own, timed, monkeypatch):
+    """All plans are barred: torch runs, though "always" and deterministic algorithms ask for ours."""
+
+    def wrong(*_):
+        raise measure.Wrong("off by 3")
+
+    monkeypatch.setattr(measure, "_checked", wrong)
+    timed(torch=3e-5)
+    layer, x = replaced("always")
+    with pytest.warns(UserWarning, match="off by 3"):
+        tconv.tune(layer, x, backward=False)
+    assert not ran(layer, x).ours
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not ran(replaced("auto")[0], x).ours
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_algorithms_leave_no_trace(timed):
+    layer, x = replaced("auto")
+    timed(torch=1e-5)
+    tconv.tune(layer, x, backward=False)
+    for deterministic in (False, True, False):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            assert [ran(layer, x).ours for _ in range(3)] == [deterministic] * 3
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+class TorchsBackward:
+    """Times by which torch's kernels are faster at both gradients only."""
+
+    def __call__(self, device):
+        return self
+
+    def once(self, run):
+        return 1e-5 if (run.choices is None) == (run.subject.pass_ != "fprop") else 5e-5
+
+
+def test_torchs_gradients_within_autocast_have_the_forwards_dtype(own, timed, monkeypatch):
+    """torch's own backward does not autocast, and the kernel that a record chooses must not either."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(tuner, "new_timer", TorchsBackward())
+    layer, x = replaced("auto")
+    x.requires_grad_()
+    tconv.tune(layer, x)
+    y = layer(x)
+    dy = torch.randn_like(y)
+    with torch.autocast("cpu", dtype=torch.bfloat16), tconv.recording() as calls:
+        got = torch.autograd.grad(y, (x, layer.weight), dy)
+    assert not any(call.ours for call in calls)
+    right = torch.autograd.grad(torch.nn.functional.conv1d(x, layer.weight), (x, layer.weight), dy)
+    for g, r in zip(got, right, strict=True):
+        torch.testing.assert_close(g, r)
+
+
+def test_what_is_measured_within_autocast_is_the_pass_itself(own, timed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    timed(torch=9e-5)
+    layer, x = replaced("tune")
+    x.requires_grad_()
+    y = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.autograd.grad(y, (x, layer.weight), torch.randn_like(y))
+    assert '"barred"' not in file.own().read_text()
+    assert file.own().read_text().count('"ms"') == 3
+
+
+def test_each_gradient_has_the_policy_that_selects_it(timed):
+    timed(torch=1e-5)
+    layer, x = torch.nn.Conv1d(4, 4, 2, bias=False), torch.randn(1, 4, 6, requires_grad=True)
+    with tconv.enabled():
+        tconv.tune(layer, x)
+    with tconv.enabled(), tconv.enabled(operations=("dgrad",), policy="always"), tconv.recording() as calls:
+        layer(x).backward(torch.randn(1, 4, 5))
+    ours = {call.operation: call.ours for call in calls}
+    assert ours["dgrad"]
+    assert not any(is_ours for operation, is_ours in ours.items() if operation != "dgrad")
+
+
+def test_replacing_again_changes_the_policy(timed):
+    layer, x = replaced("auto")
+    timed(torch=1e-5)
+    tconv.tune(layer, x, backward=False)
+    for policy, ours in (("always", True), ("auto", False)):
+        tconv.replace_(layer, policy=policy)
+        assert ran(layer, x).ours == ours
+
+
+def test_two_threads_that_measure_leave_cudnns_flag_as_it_was(timed, monkeypatch):
+    """One measures, the other plans by prediction meanwhile."""
+    timer, inside, go = timed(torch=9e-5), threading.Event(), threading.Event()
+    once = timer.once
+
+    def waiting(run):
+        inside.set()
+        assert go.wait(60)
+        return once(run)
+
+    monkeypatch.setattr(timer, "once", waiting)
+    before = torch.backends.cudnn.benchmark
+    first, x = replaced("tune")
+    thread = threading.Thread(target=first, args=(x,))
+    thread.start()
+    assert inside.wait(60)
+    second = torch.nn.Conv1d(8, 4, 2, bias=False)
+    tconv.replace_(second, policy="tune")
+    assert ran(second, torch.randn(1, 8, 6)).ours
+    go.set()
+    thread.join()
+    assert torch.backends.cudnn.benchmark == before

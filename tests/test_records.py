@@ -128,7 +128,8 @@ def test_numbers_in_one_bucket_are_within_a_fifth():
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"\n\n", b"\xff\xfe\x00", b"[1, 2]\n", b'"tconv"\n', b"{}\n", b'{"tconv": 1}\n', b'{"tconv": 2, "gpu": "H200"}\n',
+        b"", b"\n\n", b"\xff\xfe\x00", b"[" * 5000 + b"\n",
+        b"[1, 2]\n", b'"tconv"\n', b"{}\n", b'{"tconv": 1}\n', b'{"tconv": 2, "gpu": "H200"}\n',
         b'{"tconv":1,"gpu":"H200","driver":"580.1","torch":"2.13","triton":"3.7.1","kernels":"abc","kind":{"a":1}}\n',
         b'{"tconv":1,"gpu":"H200","driver":"580.1","torch":"2.13","triton":"3.7.1","kernels":"abc","kind":["fprop"],'
         b'"images":1e999,"pixels":2,"plan":null,"ms":null,"torch_ms":1,"predicted_ms":null,"guess_ms":null,"spread":0}\n',
@@ -155,7 +156,18 @@ def test_any_cut_of_a_record_loses_the_cut_line_only(path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"tile": [1, 2]}, {"tile": ["a"] * 7}, {"splits": "2"}, {"staged": 1}, {"kernel": None}], ids=str
+    "change",
+    [
+        {"tile": [1, 2]},
+        {"tile": ["a"] * 7},
+        {"splits": "2"},
+        {"staged": 1},
+        {"kernel": None},
+        {"precision": []},
+        {"tile": [64, 64, 64, 64, 3, 0, 1]},
+        {"tile": [64, 64, 64, 4, 3, -7, 1]},
+    ],
+    ids=str,
 )
 def test_a_plan_that_is_none_is_passed_over(path, change):
     line = line_of(HERE, CELL, "", FOUND)

@@ -249,7 +249,12 @@ def _prepare_backward(
             return Parts(tuple(ours), tuple(map(bool, refused)))
         for why in filter(None, refused):
             raise Fallback(why)
-        g = _geometry(chosen, operations, transposed, x, w, None, parameters, dry)
+        policies = [wanted and chosen.policy((o,), w.dim() - 2, x.dtype) for wanted, o in zip(mask, operations, strict=True)]
+        first = next(filter(None, policies), None)
+        if any(p and p != first for p in policies):
+            return Parts(tuple(p == first for p in policies), tuple(bool(p) and p != first for p in policies))
+        asked = tuple(o for wanted, o in zip(mask, operations, strict=True) if wanted)
+        g = _geometry(chosen, asked, transposed, x, w, None, parameters, dry)
         if dy.shape != g.problem.shape("x" if transposed else "y") or dy.dtype != x.dtype or dy.device != x.device:
             raise Fallback("an output's gradient that does not fit the layer")
         if mask[2] and bias_sizes != (dy.shape[1],):

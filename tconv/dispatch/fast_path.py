@@ -49,7 +49,7 @@ class FastPath:
         slower: why torch computes the call, whose kernel was measured to be faster; None if tconv does.
     """
 
-    __slots__ = ("call", "differentiable", "how", "precision", "slower", "tensor_guard")
+    __slots__ = ("call", "deterministic", "differentiable", "how", "precision", "slower", "tensor_guard")
 
     def __init__(self, call: tuple[Any, ...], g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> None:
         tensors = (x, w) if b is None else (x, w, b)
@@ -59,6 +59,7 @@ class FastPath:
             self.how = autograd.ForwardState(call[0], g, launch.convolution(call[0], g, x, w, b), repeated=True)
         except Slower as e:
             self.slower = str(e)
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.precision = fp32_precision("cuda", "conv")
         self.differentiable = any(t.requires_grad for t in tensors)
         self.tensor_guard = tensor_guard(*tensors)
@@ -97,6 +98,7 @@ class FastPath:
             or not (self.tensor_guard(x, w) if b is None else self.tensor_guard(x, w, b))
             or (x.data_ptr() | w.data_ptr()) & 15
             or global_state_differs(self.precision)
+            or self.deterministic is not torch.are_deterministic_algorithms_enabled()
         ):
             return None
         if self.slower is not None:

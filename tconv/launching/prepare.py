@@ -104,19 +104,28 @@ def _as_measured(
         device: the device to plan for.
         policy: as in `Geometry`.
     Raises:
-        Slower: the record says that torch's kernel is faster, and the policy lets torch run it.
+        Slower: the record says that torch's kernel is faster, and the policy lets torch run it; or that the plan which would
+            run was wrong, or failed.
     """
     if policy == PREDICTED or planning.requested() is not None or is_set_aside() or book().empty:
         return best()
     c, where = describe(), machine(device.name)
     cell = cell_of(c, str(dtype).removeprefix("torch."))
+    barred = book().barred(where, cell)
+
+    def guess() -> Prepared:
+        launch = best()
+        if launch.call.plan is not None and launch.call.plan.choices in barred:
+            raise Slower("the planner's choice was wrong or failed when it was measured")
+        return launch
+
     found = book().find(where, cell)
     if found is None:
-        return best()
+        return guess()
     near, measured = found
     if policy != "always" and measured.torch_is_faster and not torch.are_deterministic_algorithms_enabled():
         raise Slower(f"{measured}{_elsewhere(near, cell)}")
-    for choices in _choices(measured, c.pass_, book().barred(where, cell)):
+    for choices in _choices(measured, c.pass_, barred):
         if device.works(FAMILIES[choices.kernel or ""].mechanism(choices.precision or "")):
             try:
                 with planning.given(choices):
@@ -124,8 +133,10 @@ def _as_measured(
             except ValueError:  # not for this problem
                 continue
             assert launch.call.plan is not None
+            if launch.call.plan.choices in barred:
+                continue
             return _replanned(launch, reason=f"{measured}{_elsewhere(near, cell)}; {launch.call.plan.reason}")
-    return best()
+    return guess()
 
 
 def _choices(measured: Measured, pass_: str, barred: set[planning.Forced]) -> list[planning.Forced]:

@@ -119,7 +119,7 @@ class Book:
     @property
     def empty(self) -> bool:
         """True if nothing was measured that this process knows of."""
-        return not any(lines.measured for lines in (self._own, self._loaded, self._shipped))
+        return not any(lines.measured or lines.barred for lines in (self._own, self._loaded, self._shipped))
 
     @staticmethod
     def _read(lines: _Lines, path: pathlib.Path) -> None:
@@ -228,9 +228,13 @@ def plan_to(plan: Forced) -> Line:
 def plan_from(given: Any) -> Forced:
     """Returns the choices of a plan from JSON. Raises KeyError, TypeError or ValueError if they are no plan's."""
     kernel, tile, splits, staged, precision = (given[name] for name in Forced.__dataclass_fields__)
-    if type(kernel) is not str or type(splits) is not int or type(staged) is not bool or any(type(n) is not int for n in tile):
+    types = [type(value) for value in (kernel, splits, staged, precision, *tile)]
+    if types != [str, int, bool, str] + [int] * len(tile):
         raise TypeError(f"no plan: {given!r}")
-    return Forced(kernel, Tile(*tile), splits, staged, precision)
+    found = Tile(*tile)
+    if found.warps not in (1, 2, 4, 8, 16, 32) or not 1 <= found.stages <= 8 or not 0 <= found.registers <= 255:
+        raise ValueError(f"no tile: {tile!r}")
+    return Forced(kernel, found, splits, staged, precision)
 
 
 def _measured(line: Line) -> Measured:

@@ -43,7 +43,7 @@ def read(path: pathlib.Path) -> Iterator[Line]:
     for text in path.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:  # which a text that is not UTF-8 raises too
+        except (RecursionError, ValueError):  # which a text that is not UTF-8 raises too
             continue
         if isinstance(line, dict) and line.get("tconv") == VERSION:
             yield line
@@ -58,7 +58,7 @@ def append(path: pathlib.Path, lines: Iterable[Line]) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock", timeout=PATIENCE):
             _append(path, text)
-    except (OSError, filelock.Timeout) as e:  # read-only, full, or locked by a process that hangs
+    except (OSError, NotImplementedError, filelock.Timeout) as e:  # read-only, full, without locks, or locked for long
         warnings.warn(f"tconv does not keep what it measured: {path}: {type(e).__name__}: {e}", stacklevel=3)
         return False
     return True

@@ -41,7 +41,7 @@ def noting(folder: pathlib.Path) -> Iterator[Note]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock)
-        except (OSError, filelock.Timeout):
+        except (OSError, NotImplementedError, filelock.Timeout):  # NotImplementedError: a file system without locks
             yield lambda line: None
             return
         try:
@@ -58,7 +58,10 @@ def left_behind(folder: pathlib.Path) -> list[Line]:
 
     found: list[Line] = []
     for path in sorted(folder.glob("running-*.json")):
-        with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(f"{path}.lock", timeout=0) as lock:
+        with (
+            contextlib.suppress(OSError, NotImplementedError, filelock.Timeout),
+            filelock.FileLock(f"{path}.lock", timeout=0) as lock,
+        ):
             found += read(path)
             path.unlink()
             os.unlink(lock.lock_file)

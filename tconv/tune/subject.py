@@ -72,6 +72,8 @@ class Subject:
         """Returns the pass of a line. Raises KeyError, TypeError, ValueError or AttributeError if it is none."""
         from tconv.launching.launch import Form
 
+        if line["pass"] not in PASSES:
+            raise ValueError(f"no pass: {line['pass']!r}")
         dtype = getattr(torch, line["dtype"])
         first, second, bias, result = (None if f is None else Form(tuple(f[0]), tuple(f[1]), dtype) for f in line["forms"])
         return Subject(

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -185,20 +186,25 @@ def _bar_what_killed() -> None:
         warnings.warn(f"tconv bars {len(lines)} plans that processes died of while they were measured", stacklevel=3)
 
 
+_one = threading.RLock()  # one thread measures at a time: two would time each other's work
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Measures without a trace: calls are not recorded, nothing is differentiated, and cuDNN's flag is as before.
 
     Only that flag is touched: what torch.backends.cudnn.flags does besides raises where TF32 is set by torch's newer names.
     """
+    _one.acquire()
     cudnn: Any = torch.backends.cudnn
     before = cudnn.benchmark
     cudnn.benchmark = True
     try:
-        with recording_apart(), torch.no_grad():
+        with recording_apart(), torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
         cudnn.benchmark = before
+        _one.release()
 
 
 def on_sight(
@@ -210,7 +216,8 @@ def on_sight(
 ) -> None:
     """Measures a pass that a call makes for the first time, for the policy "tune". It raises nothing.
 
-    Each pass is measured once per process, and not while another process measures it: this one then plans by prediction.
+    Each pass is measured once per process, and not while another process measures it, or another thread measures any: this one
+    then plans by prediction.
     """
     import filelock
 
@@ -224,7 +231,7 @@ def on_sight(
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         device, planned = device_here()
         where, cell = machine(planned.name), subject.cell()
-        if (where, cell) in _tried or book().measured_here(where, cell):
+        if (where, cell) in _tried or book().measured_here(where, cell) or not _one.acquire(blocking=False):
             return
         _tried.add((where, cell))
         name = hashlib.sha256(repr((where, cell)).encode()).hexdigest()[:16]
@@ -241,6 +248,8 @@ def on_sight(
             return
         except Exception as e:  # no memory for operands, a folder that cannot be written: the call itself goes on
             warnings.warn(f"tconv could not measure {pass_} of {g.problem}: {type(e).__name__}: {e}", stacklevel=2)
+        finally:
+            _one.release()
 
 
 first_sight.measure = on_sight

@@ -23,6 +23,7 @@ from tconv.launching.arguments import INTERPRET
 from tconv.launching.launch import form_of
 from tconv.launching.memory_format import shaped
 from tconv.planning.device import DEVICES, INTERPRETER
+from tconv.planning.plan import Forced
 from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import BF16X6
 from tconv.records import book, file
@@ -31,7 +32,7 @@ from tconv.tune import tuner
 from tconv.tune.__main__ import main
 from tconv.tune.candidates import MOST, WITHIN, candidates
 from tconv.tune.marker import left_behind, noting
-from tconv.tune.measure import HANGS, LAST, RUNS
+from tconv.tune.measure import HANGS, LAST, RUNS, TooLarge, _must_be_small
 from tconv.tune.subject import Subject, passes_of
 from tests import parity
 
@@ -416,6 +417,25 @@ def test_a_candidate_that_is_wrong_is_barred_for_good_with_one_warning(own, time
         warnings.simplefilter("error")
         assert tconv.tune(layer, x, backward=False, again=True).barred == ()
     assert "packed" not in timer.asked
+
+
+def test_a_plan_that_needs_more_memory_than_its_operands_is_left_out():
+    """On an H200: split-K of a layer whose weight is larger than its activations, and copies of both operands."""
+    layer, x = tconv.Conv1d(256, 256, 3, bias=False), torch.randn(1, 256, 130, requires_grad=True)
+    asked, _ = passes_of(layer, (x,), {}, True)
+    subject = next(a.subject for a in asked if a.subject.pass_ == "wgrad")
+    tensors, device = subject.tensors("cpu"), DEVICES["H200"]
+    for splits, fits in ((1, True), (2, False)):
+        plan = subject.launch(device, Forced("wgrad", None, splits, False, "ieee")).call.plan
+        assert plan.splits == splits
+        if fits:
+            _must_be_small(subject, plan, device, tensors)
+        else:
+            with pytest.raises(TooLarge, match="needs 1,572,864 bytes beside its operands, which take 264,192"):
+                _must_be_small(subject, plan, device, tensors)
+    copied = subject.launch(device, Forced("wgrad", None, 1, True, "ieee")).call.plan
+    assert copied.staged
+    _must_be_small(subject, copied, device, tensors)
 
 
 def test_a_candidate_without_memory_is_skipped_this_time_only(own, timed, monkeypatch):

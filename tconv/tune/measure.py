@@ -6,6 +6,7 @@ same bits twice. One that is wrong, fails every time or hangs is barred in the r
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ RUNS = 3  # of each candidate, before the slower ones are dropped
 LAST = 10  # runs of each of those that are left
 DROPPED = 1.15  # what takes so many times as long as the fastest is dropped
 BUDGET = 10e-3  # seconds of the GPU for a pass, beyond one run of each candidate
+PIECE = 1 << 24  # elements of results that are compared at once
 HANGS = 10.0  # seconds after which a candidate is taken to hang
 # Of the largest element: results that are rounded once, of sums in two orders and in TF32 of rounded operands.
 TOLERANCE = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 1e-4, torch.float64: 1e-10}
@@ -38,6 +40,10 @@ class Timer(Protocol):
 
 class Wrong(Exception):
     """A candidate's result is not right."""
+
+
+class TooLarge(Exception):
+    """A candidate needs more memory, beside its operands and result, than its operands take."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +105,17 @@ def measure(
     except RuntimeError as e:  # no memory for the operands
         out.skipped.append(f"{subject.pass_} of {subject.problem}: {_first_line(e)}")
         return out
-    torchs, right = _torchs(subject, tensors, out)
+    torchs = _torchs(subject, tensors, out)
     runs: list[Run] = []
     # Without torch's result, a plan that needs nothing special of the device is what the others are compared with.
     for plan in plans if torchs else sorted(plans, key=lambda plan: plan.mechanism):
         running(plan)
         try:
-            run, right = _checked(subject, plan, planned, tensors, right)
+            if plan is not plans[0]:
+                _must_be_small(subject, plan, planned, tensors)
+            runs.append(_checked(subject, plan, planned, tensors, torchs or next(iter(runs), None)))
         except Exception as e:
             _refuse(out, plan, e)
-        else:
-            runs.append(run)
-    del right
     running(None)
     if torchs is not None:
         runs.append(torchs)
@@ -137,23 +142,35 @@ def measure(
     return out
 
 
-def _torchs(subject: Subject, tensors: tuple[torch.Tensor, ...], out: Outcome) -> tuple[Run | None, torch.Tensor | None]:
-    """Returns the call of torch's kernel and its result; neither if it fails."""
+def _torchs(subject: Subject, tensors: tuple[torch.Tensor, ...], out: Outcome) -> Run | None:
+    """Returns the call of torch's kernel; None if it fails."""
     call = subject.torchs(tensors)
     try:
-        return Run(subject, None, call), call()
+        call()
     except RuntimeError as e:  # out of memory, or a kernel that torch does not have
         out.skipped.append(f"torch: {_first_line(e)}")
-    return None, None
+        return None
+    return Run(subject, None, call)
 
 
-def _checked(
-    subject: Subject, plan: Plan, planned: Device, tensors: tuple[torch.Tensor, ...], right: torch.Tensor | None
-) -> tuple[Run, torch.Tensor]:
-    """Returns the call of a candidate, after two runs that were right, and the result that the next ones must agree with.
+def _must_be_small(subject: Subject, plan: Plan, planned: Device, tensors: tuple[torch.Tensor, ...]) -> None:
+    """Raises TooLarge for a plan whose copies and workspace take more than the operands."""
+    launch = subject.launch(planned, plan.choices)
+    needed = sum(math.prod(copy.shape) * t.itemsize for copy, t in zip(launch.copies, tensors, strict=False) if copy)
+    if launch.total is not None:
+        needed += launch.splits * math.prod(subject.result.shape) * launch.total.pointers[0].itemsize
+    room = sum(t.nbytes for t in tensors)
+    if needed > room:
+        raise TooLarge(f"needs {needed:,} bytes beside its operands, which take {room:,}")
 
+
+def _checked(subject: Subject, plan: Plan, planned: Device, tensors: tuple[torch.Tensor, ...], reference: Run | None) -> Run:
+    """Returns the call of a candidate, after two runs that were right. No more than two results are in memory at once.
+
+    Args:
+        reference: what makes the result that it must agree with; None if there is nothing to compare it with.
     Raises:
-        Wrong: its result differs from `right`, or the second result from the first.
+        Wrong: its result differs from the reference's, or the second result from the first.
         Exception: it cannot run.
     """
     from tconv.launching import launch
@@ -162,15 +179,12 @@ def _checked(
     prepared = subject.launch(planned, plan.choices)
     operands, bias = tensors[:2], tensors[2:]
     more = () if subject.pass_ == "wgrad" else bias or operands[:1]  # without a bias the kernel does not read its pointer
-    result, again = (subject.empty_result(str(tensors[0].device)) for _ in range(2))
+    result = subject.empty_result(str(tensors[0].device))
     run_poisoned(prepared, operands, more, result)
-    right = result if right is None else right
-    error, tolerance = (
-        float(again.copy_(result).sub_(right).abs_().max() / right.abs().max().clamp_min(1e-30)),
-        _tolerance(subject),
-    )
+    error, tolerance = _error(result, reference() if reference else result), _tolerance(subject)
     if not error <= tolerance:  # NaN is not either
         raise Wrong(f"its result is off by {error:.1e} of the largest element, {tolerance:.1e} are allowed")
+    again = subject.empty_result(str(tensors[0].device))
     run_poisoned(prepared, operands, more, again)
     if not torch.equal(result, again):
         raise Wrong("it gave other bits the second time")
@@ -179,7 +193,16 @@ def _checked(
         with planning.given(plan.choices):  # so that an error is raised as it is
             return launch.execute(prepared, False, None, operands, *more)
 
-    return Run(subject, plan.choices, call), right
+    return Run(subject, plan.choices, call)
+
+
+def _error(result: torch.Tensor, right: torch.Tensor) -> float:
+    """Returns the largest difference over the largest element, NaN if there is one; a piece at a time, for lack of memory."""
+    along = max(range(result.dim()), key=lambda d: result.shape[d])
+    size = max(1, PIECE * result.shape[along] // max(1, result.numel()))
+    pieces = zip(torch.split(result, size, along), torch.split(right, size, along), strict=True)
+    worst = torch.stack([torch.stack([(a - b).abs().max(), b.abs().max()]) for a, b in pieces]).amax(0)
+    return float(worst[0] / worst[1].clamp_min(1e-30))
 
 
 def _tolerance(subject: Subject) -> float:

@@ -8,11 +8,9 @@ A copy takes its source's state over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 from simulator.errors import Fault
 from simulator.loops import successors
-from simulator.parser import Address, Instruction, Kernel, Operand, Pair, Register, Vector
+from simulator.parser import Address, Instruction, Kernel, Register, Vector, names
 
 OLDEST = 8  # groups that are told apart: wgmma.wait_group leaves at most 7
 Ages = dict[str, int]  # register: groups that were committed since the wgmma that works on it, itself included
@@ -98,7 +96,7 @@ def _step(state: _State, i: Instruction) -> str | None:
         to, source = (o.name for o in i.operands if isinstance(o, Register))
         under_way = state.sums.keys() | state.factors.keys()
         if to in under_way and source not in under_way:
-            return f"writes register {to}, which products that were not waited for use;"
+            return f"writes register {to}, which products that were not waited for use"
         for ages in (state.sums, state.factors):
             ages.pop(to, None)
             if source in ages:
@@ -113,37 +111,25 @@ def _step(state: _State, i: Instruction) -> str | None:
 
 
 def _product(state: _State, i: Instruction) -> str | None:
-    sums, factors = list(_names(i.operands[:1])), list(_names(i.operands[1:2])) if isinstance(i.operands[1], Vector) else []
+    sums, factors = list(names(i.operands[:1])), list(names(i.operands[1:2])) if isinstance(i.operands[1], Vector) else []
     for register in (*sums, *factors):
         if state.touched is None or register in state.touched:
-            return f"wgmma uses register {register}, which something else touched without a wgmma.fence since;"
+            return f"wgmma uses register {register}, which something else touched without a wgmma.fence since"
     for register in factors:
         if register in state.sums:
-            return f"wgmma uses register {register}, an accumulator of products that were not waited for;"
+            return f"wgmma uses register {register}, an accumulator of products that were not waited for"
     state.sums.update(dict.fromkeys(sums, 0))
     state.factors.update(dict.fromkeys(factors, 0))
     return None
 
 
 def _other(state: _State, i: Instruction) -> str | None:
-    touched = {*_names(i.operands), *([i.guard.name] if i.guard else [])}
+    touched = {*names(i.operands), *([i.guard.name] if i.guard else [])}
     if touched & state.sums.keys():
-        return f"touches register {min(touched & state.sums.keys())}, an accumulator of products that were not waited for;"
-    written = set(_names(i.operands[:1])) if i.operands and not isinstance(i.operands[0], Address) else set()
+        return f"touches register {min(touched & state.sums.keys())}, an accumulator of products that were not waited for"
+    written = set(names(i.operands[:1])) if i.operands and not isinstance(i.operands[0], Address) else set()
     if written & state.factors.keys():
-        return f"writes register {min(written & state.factors.keys())}, which products that were not waited for read;"
+        return f"writes register {min(written & state.factors.keys())}, which products that were not waited for read"
     if state.touched is not None:
         state.touched |= touched
     return None
-
-
-def _names(operands: Sequence[Operand]) -> Iterator[str]:
-    for operand in operands:
-        if isinstance(operand, Register):
-            yield operand.name
-        elif isinstance(operand, Vector):
-            yield from _names(operand.parts)
-        elif isinstance(operand, Pair):
-            yield from _names((operand.first, operand.second))
-        elif isinstance(operand, Address):
-            yield from _names((operand.base, *operand.coordinates))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from simulator import accumulators, forms  # noqa: F401 - forms registers what is known
+from simulator import accumulators, forms, unwritten  # noqa: F401 - forms registers what is known
 from simulator.arrays import LOADED, Array, single
 from simulator.counters import tally
 from simulator.errors import Fault, Unsupported
@@ -41,7 +41,7 @@ class Program:
             self.translation = Translation(self.kernel)
         except Unsupported as e:
             raise Unsupported(f"PTX {self.kernel.version} for {self.kernel.target}: {e}") from None
-        self.fault = accumulators.fault(self.kernel)
+        self.fault = accumulators.fault(self.kernel) or unwritten.fault(self.kernel)
         self.kernel.blocks.clear()  # hundreds of programs are kept, and this would be most of what they take
         self.shared_bytes = shared_bytes
 

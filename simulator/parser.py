@@ -7,6 +7,7 @@ knows scopes.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from simulator.errors import Place, Unsupported
@@ -73,6 +74,19 @@ class Pair:
 
 
 Operand = Register | Special | Immediate | Symbol | Address | Vector | Pair
+
+
+def names(operands: Sequence[Operand]) -> Iterator[str]:
+    """Yields the names of the registers in operands."""
+    for operand in operands:
+        if isinstance(operand, Register):
+            yield operand.name
+        elif isinstance(operand, Vector):
+            yield from names(operand.parts)
+        elif isinstance(operand, Pair):
+            yield from names((operand.first, operand.second))
+        elif isinstance(operand, Address):
+            yield from names((operand.base, *operand.coordinates))
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_a_barrier_that_a_guard_skips_orders_nothing():
 
 def test_a_barrier_of_some_of_the_programs_is_refused():
     with pytest.raises(Unsupported, match="a barrier of some of the programs"):
-        launch("mov.u32 %r1, %ctaid.x; setp.eq.s32 %p1, %r1, 0; @%p1 bar.sync 0;" + STORE)
+        launch("mov.u32 %r1, %ctaid.x; mov.b32 %r9, 0; setp.eq.s32 %p1, %r1, 0; @%p1 bar.sync 0;" + STORE)
 
 
 @pytest.mark.parametrize("body", ["bar.sync 16;", "bar.sync 0, 33;", "call.uni other, (param0);", "bra nowhere;"])

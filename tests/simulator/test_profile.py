@@ -273,9 +273,11 @@ def test_an_asynchronous_copy_counts_in_both_memories():
 
 def test_products():
     """Per warp: 2 * 16 * 8 * 16 operations of mma, 2 * 32 of fma, twice as many of two halves."""
+    operands = (*range(10, 14), *range(20, 24), 30, 31)
     c = counted(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r10, %r11, %r12, %r13}, {%r20, %r21, %r22, %r23}, {%r30, %r31},"
-        "{%r10, %r11, %r12, %r13}; fma.rn.f32 %r2, %r2, %r2, %r2; fma.rn.f16x2 %r2, %r2, %r2, %r2;"
+        "".join(f"mov.b32 %r{i}, 0;" for i in (2, *operands))
+        + "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r10, %r11, %r12, %r13}, {%r20, %r21, %r22, %r23},"
+        "{%r30, %r31}, {%r10, %r11, %r12, %r13}; fma.rn.f32 %r2, %r2, %r2, %r2; fma.rn.f16x2 %r2, %r2, %r2, %r2;"
     )
     assert c.operations == 4096 + 64 + 128
     assert c.instructions()["tensor"] == 1
@@ -290,8 +292,9 @@ def test_wgmma_reads_shared_memory(in_registers):
         f"mov.b64 %rd6, {1024 >> 4 | 128 >> 4 << 16 | 256 >> 4 << 32};"  # start, leading and stride offsets, no swizzle
     )
     a, flags = ("{%r50, %r51, %r52, %r53}", "1, 1, 1, 0") if in_registers else ("%rd6", "1, 1, 1, 0, 0")
+    registers = "".join(f"mov.b32 %r{i}, 0;" for i in (*range(10, 14), *range(50, 54)))
     c = counted(
-        f"{zeros} fence.proxy.async; bar.sync 0; {descriptor} wgmma.fence.sync.aligned;"
+        f"{zeros} fence.proxy.async; bar.sync 0; {descriptor} {registers} wgmma.fence.sync.aligned;"
         f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r10, %r11, %r12, %r13}}, {a}, %rd6, {flags};"
         "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;",
         threads=256, shared_bytes=4096,

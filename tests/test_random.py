@@ -57,14 +57,14 @@ def check(case, device, channels_last, flip, dtype):
     oracle.check(function(case), case, x, w, b)
 
 
-@settings(max_examples=40, **COMMON)
+@settings(max_examples=25, **COMMON)
 @given(**DRAWN)
 def test_random_problems(device, poisoned, case, channels_last, flip, dtype):
     check(case, device, channels_last, flip, dtype)
 
 
 @pytest.mark.parametrize("kernel", ["packed", "packed_wgrad", "strip", "strip_wgrad"])
-@settings(max_examples=15, **COMMON)
+@settings(max_examples=10, **COMMON)
 @given(**DRAWN)
 def test_random_problems_by_one_kernel(device, poisoned, kernel, case, channels_last, flip, dtype):
     """For strips, the same with one filter per channel."""

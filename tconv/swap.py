@@ -82,7 +82,9 @@ def replace_(
                     f.module.__dict__[POLICY] = policy
         _report(report, found, "no convolution to replace")
     for module in replaced:
-        module.__dict__[POLICY] = policy
+        module.__dict__.pop(POLICY, None)
+        if policy != "auto":
+            module.__dict__[POLICY] = policy
     if all(f.cannot for f in found) and not any(isinstance(m, tuple(TORCHS)) for m in model.modules()):
         warnings.warn(_nothing(type(model).__name__, found), stacklevel=2)
     return model

@@ -343,6 +343,7 @@ def test_a_model_that_raises_raises_its_own_error_and_leaves_nothing(own, timed)
         (3, (), {}, TypeError, "tune: model must be a module or a function, got int"),
         (tconv.Conv1d, (), {}, TypeError, "got the class Conv1d"),
         (lambda x: x, (torch.ones(1),), {"jobs": 0}, ValueError, "jobs must be a positive int or None, got 0"),
+        (lambda x: x, (torch.ones(1),), {"record": 3}, TypeError, "tune: record must be a path or None, got 3"),
         (lambda x: x, (torch.ones(1),), {}, RuntimeError, "nothing to measure, no call of tconv"),
         (torch.nn.Conv1d(4, 4, 2), (torch.ones(1, 4, 6),), {}, RuntimeError, "nothing to measure, no call of tconv"),
         (tconv.Conv1d(4, 4, 2).to("meta"), (torch.ones(1, 4, 6, device="meta"),), {}, RuntimeError, "device meta"),

@@ -249,6 +249,7 @@ def _prepare_backward(
             return Parts(tuple(ours), tuple(map(bool, refused)))
         for why in filter(None, refused):
             raise Fallback(why)
+        # Several enable() may select one gradient each, with policies of their own: each is then prepared by itself.
         policies = [wanted and chosen.policy((o,), w.dim() - 2, x.dtype) for wanted, o in zip(mask, operations, strict=True)]
         first = next(filter(None, policies), None)
         if any(p and p != first for p in policies):

@@ -47,6 +47,7 @@ class FastPath:
 
     Attributes:
         slower: why torch computes the call, whose kernel was measured to be faster; None if tconv does.
+        deterministic: whether deterministic algorithms were asked for, under which tconv computes all calls.
     """
 
     __slots__ = ("call", "deterministic", "differentiable", "how", "precision", "slower", "tensor_guard")
@@ -102,8 +103,6 @@ class FastPath:
         ):
             return None
         if self.slower is not None:
-            if torch.are_deterministic_algorithms_enabled():
-                return None
             raise Slower(self.slower)
         event = profiling.begin_call(transposed, self.how.g, x, w, b) if profiler._is_profiler_enabled else None
         try:

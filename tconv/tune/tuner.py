@@ -62,7 +62,7 @@ def tune(
     Returns:
         A `Tuned`; its text is a table.
     Raises:
-        TypeError: the model cannot be called. Errors of the model itself are passed on.
+        TypeError: the model cannot be called, or `record` is no path. Errors of the model itself are passed on.
         ValueError: `jobs` is below 1.
         RuntimeError: no GPU, no Triton, a plan is forced, or the model makes no convolution that tconv computes.
     """
@@ -71,6 +71,8 @@ def tune(
         raise ValueError(f"tune: jobs must be a positive int or None, got {jobs!r}")
     if forced() is not None:
         raise RuntimeError("tune: a plan is forced (tconv.force), which would be the only candidate")
+    if record is not None and not isinstance(record, (str, os.PathLike)):
+        raise TypeError(f"tune: record must be a path or None, got {record!r}")
     device, planned = device_here()
     asked, left = passes_of(model, inputs, kwargs, backward)
     if not asked:

@@ -23,6 +23,7 @@ SOUND = {
 UNSOUND = {
     "never written": (READ, "%r1"),
     "on one way only": (f"{CHOOSE} @%p1 bra $end; {SET} $end: {READ}", "%r1"),
+    "on the other way only": (f"{CHOOSE} @%p1 bra $other; {SET} bra $end; $other: mov.b32 %r5, 0; $end: {READ}", "%r1"),
     "in a loop, behind it": (f"{CHOOSE} $again: {READ} {SET} @%p1 bra $again;", "%r1"),
     "a guard": (f"@%p7 {SET}", "%p7"),
     "a branch's guard": ("@%p7 bra $end; $end: mov.b32 %r5, 0;", "%p7"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-FLUSH = 256 << 20  # bytes: four times the L2 cache of an H200
+FLUSH = 256 << 20  # bytes: five times the L2 cache of an H200
 HEAD_START = 300_000  # cycles, about 0.15 ms: several launches queue up behind them
 
 

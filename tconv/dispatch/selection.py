@@ -126,7 +126,7 @@ def choice(selections: Iterable[Selection]) -> Choice:
 
 def forget() -> None:
     """Forgets all launches."""
-    for known in _choices.values():
+    for known in list(_choices.values()):  # another thread may add one
         known.forward.clear()
         known.backward.clear()
 

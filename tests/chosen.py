@@ -16,6 +16,7 @@ ROWS = [
     ("test_kernels", r"test_every_case\[2-D-kernel-wider", "taps that a packed field does not hold"),
     ("test_kernels", r"test_every_case\[transposed,-(stride-beyond|padding-crops|dilation-shares)", "edges, transposed"),
     ("test_kernels", r"test_staged_operands\[(plain|groups|every).*bfloat16", "the default layout, copied"),
+    ("test_kernels", r"test_channels_padded.*(three-channels-to-four\W|both-sides).*bfloat16", "channels padded to vectors"),
     ("test_kernels", r"test_tails_in_every_extent\[(depthwise|channel-blocks,-2-D|transposed-depthwise)", "partial tiles"),
     ("test_kernels", r"test_split_(reductions|channels_in_every_dtype)", "split reductions, the same bits every time"),
     ("test_kernels", r"test_a_tile_of_several_taps|test_packs_with_wide_accesses", "packed kernels with a GPU's tiles"),

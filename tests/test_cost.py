@@ -85,7 +85,7 @@ def test_programs_and_workspace_are_those_launched(case, channels_last):
         assert predicted.programs == launch.grid[0], launch.call
         slices = math.prod(launch.shape)
         splits = 4 * launch.splits * slices if launch.splits > 1 else 0
-        copied = sum({"x": x, "w": w, "dy": y}[name].nbytes for name in launch.call.plan.staged)
+        copied = sum(2 * math.prod(copy.shape) for copy in launch.copies if copy)
         assert predicted.workspace == splits + copied
         assert splits <= plan.WORKSPACE
         assert predicted.waves == math.ceil(launch.grid[0] / device.units)

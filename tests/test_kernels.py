@@ -80,6 +80,48 @@ def test_staged_operands(case, dtype, device, poisoned):
         assert any(call.plan.staged for call in calls)
 
 
+PADDED = [
+    oracle.Case("one channel to four", (2, 1, 11), 8, (3,), stride=2, padding=1),
+    oracle.Case("three channels to four, both sides", (2, 3, 4, 5), 3, (3, 2)),
+    oracle.Case("three channels to four", (2, 3, 9, 7), 8, (7, 5), stride=2, padding=3),
+    oracle.Case("three channels to four, padding beyond the kernel", (1, 3, 3, 4), 4, (2, 2), padding=3, dilation=2),
+    oracle.Case("five channels to eight, 3-D", (1, 5, 3, 4, 3), 8, (2, 1, 3), padding=1, stride=(1, 2, 1)),
+    oracle.Case("nine channels to sixteen, both sides", (2, 9, 6, 5), 17, (3, 3), padding=1),
+    oracle.Case("few output channels, which wgrad takes for input channels", (2, 32, 7, 6), 3, (3, 3), padding=1),
+    oracle.Case("transposed", (2, 3, 5, 4), 5, (4, 4), stride=2, padding=1, transposed=True),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PADDED, ids=str)
+def test_channels_padded_to_whole_vectors(case, dtype, channels_last, device, poisoned):
+    """Copies have channels that the tensors do not have, which are zero, and whose gradients are not stored."""
+    x, w, b = oracle.tensors(case, dtype, device, channels_last)
+    with tconv.force(staged=True), tconv.recording() as calls:
+        check(case, x, w, b)
+    padded = [call.plan.pass_ for call in calls if call.plan and "padded with zeros" in call.plan.reason]
+    assert "wgrad" in padded
+    assert len(padded) >= 2
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_channel(special, device):
+    """The channels that a copy adds are zero in both operands: nothing infinite meets their zeros where it is stored."""
+    x, w = torch.ones(1, 3, 5, 5, device=device), torch.ones(8, 3, 3, 3, device=device)
+    x[0, 1, 2, 2], w[3, 2, 1, 1] = special, special
+    expected, results = [], []
+    for functions, into in ((F, expected), (TF, results)):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        with tconv.force(staged=True):
+            y = functions.conv2d(*leaves, padding=1)
+            into += [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+    for ours, right in zip(results, expected, strict=True):
+        assert not right.isfinite().all()
+        torch.testing.assert_close(ours, right, equal_nan=True)
+
+
 # More than one block of channels, so that every tap counter wraps: 20 and 17 are no multiples of the tile's 16, 32 is.
 BLOCKS = [
     oracle.Case("channel blocks, 1-D", (1, 32, 7), 20, (3,), padding=1),

@@ -186,6 +186,7 @@ def packed(
 def packed_wgrad(
     dy_ptr, x_ptr, dw_ptr,
     N, C, K, G, PACK,  # C, K: channels per group
+    CW, KW,  # the same of dw, as in wgrad.py
     X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
     S0, S1, S2, D0, D1, D2, P0, P1, P2,
     Bn, B0, B1, B2, chunk,
@@ -277,6 +278,8 @@ def packed_wgrad(
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
     kept = lead(mask_c, APART) & trail(mask_k, APART)
+    if not PACKED:
+        kept &= lead(c < CW, APART) & trail(k < KW, APART)
     row = (group * K + k).to(tl.int64) * swk
     if PACKED:
         low = k // K * C  # the first channel that k's group reads

@@ -182,6 +182,7 @@ def run_last(image, i0, i1, i2, channel, RUN: tl.constexpr):
 def tma_wgrad(
     dy_desc, x_desc, dw_ptr,
     N, C, K, G,  # C, K: channels per group
+    CW, KW,  # the same of dw, as in wgrad.py
     Y0, Y1, Y2, T0, T1, T2, D0, D1, D2, P0, P1, P2,
     chunk,  # runs per split
     sws, swg, swk, swc, sw0, sw1, sw2,
@@ -260,4 +261,4 @@ def tma_wgrad(
     # Stored in the order of wgrad.py.
     out = dw_ptr + dw_offset + (trail(k * swk.to(tl.int64), APART) + lead(c * swc.to(tl.int64), APART))
     dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
-    tl.store(out, dw, mask=lead(c < C, APART) & trail(k < K, APART))
+    tl.store(out, dw, mask=lead(c < CW, APART) & trail(k < KW, APART))

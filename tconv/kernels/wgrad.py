@@ -33,6 +33,7 @@ from tconv.kernels.common import (
 def wgrad(
     dy_ptr, x_ptr, dw_ptr,
     N, C, K, G,  # C, K: channels per group
+    CW, KW,  # the same of dw, which has fewer where copies of x and dy have more
     X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
     S0, S1, S2, D0, D1, D2, P0, P1, P2,
     Bn, B0, B1, B2, chunk,  # digits of BLOCK_P; chunk: pixels per split
@@ -110,4 +111,4 @@ def wgrad(
     # Neighbouring threads store neighbouring input channels, whose stride in dw is usually less than that of output channels.
     out = dw_ptr + dw_offset + (trail(k * swk.to(tl.int64), APART) + lead(c * swc.to(tl.int64), APART))
     dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
-    tl.store(out, dw, mask=lead(mask_c, APART) & trail(mask_k, APART))
+    tl.store(out, dw, mask=lead(c < CW, APART) & trail(k < KW, APART))

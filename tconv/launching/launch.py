@@ -258,7 +258,7 @@ def _copied(launch: Prepared, shared: SharedOperand | None, *operands: torch.Ten
 def _copy(copy: Prepared, t: torch.Tensor, shared: SharedOperand | None) -> torch.Tensor:
     if shared is None or t is not shared.tensor:
         return to_channels_last(copy, t)
-    if shared.copy is None:
+    if shared.copy is None or shared.copy.shape != copy.shape:  # of other padded channels
         shared.copy = to_channels_last(copy, t)
     return shared.copy
 

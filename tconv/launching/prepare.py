@@ -16,7 +16,7 @@ from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call, Slower
 from tconv.planning import cost
 from tconv.planning import plan as planning
-from tconv.planning.addressing import LIMIT, flattened, vector
+from tconv.planning.addressing import LIMIT, aligned_channels, flattened, vector
 from tconv.planning.device import Device
 from tconv.planning.families import FAMILIES
 from tconv.planning.operands import GatherPass, Pass, WgradPass, chunk, strides, triple
@@ -25,8 +25,10 @@ from tconv.planning.tiles import BF16X6
 from tconv.records.book import Measured, book, is_set_aside
 from tconv.records.key import Cell, cell_of, machine
 
-# Prepares a pass on these two operands. The last argument is the only kernel to consider, or None for all that load through
-# pointers.
+Shape = tuple[int, ...]
+# Describes a pass on two operands.
+Describe = Callable[[torch.Tensor, torch.Tensor], Pass]
+# Prepares it. The last argument is the only kernel to consider, or None for all that load through pointers.
 Prepare = Callable[[torch.Tensor, torch.Tensor, "str | None"], Prepared]
 
 
@@ -57,13 +59,14 @@ def prepare_gather(
     bias = None if b is None else b.stride(0)
 
     def described(x: torch.Tensor, w: torch.Tensor) -> Pass:
-        return GatherPass(pass_, problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias)
+        p = dataclasses.replace(problem, K=w.shape[0], C=w.shape[1] * problem.G)  # padded channels count
+        return GatherPass(pass_, p, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias)
 
     def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
         return prepare_pass(described(x, w), problem, y, device, only)
 
     def best() -> Prepared:
-        return _best(prepare, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
+        return _best(prepare, described, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
 
     return _as_measured(best, lambda: described(x, w), x.dtype, device, policy)
 
@@ -81,13 +84,15 @@ def prepare_wgrad(
     """
 
     def described(dy: torch.Tensor, x: torch.Tensor) -> Pass:
-        return WgradPass(problem, addressing(x), addressing(dw), addressing(dy), tensor_cores(x.dtype))
+        p = dataclasses.replace(problem, K=dy.shape[1], C=x.shape[1])  # padded channels count
+        stored = None if p == problem else (problem.C, problem.K)
+        return WgradPass(p, addressing(x), addressing(dw), addressing(dy), tensor_cores(x.dtype), stored)
 
     def prepare(dy: torch.Tensor, x: torch.Tensor, only: str | None) -> Prepared:
         return prepare_pass(described(dy, x), problem, dw, device, only)
 
     def best() -> Prepared:
-        return _best(prepare, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
+        return _best(prepare, described, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
 
     return _as_measured(best, lambda: described(dy, x), x.dtype, device, policy)
 
@@ -172,21 +177,30 @@ def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepa
     return prepared(KERNELS["bias"], programs, integers, constants, call, db)
 
 
-def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device) -> Prepared:
-    """Returns the launch that copies t, an operand of the problem, to channels last."""
+def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device, shape: Shape | None = None) -> Prepared:
+    """Returns the launch that copies t, an operand of the problem, to channels last.
+
+    Args:
+        shape: the copy's shape, which may have more images or channels than t, which are zero; by default t's.
+    """
+    shape = tuple(t.shape) if shape is None else shape
     a, extents, rank = flattened(addressing(t), lift(t.shape[2:], 1))
-    images, channels = t.shape[:2]
+    images, channels = shape[:2]
     pixels = images * math.prod(extents)
     plan = planning.choose_copy(channels, pixels, t.element_size(), device)
     tile = plan.tile
-    integers = {"N": images, "C": channels, **triple("X", extents), **strides("sx", a)}
+    integers = {
+        "N": t.shape[0], "C": t.shape[1], "M": images, "K": channels, **triple("X", extents), **strides("sx", a),
+    }  # fmt: skip
+    lanes = a.lanes(channels, extents)
     constants: dict[str, Any] = {
-        "RANK": rank, "X_VEC": a.lanes(channels, extents).vec, "Y_VEC": vector(0, t.element_size(), channels),
-        "WIDE": max(a.reach, t.numel(), pixels + tile.m) > LIMIT, "BLOCK_P": tile.m, "BLOCK_C": tile.n, **options(tile),
+        "RANK": rank, "X_VEC": lanes.vec if lanes.unit == "p" else 1, "Y_VEC": vector(0, t.element_size(), channels),
+        "PADDED": shape != t.shape, "WIDE": max(a.reach, images * channels * math.prod(extents), pixels + tile.m) > LIMIT,
+        "BLOCK_P": tile.m, "BLOCK_C": tile.n, **options(tile),
     }  # fmt: skip
     programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n)
     call = Call("copy", problem, plan, plan.reason)
-    return prepared(copy_channels_last, programs, integers, constants, call, shaped(t.shape, True, t.dtype))
+    return prepared(copy_channels_last, programs, integers, constants, call, shaped(shape, True, t.dtype))
 
 
 def prepare_pass(
@@ -230,6 +244,7 @@ def prepare_pass(
 
 def _best(
     prepare: Prepare,
+    described: Describe,
     tma: str,
     names: tuple[str, str],
     operands: tuple[torch.Tensor, torch.Tensor],
@@ -246,14 +261,18 @@ def _best(
         try:
             if request.precision == BF16X6 and operands[0].dtype == torch.float32:
                 raise Ineligible("boxes are not cut into pieces")
-            return prepare(*operands, tma) if request.staged is False else _copied(prepare, tma, names, operands, device)
+            return (
+                prepare(*operands, tma)
+                if request.staged is False
+                else _copied(prepare, described, tma, names, operands, device)
+            )
         except Ineligible as e:
             raise Ineligible(f"forced plan cannot run: {e}") from None
-    launch = _staged(prepare, names, operands, problem, device)
+    launch = _staged(prepare, described, names, operands, problem, device)
     if request or device.interpreted or device.generation < 9 or problem.G > 1:
         return launch
     try:
-        return _faster(launch, _copied(prepare, tma, names, operands, device), device)
+        return _faster(launch, _copied(prepare, described, tma, names, operands, device), device)
     except (Ineligible, planning.Unplannable):
         return launch
 
@@ -274,17 +293,24 @@ def _faster(launch: Prepared, rival: Prepared, device: Device) -> Prepared:
 
 
 def _staged(
-    prepare: Prepare, names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor], problem: ConvProblem, device: Device
+    prepare: Prepare,
+    described: Describe,
+    names: tuple[str, str],
+    operands: tuple[torch.Tensor, torch.Tensor],
+    problem: ConvProblem,
+    device: Device,
 ) -> Prepared:
-    """Returns a launch on the operands as they are, or on channels_last copies if that is predicted to be faster, or forced.
+    """Returns a launch on the operands as they are, or on copies of them if that is predicted to be faster, or forced.
 
-    Only operands whose channels are not contiguous are copied, and never those of a depthwise problem.
+    Operands of a depthwise problem are never copied.
     """
     native, request = prepare(*operands, None), planning.requested()
     forced = request.staged if request else None
-    if forced is False or not any(map(_channels_apart, operands)) or problem.depthwise or (device.interpreted and not forced):
+    if forced is False or problem.depthwise or (device.interpreted and not forced):
         return native
-    launch = _copied(prepare, None, names, operands, device)
+    launch = _copied(prepare, described, None, names, operands, device)
+    if not launch.copies:
+        return native
     before, after = native.call.plan, launch.call.plan
     assert before is not None
     assert after is not None
@@ -296,28 +322,81 @@ def _staged(
 
 
 def _copied(
-    prepare: Prepare, only: str | None, names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor], device: Device
+    prepare: Prepare,
+    described: Describe,
+    only: str | None,
+    names: tuple[str, str],
+    operands: tuple[torch.Tensor, torch.Tensor],
+    device: Device,
 ) -> Prepared:
-    """Returns a launch on channels_last copies of the operands whose channels are not contiguous.
+    """Returns a launch on copies of the operands in channels last, of those whose channels are not contiguous or not aligned.
 
     Its predicted cost includes the copies.
     """
-    # Kernels address a weight with 32-bit offsets. An expanded weight may fit these as it is, but not as a copy.
-    apart = tuple(_channels_apart(t) and (name != "w" or t.numel() <= LIMIT) for name, t in zip(names, operands, strict=True))
-    first, second = (shaped(t.shape, True, t.dtype) if a else t for t, a in zip(operands, apart, strict=True))
+    shapes = _copy_shapes(described, names, operands)
+    first, second = (t if shape is None else shaped(shape, True, t.dtype) for t, shape in zip(operands, shapes, strict=True))
     launch = prepare(first, second, only)
-    if not any(apart):
+    if not any(shapes):
         return launch
-    plan = launch.call.plan
+    plan, problem = launch.call.plan, launch.call.problem
     assert plan is not None
+    assert problem is not None
     total, reason = plan.cost, plan.reason
+    itemsize = operands[0].itemsize
+    copied = [(t, shape) for t, shape in zip(operands, shapes, strict=True) if shape is not None]
+    padded = any(shape != t.shape for t, shape in copied)
+    if padded:
+        reason = f"channels padded with zeros; {reason}"
     if total is not None:
-        copied = sum(t.numel() * t.element_size() for t, a in zip(operands, apart, strict=True) if a)
-        total = cost.with_copies(total, copied, sum(apart), device)
+        read, written = sum(t.numel() for t, _ in copied) * itemsize, sum(math.prod(shape) for _, shape in copied) * itemsize
+        if padded:  # the zeros are no work of the pass, and in no workspace
+            total = dataclasses.replace(
+                total, flops=cost.flops(problem), bytes=cost.least_bytes(problem, plan.pass_, itemsize),
+                workspace=cost.slices(problem, plan.pass_, plan.splits, itemsize),
+            )  # fmt: skip
+        total = cost.with_copies(total, read, written, len(copied), device)
         reason = f"{reason}; with the copies {total.seconds * 1e6:.1f} us"
-    staged = tuple(name for name, a in zip(names, apart, strict=True) if a)
-    copies = tuple(prepare_copy(launch.call.problem, t, device) if a else None for t, a in zip(operands, apart, strict=True))
+    staged = tuple(name for name, shape in zip(names, shapes, strict=True) if shape)
+    copies = tuple(
+        prepare_copy(problem, t, device, shape) if shape else None for t, shape in zip(operands, shapes, strict=True)
+    )
     return dataclasses.replace(_replanned(launch, cost=total, reason=reason, staged=staged), copies=copies)
+
+
+def _copy_shapes(
+    described: Describe, names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[Shape | None, ...]:
+    """Returns the shape of each operand's copy in channels last, or None for an operand that is used as it is.
+
+    Operands whose channels are not contiguous are copied. If reduced channels would still be accessed in vectors of less than 8
+    bytes, the copies of both operands get more of them, which are zero. A wgrad writes channels of both operands, so each gets
+    its own, and what they would add to dw is not stored. Channels that the rewrites of planning/simplify.py align anyway, as
+    those of a patch embedding, are not padded.
+    """
+    # Kernels address a weight with 32-bit offsets. An expanded weight may fit these as it is, but not as a copy.
+    plain = tuple(
+        t.shape if _channels_apart(t) and (name != "w" or t.numel() <= LIMIT) else None
+        for name, t in zip(names, operands, strict=True)
+    )
+    first, second = (t if shape is None else shaped(shape, True, t.dtype) for t, shape in zip(operands, plain, strict=True))
+    c = described(first, second)
+    if c.p.G > 1:
+        return plain
+    if c.pass_ == "wgrad":  # x and dy; dw gets no more channels
+        vectors = (c.x_vec, c.y_vec) if c.swapped else (c.y_vec, c.x_vec)
+        padded = [_with_channels(t, 1) if v * t.itemsize < 8 else t.shape for t, v in zip(operands, vectors, strict=True)]
+    elif c.x_vec * c.itemsize < 8:
+        padded = [_with_channels(operands[0], 1), _with_channels(operands[1], 0 if c.transposed else 1)]
+    else:
+        return plain
+    if any(name == "w" and math.prod(shape) > LIMIT for name, shape in zip(names, padded, strict=True)):
+        return plain
+    return tuple(p if p != t.shape else q for t, p, q in zip(operands, padded, plain, strict=True))
+
+
+def _with_channels(t: torch.Tensor, dimension: int) -> Shape:
+    """Returns t's shape with aligned channels along a dimension."""
+    return *t.shape[:dimension], aligned_channels(t.shape[dimension], t.itemsize), *t.shape[dimension + 1 :]
 
 
 def _channels_apart(t: torch.Tensor) -> bool:

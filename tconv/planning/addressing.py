@@ -111,3 +111,15 @@ def vector(pointer: int, itemsize: int, *multiples: int) -> int:
     while v > 1 and (pointer % (v * itemsize) or any(m % v for m in multiples)):
         v //= 2
     return v
+
+
+def aligned_channels(channels: int, itemsize: int) -> int:
+    """Returns how many channels a copy gets so that they are accessed as vectors: `channels` if they are already.
+
+    A multiple of 16 bytes, or 8 bytes if no more are needed: the least that the main loops copy asynchronously in one
+    instruction per pixel. fp64 elements are accessed one by one by most of its tiles, so padding would gain nothing.
+    """
+    least, most = 8 // itemsize, 16 // itemsize
+    if itemsize == 8 or channels % least == 0:
+        return channels
+    return least if channels < least else -(-channels // most) * most

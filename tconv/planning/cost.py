@@ -104,6 +104,11 @@ def written_elements(p: ConvProblem, pass_: str) -> int:
     return math.prod(p.shape({"fprop": "y", "dgrad": "x", "wgrad": "w"}[pass_]))
 
 
+def slices(p: ConvProblem, pass_: str, splits: int, itemsize: int) -> int:
+    """Returns the bytes of a split reduction's workspace, 0 without splits."""
+    return splits * written_elements(p, pass_) * max(4, itemsize) if splits > 1 else 0
+
+
 def phase_pixels(p: ConvProblem, pass_: str) -> int:
     """Returns the pixels that the largest phase of fprop or dgrad writes."""
     return math.prod(pixel_extents(p, pass_))
@@ -197,7 +202,7 @@ def price(
         cycles = max(cycles, LATENCY / resident)
     elif resident == 1:  # a lone BF16X6 program cuts, then multiplies
         products = products + steps * cycles / limits.clock if access.precision == BF16X6 else products * ALONE
-    workspace = splits * written_elements(p, pass_) * max(4, itemsize) if splits > 1 else 0
+    workspace = slices(p, pass_, splits, itemsize)
     least = least_bytes(p, pass_, itemsize)
     # The phases of a strided dgrad run one after the other, and each reads all of dy. If dy does not fit in L2, it is read from
     # memory each time.
@@ -240,17 +245,17 @@ def _summing(workspace: int, device: Device) -> float:
     return 1.5 * LAUNCH + workspace / device.limits.bandwidth if workspace else 0.0
 
 
-def with_copies(cost: Cost, copied: int, operands: int, device: Device) -> Cost:
+def with_copies(cost: Cost, read: int, written: int, operands: int, device: Device) -> Cost:
     """Returns the cost of a plan with copies of its operands to another layout before it.
 
     Args:
         cost: the plan's cost without the copies.
-        copied: bytes copied, each read once and written once.
+        read, written: bytes that the copies read and write. They write more where channels are padded.
         operands: number of operands copied, one launch each.
         device: the device.
     """
-    seconds = cost.seconds + 2 * copied / device.limits.bandwidth + operands * LAUNCH
-    return replace(cost, workspace=cost.workspace + copied, seconds=seconds)
+    seconds = cost.seconds + (read + written) / device.limits.bandwidth + operands * LAUNCH
+    return replace(cost, workspace=cost.workspace + written, seconds=seconds)
 
 
 def predict_bias(channels: int, pixels: int, tile: Tile, splits: int, itemsize: int, device: Device) -> Cost:

@@ -196,10 +196,28 @@ class GatherPass(Pass):
 
 
 class WgradPass(Pass):
-    """wgrad on given tensors; y is dy and x is x as the kernel takes them, w is dw."""
+    """wgrad on given tensors; y is dy and x is x as the kernel takes them, w is dw.
 
-    def __init__(self, problem: ConvProblem, x: Addressing, dw: Addressing, dy: Addressing, tensor_cores: bool) -> None:
+    Attributes:
+        stored: (input channels, output channels) of dw per group, fewer than x and dy have if their copies are padded.
+    """
+
+    def __init__(
+        self,
+        problem: ConvProblem,
+        x: Addressing,
+        dw: Addressing,
+        dy: Addressing,
+        tensor_cores: bool,
+        stored: tuple[int, int] | None = None,
+    ) -> None:
+        """Simplifies the problem.
+
+        Args:
+            stored: as above if channels are padded, None if not. Rewrites may change channels that are not padded.
+        """
         super().__init__("wgrad", problem, x, dw, dy, tensor_cores)
+        self.stored = (self.ci, self.co) if stored is None else stored[::-1] if self.swapped else stored
 
     def operands(self) -> Operands:
         least = min(self.x_vec, self.y_vec)
@@ -208,7 +226,8 @@ class WgradPass(Pass):
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         p, w = self.p, self.w
         return {
-            "N": p.N, "C": self.ci, "K": self.co, "G": p.G, **window(p), **triple("X", p.X), **triple("Y", p.Y),
+            "N": p.N, "C": self.ci, "K": self.co, "CW": self.stored[0], "KW": self.stored[1], "G": p.G,
+            **window(p), **triple("X", p.X), **triple("Y", p.Y),
             **self.steps(p.Y, tile, splits), **strides("sx", self.x), **strides("sy", self.y), **triple("sw", w.spatial),
             "sws": w.numel, "swg": self.co * w.outer, "swk": w.outer, "swc": w.channel,
             "sxg": self.ci * self.x.channel, "syg": self.co * self.y.channel,

@@ -43,7 +43,7 @@ class Wrong(Exception):
 
 
 class TooLarge(Exception):
-    """A candidate needs more memory, beside its operands and result, than its operands take."""
+    """A candidate needs more memory, beside its operands and result, than these take."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,14 @@ def _torchs(subject: Subject, tensors: tuple[torch.Tensor, ...], out: Outcome) -
 
 
 def _must_be_small(subject: Subject, plan: Plan, planned: Device, tensors: tuple[torch.Tensor, ...]) -> None:
-    """Raises TooLarge for a plan whose copies and workspace take more than the operands."""
+    """Raises TooLarge for a plan whose copies and workspace take more than the operands and the result."""
     launch = subject.launch(planned, plan.choices)
     needed = sum(math.prod(copy.shape) * t.itemsize for copy, t in zip(launch.copies, tensors, strict=False) if copy)
     if launch.total is not None:
         needed += launch.splits * math.prod(subject.result.shape) * launch.total.pointers[0].itemsize
-    room = sum(t.nbytes for t in tensors)
+    room = sum(t.nbytes for t in tensors) + math.prod(subject.result.shape) * tensors[0].itemsize
     if needed > room:
-        raise TooLarge(f"needs {needed:,} bytes beside its operands, which take {room:,}")
+        raise TooLarge(f"needs {needed:,} bytes beside its operands and its result, which take {room:,}")
 
 
 def _checked(subject: Subject, plan: Plan, planned: Device, tensors: tuple[torch.Tensor, ...], reference: Run | None) -> Run:

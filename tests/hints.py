@@ -52,11 +52,21 @@ HOLDS: dict[str, Callable[[np.ndarray, list[int], int], bool]] = {
 }
 
 
+def integers(promised: Any) -> list[int]:
+    """The numbers of a hint, one per axis."""
+    return [int(getattr(n, "value", n)) for n in promised]
+
+
 def check(name: str, handle: Any, promised: Any) -> None:
-    """Raises FalseHint unless an interpreted tensor's values are as promised, one number per axis."""
-    numbers = [int(getattr(n, "value", n)) for n in promised]
+    """Raises FalseHint unless an interpreted tensor's values are as promised, one number per axis.
+
+    Divisibility is, as for the compiler, that of the first of each run of neighbours, if contiguity was promised before it.
+    """
+    numbers = integers(promised)
     element = getattr(handle.dtype, "element_ty", None)  # what a pointer points to
     data = np.atleast_1d(handle.data).astype(np.int64)
+    if name == "tt.divisibility":
+        data = data[tuple(slice(None, None, size) for size in integers(handle.attr.get("tt.contiguity", ())))]
     if not HOLDS[name](data, numbers, element.primitive_bitwidth // 8 if element else 1):
         raise FalseHint(f"{name} {numbers} is false of {data}")
 

@@ -36,6 +36,12 @@ def divisible_offsets(out_ptr, n):
 
 
 @triton.jit
+def divisible_runs(out_ptr, n, first):
+    i = tl.multiple_of(tl.max_contiguous(tl.arange(0, 8) + first, [4]), [n])
+    tl.store(out_ptr + tl.arange(0, 8), i.to(tl.float32))
+
+
+@triton.jit
 def divisible_scalar(out_ptr, n):
     tl.store(out_ptr, multiple(n, 4).to(tl.float32))
 
@@ -58,6 +64,14 @@ def test_contiguity_of_addresses(step, axis, true):
     else:
         with pytest.raises(Exception, match=FALSE):
             contiguous_pairs[(1,)](x, out, step, axis)
+
+
+def test_divisibility_of_neighbours():
+    """It is that of the first of each run of neighbours, as it is for the compiler."""
+    out = torch.empty(8)
+    divisible_runs[(1,)](out, 4, 12)
+    with pytest.raises(Exception, match=FALSE):
+        divisible_runs[(1,)](out, 4, 2)
 
 
 @pytest.mark.parametrize(

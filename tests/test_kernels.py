@@ -9,7 +9,10 @@ import torch.nn.functional as F
 
 import tconv
 from tconv import functional as TF
+from tconv.launching.memory_format import addressing
+from tconv.planning.operands import GatherPass
 from tconv.planning.packed import PACKED_WGRAD_16
+from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import Tile
 from tests import cases, oracle
 
@@ -120,6 +123,48 @@ def test_what_is_not_finite_stays_in_its_channel(special, device):
     for ours, right in zip(results, expected, strict=True):
         assert not right.isfinite().all()
         torch.testing.assert_close(ours, right, equal_nan=True)
+
+
+PIXELS = [
+    oracle.Case("planes of three vectors", (3, 24, 4, 6), 20, (1, 1)),
+    oracle.Case("planes of half a vector", (2, 17, 2, 6), 33, (1, 1)),
+    oracle.Case("frames, a tile across images", (3, 16, 2, 3, 4), 24, (1, 1, 1)),
+    oracle.Case("rows", (2, 20, 40), 70, (1,)),
+    oracle.Case("two groups", (2, 34, 4, 4), 70, (1, 1), groups=2),
+    oracle.Case("read otherwise, written along the pixels", (2, 16, 4, 6), 18, (3, 3), padding=1),
+]
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("kernel", ["gather", "wgrad"])
+@pytest.mark.parametrize("case", PIXELS, ids=str)
+def test_vectors_along_the_pixels(case, kernel, splits, device, poisoned):
+    """Pointwise layers read the default layout as it is, and results are written along their pixels."""
+    k = 64 if device == "cuda" or oracle.compiled() else 16
+    with tconv.force(kernel=kernel, tile=Tile(64, 64, k), staged=False, splits=splits if case.x[1] > splits * k else None):
+        check(case, *oracle.tensors(case, torch.bfloat16, device))
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "read", "written"),
+    [
+        ((2, 16, 4, 6), {}, 8, 8),
+        ((2, 16, 2, 6), {}, 4, 4),
+        ((2, 16, 3, 5), {}, 1, 1),
+        ((2, 16, 4, 8), {"S": (1, 1, 2), "Y": (1, 4, 4)}, 1, 8),
+        ((2, 16, 4, 6), {"P": (0, 1, 1), "Y": (1, 6, 8)}, 1, 8),
+        ((2, 16, 4, 6), {"T": (1, 3, 3), "P": (0, 1, 1)}, 1, 8),
+    ],
+    ids=str,
+)
+def test_what_is_read_and_written_along_the_pixels(shape, change, read, written):
+    p = dataclasses.replace(forward_problem(shape, (8, 16, 1, 1), (1, 1), [(0, 0)] * 2, (1, 1), 1), **change)
+    x, w, y = (torch.empty(p.shape(which), dtype=torch.half, device="meta") for which in "xwy")
+    c = GatherPass("fprop", p, addressing(x), addressing(w), addressing(y), True)
+    assert (c.pixels_x, c.pixels_y) == (read, written)
+    last = torch.channels_last
+    c = GatherPass("fprop", p, addressing(x.to(memory_format=last)), addressing(w), addressing(y.to(memory_format=last)), True)
+    assert (c.pixels_x, c.pixels_y) == (1, 1)
 
 
 # More than one block of channels, so that every tap counter wraps: 20 and 17 are no multiples of the tile's 16, 32 is.

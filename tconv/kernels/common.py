@@ -229,6 +229,24 @@ def written_pixels(
 
 
 @triton.jit
+def flat_pixels(pid, N, X, sn, RANK: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, PIXELS: tl.constexpr):
+    """Returns the pixels of tile `pid` in a tensor with extents X, all of whose pixels lie one after the other.
+
+    PIXELS is the vector width along them. It divides the pixels of an image, and sn, the stride of images.
+
+    Returns:
+        live: mask of the pixels that exist [BLOCK_M].
+        offset: offset of the pixels [BLOCK_M].
+    """
+    plane = X[2]
+    for d in tl.static_range(3 - RANK, 2):
+        plane *= X[d]
+    plane = multiple(plane, PIXELS)
+    m = pid.to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return m < N * plane.to(OFFSET), m // plane * multiple(sn, PIXELS) + m % plane
+
+
+@triton.jit
 def met_frames(live, n_taps, t_first, h, x_offset, X0, S0, D0, g0, sx0):
     """Drops the first dimension's taps that read outside the input for every pixel of a 3-D dgrad's tile.
 

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from tconv.kernels.common import (
     APART,
+    flat_pixels,
     inside,
     kernel,
     lead,
@@ -54,6 +55,7 @@ def gather(
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # contiguous channel axis? (w: "i", "o" or "")
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,  # vector width: divides all other strides
+    X_PIXELS: tl.constexpr, Y_PIXELS: tl.constexpr,  # vector width along the pixels, if these are contiguous and it is above 1
     EVEN: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -67,9 +69,9 @@ def gather(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     gcds = (g0, g1, g2)
-    X_FLIP: tl.constexpr = FLIP if X_UNIT else APART
+    X_FLIP: tl.constexpr = FLIP if X_UNIT else X_PIXELS > 1 or APART
     W_FLIP: tl.constexpr = FLIP if W_UNIT != "" else APART
-    Y_FLIP: tl.constexpr = FLIP if Y_UNIT else APART
+    Y_FLIP: tl.constexpr = FLIP if Y_UNIT else Y_PIXELS > 1 or APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
@@ -80,14 +82,18 @@ def gather(
     pid_n = tl.program_id(0) % tiles_n
     group = tl.program_id(0) // tiles_n % G
     splits = tl.cdiv(CI, chunk) if SPLIT else 1
+    pid_m = tl.program_id(0) // (tiles_n * G * splits)
     past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
-        tl.program_id(0) // (tiles_n * G * splits), N, Y, T, S, D, P, gcds,
+        pid_m, N, Y, T, S, D, P, gcds,
         multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, TRANSPOSED, RANK, OFFSET, BLOCK_M,
     )  # fmt: skip
     if past:
         return
     if TRANSPOSED and RANK == 3:
         n_taps, t_first, h, x_offset = met_frames(live, n_taps, t_first, h, x_offset, X0, S0, D0, g0, sx[0])
+
+    if X_PIXELS > 1:  # pointwise: the pixels read are those written
+        live, x_offset = flat_pixels(pid_m, N, X, sxn, RANK, OFFSET, BLOCK_M, X_PIXELS)
 
     x_tap = ()  # change of the coordinate read from one tap to the next
     w_offset = group * multiple(swg, W_VEC)
@@ -105,13 +111,13 @@ def gather(
     c = tl.arange(0, BLOCK_K)
     reduced = multiple(multiple(CI, X_VEC), W_VEC if W_UNIT == "i" else 1)
     written = multiple(multiple(CO, Y_VEC), W_VEC if W_UNIT == "o" else 1)
-    x_step = 1 if X_UNIT else sxc.to(OFFSET)
+    x_step = 1 if X_UNIT else multiple(sxc, X_PIXELS).to(OFFSET)
     w_step_i = 1 if W_UNIT == "i" else multiple(swi, W_VEC)
     w_step_o = 1 if W_UNIT == "o" else multiple(swo, W_VEC)
     # Written channels past the last one are clamped instead of masked, because their results are never stored. If they are the
     # contiguous axis they are masked after all, because clamping would prevent vector loads.
     ow = o if W_UNIT == "o" else tl.minimum(o, CO - 1)
-    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + (lead(x_offset, X_FLIP) + trail(c * x_step, X_FLIP))
+    xp = x_ptr + group * multiple(sxg, max(X_VEC, X_PIXELS)).to(OFFSET) + (lead(x_offset, X_FLIP) + trail(c * x_step, X_FLIP))
     wp = w_ptr + w_offset + (lead(c * w_step_i, W_FLIP) + trail(ow * w_step_o, W_FLIP))
 
     # --- what the offsets add when a dimension's tap advances (fx, fw) and when it wraps (wrap_x, wrap_w) ---
@@ -123,7 +129,7 @@ def gather(
     hop_w = BLOCK_K * w_step_i
     for d in tl.static_range(3):
         if d >= FIRST:
-            ax = x_tap[d] * sx[d]
+            ax = x_tap[d] * sx[d] if X_PIXELS == 1 else 0
             aw = (S[d] // gcds[d] if TRANSPOSED else 1) * sw[d]
             fx = fx + (ax,)
             fw = fw + (aw,)
@@ -147,13 +153,15 @@ def gather(
         left = tl.minimum(chunk, CI - done)
         xp += done * x_step
         wp += done * w_step_i
-        y_ptr += split.to(tl.int64) * multiple(sys, Y_VEC)
+        y_ptr += split.to(tl.int64) * multiple(sys, max(Y_VEC, Y_PIXELS))
     if FLIP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(left, BLOCK_K)):
-        if FIELD:
+        if X_PIXELS > 1:
+            ok = live
+        elif FIELD:
             ok = (bits & tap_word(counter, RANK, FIELD)) == 0
         else:
             ok = live
@@ -206,7 +214,9 @@ def gather(
         once = o < (tl.where(split == 0, CO, 0) if SPLIT else CO)
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=once, other=0.0)
         acc += trail(bias.to(ACC), FLIP)
-    y_step = 1 if Y_UNIT else syc.to(OFFSET)
-    yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
+    if Y_PIXELS > 1:
+        live, y_offset = flat_pixels(pid_m, N, Y, syn, RANK, OFFSET, BLOCK_M, Y_PIXELS)
+    y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
+    yp = y_ptr + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET) + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
     y = turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
     tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(o < written, Y_FLIP))

@@ -20,6 +20,7 @@ import triton.language as tl
 from tconv.kernels.common import (
     APART,
     advance,
+    flat_pixels,
     inside,
     kernel,
     lead,
@@ -48,7 +49,7 @@ def packed(
     syn, syc, sy0, sy1, sy2, sb,
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,
+    X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr, Y_PIXELS: tl.constexpr,
     PACKED: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -66,7 +67,7 @@ def packed(
     gcds = (g0, g1, g2)
     X_FLIP: tl.constexpr = FLIP if X_UNIT else APART
     W_FLIP: tl.constexpr = FLIP if W_UNIT != "" else APART
-    Y_FLIP: tl.constexpr = FLIP if Y_UNIT else APART
+    Y_FLIP: tl.constexpr = FLIP if Y_UNIT else Y_PIXELS > 1 or APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
@@ -75,8 +76,9 @@ def packed(
     packs = tl.cdiv(G, PACK)
     group = tl.program_id(0) // tiles_n % packs * PACK
     groups = tl.minimum(PACK, G - group)
+    pid_m = tl.program_id(0) // (tiles_n * packs)
     past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
-        tl.program_id(0) // (tiles_n * packs), N, Y, T, S, D, P, gcds,
+        pid_m, N, Y, T, S, D, P, gcds,
         multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, TRANSPOSED, RANK, OFFSET, BLOCK_M,
     )  # fmt: skip
     if past:
@@ -175,7 +177,9 @@ def packed(
     if HAS_BIAS:
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < written, other=0.0)
         acc += trail(bias.to(ACC), FLIP)
-    y_step = 1 if Y_UNIT else syc.to(OFFSET)
+    if Y_PIXELS > 1:
+        live, y_offset = flat_pixels(pid_m, N, Y, syn, RANK, OFFSET, BLOCK_M, Y_PIXELS)
+    y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
     y_first = multiple(group * CO, Y_VEC) if Y_UNIT else group * CO
     yp = y_ptr + y_first.to(OFFSET) * y_step + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
     y = turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)

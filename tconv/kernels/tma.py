@@ -44,6 +44,7 @@ def tma(
     g0, g1, g2,  # gcd(S, D)
     syn, syg, syc, sy0, sy1, sy2, sb,
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr, Y_BOX: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr,
+    Y_PIXELS: tl.constexpr,  # vector width along the last dimension, if that is contiguous and it is above 1
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BN: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,  # the box: images, and pixels per dimension
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -94,8 +95,12 @@ def tma(
             n, t0, first, outputs, a = phase(index, T[2 - i], S[2 - i], D[2 - i], P[2 - i], gcds[2 - i], Y[2 - i], TRANSPOSED)
             past |= origin[2 - i] >= outputs
             j = origin[2 - i] + m % B[2 - i]
-            live &= j < outputs
-            y_offset += (j * S[2 - i] + a if TRANSPOSED else j).to(OFFSET) * sy[2 - i]
+            if i == 0 and Y_PIXELS > 1:
+                live &= j < multiple(outputs, Y_PIXELS)
+                y_offset += j.to(OFFSET)
+            else:
+                live &= j < outputs
+                y_offset += (j * S[2 - i] + a if TRANSPOSED else j).to(OFFSET) * multiple(sy[2 - i], Y_PIXELS)
             m = m // B[2 - i]
             n_taps = (n,) + n_taps
             taps = (t0,) + taps
@@ -111,7 +116,7 @@ def tma(
     if past:
         return
     live &= image + m < N
-    y_offset += (image + m).to(OFFSET) * multiple(syn, Y_VEC)
+    y_offset += (image + m).to(OFFSET) * multiple(syn, max(Y_VEC, Y_PIXELS))
 
     i0 = image * 0
     i1 = i0
@@ -159,9 +164,13 @@ def tma(
         box = rounded(acc, y_ptr.dtype, INTERPRET).T.reshape(BN, B0, B1, B2, BLOCK_N)
         y_ptr.store([image, origin[0], origin[1], origin[2], group * CO + o_first], box)
     else:
-        y_step = 1 if Y_UNIT else syc.to(OFFSET)
-        Y_FLIP: tl.constexpr = True if Y_UNIT else APART
-        yp = y_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
+        y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
+        Y_FLIP: tl.constexpr = True if Y_UNIT else Y_PIXELS > 1 or APART
+        yp = (
+            y_ptr
+            + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
+            + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
+        )
         mask = lead(live, Y_FLIP) & trail(o < multiple(CO, Y_VEC), Y_FLIP)
         tl.store(yp, turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), True, Y_FLIP), mask=mask)
 

@@ -11,6 +11,7 @@ bits. Each iteration advances by BLOCK_P pixels, which are added to images and c
 carries, so the main loop has no division.
 """
 
+import triton
 import triton.language as tl
 
 from tconv.kernels.common import (
@@ -29,6 +30,20 @@ from tconv.kernels.common import (
 )
 
 
+@triton.jit
+def told(offset, FLIP: tl.constexpr, VEC: tl.constexpr, PIXELS: tl.constexpr):
+    """Returns loop-carried offsets of pixels along their axis, with what the compiler cannot tell of them by itself.
+
+    They are multiples of VEC. If PIXELS > 1, runs of so many neighbours lie one after the other, the first at a multiple of
+    PIXELS. Without that it would load 2 bytes at a time: Triton 3.9 in every case, all versions the runs.
+    """
+    if PIXELS > 1:
+        # Written out, since a hint on what a function returns is lost.
+        return tl.multiple_of(tl.max_contiguous(offset[None, :], [1, PIXELS]), [1, PIXELS])
+    else:
+        return tl.multiple_of(lead(offset, FLIP), [VEC, VEC])
+
+
 @kernel
 def wgrad(
     dy_ptr, x_ptr, dw_ptr,
@@ -41,7 +56,7 @@ def wgrad(
     syn, syg, syc, sy0, sy1, sy2,
     sws, swg, swk, swc, sw0, sw1, sw2,  # sws: stride of splits
     RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
+    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, X_PIXELS: tl.constexpr, Y_PIXELS: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -54,8 +69,9 @@ def wgrad(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     B = (B0, B1, B2, Bn)
-    X_FLIP: tl.constexpr = False if X_UNIT else APART
-    Y_FLIP: tl.constexpr = False if Y_UNIT else APART
+    X_FLIP: tl.constexpr = False if X_UNIT else X_PIXELS > 1 or APART
+    Y_FLIP: tl.constexpr = False if Y_UNIT else Y_PIXELS > 1 or APART
+    PIXELS: tl.constexpr = max(X_PIXELS, Y_PIXELS)  # above 1: pointwise, and so many neighbours are pixels of one image
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
     sw = (sw0, sw1, sw2)
@@ -89,23 +105,22 @@ def wgrad(
     c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_k = k < multiple(K, Y_VEC)
     mask_c = c < multiple(C, X_VEC)
-    y_c = k if Y_UNIT else k * syc.to(OFFSET)
-    x_c = c if X_UNIT else c * sxc.to(OFFSET)
-    yp = dy_ptr + group * multiple(syg, Y_VEC).to(OFFSET) + trail(y_c, Y_FLIP)
-    xp = x_ptr + group * multiple(sxg, X_VEC).to(OFFSET) + trail(x_c, X_FLIP)
+    y_c = k if Y_UNIT else k * multiple(syc, Y_PIXELS).to(OFFSET)
+    x_c = c if X_UNIT else c * multiple(sxc, X_PIXELS).to(OFFSET)
+    yp = dy_ptr + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET) + trail(y_c, Y_FLIP)
+    xp = x_ptr + group * multiple(sxg, max(X_VEC, X_PIXELS)).to(OFFSET) + trail(x_c, X_FLIP)
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
-    for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
-        live = p < left
+    for start in tl.range(0, left, BLOCK_P):
+        live = p < multiple(left - start, PIXELS)
         ok = live
-        for d in tl.static_range(FIRST, 3):
-            ok &= inside(h[d], X[d])
-        # Triton 3.9 cannot tell by itself what loop-carried offsets are multiples of, and would load 2 bytes at a time.
-        yq = yp + tl.multiple_of(lead(yo, Y_FLIP), [Y_VEC, Y_VEC])
-        xq = xp + tl.multiple_of(lead(xo, X_FLIP), [X_VEC, X_VEC])
+        if PIXELS == 1:
+            for d in tl.static_range(FIRST, 3):
+                ok &= inside(h[d], X[d])
+        yq = yp + told(yo, Y_FLIP, Y_VEC, Y_PIXELS)
+        xq = xp + told(xo, X_FLIP, X_VEC, X_PIXELS)
         gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)  # [BLOCK_P, BLOCK_K]
         xv = tl.load(xq, mask=lead(ok, X_FLIP) & trail(mask_c, X_FLIP), other=0.0)  # [BLOCK_P, BLOCK_C]
         acc = product(turned(gv, Y_FLIP, True), turned(xv, X_FLIP, False), acc, PRECISION, INTERPRET)
-        p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
     # Neighbouring threads store neighbouring input channels, whose stride in dw is usually less than that of output channels.

@@ -154,7 +154,9 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool =
     marks = ["p"] if pass_ == "copy" else []
     marks += [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
     vectors = [str(c[k]) for k in VECTORS if k in c]
-    flags = [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE", "Y_BOX") if c.get(k)]
+    pixels = [c.get(k, 1) for k in ("X_PIXELS", "Y_PIXELS")]
+    flags = ["pixels=" + "/".join(map(str, pixels))] if max(pixels) > 1 else []
+    flags += [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE", "Y_BOX") if c.get(k)]
     if "COLUMNS" in c:
         flags.append(f"row={c['T2']}s{c['S2']}d{c['D2']}p{c['P2']}")
     if c.get("FIELD") == 0:

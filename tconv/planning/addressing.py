@@ -61,6 +61,11 @@ class Addressing:
             return Lanes("", 1)
         return Lanes("p", vector(self.address, self.itemsize, self.outer, self.channel, *self.spatial[:2], extents[2]))
 
+    def pixels(self, extents: Sequence[int]) -> int:
+        """Returns the vector width along the pixels of an image, if they all lie one after the other; else 1."""
+        a, (_, _, plane), rank = flattened(self, extents)
+        return vector(a.address, a.itemsize, a.outer, a.channel, plane) if rank == 1 and a.spatial[2] == 1 else 1
+
     def halo(self, problem: ConvProblem) -> int:
         """Returns an upper bound, in elements, on how far a masked-out read may point past either end of the tensor."""
         taps = (abs(t * d) + abs(p) + s for t, d, p, s in zip(problem.T, problem.D, problem.P, problem.S, strict=True))

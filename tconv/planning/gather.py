@@ -97,6 +97,7 @@ class Gather(General):
         # Without splits, "sys" is unused and set to 0: y.numel may exceed 32 bits, which would compile another kernel.
         integers = {"chunk": chunk(c.ci, tile.k, splits), "sys": c.y.numel if split else 0}
         return integers, {
-            "X_VEC": c.x_vec, "Y_VEC": c.y_vec, "EVEN": c.ci % tile.k == 0, "SPLIT": split,
+            "X_VEC": c.x_vec, "Y_VEC": c.y_vec, "X_PIXELS": c.pixels_x, "Y_PIXELS": c.pixels_y,
+            "EVEN": c.ci % tile.k == 0, "SPLIT": split,
             "FIELD": FIELD[c.p.rank] if max(c.p.T) <= FIELD[c.p.rank] else 0,
         }  # fmt: skip

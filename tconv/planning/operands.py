@@ -57,6 +57,11 @@ class Pass:
         x_vec, y_vec: vector widths along channels within a group.
         direct_x, direct_y: the same across groups, for kernels of depthwise layers.
         lanes_x, lanes_y: vectors along any axis, for strip kernels.
+        pixels_x: vector width along the pixels of x, if a kernel can read it so: for pointwise problems in the default layout,
+            which then need no copy to channels last; else 1.
+        pixels_y: the same of y in a wgrad, whose pixels are read too; else vector width along the pixels written, 1 if the
+            channels are contiguous, or a strided dgrad's phases lie between each other.
+        row_y: the same along the last dimension only, however the others lie.
     """
 
     def __init__(
@@ -97,11 +102,24 @@ class Pass:
         self.direct_x = x.wide(self.wrote) if p.depthwise and p.multiplier == 1 else 1
         self.direct_y = y.wide(self.wrote) if p.depthwise else 1
         self.lanes_x, self.lanes_y = x.lanes(self.wrote, self.extents_read), y.lanes(self.wrote, self.extents)
+        self.pixels_x = x.pixels(p.X) if self.native and not x.unit else 1
+        written = not (self.transposed and max(p.S) > 1) if pass_ != "wgrad" else self.native
+        self.pixels_y = y.pixels(self.extents) if written and not y.unit else 1
+        self.row_y = self.lanes_y.vec if written and self.lanes_y.unit == "p" else 1
 
     @property
     def swapped(self) -> bool:
         """True for a wgrad in which x and dy are swapped."""
         return "swap" in self.rules
+
+    @property
+    def native(self) -> bool:
+        """True if the pixels read are those written, so that x can be read along them. For elements of 16 bits only.
+
+        wgmma cannot turn the tiles of wider ones, and each 3x3 filter's tap is at another alignment.
+        """
+        p = self.p
+        return self.itemsize == 2 and p.taps == 1 and max(p.S) == 1 and not any(p.P) and p.X == p.Y
 
     @property
     def ci(self) -> int:
@@ -168,7 +186,8 @@ class GatherPass(Pass):
     def operands(self) -> Operands:
         # y counts only if its channels are contiguous. If they are not, the accumulator is transposed and stored along its
         # pixels, at no loss.
-        least = min(self.x_vec, self.w_vec, self.y_vec if self.y.unit else self.x_vec)
+        read = max(self.x_vec, self.pixels_x)
+        least = min(read, self.w_vec, self.y_vec if self.y.unit else read)
         # The largest tiles have no registers to spare for the addresses of narrower accesses, or of a 3-D dgrad's pixels.
         large = self.itemsize * least == 16 and not (self.transposed and self.p.rank == 3 and self.y.unit)
         return self._operands(least, large, lambda groups: self.pack_vectors(groups)[0] == 1)
@@ -220,7 +239,7 @@ class WgradPass(Pass):
         self.stored = (self.ci, self.co) if stored is None else stored[::-1] if self.swapped else stored
 
     def operands(self) -> Operands:
-        least = min(self.x_vec, self.y_vec)
+        least = min(max(self.x_vec, self.pixels_x), max(self.y_vec, self.pixels_y))
         return self._operands(least, self.itemsize * least == 16, lambda groups: min(self.pack_vectors(groups)) == 1)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:

@@ -114,7 +114,7 @@ class Packed(_Packed):
         p, groups = c.p, pack(c.p, c.pass_, tile)
         x_vec, y_vec = c.pack_vectors(groups)
         return {"PACK": groups}, {
-            "X_VEC": x_vec, "Y_VEC": y_vec, "PACKED": groups > 1,
+            "X_VEC": x_vec, "Y_VEC": y_vec, "Y_PIXELS": c.pixels_y, "PACKED": groups > 1,
             "FIELD": FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0,
         }  # fmt: skip
 

@@ -116,6 +116,7 @@ class Tma(_Tma):
         box, _ = box_of(c.p, c.pass_, tile.m)
         return {}, {
             "Y_BOX": self._result(c, tile) is not None, "Y_VEC": c.y_vec, "WIDE": c.y.reach > LIMIT,
+            "Y_PIXELS": min(c.row_y, box[3]),
             **dict(zip(("BN", "B0", "B1", "B2"), box, strict=True)),
         }  # fmt: skip
 

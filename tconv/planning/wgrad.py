@@ -49,4 +49,4 @@ class Wgrad(Advancing, General):
         return weight_tiles(p, tile)
 
     def arguments(self, c: WgradPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
-        return {}, {"X_VEC": c.x_vec, "Y_VEC": c.y_vec}
+        return {}, {"X_VEC": c.x_vec, "Y_VEC": c.y_vec, "X_PIXELS": c.pixels_x, "Y_PIXELS": c.pixels_y}

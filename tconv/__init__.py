@@ -8,6 +8,7 @@
     last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
     precompile                        compiles ahead of time what a model will launch
     report                            where the time of a model's convolutions goes, measured or predicted
+    freeze, unfreeze                  keeps the copies of weights between calls, for inference
     tune, load_record                 measure a model's convolutions on the GPU here, and choose by what was measured
     decompositions                    tconv's operators in terms of aten's, for graphs that may only have aten's
     force, Tile                       plans chosen by hand, for tests and measurements
@@ -19,6 +20,7 @@ See the README and docs/ for more.
 from tconv import functional
 from tconv.decompositions import decompositions
 from tconv.explain import Explanation, explain
+from tconv.freeze import freeze, unfreeze
 from tconv.launching.record import Call, last_calls, recording
 from tconv.modules import (
     Conv1d,
@@ -69,6 +71,7 @@ __all__ = [
     "enabled",
     "explain",
     "force",
+    "freeze",
     "functional",
     "is_enabled",
     "last_calls",
@@ -80,4 +83,5 @@ __all__ = [
     "restore_",
     "restored",
     "tune",
+    "unfreeze",
 ]

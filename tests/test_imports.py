@@ -26,7 +26,7 @@ BELOW = {
 # lists the files in reading order, and a file imports earlier ones.
 FACE = [
     ("__init__",),
-    ("precompile", "distributed", "restored"),
+    ("precompile", "distributed", "restored", "freeze"),
     ("explain", "swap"),
     ("subclasses",),
     ("modules", "override", "decompositions"),

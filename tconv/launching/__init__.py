@@ -14,6 +14,7 @@ launch. In reading order:
     prepare        works out a launch: pointers or TMA, operands as they are or copied to channels_last
     compiled       launches a kernel, directly from the second time on; knows what is compiled and what failed
     self_check     whether TMA and BF16X6 give right results on a device, asked of the device itself
+    frozen         the copies of frozen weights, which are kept between calls
     launch         fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
     workers        compiles kernels in parallel, in other processes
     variants       every kernel variant that the planner can choose, for scripts/codegen.py

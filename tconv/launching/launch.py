@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from tconv.launching import first_sight, profiling
+from tconv.launching import first_sight, frozen, profiling
 from tconv.launching.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import capturing, fail, require_launchable, run
@@ -257,7 +257,7 @@ def _copied(launch: Prepared, shared: SharedOperand | None, *operands: torch.Ten
 
 def _copy(copy: Prepared, t: torch.Tensor, shared: SharedOperand | None) -> torch.Tensor:
     if shared is None or t is not shared.tensor:
-        return to_channels_last(copy, t)
+        return frozen.copied(copy, t, to_channels_last)
     if shared.copy is None or shared.copy.shape != copy.shape:  # of other padded channels
         shared.copy = to_channels_last(copy, t)
     return shared.copy

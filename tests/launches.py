@@ -102,7 +102,7 @@ def arguments() -> None:
     assert kernels == {
         "gather", "packed", "depthwise", "strip",
         "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits",
-        "copy_channels_last", "tma", "tma_wgrad",
+        "copy_channels_last", "copy_both", "tma", "tma_wgrad",
     }, kernels  # fmt: skip
     # The same tensors, so that nothing at all may differ.
     layer, x = LAYERS["dense"]()
@@ -332,7 +332,7 @@ def precompiled() -> None:
         assert not done.left, done
         again = tconv.precompile(layer, x, target="sm_90", jobs=1, progress=False)
         assert (again.compiled, again.found) == (0, done.compiled + done.found), again
-        for kernel in {part.kernel for p in launch._prepared.values() for part in (p, *p.copies, p.total) if part}:
+        for kernel in {part.kernel for p in launch._prepared.values() for part in p.parts}:
             kernel.device_caches.clear()
         launch._prepared.clear()
         hits.clear()
@@ -415,7 +415,7 @@ def loaded() -> None:
     launches, left = rehearse(layer, (x,), {}, DEVICES["H100"])
     assert left == ()
     kernels = [p.kernel.__name__ for p in launches]
-    computing = [k for k in kernels if k != "copy_channels_last"]
+    computing = [k for k in kernels if not k.startswith("copy_")]
     assert computing == [
         "tma",
         "tma",
@@ -424,12 +424,13 @@ def loaded() -> None:
         "sum_pixels",
         "sum_splits",
     ]
-    assert kernels.count("copy_channels_last") == 6  # x and w, dy and w, x and dy
+    assert kernels.count("copy_both") == 2  # x and w, dy and w
+    assert kernels.count("copy_channels_last") == 1  # x, for wgrad
     for p in launches:
         compiled.load(p, -1)
     names = [name for name, _ in driver.loaded]
     # tma twice: fprop and dgrad; copies twice more: x, dy and w differ in how many pixels are read at a time
-    assert len(names) == len({*kernels}) + 3, names
+    assert len(names) == len({*kernels}) + 2, names
     compiled.capturing = lambda device: True
     compile_ = JITFunction._do_compile
     JITFunction._do_compile = lambda *_: exit("compiled in a capture")
@@ -535,7 +536,7 @@ def not_loaded() -> None:
     assert failed.endswith(": RuntimeError: Triton Error [CUDA]: out of memory"), failed
     assert [str(w.message) for w in said] == [f"precompile: {failed.replace(': R', ' could not be loaded: R', 1)}"]
     names = [name for name, _ in driver.loaded]
-    assert "gather" in names
+    assert "tma" in names
     assert len(names) == done.compiled + done.found - 1
     driver.utils.load_binary = load
     again = tconv.precompile(layer, x, jobs=1, progress=False)

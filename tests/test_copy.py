@@ -43,7 +43,7 @@ def test_a_copy_is_the_same_in_channels_last(make, dtype, wide, device, poisoned
     """With a GPU's tiles, also in the interpreter: so there are several, and promises that are not kept show."""
     t = make(lambda *shape: torch.randn(shape, dtype=dtype, device=device))
     launch = prepare_copy(None, t, device_of(t) if oracle.compiled() else DEVICES["H100"])
-    made = to_channels_last(dataclasses.replace(launch, constants=launch.constants | {"WIDE": wide}), t)
+    (made,) = to_channels_last(dataclasses.replace(launch, constants=launch.constants | {"WIDE": wide}), t)
     assert torch.equal(made, t)
     if t.dim() == 3:
         made = made.unsqueeze(2)
@@ -54,7 +54,7 @@ def test_the_interpreter_copies_in_one_tile(device, poisoned):
     t = torch.randn(2, 70, 5, 13, device=device)
     launch = prepare_copy(None, t, INTERPRETER)
     assert launch.grid == (1,)
-    assert torch.equal(to_channels_last(launch, t), t)
+    assert torch.equal(*to_channels_last(launch, t), t)
 
 
 @pytest.mark.parametrize(

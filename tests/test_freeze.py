@@ -27,7 +27,7 @@ def staged():
 def copies(monkeypatch):
     """The tensors that were copied, in order."""
     made, make = [], launch.to_channels_last
-    monkeypatch.setattr(launch, "to_channels_last", lambda by, t: made.append(t) or make(by, t))
+    monkeypatch.setattr(launch, "to_channels_last", lambda by, *t: made.extend(t) or make(by, *t))
     return made
 
 

@@ -116,7 +116,7 @@ def test_a_backward_in_a_capture_leaves_what_is_not_compiled_to_torch(name, devi
 
 @pytest.mark.filterwarnings("ignore:tconv falls back to torch")
 def test_what_a_capture_leaves_to_torch_copies_nothing_first(device, captured):
-    captured.setattr(launch, "to_channels_last", lambda copy, t: pytest.fail("a copy that nobody reads"))
+    captured.setattr(launch, "to_channels_last", lambda by, *t: pytest.fail("a copy that nobody reads"))
     layer, x = tconv.Conv2d(4, 6, 3, device=device), torch.randn(2, 4, 5, 6, device=device, requires_grad=True)
     with tconv.force(staged=True), tconv.recording() as calls:
         layer(x).sum().backward()
@@ -146,7 +146,7 @@ def test_a_launch_that_ran_on_other_addresses_copies_nothing_first(device, captu
         before.setattr(compiled, "capturing", lambda device: False)
         launch.convolve(prepared, x, w, more[:8], False)
     launch.convolve(prepared, x, w, more[:8], False)
-    captured.setattr(launch, "to_channels_last", lambda copy, t: pytest.fail("a copy that nobody reads"))
+    captured.setattr(launch, "to_channels_last", lambda by, *t: pytest.fail("a copy that nobody reads"))
     with pytest.raises(TransientFallback):
         launch.convolve(prepared, x, w, more[1:], False)
 
@@ -177,7 +177,7 @@ def test_after_the_capture_calls_are_ours_again(device, captured):
 def test_a_backward_copies_dy_to_channels_last_once(transposed, device, monkeypatch, poisoned):
     copied = []
     copy = launch.to_channels_last
-    monkeypatch.setattr(launch, "to_channels_last", lambda by, t: copied.append(t) or copy(by, t))
+    monkeypatch.setattr(launch, "to_channels_last", lambda by, *t: copied.extend(t) or copy(by, *t))
     name = "ConvTranspose2d" if transposed else "Conv2d"
     ours, torchs = parity.twins(name, 5, 6, 3, stride=2, device=device)
     x = torch.randn(2, 5, 9, 8, device=device)
@@ -198,8 +198,8 @@ def test_a_backward_copies_dy_to_channels_last_once(transposed, device, monkeypa
 FAILING = {
     "a copy": (
         {"staged": True},
-        lambda kernel, constants: kernel == "copy_channels_last" and constants["X_VEC"] == 1,
-    ),  # the weight's
+        lambda kernel, constants: kernel == "copy_both" and constants["uX_VEC"] == 1,
+    ),  # the weight's beside x's
     "a sum of splits": ({"kernel": "gather", "tile": Tile(16, 16, 16), "splits": 2}, lambda kernel, _: kernel == "sum_splits"),
 }
 
@@ -213,7 +213,7 @@ def test_no_part_is_launched_of_what_has_failed(part, device, captured):
     captured.setattr(launch, "run", lambda by, pointers: launched.append(by) or run(by, pointers))
     with torch.no_grad(), tconv.force(**forced), tconv.recording() as calls:
         layer(x)
-        assert len(launched) == (3 if part == "a copy" else 2)
+        assert len(launched) == 2
         launched.clear()
         failed = {v: "it fails" for v in compiled._known if fails(v[0].__name__, dict(v[3]))}
         captured.setattr(compiled, "_failed", failed)
@@ -230,9 +230,9 @@ def test_a_copy_is_not_kept(device, monkeypatch):
     copies = []
     copy = launch.to_channels_last
 
-    def watched(by, t):
-        made = copy(by, t)
-        copies.append(weakref.ref(made))
+    def watched(by, *tensors):
+        made = copy(by, *tensors)
+        copies.extend(map(weakref.ref, made))
         return made
 
     monkeypatch.setattr(launch, "to_channels_last", watched)

@@ -49,12 +49,13 @@ class Prepared:
         shape, strides: shape and strides of the result.
         splits: the number of workspace slices that the kernel writes (split-K); 1 if it writes the result itself.
         copies: for each operand that can be copied to channels last, the launch that does so, or None if the operand is used
-            as it is; empty if no operand is copied.
+            as it is; empty if no operand is copied. Of a launch that makes two copies, those of each alone.
         swapped: True if a wgrad kernel takes dy and x in swapped order (planning/simplify.py).
         pointers: the dtype behind each of the kernel's pointers.
         total: the launch that sums the workspace slices; None if splits is 1.
         boxes: for each pointer, the (shape, strides, box) of the tensor descriptor that replaces it, or None; empty if no
             pointer is replaced.
+        both: the launch that makes both copies at once; None if there are not two.
         ready: functions that repeat a launch that has succeeded once, by what it was specialised on (launching/compiled.py).
     """
 
@@ -71,12 +72,22 @@ class Prepared:
     pointers: tuple[torch.dtype, ...] = ()
     total: Prepared | None = None
     boxes: tuple[Box | None, ...] = ()
+    both: Prepared | None = None
     ready: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def parts(self) -> list[Prepared]:
-        """All launches that this one makes: copies of operands, itself, and the sum of the splits."""
-        return [part for part in (*self.copies, self, self.total) if part]
+        """All launches that this one may make: copies of operands, each alone or both, itself, and the sum of the splits."""
+        return [part for part in (*self.copies, self.both, self, self.total) if part]
+
+    def copying(self, missing: list[int]) -> list[Prepared]:
+        """Returns the launches that copy the operands with these indices."""
+        found = [self.both] if len(missing) == 2 else [self.copies[i] for i in missing]
+        return [copy for copy in found if copy]
+
+    def needed(self, missing: list[int]) -> list[Prepared]:
+        """Returns the launches that are made if the operands with these indices have to be copied."""
+        return [part for part in (*self.copying(missing), self, self.total) if part]
 
     @property
     def tail(self) -> tuple[Any, ...]:

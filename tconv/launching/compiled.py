@@ -128,10 +128,11 @@ def run_once(launch: Prepared, pointers: Pointers) -> None:
         _by_triton(launch, pointers)
 
 
-def require_launchable(launch: Prepared, operands: Pointers, more: Pointers) -> None:
+def require_launchable(launch: Prepared, missing: list[int], operands: Pointers, more: Pointers) -> None:
     """Checks that every part of a launch can run, before any part does: copies of operands, the kernel, the sum of splits.
 
     Args:
+        missing: the indices of the operands that will be copied: others that need a copy have one.
         operands: the operands that may be copied to channels last first.
         more: tensors for the kernel's other pointers.
 
@@ -142,18 +143,19 @@ def require_launchable(launch: Prepared, operands: Pointers, more: Pointers) -> 
     device = operands[0].get_device()
     if (
         not AMD
-        and all(device in part.ready for part in launch.parts)
+        and all(device in part.ready for part in launch.needed(missing))
         and not any(t.data_ptr() & 15 for t in (*operands, *more))
     ):
         return  # each part has run on aligned tensors, as copies and the workspace are too
     if not _failed and not capturing(device):
         return
-    parts, given = [], []
-    for copy, t in zip(launch.copies or (None,) * len(operands), operands, strict=True):
-        made = torch.empty_strided(copy.shape, copy.strides, dtype=t.dtype, device="meta") if copy else t
-        given.append(made)
-        if copy:
-            parts.append((copy, _specialised(device, (t, made))))
+    given = [
+        torch.empty_strided(copy.shape, copy.strides, dtype=t.dtype, device="meta") if copy else t
+        for copy, t in zip(launch.copies or (None,) * len(operands), operands, strict=True)
+    ]
+    pairs = [(operands[i], given[i]) for i in missing]
+    copied = [(*pairs[0], *pairs[1])] if len(pairs) == 2 else pairs
+    parts = [(copy, _specialised(device, pair)) for copy, pair in zip(launch.copying(missing), copied, strict=True)]
     if launch.swapped:
         given.reverse()
     _require_launchable(device, *parts, (launch, _specialised(device, (*given, *more))), *_sum(launch, device))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tconv.launching.arguments import Prepared
 from tconv.launching.compiled import capturing
 
-Make = Callable[[Prepared, torch.Tensor], torch.Tensor]
 _lock = threading.RLock()
 _kept: dict[int, _Kept] = {}  # by the weight's address
 
@@ -38,7 +36,8 @@ class _Kept:
 def keep(weight: torch.Tensor) -> None:
     """Keeps the copies of a weight from now on. It must not be changed behind its version counter's back, as by `.data`."""
     with _lock:
-        _kept[weight.data_ptr()] = _Kept(weight, weight.data_ptr())
+        if weight.data_ptr():  # a meta tensor has no memory
+            _kept[weight.data_ptr()] = _Kept(weight, weight.data_ptr())
 
 
 def release(weight: torch.Tensor) -> bool:
@@ -53,27 +52,37 @@ def release(weight: torch.Tensor) -> bool:
         return True
 
 
-def copied(copy: Prepared, t: torch.Tensor, make: Make) -> torch.Tensor:
-    """Returns the copy of an operand: of a frozen weight the one that is kept, else one that `make` makes."""
-    found = _kept.get(t.data_ptr()) if _kept else None
-    if found is None:
-        return make(copy, t)
+def find(copy: Prepared, t: torch.Tensor) -> torch.Tensor | None:
+    """Returns the copy of an operand that was kept, if it is a frozen weight that has not changed since."""
+    if not _kept:
+        return None
     with _lock:
-        weight = found.weight()
-        if weight is None or _form(weight) != _form(t) or t.untyped_storage()._cdata != found.storage.cdata:
-            return make(copy, t)  # another tensor at the same address, another view of the weight, or its `.data` was set
-        if found.version != _version(weight):
-            found.version = _version(weight)
-            found.copies.clear()
-        key = copy.shape, copy.strides
-        if key not in found.copies:
-            made = make(copy, t)
-            if capturing(t.get_device()):  # it is made when the graph is replayed, and in the graph's own memory
-                return made
+        found = _entry(t)
+        return found.copies.get((copy.shape, copy.strides)) if found else None
+
+
+def add(copy: Prepared, t: torch.Tensor, made: torch.Tensor) -> None:
+    """Keeps the copy of an operand, if it is a frozen weight."""
+    if not _kept or capturing(t.get_device()):  # a copy in a CUDA graph's own memory is made whenever the graph is replayed
+        return
+    with _lock:
+        found = _entry(t)
+        if found is not None:
             if t.is_cuda:  # once, so that any stream may read it
                 torch.cuda.current_stream(t.device).synchronize()
-            found.copies[key] = made
-        return found.copies[key]
+            found.copies[copy.shape, copy.strides] = made
+
+
+def _entry(t: torch.Tensor) -> _Kept | None:
+    """Returns what is kept of the frozen weight that an operand is, without copies if the weight has changed."""
+    found = _kept.get(t.data_ptr())
+    weight = found.weight() if found else None
+    if found is None or weight is None or _form(weight) != _form(t) or t.untyped_storage()._cdata != found.storage.cdata:
+        return None  # another tensor at the same address, another view of the weight, or its `.data` was set
+    if found.version != _version(weight):
+        found.version = _version(weight)
+        found.copies.clear()
+    return found
 
 
 def _form(t: torch.Tensor) -> Any:

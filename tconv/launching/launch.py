@@ -225,14 +225,14 @@ def execute(
     try:
         out = operands[0].new_empty_strided(launch.shape, launch.strides)
         if dry:
-            _collect(launch, operands, more)
+            _collect(launch, shared, operands, more)
         else:
             event = profiling.begin_launch(launch.call) if profiler._is_profiler_enabled else None
             try:
                 if launch.copies or launch.total:
-                    require_launchable(launch, operands, (*more, out))
-                if launch.copies:
-                    operands = _copied(launch, shared, *operands)
+                    held = _held(launch, shared, operands)
+                    require_launchable(launch, [i for i, t in enumerate(held) if t is None], operands, (*more, out))
+                    operands = _copied(launch, shared, operands, held)
                 if launch.swapped:
                     operands = operands[::-1]
                 if launch.total is None:
@@ -250,29 +250,51 @@ def execute(
     return out
 
 
-def _copied(launch: Prepared, shared: SharedOperand | None, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns the operands of a launch, with those that it needs in channels last copied."""
-    return tuple(_copy(copy, t, shared) if copy else t for copy, t in zip(launch.copies, operands, strict=True))
+def _held(launch: Prepared, shared: SharedOperand | None, operands: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:
+    """Returns the operands of a launch as it needs them, as they are or copied before; None for each that has to be copied."""
+
+    def held(copy: Prepared | None, t: torch.Tensor) -> torch.Tensor | None:
+        if copy is None:
+            return t
+        if shared is None or t is not shared.tensor:
+            return frozen.find(copy, t)
+        return shared.copy if shared.copy is not None and shared.copy.shape == copy.shape else None
+
+    return list(map(held, launch.copies or (None,) * len(operands), operands))
 
 
-def _copy(copy: Prepared, t: torch.Tensor, shared: SharedOperand | None) -> torch.Tensor:
-    if shared is None or t is not shared.tensor:
-        return frozen.copied(copy, t, to_channels_last)
-    if shared.copy is None or shared.copy.shape != copy.shape:  # of other padded channels
-        shared.copy = to_channels_last(copy, t)
-    return shared.copy
+def _copied(
+    launch: Prepared, shared: SharedOperand | None, operands: tuple[torch.Tensor, ...], held: list[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """Returns the operands of a launch as it needs them, after copying those that `_held` did not find."""
+    missing = [i for i, t in enumerate(held) if t is None]
+    made = [m for by in launch.copying(missing) for m in to_channels_last(by, *(operands[i] for i in missing))]
+    for i, copied in zip(missing, made, strict=True):
+        held[i], copy = copied, launch.copies[i]
+        if shared is not None and operands[i] is shared.tensor:
+            shared.copy = copied
+        elif copy is not None:
+            frozen.add(copy, operands[i], copied)
+    return tuple(t for t in held if t is not None)
 
 
-def to_channels_last(copy: Prepared, t: torch.Tensor) -> torch.Tensor:
-    """Returns a channels_last copy of t, made by the launch `copy` (from `prepare_copy`)."""
-    made = t.new_empty_strided(copy.shape, copy.strides)
-    run(copy, (t, made))
+def to_channels_last(by: Prepared, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns channels_last copies of tensors, made by one launch, of `prepare_copy` for one or of `prepare_both` for two."""
+    made = tuple(t.new_empty_strided(c.shape, c.strides) for c, t in zip(by.copies or (by,), tensors, strict=True) if c)
+    run(by, tuple(t for pair in zip(tensors, made, strict=True) for t in pair))
     return made
 
 
-def _collect(launch: Prepared, operands: tuple[torch.Tensor, ...], more: tuple[torch.Tensor, ...]) -> None:
+def _collect(
+    launch: Prepared, shared: SharedOperand | None, operands: tuple[torch.Tensor, ...], more: tuple[torch.Tensor, ...]
+) -> None:
+    missing = [i for i, t in enumerate(_held(launch, shared, operands)) if t is None]
+    for i in missing:
+        copy = launch.copies[i]
+        if shared is not None and operands[i] is shared.tensor and copy:
+            shared.copy = torch.empty_strided(copy.shape, copy.strides, device="meta")  # as if it had been made
     for launches in _collections.get():
-        launches += launch.parts
+        launches += launch.needed(missing)
     for asked, where in _asked.get():
         bias = next((form_of(t) for t in more if t is not operands[0]), None)
         asked.append(Asked(launch, tuple(map(form_of, operands)), bias, where()))

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tconv.kernels.copy import copy_channels_last
+from tconv.kernels.common import integers as integers_of
+from tconv.kernels.copy import copy_both, copy_channels_last
 from tconv.launching.arguments import KERNELS, Prepared, dot_precision, numerics, options, prepared, tensor_cores
 from tconv.launching.fences import marked
 from tconv.launching.memory_format import addressing, shaped
@@ -203,6 +204,18 @@ def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device, s
     return prepared(copy_channels_last, programs, integers, constants, call, shaped(shape, True, t.dtype))
 
 
+def prepare_both(first: Prepared, second: Prepared) -> Prepared:
+    """Returns the launch that makes two copies, of `prepare_copy`."""
+    names = integers_of(copy_channels_last)
+    named = dict(zip(names, first.integers, strict=True)) | {"programs": first.grid[0]}
+    named |= dict(zip((f"u{name}" for name in names), second.integers, strict=True))
+    taken = copy_channels_last.arg_names  # the other constants are launch options, which both share
+    constants = first.constants | {f"u{name}": value for name, value in second.constants.items() if name in taken}
+    result = torch.empty_strided(first.shape, first.strides, dtype=first.pointers[0], device="meta")
+    launch = prepared(copy_both, first.grid[0] + second.grid[0], named, constants, first.call, result)
+    return dataclasses.replace(launch, copies=(first, second))
+
+
 def prepare_pass(
     c: Pass, problem: ConvProblem, result: torch.Tensor, device: Device, only: str | None, precision: str | None = None
 ) -> Prepared:
@@ -354,13 +367,15 @@ def _copied(
                 total, flops=cost.flops(problem), bytes=cost.least_bytes(problem, plan.pass_, itemsize),
                 workspace=cost.slices(problem, plan.pass_, plan.splits, itemsize),
             )  # fmt: skip
-        total = cost.with_copies(total, read, written, len(copied), device)
+        total = cost.with_copies(total, read, written, device)
         reason = f"{reason}; with the copies {total.seconds * 1e6:.1f} us"
     staged = tuple(name for name, shape in zip(names, shapes, strict=True) if shape)
     copies = tuple(
         prepare_copy(problem, t, device, shape) if shape else None for t, shape in zip(operands, shapes, strict=True)
     )
-    return dataclasses.replace(_replanned(launch, cost=total, reason=reason, staged=staged), copies=copies)
+    two = [copy for copy in copies if copy]
+    both = prepare_both(*two) if len(two) == 2 else None
+    return dataclasses.replace(_replanned(launch, cost=total, reason=reason, staged=staged), copies=copies, both=both)
 
 
 def _copy_shapes(

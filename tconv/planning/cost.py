@@ -245,16 +245,15 @@ def _summing(workspace: int, device: Device) -> float:
     return 1.5 * LAUNCH + workspace / device.limits.bandwidth if workspace else 0.0
 
 
-def with_copies(cost: Cost, read: int, written: int, operands: int, device: Device) -> Cost:
-    """Returns the cost of a plan with copies of its operands to another layout before it.
+def with_copies(cost: Cost, read: int, written: int, device: Device) -> Cost:
+    """Returns the cost of a plan with copies of its operands to another layout before it, made by one launch.
 
     Args:
         cost: the plan's cost without the copies.
         read, written: bytes that the copies read and write. They write more where channels are padded.
-        operands: number of operands copied, one launch each.
         device: the device.
     """
-    seconds = cost.seconds + (read + written) / device.limits.bandwidth + operands * LAUNCH
+    seconds = cost.seconds + (read + written) / device.limits.bandwidth + LAUNCH
     return replace(cost, workspace=cost.workspace + written, seconds=seconds)
 
 

@@ -30,6 +30,7 @@ from bench.providers import Operands, operands, set_precision
 from bench.summary import geometric_mean
 from tconv.planning.device import DEVICES, Device
 from tconv.planning.families import FAMILIES
+from tconv.planning.persistent import SPECIALISED
 from tconv.planning.plan import Plan
 from tconv.planning.tiles import Tile
 
@@ -168,9 +169,8 @@ def main() -> int:
     parser.add_argument("--tma", action="store_true", help="plans by TMA too")
     args = parser.parse_args()
     folders = args.folders or sorted(record.RESULTS.glob("nvidia-h200-*"))
-    device = DEVICES["H200"]
-    if not args.tma:
-        device = dataclasses.replace(device, check=lambda mechanism: mechanism != "tma")
+    barred = {SPECIALISED} if args.tma else {SPECIALISED, "tma"}  # no record has timed specialised warps
+    device = dataclasses.replace(DEVICES["H200"], check=lambda mechanism: mechanism not in barred)
     found = [t for t in timed(folders) if args.tma or not FAMILIES[t.plan["kernel"]].tma]
     if not found:
         parser.error(f"no plans that an H200 timed in bf16 in {', '.join(map(str, folders)) or record.RESULTS}")

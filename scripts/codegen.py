@@ -78,11 +78,12 @@ def compile_one(task: tuple[str, str]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     variant = _collected[arch][name]
     names = list(variant.signature)
     pointers = [i for i, n in enumerate(names) if variant.signature[n].startswith("*")]
-    source = ASTSource(
+    source = (GluonASTSource if variant.kernel.is_gluon() else ASTSource)(
         fn=variant.kernel,
         signature=variant.signature,
         constexprs={(names.index(n),): v for n, v in variant.constants.items()},

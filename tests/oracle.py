@@ -70,13 +70,14 @@ def to_channels_last(t: torch.Tensor) -> torch.Tensor:
     return t.to(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
 
 
-def run(function, case: Case, x, w, b, dy=None) -> tuple[torch.Tensor, ...]:
-    """(y, dx, dw, db) of a function on a case; dy defaults to fixed random numbers."""
-    x, w, b = (t.detach().requires_grad_() for t in (x, w, b))
+def run(function, case: Case, x, w, b, dy=None, only=NAMES) -> tuple[torch.Tensor, ...]:
+    """(y, dx, dw, db) of a function on a case, or only some of them; dy defaults to fixed random numbers."""
+    x, w, b = given = [t.detach().requires_grad_(name in only) for name, t in zip(NAMES[1:], (x, w, b), strict=True)]
     y = function(x, w, b, **case.arguments)
     if dy is None:
         dy = upstream(y)
-    return y.detach(), *torch.autograd.grad(y, (x, w, b), dy.to(y.dtype))
+    asked = [t for t in given if t.requires_grad]
+    return y.detach(), *(torch.autograd.grad(y, asked, dy.to(y.dtype)) if asked else ())
 
 
 def upstream(y: torch.Tensor) -> torch.Tensor:
@@ -105,21 +106,27 @@ def tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and compiled() and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def check(function, case: Case, x, w, b, eager=None) -> None:
-    """Asserts that function's output and gradients are right; optionally no worse than three times eager's error."""
-    got = run(function, case, x, w, b)
+def check(function, case: Case, x, w, b, eager=None, only=NAMES) -> None:
+    """Asserts that function's output and gradients are right; optionally no worse than three times eager's error.
+
+    Args:
+        only: which of NAMES to compute and look at, "y" among them.
+    """
+    got = run(function, case, x, w, b, only=only)
     oracle = (TRANSPOSED if case.transposed else FORWARD)[case.rank]
     dy = upstream(got[0]).double()
     wide = [t.detach().double() for t in (x, w, b)]
-    right = run(oracle, case, *wide, dy=dy)
-    squares = run(oracle, case, *(t.square() for t in wide), dy=dy.square())
+    right = run(oracle, case, *wide, dy=dy, only=only)
+    squares = run(oracle, case, *(t.square() for t in wide), dy=dy.square(), only=only)
     # In fp64 the oracle is eager itself. Where TF32 is allowed, cuDNN computes small layers in exact fp32 all the same.
     compared = eager and x.dtype != torch.float64 and not tf32(x.dtype)
-    yardstick = run(eager, case, x, w, b, dy=dy) if compared else (None,) * 4
+    yardstick = run(eager, case, x, w, b, dy=dy, only=only) if compared else (None,) * len(only)
     eps_out = torch.finfo(x.dtype).eps
     # Products of fp16 and bf16 are exact in the fp32 accumulator.
     eps_acc = 2**-10 if tf32(x.dtype) else min(eps_out, torch.finfo(torch.float32).eps)
-    for name, g, r, s, n, e in zip(NAMES, got, right, squares, terms(case, got[0]), yardstick, strict=True):
+    most = dict(zip(NAMES, terms(case, got[0]), strict=True))
+    for name, g, r, s, e in zip(only, got, right, squares, yardstick, strict=True):
+        n = most[name]
         assert g.shape == r.shape, f"{name}: shape {tuple(g.shape)}, not {tuple(r.shape)}"
         assert g.dtype == x.dtype, f"{name}: {g.dtype}"
         error = (g.double() - r).abs()

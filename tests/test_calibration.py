@@ -9,8 +9,9 @@ from bench import calibration
 from bench.record import RESULTS
 from tconv.planning.device import DEVICES
 from tconv.planning.families import FAMILIES
+from tconv.planning.persistent import SPECIALISED
 
-WITHOUT_TMA = dataclasses.replace(DEVICES["H200"], check=lambda mechanism: mechanism != "tma")
+WITHOUT_TMA = dataclasses.replace(DEVICES["H200"], check=lambda mechanism: mechanism not in ("tma", SPECIALISED))
 
 
 def last_row(pattern):

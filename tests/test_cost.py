@@ -82,13 +82,14 @@ def test_programs_and_workspace_are_those_launched(case, channels_last):
     ]
     for launch in launches:
         predicted = launch.call.plan.cost
-        assert predicted.programs == launch.grid[0], launch.call
+        stays = launch.call.plan.kernel == "persistent"  # its programs compute several tiles each
+        assert (min(predicted.programs, device.units) if stays else predicted.programs) == launch.grid[0], launch.call
         slices = math.prod(launch.shape)
         splits = 4 * launch.splits * slices if launch.splits > 1 else 0
         copied = sum(2 * math.prod(copy.shape) for copy in launch.copies if copy)
         assert predicted.workspace == splits + copied
         assert splits <= plan.WORKSPACE
-        assert predicted.waves == math.ceil(launch.grid[0] / device.units)
+        assert predicted.waves == math.ceil(predicted.programs / device.units)
 
 
 def test_loop_lengths_are_near_those_compiled():

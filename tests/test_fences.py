@@ -212,7 +212,7 @@ def test_a_mark_that_nobody_reads_is_an_error():
         from tconv.launching import fences
         fences.NEEDED, fences.install = True, lambda: None
         from tconv.launching.variants import launches
-        from tconv.launching.compiled import stand_ins
+        from tconv.launching.descriptors import stand_ins
         from tconv.planning.device import DEVICES
         from tconv.planning.problem import forward_problem
         from tconv.launching.workers import _Target

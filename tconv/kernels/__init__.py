@@ -1,4 +1,4 @@
-"""The kernels, in Triton. Each file opens with what it computes.
+"""The kernels, in Triton and, one of them, in Gluon. Each file opens with what it computes.
 
 They know neither torch nor problems: a launch hands them extents, strides and constants, which the file of the same name in
 planning/ works out. In reading order:
@@ -10,6 +10,7 @@ planning/ works out. In reading order:
     depthwise   fprop, dgrad and wgrad of depthwise layers, without tensor cores
     strip       the same, several neighbouring outputs to a thread
     tma         fprop, dgrad and wgrad, operands brought by the tensor memory accelerator
+    persistent  fprop and dgrad of unit stride, the same with programs that stay and a warp that only fetches, in Gluon
     reduce      sums the parts of a split-K reduction, and computes the bias gradient
     copy        copies an operand to channels last
 """

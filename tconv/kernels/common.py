@@ -24,9 +24,9 @@ import triton.language as tl
 APART = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 
 
-def kernel(fn):
-    """Applies `triton.jit` to a kernel that is launched, without specialising its runtime integers."""
-    return triton.jit(fn, do_not_specialize=_integers(fn))
+def kernel(fn, jit=triton.jit):
+    """Applies `triton.jit`, or Gluon's, to a kernel that is launched, without specialising its runtime integers."""
+    return jit(fn, do_not_specialize=_integers(fn))
 
 
 @functools.cache

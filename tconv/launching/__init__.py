@@ -9,11 +9,12 @@ launch. In reading order:
     profiling      events for torch.profiler
     memory_format  strides; the memory format of a result (under `enable()`, dispatch/aten.py asks torch); 64-bit offsets
     arguments      a launch without its pointers
+    descriptors    tensor descriptors of a launch, Triton's or Gluon's
     fences         the fence that Triton before 3.7.1 leaves out of kernels with wgmma
     first_sight    what measures a pass when it is first seen: the tuner, which is above
     prepare        works out a launch: pointers or TMA, operands as they are or copied to channels_last
     compiled       launches a kernel, directly from the second time on; knows what is compiled and what failed
-    self_check     whether TMA and BF16X6 give right results on a device, asked of the device itself
+    self_check     whether TMA, specialised warps and BF16X6 give right results on a device, asked of the device itself
     frozen         the copies of frozen weights, which are kept between calls
     launch         fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
     workers        compiles kernels in parallel, in other processes

@@ -27,11 +27,10 @@ from triton.compiler import CompilationError, CompiledKernel
 from triton.compiler import compile as triton_compile
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
-from triton.runtime.jit import MockTensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tconv.launching.arguments import INTERPRET, Box, Prepared
+from tconv.launching.arguments import INTERPRET, Prepared
 from tconv.launching.cache import BoundedCache
+from tconv.launching.descriptors import descriptor, descriptors, stand_ins
 from tconv.launching.record import Fallback, TransientFallback
 from tconv.planning.plan import requested
 
@@ -242,7 +241,8 @@ def _aligned(launch: Prepared, device: int) -> Any:
 def _by_triton(launch: Prepared, pointers: Pointers) -> Any:
     given: tuple[Any, ...] = pointers
     if launch.boxes:
-        given = tuple(t if box is None else TensorDescriptor(t, *box) for t, box in zip(pointers, launch.boxes, strict=True))
+        pairs = zip(pointers, launch.boxes, strict=True)
+        given = tuple(t if box is None else descriptor(launch.kernel, t, box) for t, box in pairs)
     with _alone:
         return launch.kernel[launch.grid](*given, *launch.integers, **launch.constants)
 
@@ -269,33 +269,20 @@ def _directly(launch: Prepared, kernel: CompiledKernel, device: int) -> Relaunch
     # If a hook chain is replaced by another object, `runtime` differs from `runtime_was`.
     enter, leave = knobs.runtime.launch_enter_hook or NOBODY, knobs.runtime.launch_exit_hook or NOBODY
     before = launch.kernel.pre_run_hooks
-    boxes = [(i, _descriptors(launch.pointers[i], box)) for i, box in enumerate(launch.boxes) if box]
+    boxes = [(i, descriptors(launch.kernel, launch.pointers[i], box)) for i, box in enumerate(launch.boxes) if box]
 
     def go(pointers: Pointers, addresses: list[int]) -> bool:
         if enter.calls or leave.calls or before or runtime != runtime_was or compilation != compilation_was:
             return False
         given: list[Any] = addresses
-        for i, descriptor in boxes:
-            given[i] = descriptor(pointers[i])
+        for i, made in boxes:
+            given[i] = made(pointers[i])
         run(
             programs, 1, 1, stream(device), kernel.function, kernel.packed_metadata, None, None, None, *given, *tail
         )  # fmt: skip
         return True
 
     return go
-
-
-def _descriptors(dtype: torch.dtype, box: Box) -> Callable[[torch.Tensor], TensorDescriptor]:
-    """Returns a function that makes descriptors of this shape, strides and box, without repeating TensorDescriptor's checks."""
-    fields = vars(TensorDescriptor(MockTensor(dtype), *map(list, box)))
-
-    def descriptor(t: torch.Tensor) -> TensorDescriptor:
-        made = TensorDescriptor.__new__(TensorDescriptor)
-        made.__dict__.update(fields)
-        made.base = t
-        return made
-
-    return descriptor
 
 
 def _watched(kernel: Any) -> bool:
@@ -327,18 +314,6 @@ def _warn(variant: Any, text: str) -> None:
         # Not warnings.warn: its registry compares only texts, so the same text for another variant would not be shown.
         warnings.warn_explicit(text, UserWarning, __file__, _warn.__code__.co_firstlineno, __name__)
         _warned[said] = True
-
-
-def stand_ins(launch: Prepared) -> tuple[Any, ...]:
-    """Returns placeholders for a kernel's pointers and tensor descriptors, as JITFunction.warmup takes them.
-
-    Only the box of a descriptor matters there; its shape and strides are dummies.
-    """
-    boxes = launch.boxes or (None,) * len(launch.pointers)
-    return tuple(
-        dtype if box is None else TensorDescriptor(MockTensor(dtype), [1] * 5, [16] * 4 + [1], list(box[2]))
-        for dtype, box in zip(launch.pointers, boxes, strict=True)
-    )
 
 
 def load(launch: Prepared, device: int) -> None:

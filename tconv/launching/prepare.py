@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -67,7 +68,8 @@ def prepare_gather(
         return prepare_pass(described(x, w), problem, y, device, only)
 
     def best() -> Prepared:
-        return _best(prepare, described, "tma", ("dy" if pass_ == "dgrad" else "x", "w"), (x, w), problem, device)
+        names = "dy" if pass_ == "dgrad" else "x", "w"
+        return _best(prepare, described, ("tma", "persistent"), names, (x, w), problem, device)
 
     return _as_measured(best, lambda: described(x, w), x.dtype, device, policy)
 
@@ -93,7 +95,7 @@ def prepare_wgrad(
         return prepare_pass(described(dy, x), problem, dw, device, only)
 
     def best() -> Prepared:
-        return _best(prepare, described, "tma_wgrad", ("dy", "x"), (dy, x), problem, device)
+        return _best(prepare, described, ("tma_wgrad",), ("dy", "x"), (dy, x), problem, device)
 
     return _as_measured(best, lambda: described(dy, x), x.dtype, device, policy)
 
@@ -238,7 +240,7 @@ def prepare_pass(
     family, kernel = FAMILIES[plan.kernel], KERNELS[plan.kernel]
     integers, constants = family.arguments(c, plan.tile, plan.splits)
     boxes = family.boxes(c, plan.tile)
-    programs = family.programs(c.p, c.pass_, plan.tile) * plan.splits
+    programs = family.grid(c.p, c.pass_, plan.tile, plan.splits, device)
     shared = (
         c.constants(plan.tile, family.dot)
         | {"PRECISION": dot_precision(result.dtype, plan, c.tensor_cores)}
@@ -258,51 +260,63 @@ def prepare_pass(
 def _best(
     prepare: Prepare,
     described: Describe,
-    tma: str,
+    by_boxes: tuple[str, ...],
     names: tuple[str, str],
     operands: tuple[torch.Tensor, torch.Tensor],
     problem: ConvProblem,
     device: Device,
 ) -> Prepared:
-    """Returns the launch of a pointer kernel or of the TMA kernel of this name: the forced one, or the faster by prediction.
+    """Returns the launch of a pointer kernel or of one that loads boxes: the forced one, or the fastest by prediction.
 
-    Without a forced kernel, TMA is eligible from compute capability 9 on for problems without groups, the only ones on which a
-    GPU has timed it. If anything else is forced, or in the interpreter, the pointer kernel runs.
+    Without a forced kernel, boxes are eligible from compute capability 9 on for problems without groups, the only ones on which
+    a GPU has timed them. If anything else is forced, or in the interpreter, the pointer kernel runs.
+
+    Args:
+        by_boxes: the names of the pass's kernels that load boxes.
     """
     request = planning.requested()
-    if request and request.kernel == tma:
+    if request and request.kernel in by_boxes:
+        only = request.kernel
         try:
             if request.precision == BF16X6 and operands[0].dtype == torch.float32:
                 raise Ineligible("boxes are not cut into pieces")
-            return (
-                prepare(*operands, tma)
-                if request.staged is False
-                else _copied(prepare, described, tma, names, operands, device)
-            )
+            if request.staged is False:
+                return prepare(*operands, only)
+            return _copied(prepare, described, only, names, operands, device)
         except Ineligible as e:
             raise Ineligible(f"forced plan cannot run: {e}") from None
     launch = _staged(prepare, described, names, operands, problem, device)
     if request or device.interpreted or device.generation < 9 or problem.G > 1:
         return launch
-    try:
-        return _faster(launch, _copied(prepare, described, tma, names, operands, device), device)
-    except (Ineligible, planning.Unplannable):
-        return launch
+    rivals = []
+    for kernel in by_boxes:
+        with contextlib.suppress(Ineligible, planning.Unplannable):
+            rivals.append(_copied(prepare, described, kernel, names, operands, device))
+    return _fastest(launch, rivals, device)
 
 
-def _faster(launch: Prepared, rival: Prepared, device: Device) -> Prepared:
-    """Returns the faster launch by prediction. A faster rival that does not work on the device is only listed in the plan."""
-    plan, other = launch.call.plan, rival.call.plan
+def _fastest(launch: Prepared, rivals: list[Prepared], device: Device) -> Prepared:
+    """Returns the fastest launch by prediction. Faster rivals that do not work on the device are only listed in its plan."""
+    barred: list[planning.Plan] = []
+    for rival in sorted(rivals, key=_predicted):
+        plan = rival.call.plan
+        assert plan is not None
+        if _predicted(rival) >= _predicted(launch):
+            break
+        if device.works(plan.mechanism):
+            launch = rival
+            break
+        barred.append(plan.barred())
+    plan = launch.call.plan
     assert plan is not None
-    assert other is not None
-    assert plan.cost is not None
-    assert other.cost is not None
-    if other.cost.seconds >= plan.cost.seconds:
-        return launch
-    if device.works(other.mechanism):
-        return rival
-    plan = dataclasses.replace(plan, others=(*plan.others, other.barred()))
-    return dataclasses.replace(launch, call=dataclasses.replace(launch.call, plan=plan))
+    return _replanned(launch, others=(*plan.others, *barred)) if barred else launch
+
+
+def _predicted(launch: Prepared) -> float:
+    """Returns the predicted seconds of a launch, copies included."""
+    assert launch.call.plan is not None
+    assert launch.call.plan.cost is not None
+    return launch.call.plan.cost.seconds
 
 
 def _staged(

@@ -1,17 +1,18 @@
 """Checks on a device that a mechanism gives right results there, before the planner may choose it.
 
-The plain kernels need nothing but loads, stores and tl.dot. TMA and BF16X6 rely on more: tensor descriptors that the driver
-encodes, barriers, the order of pieces. The first time such a plan would be chosen on a device, a small fixed convolution runs
-through it and through plain kernels, all three passes, from results that hold NaN. Seven small kernels are compiled for that if
-Triton's cache has none. Agreement is kept on disk for that GPU, driver, torch, Triton and these kernels (tconv/records);
-disagreement, too, which bars the mechanism with one warning. This shows that the mechanism works, on one tile of one rank; that
-the kernels do, the tests show.
+The plain kernels need nothing but loads, stores and tl.dot. TMA, specialised warps and BF16X6 rely on more: tensor descriptors
+that the driver encodes, barriers, warps that part, the order of pieces. The first time such a plan would be chosen on a device,
+a small fixed convolution runs through it and through plain kernels, every pass that it computes, from results that hold NaN.
+Up to seven small kernels are compiled for that if Triton's cache has none. Agreement is kept on disk for that GPU, driver,
+torch, Triton and these kernels (tconv/records); disagreement, too, which bars the mechanism with one warning. This shows that
+the mechanism works, on one tile of one rank; that the kernels do, the tests show.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import threading
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from tconv.launching.memory_format import addressing
 from tconv.launching.prepare import prepare_pass
 from tconv.planning.device import INTERPRETER, Device
 from tconv.planning.operands import GatherPass, Pass, WgradPass
+from tconv.planning.persistent import SPECIALISED
 from tconv.planning.plan import forced
 from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import BF16X6
@@ -33,7 +35,14 @@ from tconv.records.book import book, mechanism_line
 from tconv.records.key import machine
 
 PROBLEM = forward_problem((2, 64, 9, 9), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
-TOLERANCE = {"tma": 2**-7, BF16X6: 1e-5}  # of the largest element: two roundings to bf16; fp32 sums in two orders
+PLAIN = {"fprop": "gather", "dgrad": "gather", "wgrad": "wgrad"}
+KERNELS = {  # by mechanism, the kernel of each pass that relies on it
+    "tma": {"fprop": "tma", "dgrad": "tma", "wgrad": "tma_wgrad"},
+    SPECIALISED: {"fprop": "persistent", "dgrad": "persistent"},
+    BF16X6: PLAIN,
+}
+# Of the largest element: two roundings to bf16; fp32 sums in two orders.
+TOLERANCE = {"tma": 2**-7, SPECIALISED: 2**-7, BF16X6: 1e-5}
 ATTEMPTS = 3  # after so many errors, even of a kind that may not recur, a mechanism is barred
 _lock = threading.RLock()
 _works: dict[tuple[torch.device, str], bool] = {}
@@ -51,7 +60,7 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     Args:
         device: the device.
         planned: the planner's description of it, without a check.
-        mechanism: "tma" or BF16X6.
+        mechanism: "tma", SPECIALISED or BF16X6.
     """
     key = device, mechanism
     if key in _works:
@@ -112,21 +121,23 @@ def _cannot_tell() -> bool:
 
 
 def _errors(device: torch.device, planned: Device, mechanism: str) -> Iterator[float]:
-    """Yields, for each pass, the largest difference between the mechanism and a plain kernel, over the largest element.
+    """Yields, for each pass that it computes, a mechanism's largest difference from a plain kernel, over the largest element.
 
     NaN counts as infinite.
     """
     dtype = torch.float32 if mechanism == BF16X6 else torch.bfloat16
+    # One program that stays computes all tiles.
+    here = dataclasses.replace(planned, units=1) if mechanism == SPECIALISED else planned
     seeded = torch.Generator(device).manual_seed(0)
     x, w, dy = (
         torch.randn(PROBLEM.shape(name), generator=seeded, device=device).to(dtype, memory_format=torch.channels_last)
         for name in "xwy"
     )
     for pass_, operands, like in (("fprop", (x, w), dy), ("dgrad", (dy, w), x), ("wgrad", (dy, x), w)):
-        plain = "wgrad" if pass_ == "wgrad" else "gather"
-        kernel = plain if mechanism == BF16X6 else {"gather": "tma", "wgrad": "tma_wgrad"}[plain]
-        got = _result(pass_, operands, like, planned, kernel, BF16X6 if mechanism == BF16X6 else "")
-        expected = _result(pass_, operands, like, planned, plain, "")
+        if pass_ not in KERNELS[mechanism]:
+            continue
+        got = _result(pass_, operands, like, here, KERNELS[mechanism][pass_], BF16X6 if mechanism == BF16X6 else "")
+        expected = _result(pass_, operands, like, planned, PLAIN[pass_], "")
         error = ((got - expected).abs().max() / expected.abs().max()).item()
         yield error if error == error else float("inf")
 

@@ -11,6 +11,7 @@ import torch
 
 from tconv.kernels.reduce import sum_splits
 from tconv.launching.arguments import Prepared, accumulator, sum_constants, tensor_cores
+from tconv.launching.descriptors import signature as descriptor_type
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.launching.record import Call
@@ -142,7 +143,7 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool =
         if argument in c:
             signature[argument] = "constexpr"
         elif box := boxes.get(argument):
-            signature[argument] = f"tensordesc<{NAMES[dtype]}{list(box[2])}>"
+            signature[argument] = descriptor_type(prepared.kernel, dtype, NAMES[dtype], box)
         elif argument.endswith("_ptr"):
             signature[argument] = summed if split and argument == RESULT[pass_] else "*" + NAMES[dtype]
         else:
@@ -169,7 +170,7 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool =
         [
             pass_,
             plan.kernel,
-            f"{c['RANK']}d",
+            f"{c.get('RANK', 3)}d",  # a kernel that is not told the rank takes every problem as one of three dimensions
             NAMES[dtype],
             str(plan.tile),
             "inner=" + "".join(marks),

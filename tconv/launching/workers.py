@@ -68,7 +68,7 @@ def _cores() -> int:
 
 
 def _task(launch: Any, backend: str) -> Task:
-    from tconv.launching.compiled import stand_ins
+    from tconv.launching.descriptors import stand_ins
 
     plan, kernel = launch.call.plan, launch.kernel
     dtypes = " ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in launch.pointers))

@@ -18,6 +18,7 @@ the plan with the least predicted time is chosen. In reading order:
     depthwise    answers for kernels/depthwise.py
     strip        answers for kernels/strip.py
     tma          answers for kernels/tma.py
+    persistent   answers for kernels/persistent.py
     bias         the bias gradient and the copy to channels last
     families     all kernels by name
     plan         all plans of a pass, the chosen one, and plans forced by hand

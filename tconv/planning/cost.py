@@ -40,7 +40,7 @@ class Cost:
         flops: operations of the pass, two per multiply-add. Taps that fall in the padding count too.
         bytes: least bytes: each operand read once, the result written once.
         executed: operations of the padded tiles.
-        programs: programs launched, over all splits.
+        programs: programs, over all splits. Where programs stay for several tiles, each tile counts as one.
         waves: programs that the unit with the most programs runs.
         units: multiprocessors of the device.
         workspace: bytes allocated besides the result.
@@ -157,6 +157,7 @@ class Work:
         flops, length, fetched: operations, issue slots of a warp, and bytes fetched, all per iteration.
         resident: the most programs that fit on a unit at once (occupancy).
         start: instructions of a warp outside the main loop, where they matter.
+        turn: seconds between two tiles' main loops, if a program stays for the next tile; None if each is a program's own.
     """
 
     steps: int
@@ -165,6 +166,7 @@ class Work:
     fetched: int
     resident: int
     start: int = 0
+    turn: float | None = None
 
 
 def price(
@@ -218,7 +220,8 @@ def price(
         "memory": (least + again + workspace) / limits.bandwidth,
     }
     rounds = math.ceil(waves / max(1, work.resident))
-    seconds = LAUNCH + rounds * start + math.hypot(*parts.values()) + _summing(workspace, device)
+    turn = start if work.turn is None else work.turn
+    seconds = LAUNCH + start + (rounds - 1) * turn + math.hypot(*parts.values()) + _summing(workspace, device)
     executed = math.ceil(work.steps * work.flops)
     return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
 

@@ -148,6 +148,10 @@ class Family:
         """Returns the programs of a plan without splits."""
         raise NotImplementedError
 
+    def grid(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, device: Device) -> int:
+        """Returns the programs that a plan launches: `programs` of each split, but fewer if a program stays for several."""
+        return self.programs(p, pass_, tile) * splits
+
     def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
         """Returns the length of the reduction that splits divide: channels, for wgrad pixels. An iteration takes tile.k."""
         return p.gemm("wgrad")[2]

@@ -1,0 +1,97 @@
+"""kernels/persistent.py, programs that stay for many tiles and whose warps are specialised, as the planner and the launcher
+see it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from tconv.planning.cost import Work
+from tconv.planning.device import Device
+from tconv.planning.family import Instead
+from tconv.planning.operands import GatherPass
+from tconv.planning.problem import ConvProblem
+from tconv.planning.tiles import Access, Tile
+from tconv.planning.tma import APART, Tma
+
+SPECIALISED = "specialised"  # the mechanism: warps that part, a ring that mbarriers hand over
+# Stages are slots of the ring. Beside the result's box there is room for so many.
+PERSISTENT_16 = (Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 6))
+WARPS = 8  # of the two warpgroups that multiply; the one that fetches comes on top
+ROWS = 16 * WARPS  # channels that they multiply at once, 16 each
+# Seconds between the main loops of two tiles of a program, not timed. Its instructions take 0.5 us: 450 of each warp, counted
+# for sm_90.
+TURN = 1.4e-6
+
+
+class Persistent(Tma):
+    """`tma` with a program per multiprocessor, which stays for many tiles, and a warp that does nothing but fetch boxes.
+
+    It has not been timed, so the model is slow to prefer it: products are taken to last as long as tma's, although nobody waits
+    while boxes are asked for. What the model grants, besides fewer instructions in the loop, is that the next tile's boxes
+    arrive while a tile is stored: each tile after a program's first costs TURN rather than tma's `start`. The first one costs a
+    microsecond more. So it is preferred from about three tiles per multiprocessor on. `start` and TURN are guesses.
+    """
+
+    name = "persistent"
+    passes = ("fprop", "dgrad")
+    start = 2.9e-6
+    instead: ClassVar[Instead] = {}
+
+    def mechanism(self, precision: str) -> str:
+        return SPECIALISED
+
+    def tiles(self, access: Access) -> tuple[Tile, ...]:
+        return PERSISTENT_16 if access.itemsize == 2 else ()
+
+    def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
+        return ()
+
+    def why_unsupported(self, tile: Tile, itemsize: int, device: Device) -> str | None:
+        reason = _no_wgmma(device) or _wide(itemsize)
+        if reason:
+            return f"tile {tile}: {reason}"
+        if tile.warps != WARPS or tile.n % ROWS or tile.m > 256 or tile.k < 64 or tile.stages < 2:
+            wanted = f"{WARPS} warps, a multiple of {ROWS} written channels, 64 reduced ones, up to 256 pixels, 2 stages"
+            return f"tile {tile}: its programs want {wanted}"
+        shared = itemsize * (tile.stages * (tile.m + tile.n) * tile.k + tile.m * tile.n) + 16 * tile.stages
+        if shared > device.shared_bytes:
+            return f"tile {tile}: {shared} bytes of shared memory with the result's, {device.name} has {device.shared_bytes}"
+        return None
+
+    def why_misfit(self, p: ConvProblem, pass_: str, tile: Tile, device: Device) -> str | None:
+        if p.G > 1 and self.channels(p, pass_)[0] % tile.n:
+            return f"tile {tile}: its boxes of channels would be stored over the next group's"
+        return super().why_misfit(p, pass_, tile, device)
+
+    def ineligible(self, c: GatherPass, device: Device) -> str | None:
+        reason = _no_wgmma(device) or _wide(c.itemsize) or super().ineligible(c, device)
+        if reason:
+            return reason
+        if c.transposed and max(c.p.S) > 1:
+            return "a strided dgrad writes pixels that no box holds"
+        return APART if c.y.boxed((c.p.N, *c.extents, c.wrote)) is None else None
+
+    def grid(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, device: Device) -> int:
+        return min(device.units, self.programs(p, pass_, tile))
+
+    def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
+        # 46 to 60 of each warp that multiplies, counted for sm_90; those of the warp that fetches are spread over the others.
+        return 48 + tile.n / 16
+
+    def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
+        return dataclasses.replace(super().work(p, pass_, tile, splits, access, device), resident=1, turn=TURN)
+
+    def arguments(self, c: GatherPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
+        integers, constants = super().arguments(c, tile, splits)
+        return integers, constants | {"SLOTS": tile.stages}
+
+
+def _no_wgmma(device: Device) -> str | None:
+    if device.interpreted:
+        return "Triton's interpreter does not run Gluon"
+    return None if device.generation == 9 else f"{device.name} has no wgmma, which Hopper alone has"
+
+
+def _wide(itemsize: int) -> str | None:
+    return None if itemsize == 2 else f"its operands have 2 bytes an element, not {itemsize}"

@@ -1,0 +1,206 @@
+"""Persistent programs with specialised warps: every case that they can take, forced, against fp64; and what they refuse.
+
+Triton's interpreter does not run Gluon, so the kernel is tested as compiled code: on a Hopper, or `pytest --compiled sm_90`.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import tconv
+from tconv import functional as TF
+from tconv.launching import launch
+from tconv.launching.cache import BoundedCache
+from tconv.launching.memory_format import shaped
+from tconv.launching.prepare import prepare_gather
+from tconv.planning.cost import LAUNCH
+from tconv.planning.device import ARCHITECTURES, DEVICES
+from tconv.planning.families import FAMILIES
+from tconv.planning.persistent import TURN
+from tconv.planning.problem import forward_problem
+from tconv.planning.tiles import Tile
+from tests import oracle
+
+H200, A100, B200 = DEVICES["H200"], DEVICES["A100"], ARCHITECTURES["sm_100"][3]
+PERSISTENT = FAMILIES["persistent"]
+SQUARE, WIDE, TALL = Tile(128, 128, 64, 8, 6), Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
+CASES = [
+    (oracle.Case("1-D, padding beyond the kernel", (3, 72, 45), 136, (3,), padding=5), SQUARE),
+    (oracle.Case("2-D, every parameter differs", (6, 80, 9, 7), 72, (1, 3), padding=(0, 2), dilation=(3, 2)), SQUARE),
+    (oracle.Case("3-D", (6, 72, 3, 4, 5), 64, (2, 1, 2), padding=(1, 0, 1), dilation=(2, 1, 1)), SQUARE),
+    (oracle.Case("pointwise, tiles of 256 pixels", (2, 136, 17, 17), 200, (1, 1)), WIDE),
+    (oracle.Case("tiles of 256 channels", (3, 72, 6, 9), 264, (1, 2), padding=(0, 1)), TALL),
+    (oracle.Case("two slots", (3, 64, 8, 16), 64, (3, 1), padding=(1, 0)), Tile(128, 128, 64, 8, 2)),
+    (oracle.Case("groups", (3, 256, 8, 16), 256, (1, 2), groups=2), SQUARE),
+    (oracle.Case("transposed", (3, 72, 9, 7), 136, (2, 1), padding=1, transposed=True), SQUARE),
+]
+IDS = [str(case) for case, _ in CASES]
+
+
+@pytest.fixture
+def small(monkeypatch, device):
+    """A Hopper of two multiprocessors, so that a program computes several tiles."""
+    planned = launch.device_of(torch.empty(0, device=device))
+    if planned.interpreted or planned.generation != 9:
+        pytest.skip("compiled code for Hopper: on one, or pytest --compiled sm_90")
+    monkeypatch.setattr(launch, "device_of", lambda tensor: dataclasses.replace(planned, units=2))
+    monkeypatch.setattr(launch, "_prepared", BoundedCache())
+    return device
+
+
+def check(case, tile, dtype, device, only=("y", "dx")):
+    """Both passes of a case, in channels_last."""
+    x, w, b = oracle.tensors(case, dtype, device, channels_last=True)
+    ours = getattr(TF, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+    with tconv.force(kernel="persistent", tile=tile), tconv.recording() as calls:
+        oracle.check(ours, case, x, w, b, only=only)
+    assert [c.plan.kernel for c in calls if c.ours] == ["persistent"] * len(only)
+    return calls
+
+
+@pytest.mark.parametrize(("case", "tile"), CASES, ids=IDS)
+def test_every_case(case, tile, small, poisoned):
+    calls = check(case, tile, torch.bfloat16, small)
+    assert max(c.plan.cost.programs for c in calls) > 2, "some program computes several tiles"
+
+
+def test_half_precision(small, poisoned):
+    check(*CASES[0], torch.float16, small)
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_warps_run_in_any_order(seed, small, poisoned, request):
+    """What is right whoever goes first: the warp that fetches, or those that multiply."""
+    if not request.config.getoption("--compiled", None):
+        pytest.skip("a GPU chooses the order itself")
+    import simulator
+
+    case = oracle.Case("", (3, 72, 8, 16), 136, (1, 2))
+    with simulator.checking(simulator.Options(seed=seed)):
+        check(case, dataclasses.replace(SQUARE, stages=2 + seed % 3), torch.bfloat16, small, only=("y",))
+
+
+def test_a_repeated_call_gives_the_same_bits(small, poisoned):
+    """The first is launched by Triton's dispatch, the others directly. 19 steps a tile leave the ring in its midst."""
+    case = oracle.Case("", (3, 72, 9, 7), 136, (1, 3))
+    x, w, b = oracle.tensors(case, torch.bfloat16, small, channels_last=True)
+    with tconv.force(kernel="persistent"), torch.no_grad():
+        first, *others = (TF.conv2d(x, w, b) for _ in range(3))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_the_default_layout_is_copied_but_not_written(small, poisoned):
+    case = oracle.Case("", (2, 64, 8, 8), 64, (1, 1), padding=1)
+    x, w, b = oracle.tensors(case, torch.bfloat16, small)
+    right = torch.nn.functional.conv2d(x.double(), w.double(), b.double(), padding=1)
+    with tconv.force(kernel="persistent"), tconv.recording() as calls:
+        y = TF.conv2d(x, oracle.to_channels_last(w), b, padding=1)
+    assert calls
+    torch.testing.assert_close(y.double(), right, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_infinity_meets_the_halo_but_no_tail(small, poisoned):
+    """As by tma: padding takes part in the arithmetic; channels past the last one, and the next tap's, do not."""
+    x = oracle.to_channels_last(torch.ones(1, 72, 4, 4, device=small, dtype=torch.float16))
+    w = oracle.to_channels_last(torch.ones(64, 72, 1, 3, device=small, dtype=torch.float16))
+    w[0, 0, 0, 0] = float("inf")
+    x[0, 3, 2, 1] = float("nan")
+    right = torch.nn.functional.conv2d(x.double(), w.double(), padding=(0, 1))
+    with tconv.force(kernel="persistent"):
+        got = TF.conv2d(x, w, padding=(0, 1))
+    torch.testing.assert_close(got.double(), right, equal_nan=True)
+
+
+REFUSED = {
+    "a strided fprop": (oracle.Case("", (1, 64, 6, 6), 64, (3, 3), stride=2), "unit stride"),
+    "a strided transposed layer": (oracle.Case("", (1, 64, 6, 6), 64, (3, 3), stride=2, transposed=True), "strided dgrad"),
+    "channels that are no multiple of 16 bytes": (oracle.Case("", (1, 12, 6, 6), 64, (3, 3)), "multiples of 16 bytes"),
+    "a result whose channels are not": (oracle.Case("", (1, 64, 6, 6), 12, (3, 3)), "multiples of 16 bytes"),
+    "groups of parts of tiles": (oracle.Case("", (1, 128, 6, 6), 128, (3, 3), groups=2), "no tile fits"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals_are_errors(reason, small):
+    case, message = REFUSED[reason]
+    x, w, b = oracle.tensors(case, torch.float16, small, channels_last=True)
+    with tconv.force(kernel="persistent"), pytest.raises(ValueError, match=message):
+        getattr(TF, f"conv{'_transpose' if case.transposed else ''}2d")(x, w, b, **case.arguments)
+
+
+def test_other_dtypes_and_layouts_of_the_result_are_refused(small):
+    x, w = torch.randn(1, 64, 6, 6, device=small), torch.randn(64, 64, 3, 3, device=small)
+    with tconv.force(kernel="persistent"):
+        with pytest.raises(ValueError, match="2 bytes an element, not 4"):
+            TF.conv2d(oracle.to_channels_last(x), oracle.to_channels_last(w))
+        with pytest.raises(ValueError, match="multiples of 16 bytes"):
+            TF.conv2d(x.half(), w.half())
+
+
+def test_the_interpreter_does_not_run_it(device):
+    if oracle.compiled():
+        pytest.skip("this is compiled code")
+    x, w = torch.randn(1, 64, 6, 6).half(), torch.randn(64, 64, 3, 3).half()
+    with tconv.force(kernel="persistent"), pytest.raises(ValueError, match="interpreter does not run Gluon"):
+        TF.conv2d(oracle.to_channels_last(x), oracle.to_channels_last(w))
+
+
+def test_what_devices_and_tiles_it_is_for():
+    assert PERSISTENT.why_illegal(SQUARE, 2, H200) is None
+    for device in (A100, B200):
+        assert "no wgmma" in PERSISTENT.why_illegal(SQUARE, 2, device)
+    assert "2 bytes an element" in PERSISTENT.why_illegal(SQUARE, 4, H200)
+    for change in ({"warps": 4}, {"n": 64}, {"m": 512}, {"k": 32}, {"stages": 1}):
+        assert "want 8 warps" in PERSISTENT.why_illegal(dataclasses.replace(SQUARE, **change), 2, H200), change
+    assert "bytes of shared memory with the result's" in PERSISTENT.why_illegal(dataclasses.replace(WIDE, stages=4), 2, H200)
+
+
+def dense(images, extent, channels=256):
+    return forward_problem((images, channels, extent, extent), (channels, channels, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+
+
+def prepared(problem, device, pass_="fprop"):
+    x, w, y = (shaped(problem.shape(name), True, torch.bfloat16) for name in "xwy")
+    first, third = (x, y) if pass_ == "fprop" else (y, x)
+    return prepare_gather(pass_, problem, first, w, None, third, device)
+
+
+def plan(problem, device, pass_="fprop"):
+    return prepared(problem, device, pass_).call.plan
+
+
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad"])
+def test_the_planner_prefers_it_for_several_tiles_per_multiprocessor(pass_):
+    large, small_ = dense(64, 56), dense(32, 14)
+    assert plan(large, H200, pass_).kernel == "persistent"
+    assert plan(large, H200, pass_).cost.waves >= 3
+    assert plan(small_, H200, pass_).kernel == "tma"
+    for device in (A100, B200):
+        assert plan(large, device, pass_).kernel != "persistent"
+
+
+def test_only_what_has_not_passed_its_check_is_passed_over():
+    large = dense(64, 56)
+    without = plan(large, dataclasses.replace(H200, check=lambda mechanism: mechanism != "specialised"))
+    assert without.kernel == "tma"
+    (barred,) = (other for other in without.others if other.kernel == "persistent")
+    assert barred.reason.startswith("not chosen: specialised has not passed its check on this device")
+    plain = plan(large, dataclasses.replace(H200, check=lambda mechanism: False))
+    assert plain.mechanism == ""
+    assert {other.kernel for other in plain.others} >= {"tma", "persistent"}
+
+
+def test_a_tile_after_the_first_costs_a_turn():
+    p = dense(64, 56)
+    with tconv.force(kernel="persistent", tile=WIDE):
+        cost = plan(p, H200).cost
+    parts = sum(seconds**2 for _, seconds in cost.parts) ** 0.5
+    assert cost.seconds == pytest.approx(LAUNCH + PERSISTENT.start + (cost.waves - 1) * TURN + parts)
+
+
+@pytest.mark.parametrize(("images", "programs"), [(64, 132), (1, 4)])
+def test_a_grid_has_at_most_a_program_per_multiprocessor(images, programs):
+    with tconv.force(kernel="persistent", tile=SQUARE):
+        assert prepared(dense(images, 14), H200).grid == (programs,)

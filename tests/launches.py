@@ -14,11 +14,11 @@ import pytest
 import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tconv
 from bench import stub
 from tconv.launching import compiled, launch
+from tconv.launching.descriptors import descriptor
 from tconv.launching.record import Fallback
 
 launched: list[tuple[Any, ...]] = []  # what C would have been told
@@ -74,6 +74,7 @@ LAYERS = {
     "few channels": lambda: small(tconv.Conv2d, 3, 16, 3, shape=(8, 3, 40, 40)),
     "splits of channels": lambda: small(tconv.Conv2d, 256, 64, 3, shape=(1, 256, 8, 8), dtype=torch.bfloat16),
     "boxes": lambda: last(small(tconv.Conv2d, 64, 128, 3, padding=1, shape=(8, 64, 40, 64), dtype=torch.bfloat16)),
+    "several tiles": lambda: last(small(tconv.Conv2d, 64, 128, 3, padding=1, shape=(64, 64, 56, 56), dtype=torch.bfloat16)),
     "depthwise": lambda: small(tconv.Conv1d, 16, 32, 3, groups=16, bias=False, shape=(4, 16, 600)),
     "strips": lambda: small(tconv.Conv2d, 16, 16, 3, padding=1, groups=16, shape=(4, 16, 64, 64), dtype=torch.float16),
     "transposed": lambda: small(tconv.ConvTranspose3d, 4, 6, 2, stride=2, shape=(2, 4, 5, 6, 7), dtype=torch.float64),
@@ -102,7 +103,7 @@ def arguments() -> None:
     assert kernels == {
         "gather", "packed", "depthwise", "strip",
         "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits",
-        "copy_channels_last", "copy_both", "tma", "tma_wgrad",
+        "copy_channels_last", "copy_both", "tma", "tma_wgrad", "persistent",
     }, kernels  # fmt: skip
     # The same tensors, so that nothing at all may differ.
     layer, x = LAYERS["dense"]()
@@ -346,12 +347,17 @@ def precompiled() -> None:
 
 
 def boxes() -> None:
-    """Descriptors are compiled ahead, and loaded, as a call would have them."""
+    """Descriptors, Triton's and Gluon's, are compiled ahead, and loaded, as a call would have them."""
+    _boxes("tma")
+    _boxes("persistent")
+
+
+def _boxes(kernel: str) -> None:
     from tconv.planning.device import DEVICES
     from tconv.precompile import rehearse
 
     layer, x = tconv.Conv2d(64, 128, 3, padding=1).half(), torch.empty(2, 64, 8, 8, dtype=torch.float16, device="meta")
-    with tconv.force(kernel="tma"):
+    with tconv.force(kernel=kernel):
         x, layer = x.to(memory_format=torch.channels_last), layer.to(memory_format=torch.channels_last)
         done = tconv.precompile(layer, x, target="sm_90", jobs=1, backward=False, progress=False)
         assert (done.compiled, done.failed, done.left) == (1, (), ()), done
@@ -364,7 +370,8 @@ def boxes() -> None:
     with knobs.compilation.scope():
         knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
         compiled.load(wanted, -1)
-        real = [TensorDescriptor(torch.empty(1 << 20, dtype=torch.float16), *box) for box in wanted.boxes if box]
+        memory = torch.empty(1 << 20, dtype=torch.float16)
+        real = [descriptor(wanted.kernel, memory, box) for box in wanted.boxes if box]
         wanted.kernel.warmup(*real[:2], torch.float16, real[2], *wanted.integers, grid=wanted.grid, **wanted.constants)
     assert hits == [True], f"{hits}: what a call would ask for is not what was compiled"
 

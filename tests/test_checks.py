@@ -15,7 +15,7 @@ import triton
 
 import tconv
 from tconv import functional as TF
-from tconv.kernels import copy, depthwise, gather, packed, reduce, strip, tma, wgrad
+from tconv.kernels import copy, depthwise, gather, packed, persistent, reduce, strip, tma, wgrad
 from tconv.launching import launch
 from tests import oracle
 
@@ -26,6 +26,9 @@ SLICED = oracle.Case("64 of 68 channels of w", (2, 64, 9, 7), 72, (3, 3), paddin
 STEM = oracle.Case("stem", (2, 3, 9, 7), 24, (3, 3), padding=1)
 DEPTHWISE = oracle.Case("depthwise", (2, 20, 9, 7), 20, (3, 3), padding=1, groups=20)
 BOXES = oracle.Case("boxes", (2, 192, 8, 8), 64, (3, 3), padding=1)
+
+
+TURNS = oracle.Case("more boxes than slots", (2, 136, 8, 16), 64, (1, 3), padding=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ CALLS = {
     "strip": Call(strip.strip, DEPTHWISE, {"kernel": "strip"}),
     "strip_wgrad": Call(strip.strip_wgrad, DEPTHWISE, {"kernel": "strip_wgrad"}, "w"),
     "tma": Call(tma.tma, BOXES, {"kernel": "tma"}),
+    "persistent": Call(persistent.persistent, TURNS, {"kernel": "persistent"}),
     "tma_wgrad": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad"}, "w"),
     "tma_wgrad in splits": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad", "splits": 2}, "w"),
 }
@@ -114,6 +118,15 @@ TEXTS = [  # call, mistake, words, on the line, pattern of which the first match
     ("tma", "products are not waited for", BUSY, "_desc.load", r"(wgmma\.wait_group\.sync\.aligned )\d+", r"\1 9"),
     ("tma", "no fence between proxies", "without a fence.proxy.async", "y_ptr.store", r"fence\.proxy\.async.*;", ""),
     ("tma", "a stored box is not waited for", "the program ends", "", r"(cp\.async\.bulk\.wait_group\.read\s+)0", r"\1 1"),
+    ("persistent", "too few bytes expected", "waits for ever", "", r"(expect_tx.*, )\d+;", r"\1 64;"),
+    ("persistent", "an mbarrier is not initialised", "not initialised", "", r"@%p\d+ mbarrier\.init.*;", ""),
+    ("persistent", "products are not waited for", BUSY, "", r"(wgmma\.wait_group\.sync\.aligned )1", r"\1 9"),
+    ("persistent", "the last product is not waited for", "touches register", "acc += ",
+     r"(wgmma\.wait_group\.sync\.aligned )0", r"\1 9"),
+    ("persistent", "a slot is never handed back", "waits for ever", "", r"(?s)(.*)@%p\d+ mbarrier\.arrive\.shared.*?;", r"\1"),
+    ("persistent", "no fence between proxies", "without a fence.proxy.async", "store_box", r"fence\.proxy\.async.*;", ""),
+    ("persistent", "a stored box is not waited for", "the program ends", "",
+     r"(?s)(.*cp\.async\.bulk\.wait_group\.read\s+)0", r"\1 1"),
     ("tma_wgrad", "too few bytes expected", "waits for ever", "tl.range", r"(expect_tx.*, )\d+;", r"\1 64;"),
     ("sum_pixels", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
     ("copy", "no barrier in a transposition", UNORDERED, "tl.store", r"^\tbar\.sync.*;", ""),

@@ -29,7 +29,7 @@ import machine_code
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 GEMM = r"(gather|wgrad) [123]d bf16 128x\d+x64 .*inner=cc[io]? vec=8/8(/8 even| split)$"
-TMA = r"tma [123]d bf16 128x(128|256)x64 .*inner=c vec=8( y_box)?$|tma_wgrad [123]d bf16 128x128x64 .*split$"
+TMA = r"tma [123]d bf16 128x(128|256)x64 .*inner=c vec=8( y_box)?$|tma_wgrad [123]d bf16 128x128x64 .*split$|persistent .* bf16"
 DIRECT = r"(depthwise|strip)(_wgrad)? [123]d bf16 .*inner=cc vec=8/8( row=\S+)?( split)?$"
 VERSION = budget.short(triton.__version__)
 ROW = {
@@ -86,7 +86,9 @@ def test_boxes_go_from_shared_memory_straight_to_the_tensor_cores():
         assert not row["register_detour"], row
         assert row["tma_loads"] > 0, row
         assert row["async_copies"] == row["loads"] == row["spills"] == row["stack_bytes"] == 0, row
-        boxed = row["name"].endswith("y_box")
+        persistent = row["name"].split()[1] == "persistent"
+        assert not persistent or row["loop_waits"] == 1, row  # one product stays in flight
+        boxed = persistent or row["name"].endswith("y_box")
         assert (row["tma_stores"] > 0) is boxed, row
         width = 4 if row["name"].startswith("wgrad") else 0 if boxed else 16  # a weight's layout is told at run time
         assert row["store_bytes"] == width, row

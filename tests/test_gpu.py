@@ -15,7 +15,7 @@ import tconv
 from tconv import functional as TF
 from tconv.launching import compiled, launch, self_check
 from tconv.planning.device import cuda_device
-from tconv.planning.tiles import BF16X6, Tile
+from tconv.planning.tiles import Tile
 from tests import cases, oracle
 from tests.test_kernels import DTYPES, check, ours
 
@@ -245,7 +245,7 @@ def test_one_compilation_serves_layers_of_any_geometry(device):
     assert sum(len(cache[0]) for cache in gather.device_caches.values()) == before
 
 
-@pytest.mark.parametrize("mechanism", ["tma", BF16X6])
+@pytest.mark.parametrize("mechanism", self_check.KERNELS)
 def test_mechanisms_of_hopper_pass_their_check(mechanism, device):
     known = torch.device("cuda", torch.cuda.current_device())
     planned = cuda_device(known.index)

@@ -50,7 +50,7 @@ def precompile(
 ) -> Precompiled:
     """Compiles every kernel that a model launches for such inputs, forward and backward, so that no later call compiles.
 
-    With a target, the first call on the device still compiles what checks TMA or bf16x6 there (launching/self_check.py).
+    With a target, the first call on the device still compiles what checks TMA and the like there (launching/self_check.py).
 
     The model's Python code runs, but tconv launches no kernel. The code sees copies of the model's tensors if all are on
     a GPU, else meta tensors, which have shapes, strides and dtypes only. Whatever it changes is restored, and lazy layers stay

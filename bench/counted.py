@@ -5,6 +5,7 @@
 Each plan for an H100 runs in the simulator once, in bf16, on a smaller problem (bench/smaller.py). What it did is counted
 (simulator/counters.py) and compared with what the model says of that smaller problem. A warp's instructions and bytes are
 counted per program and per iteration of the main loop, so times the whole layer's programs and iterations they are the layer's.
+Where programs stay for several tiles, a tile counts as a program.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bench.predict import plans
 from bench.providers import LAYOUTS
 from bench.smaller import smaller
 from scripts import codegen_budget as budget
-from simulator.counters import Counts
+from simulator.counters import Counts, LoopCount
 from simulator.resources import occupancy
 from tconv.launching.variants import variant_of
 from tconv.planning.device import ARCHITECTURES
@@ -69,15 +70,32 @@ class Each:
     read: float
 
     @staticmethod
-    def of(c: Counts, steps: int) -> Each:
-        """Returns it for a launch with so many iterations over all programs."""
-        inside = _without_moves(c.main_loop.instructions) if c.main_loop else 0
-        outside = (_without_moves(c.instructions()) - inside) / (c.programs * c.warps)
-        return Each(inside / (steps * c.warps), outside, sum(o.asked for o in c.reads.values()) / steps)
+    def of(c: Counts, steps: int, warps: int = 0) -> Each:
+        """Returns it for a launch with so many iterations over all programs.
+
+        Args:
+            warps: of a program that multiply, if others do other things; 0 if all do the same.
+        """
+        inside = sum(_without_moves(found.instructions) for found in main_loops(c, warps > 0))
+        outside = (_without_moves(c.instructions()) - inside) / (c.programs * (warps or c.warps))
+        return Each(inside / (steps * (warps or c.warps)), outside, sum(o.asked for o in c.reads.values()) / steps)
 
     def whole(self, programs: int, warps: int, steps: int) -> tuple[int, int]:
         """Returns (instructions of all warps, bytes asked for) of a launch with so many programs and iterations in all."""
         return round(warps * (programs * self.outside + steps * self.step)), round(steps * self.read)
+
+
+def main_loops(c: Counts, parted: bool) -> list[LoopCount]:
+    """Returns the loops that run once per iteration of the model's, first the one that multiplies.
+
+    Args:
+        parted: whether warps do different things, each in loops of its own, and programs stay for several tiles. Main loops are
+            then the innermost ones that multiply or ask for boxes.
+    """
+    if not parted:
+        return [c.main_loop] if c.main_loop else []
+    inner = [a for a in c.loops if not any(b.loop.blocks < a.loop.blocks for b in c.loops)]
+    return [found for kind in ("tensor", "boxes") for found in inner if found.instructions[kind]]
 
 
 def _without_moves(instructions: Counter[str]) -> int:
@@ -93,14 +111,16 @@ def compare(layer: str, p: ConvProblem, plan: Plan, layout: str, machine: budget
     """
     q, part, whole = smaller(p, plan, layout == "channels_last", DTYPE, DEVICE)
     c, work = part.count(), part.work
+    parted = work.turn is not None
+    main, warps = main_loops(c, parted), plan.tile.warps if parted else c.warps
     # An iteration of the model's is a row of the filter. Of strip kernels in 1-D there is one, unrolled, or cut in a loop.
-    rows = c.main_loop and (plan.kernel != "strip" or q.T[2] <= CHUNK)
-    steps = c.main_loop.iterations // c.warps if c.main_loop and rows else work.steps
-    each, read, written = Each.of(c, steps), c.reads.values(), c.writes.values()
+    rows = main and (plan.kernel != "strip" or q.T[2] <= CHUNK)
+    steps = main[0].iterations // warps if rows else work.steps
+    each, read, written = Each.of(c, steps, warps if parted else 0), c.reads.values(), c.writes.values()
     code = machine.get(variant_of(plan.pass_, part.prepared, DTYPE, plan.splits > 1).name, {})
     resident = occupancy(ARCH, 32 * c.warps, code["registers"], code["shared_bytes"]).programs if code else ""
     shared, result = c.memory("shared").values(), part.prepared.shape.numel() * DTYPE.itemsize
-    instructions, bytes_ = each.whole(whole.cost.programs, c.warps, whole.work.steps)
+    instructions, bytes_ = each.whole(whole.cost.programs, warps, whole.work.steps)
     return {
         "layer": layer, "pass": plan.pass_, "layout": layout, "kernel": plan.kernel, "tile": str(plan.tile),
         "splits": plan.splits, "problem": str(q), "programs": c.programs, "model_programs": part.cost.programs,

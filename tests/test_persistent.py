@@ -4,6 +4,9 @@ Triton's interpreter does not run Gluon, so the kernel is tested as compiled cod
 """
 
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import Tile
 from tests import oracle
 
+ROOT = pathlib.Path(__file__).parent.parent
 H200, A100, B200 = DEVICES["H200"], DEVICES["A100"], ARCHITECTURES["sm_100"][3]
 PERSISTENT = FAMILIES["persistent"]
 SQUARE, WIDE, TALL = Tile(128, 128, 64, 8, 6), Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
@@ -145,6 +149,31 @@ def test_the_interpreter_does_not_run_it(device):
     x, w = torch.randn(1, 64, 6, 6).half(), torch.randn(64, 64, 3, 3).half()
     with tconv.force(kernel="persistent"), pytest.raises(ValueError, match="interpreter does not run Gluon"):
         TF.conv2d(oracle.to_channels_last(x), oracle.to_channels_last(w))
+
+
+WITHOUT = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.modules["triton.experimental.gluon.language.nvidia.hopper"] = None
+import torch, tconv
+from tconv.planning.device import DEVICES
+from tests.test_persistent import dense, prepared
+
+x, w = torch.ones(1, 64, 4, 4), torch.ones(64, 64, 1, 1)
+assert torch.equal(tconv.functional.conv2d(x, w), torch.full((1, 64, 4, 4), 64.0))
+assert prepared(dense(64, 56), DEVICES["H200"]).call.plan.kernel == "tma"
+with tconv.force(kernel="persistent"):
+    try:
+        prepared(dense(64, 56), DEVICES["H200"])
+    except ValueError as e:
+        print(e)
+"""
+
+
+def test_a_triton_with_another_gluon_goes_without_it():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "forced plan cannot run: this version of Triton has another Gluon than persistent is written in\n"
 
 
 def test_what_devices_and_tiles_it_is_for():

@@ -29,11 +29,25 @@ Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 INTERPRET = isinstance(sum_splits, InterpretedFunction)  # Triton decides this when the kernels are imported
 # Lets the compiler fuse a multiply and an add. Set explicitly, because the default changes with Triton 3.10.
 FUSED = {"enable_fp_fusion": True}
-# The kernel of each family, a `@triton.jit` function.
-KERNELS = {
-    name: getattr(importlib.import_module(f"tconv.kernels.{file}"), function)
-    for name, (file, function) in ((name, family.kernel) for name, family in FAMILIES.items())
-}
+
+
+def _kernels() -> dict[str, Any]:
+    """Returns the kernel of each family, a function by `triton.jit` or `gluon.jit`.
+
+    Gluon is experimental. Where a version of Triton has another one, its kernels are left out.
+    """
+    found = {}
+    for name, family in FAMILIES.items():
+        file, function = family.kernel
+        try:
+            found[name] = getattr(importlib.import_module(f"tconv.kernels.{file}"), function)
+        except (ImportError, AttributeError):
+            if not family.gluon:
+                raise
+    return found
+
+
+KERNELS = _kernels()
 
 
 @dataclass(frozen=True)

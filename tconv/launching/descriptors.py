@@ -9,10 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonJITFunction
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-from triton.runtime.jit import MockTensor
+from triton.runtime.jit import JITFunction, MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tconv.launching.arguments import Box, Prepared
@@ -27,7 +24,9 @@ def descriptor(kernel: Any, t: Any, box: Box) -> Any:
         box: (shape, strides, box).
     """
     shape, strides, extents = map(list, box)
-    if isinstance(kernel, GluonJITFunction):
+    if _is_gluon(kernel):
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
         return GluonDescriptor(t, shape, strides, extents, _layout(t.dtype, extents))
     return TensorDescriptor(t, shape, strides, extents)
 
@@ -62,10 +61,16 @@ def stand_ins(launch: Prepared) -> tuple[Any, ...]:
 def signature(kernel: Any, dtype: torch.dtype, named: str, box: Box) -> str:
     """Returns Triton's type of a descriptor; `named` is Triton's name of the dtype."""
     extents = list(box[2])
-    layout = f",{_layout(dtype, extents)!r}" if isinstance(kernel, GluonJITFunction) else ""
+    layout = f",{_layout(dtype, extents)!r}" if _is_gluon(kernel) else ""
     return f"tensordesc<{named}{extents}{layout}>"
 
 
-def _layout(dtype: torch.dtype, extents: list[int]) -> gl.NVMMASharedLayout:
+def _is_gluon(kernel: Any) -> bool:
+    return isinstance(kernel, JITFunction) and kernel.is_gluon()
+
+
+def _layout(dtype: torch.dtype, extents: list[int]) -> Any:
     """Returns how Gluon lays out a box in shared memory: with the widest swizzle that fits it."""
+    from triton.experimental.gluon import language as gl
+
     return gl.NVMMASharedLayout.get_default_for(extents, getattr(gl, str(dtype).removeprefix("torch.")))

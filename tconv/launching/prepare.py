@@ -234,6 +234,8 @@ def prepare_pass(
         Ineligible: the tensors are not eligible for the only kernel.
     """
     reason = FAMILIES[only].ineligible(c, device) if only else None
+    if only and only not in KERNELS:
+        reason = f"this version of Triton has another Gluon than {only} is written in"
     if reason:
         raise Ineligible(reason)
     plan = planning.choose(c.p, c.pass_, c.operands(), device, only, precision)

@@ -30,6 +30,7 @@ class Family:
         dot: True if it multiplies with tl.dot, False if with multiply-adds.
         cuts: True if it can compute fp32 in BF16X6.
         tma: True if the tensor memory accelerator loads its operands.
+        gluon: True if the kernel is written in Gluon, Triton's experimental lower level.
         splittable: True if its reduction can be split (split-K).
         start: seconds that a program takes before and after its main loop, latency of the first loads included, as fitted to
             an H200's times.
@@ -47,6 +48,7 @@ class Family:
     dot = True
     cuts = False
     tma = False
+    gluon = False
     splittable = False
     start = 0.7e-6
     columns = 1

@@ -35,6 +35,7 @@ class Persistent(Tma):
 
     name = "persistent"
     passes = ("fprop", "dgrad")
+    gluon = True
     start = 2.9e-6
     instead: ClassVar[Instead] = {}
 

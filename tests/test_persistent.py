@@ -31,8 +31,8 @@ PERSISTENT = FAMILIES["persistent"]
 SQUARE, WIDE, TALL = Tile(128, 128, 64, 8, 6), Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
 CASES = [
     (oracle.Case("1-D, padding beyond the kernel", (3, 72, 45), 136, (3,), padding=5), SQUARE),
-    (oracle.Case("2-D, every parameter differs", (6, 80, 9, 7), 72, (1, 3), padding=(0, 2), dilation=(3, 2)), SQUARE),
-    (oracle.Case("3-D", (6, 72, 3, 4, 5), 64, (2, 1, 2), padding=(1, 0, 1), dilation=(2, 1, 1)), SQUARE),
+    (oracle.Case("2-D, every parameter differs", (6, 80, 9, 7), 72, (2, 3), padding=(3, 1), dilation=(3, 2)), SQUARE),
+    (oracle.Case("3-D", (2, 64, 18, 3, 5), 72, (2, 2, 2), padding=(1, 0, 1), dilation=(2, 1, 2)), SQUARE),
     (oracle.Case("pointwise, tiles of 256 pixels", (2, 136, 17, 17), 200, (1, 1)), WIDE),
     (oracle.Case("tiles of 256 channels", (3, 72, 6, 9), 264, (1, 2), padding=(0, 1)), TALL),
     (oracle.Case("two slots", (3, 64, 8, 16), 64, (3, 1), padding=(1, 0)), Tile(128, 128, 64, 8, 2)),

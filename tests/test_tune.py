@@ -505,10 +505,10 @@ def test_torchs_newer_setting_of_true_fp32_is_measured_too(timed):
     before, conv.fp32_precision = conv.fp32_precision, "ieee"
     try:
         tconv.tune(layer, x, backward=False)
-        assert ran(layer, x).plan.kernel == "packed"
+        assert "measured" in ran(layer, x).plan.reason
     finally:
         conv.fp32_precision = before
-    assert ran(layer, x).plan.kernel == "gather"  # TF32 is another cell
+    assert "measured" not in ran(layer, x).plan.reason  # TF32 is another cell
 
 
 def test_a_candidate_that_hangs_is_barred(own, timed):

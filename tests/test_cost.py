@@ -265,7 +265,7 @@ def test_the_planner_takes_what_is_predicted_fastest(pass_):
         p = layer.problem
         best = plan.choose(p, pass_, plan.Operands(2, True), device)
         assert all(best.cost.seconds <= other.cost.seconds for other in best.others)
-        for tile in FAMILIES[best.kernel].tiles_on(Access(2, True), device):
+        for tile in FAMILIES[best.kernel].tiles_for(plan.Operands(2, True), p, pass_, device, ""):
             try:
                 with plan.force(kernel=best.kernel, tile=tile):
                     forced = plan.choose(p, pass_, plan.Operands(2, True), device)

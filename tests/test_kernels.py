@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import tconv
 from tconv import functional as TF
 from tconv.launching.memory_format import addressing
+from tconv.planning.gemm import STEPS_OF_32
 from tconv.planning.operands import GatherPass
 from tconv.planning.packed import PACKED_WGRAD_16
 from tconv.planning.problem import forward_problem
@@ -244,6 +245,24 @@ def test_split_channels_in_every_dtype(dtype, channels_last, device, poisoned):
         first, second = (oracle.run(ours(case), case, *tensors)[:2] for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+# 96 and 32 channels, of which steps of 64 leave half a step empty: taps that wrap once a step, and a strided dgrad.
+HALVES = [
+    oracle.Case("halves, 1-D", (2, 96, 37), 32, (5,), stride=2, padding=2),
+    oracle.Case("halves, 2-D", (2, 32, 9, 7), 96, (3, 3), padding=1, dilation=2),
+    oracle.Case("halves, 3-D, in two groups", (1, 192, 3, 5, 4), 64, (3, 1, 2), stride=(1, 2, 1), padding=1, groups=2),
+    oracle.Case("halves, transposed", (2, 96, 6, 5), 160, (2, 3), stride=2, transposed=True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", STEPS_OF_32, ids=str)
+@pytest.mark.parametrize("case", HALVES, ids=str)
+def test_steps_of_half_as_many_channels(case, tile, dtype, device, poisoned):
+    with tconv.force(kernel="gather", tile=tile):
+        calls = check(case, *oracle.tensors(case, dtype, device, channels_last=True))
+    assert {c.plan.tile for c in calls if c.operation in ("fprop", "dgrad")} == {tile}
 
 
 @pytest.mark.parametrize("case", [c for c in cases.ALL if c.groups > 1 and "depthwise" in c.reason], ids=str)

@@ -12,9 +12,9 @@ from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.planning import plan
 from tconv.planning.depthwise import DIRECT
-from tconv.planning.device import ARCHITECTURES, INTERPRETER, Device
+from tconv.planning.device import ARCHITECTURES, DEVICES, INTERPRETER, Device
 from tconv.planning.families import FAMILIES
-from tconv.planning.gemm import GEMM_16
+from tconv.planning.gemm import GEMM_16, STEPS_OF_32
 from tconv.planning.packed import pack
 from tconv.planning.problem import forward_problem, transposed_problem
 from tconv.planning.strip import STRIP_16
@@ -171,6 +171,17 @@ def test_no_gpu_tile_lacks_a_device_that_can_run_it():
         tiles = family.tiles_on(Access(itemsize, tc, narrow), H200)
         assert tiles
         assert all(family.why_illegal(t, itemsize, H200) is None for t in tiles)
+
+
+@pytest.mark.parametrize("kernel", ["gather", "tma"])
+def test_steps_of_32_channels_are_for_layers_that_steps_of_64_do_not_fit(kernel):
+    for channels, fits in ((16, True), (48, False), (64, False), (96, True), (128, False), (160, True), (320, False)):
+        p = conv((8, channels, 56, 56), (256, channels, 3, 3), padding=1)
+        operands = plan.Operands(2, True)
+        offered = FAMILIES[kernel].tiles_for(operands, p, "fprop", H200, "")
+        assert set(STEPS_OF_32) & set(offered) == (set(STEPS_OF_32) if fits else set())
+        assert not set(STEPS_OF_32) & set(FAMILIES[kernel].tiles_for(operands, p, "fprop", DEVICES["A100"], ""))
+        assert (plan.choose(p, "fprop", operands, H200, kernel).tile.k == 32) is fits
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.instead], ids=lambda f: f.name)

@@ -14,6 +14,7 @@ from tconv.launching.prepare import prepare_gather
 from tconv.planning.cost import pixel_extents
 from tconv.planning.device import DEVICES, INTERPRETER
 from tconv.planning.families import FAMILIES
+from tconv.planning.gemm import STEPS_OF_32
 from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import Tile
 from tconv.planning.tma import box_of, run_of
@@ -26,6 +27,14 @@ def widened(case):
     """The case with more channels in as many groups: strides in multiples of 16 bytes, groups in whole boxes."""
     times = 64 if case.groups > 1 and oracle.compiled() else 16
     return dataclasses.replace(case, x=(case.x[0], times * case.x[1], *case.x[2:]), k=times * case.k)
+
+
+# Channels of which steps of 64 leave half a step empty.
+HALVES = [
+    oracle.Case("halves, 1-D", (2, 160, 37), 32, (5,), padding=2),
+    oracle.Case("halves, 2-D, in two groups", (2, 192, 9, 7), 64, (3, 3), padding=1, dilation=2, groups=2),
+    oracle.Case("halves, 3-D, a strided dgrad", (1, 96, 3, 5, 4), 96, (3, 1, 2), stride=(1, 2, 1), padding=1),
+]
 
 
 def strided(case):
@@ -66,6 +75,14 @@ def test_every_dtype(case, dtype, device, poisoned):
         pytest.skip("the tensor cores behind boxes know neither true fp32 nor fp64")
     wide = widened(case)
     check(wide, *oracle.tensors(wide, dtype, device, channels_last=True))
+
+
+@pytest.mark.parametrize("tile", STEPS_OF_32, ids=str)
+@pytest.mark.parametrize("case", HALVES, ids=str)
+def test_steps_of_half_as_many_channels(case, tile, device, poisoned):
+    """Boxes of 32 channels, which divide 96 channels per group and 160 without groups."""
+    calls = check(case, *oracle.tensors(case, torch.bfloat16, device, channels_last=True), tile=tile)
+    assert tile in {c.plan.tile for c in calls if c.operation == "dgrad"}
 
 
 def check_wgrad(case, x, w, b, **forced):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tconv.planning.cost import frames_met, phase_pixels, pixel_tiles
 from tconv.planning.device import Device
 from tconv.planning.family import Instead, Spills
-from tconv.planning.gemm import General
+from tconv.planning.gemm import General, Stepping
 from tconv.planning.operands import GatherPass, Operands, chunk
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Access, Tile
@@ -21,7 +21,7 @@ NARROW_APART = Tile(256, 32, 32, 8, 3)  # for 16-bit elements loaded one by one,
 NARROW = Tile(64, 32, 16, 8, 2, 128)  # for true fp32 with element-by-element loads, where four warps spill
 
 
-class Gather(General):
+class Gather(Stepping, General):
     """An implicit GEMM of [pixels, reduced channels] by [reduced channels, written channels], tap by tap."""
 
     name = "gather"

@@ -11,7 +11,7 @@ from tconv.planning.addressing import LIMIT
 from tconv.planning.cost import phase_taps, pixel_extents
 from tconv.planning.device import Device
 from tconv.planning.family import Boxes, Instead
-from tconv.planning.gemm import Gemm, weight_tiles
+from tconv.planning.gemm import Gemm, Stepping, weight_tiles
 from tconv.planning.operands import GatherPass, Operands, Pass, WgradPass
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Access, Tile
@@ -71,7 +71,7 @@ class _Tma(Gemm):
         raise NotImplementedError
 
 
-class Tma(_Tma):
+class Tma(Stepping, _Tma):
     """`gather` with boxes of pixels by channels."""
 
     name = "tma"
@@ -98,7 +98,7 @@ class Tma(_Tma):
         return None
 
     def groups_apart(self, c: Pass, device: Device) -> str | None:
-        least = 16 if device.interpreted else min(t.k for t in self.tiles_on(Access(c.itemsize, True), device))
+        least = 16 if device.interpreted else min(t.k for t in self.tiles_for(c.operands(), c.p, c.pass_, device, ""))
         if c.p.G > 1 and c.ci % least:
             return f"boxes would reach into the next group: {c.ci} channels per group are no multiple of {least}"
         return None

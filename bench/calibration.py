@@ -34,7 +34,7 @@ from tconv.planning.persistent import SPECIALISED
 from tconv.planning.plan import Plan
 from tconv.planning.tiles import Tile
 
-TILE = r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: r(\d+))?(?: c(\d+))?"
+TILE = r"(\d+)x\(?(\d+)(?:\+(\d+)\))?x(\d+) w(\d+) s(\d+)(?: r(\d+))?(?: c(\d+))?"
 SWEPT = re.compile(rf"(?P<kernel>\w+) (?P<tile>{TILE}) x(?P<splits>\d+)(?P<staged> staged)?")
 RACED = re.compile(
     rf"\w+: (?P<kernel>\w+) (?P<tile>{TILE})(?:, (?P<splits>\d+) splits)?(?P<staged>, .* copied to channels last)? \("
@@ -106,11 +106,7 @@ class Model:
     def predicted(self, t: Timed) -> float | None:
         """Returns the predicted seconds of a plan that was timed; None if it can no longer be planned."""
         kernel, splits = t.plan["kernel"], int(t.plan["splits"] or 1)
-        first = t.plan.re.groupindex["tile"]
-        extents = [
-            int(n) if n else default for n, default in zip(t.plan.groups()[first : first + 7], (*[0] * 6, 1), strict=True)
-        ]
-        forced: dict[str, Any] = {"kernel": kernel, "tile": Tile(*extents), "staged": t.plan["staged"] is not None}
+        forced: dict[str, Any] = {"kernel": kernel, "tile": tile_of(t.plan), "staged": t.plan["staged"] is not None}
         if kernel == "gather" or t.pass_ == "wgrad":
             forced["splits"] = splits
         try:
@@ -118,6 +114,13 @@ class Model:
         except ValueError:
             return None
         return cost and cost.seconds
+
+
+def tile_of(plan: re.Match[str]) -> Tile:
+    """Returns the tile that a plan's text names, in SWEPT's or RACED's form."""
+    first = plan.re.groupindex["tile"]
+    m, n, extra, k, warps, stages, registers, columns = (int(v or 0) for v in plan.groups()[first : first + 8])
+    return Tile(m, n, k, warps, stages, registers, columns or 1, extra)
 
 
 def name(plan: Plan) -> tuple[Any, ...]:

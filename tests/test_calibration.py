@@ -10,6 +10,7 @@ from bench.record import RESULTS
 from tconv.planning.device import DEVICES
 from tconv.planning.families import FAMILIES
 from tconv.planning.persistent import SPECIALISED
+from tconv.planning.tiles import Tile
 
 WITHOUT_TMA = dataclasses.replace(DEVICES["H200"], check=lambda mechanism: mechanism not in ("tma", SPECIALISED))
 
@@ -33,6 +34,20 @@ def test_the_planner_chooses_nearly_the_fastest_of_the_plans_that_were_timed():
     _, _, _, _, regret, cells, unknown = last_row(calibration.SWEPT)
     assert int(cells) - int(unknown) > 25  # in the others the planner chooses a plan that is newer than the record
     assert 1 <= float(regret) < 1.06
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(64, 32, 16), Tile(128, 128, 64, 8, 4, extra=64), Tile(64, 64, 64, 4, 4, 255),
+        Tile(64, 4, 1, 4, 1, 255, columns=8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_text_of_a_tile_is_read_as_that_tile(tile):
+    swept, raced = f"gather {tile} x3 staged", f"fprop: gather {tile}, 3 splits (best of 5)"
+    assert calibration.tile_of(calibration.SWEPT.fullmatch(swept)) == tile
+    assert calibration.tile_of(calibration.RACED.match(raced)) == tile
 
 
 def test_folders_without_such_records_are_named(tmp_path, monkeypatch, capsys):

@@ -95,7 +95,7 @@ def test_programs_and_workspace_are_those_launched(case, channels_last):
 def test_loop_lengths_are_near_those_compiled():
     """Against the recorded machine code: of every kernel and precision, wide and narrow, the median is within a half."""
     rows = csv.DictReader((BUDGETS / "triton-3.7" / "sm_90.csv").read_text().splitlines()[1:])
-    tile = r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: r\d+)?(?: c(\d+))?"
+    tile = r"(\d+)x\(?(\d+)(?:\+(\d+)\))?x(\d+) w(\d+) s(\d+)(?: r\d+)?(?: c(\d+))?"
     pattern = re.compile(rf"(\w+) (\w+) (\d)d (\w+) {tile} inner=(\S*) vec=(\S*)(.*)")
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     ratios = collections.defaultdict(list)
@@ -103,7 +103,7 @@ def test_loop_lengths_are_near_those_compiled():
         found = pattern.fullmatch(row["variant"])
         if not found or found[2] in ("bias", "copy") or found[4] not in sizes:
             continue
-        pass_, kernel, rank, dtype, *extents, columns, inner, vectors, flags = found.groups()
+        pass_, kernel, rank, dtype, m, n, extra, k, warps, stages, columns, inner, vectors, flags = found.groups()
         direct = kernel.startswith(("depthwise", "strip"))
         read = vectors.split("/")[: 1 if kernel == "packed" else 2]  # few of the packed gather's elements are weights
         narrow = "1" in read
@@ -118,7 +118,8 @@ def test_loop_lengths_are_near_those_compiled():
             r = int(rank)  # of the problem, its length depends on nothing else
             p = forward_problem((1, 16, *[9] * r), (16, 16, *[3] * r), (1,) * r, [(0, 0)] * r, (1,) * r, 1)
         access = Access(sizes[dtype], cores, narrow, kernel.startswith("strip") and inner[0] != "c", precision=split)
-        length = FAMILIES[kernel].length(p, pass_, Tile(*map(int, extents), columns=int(columns or 1)), access)
+        block = Tile(*map(int, (m, n, k, warps, stages)), columns=int(columns or 1), extra=int(extra or 0))
+        length = FAMILIES[kernel].length(p, pass_, block, access)
         ratios[kernel, dtype, cores, split, narrow].append(int(row["loop_instructions"]) / length)
     assert {kernel for kernel, *_ in ratios} == set().union(*plan.KERNELS.values()) - {"bias"}
     assert {kernel for kernel, _, _, split, _ in ratios if split} == {f.name for f in FAMILIES.values() if f.cuts}

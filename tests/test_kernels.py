@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import tconv
 from tconv import functional as TF
 from tconv.launching.memory_format import addressing
+from tconv.planning.gather import TWO_BLOCKS
 from tconv.planning.gemm import STEPS_OF_32
 from tconv.planning.operands import GatherPass
 from tconv.planning.packed import PACKED_WGRAD_16
@@ -263,6 +264,38 @@ def test_steps_of_half_as_many_channels(case, tile, dtype, device, poisoned):
     with tconv.force(kernel="gather", tile=tile):
         calls = check(case, *oracle.tensors(case, dtype, device, channels_last=True))
     assert {c.plan.tile for c in calls if c.operation in ("fprop", "dgrad")} == {tile}
+
+
+# Channels that end within the second block, within the first, and with a tile; of dgrad the same, the other way round.
+BLOCKS_OF_TWO = [
+    oracle.Case("second, first, 1-D", (2, 200, 37), 160, (5,), stride=2, padding=2),
+    oracle.Case("first, whole, 2-D", (1, 192, 9, 7), 264, (3, 3), padding=1, dilation=2),
+    oracle.Case("whole, second, 2-D in two groups", (2, 144, 5, 7), 192, (2, 3), stride=(1, 2), groups=2),
+    oracle.Case("second, whole, 3-D", (1, 96, 3, 5, 4), 88, (3, 1, 2), stride=(1, 2, 1), padding=1),
+    oracle.Case("transposed, whole, second", (2, 176, 6, 5), 96, (2, 3), stride=2, transposed=True),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", TWO_BLOCKS, ids=str)
+@pytest.mark.parametrize("case", BLOCKS_OF_TWO, ids=str)
+def test_tiles_of_two_blocks_of_written_channels(case, tile, dtype, channels_last, device, poisoned):
+    with tconv.force(kernel="gather", tile=tile, staged=not channels_last):
+        calls = check(case, *oracle.tensors(case, dtype, device, channels_last))
+    assert {c.plan.tile for c in calls if c.operation in ("fprop", "dgrad")} == {tile}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_blocks_of_split_channels(dtype, device, poisoned):
+    """Rows of pixels too, of which the accumulators are the transposes, and element by element."""
+    if oracle.compiled():
+        pytest.skip("so small a block is no tensor core's")
+    case = oracle.Case("", (2, 52, 7, 5), 42, (3, 3), stride=2, padding=1)
+    for channels_last in (False, True):
+        with tconv.force(kernel="gather", tile=Tile(64, 32, 16, extra=16), splits=2, staged=False):
+            calls = check(case, *oracle.tensors(case, dtype, device, channels_last))
+        assert [c.plan.splits for c in calls if c.operation in ("fprop", "dgrad")] == [2, 2]
 
 
 @pytest.mark.parametrize("case", [c for c in cases.ALL if c.groups > 1 and "depthwise" in c.reason], ids=str)

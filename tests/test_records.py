@@ -28,6 +28,7 @@ H200 = DEVICES["H200"]
 HERE = Machine("H200", "580.1", "2.13", "3.7.1", "abc")
 CELL = Cell(("fprop", "bfloat16", ("c8", "i8", "c8"), 2, 64, 64, 1, (1, 3, 3), (1, 1, 1), (1, 1, 1)), 20, 40)
 PLAN = Forced("gather", Tile(128, 128, 64, 8, 3), 1, False, "ieee")
+TWO_BLOCKS = Forced("gather", Tile(128, 128, 64, 8, 4, extra=64), 1, False, "ieee")
 FOUND = Measured(PLAN, 1e-5, 2e-5, 0.03, 1.1e-5, 1.2e-5)
 PROBLEM = forward_problem((32, 256, 14, 14), (256, 256, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
 
@@ -255,6 +256,14 @@ def test_the_plan_that_was_measured_is_chosen(known):
     assert (plan.kernel, plan.tile) == (guess.kernel, tile)
     assert plan.reason.startswith("measured: tconv 10.0 us, torch 20.0 us; ")
     assert planned(channels_last=False).reason.startswith("best of")  # another memory format is another cell
+
+
+def test_a_plan_of_two_blocks_is_kept_and_older_plans_of_one_are_read(known):
+    known(dataclasses.replace(FOUND, plan=TWO_BLOCKS))
+    assert planned().tile == TWO_BLOCKS.tile
+    assert book.plan_from(book.plan_to(TWO_BLOCKS)) == TWO_BLOCKS
+    before = book.plan_to(PLAN)
+    assert book.plan_from(before | {"tile": before["tile"][:7]}) == PLAN
 
 
 def test_a_plan_of_another_size_gets_splits_that_fit(known):

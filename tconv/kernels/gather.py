@@ -18,10 +18,14 @@ in the prologue, so it has no division and the software pipeline does not drain 
 from one word of bits per pixel, in which each tap that falls outside the input has its bit set. FIELD is the bits per
 dimension: 32, 16 or 10 at rank 1, 2 or 3. For filters with more taps FIELD is 0, and coordinates are compared instead.
 
+A tile may have a second block of written channels (EXTRA), with an accumulator of its own: 128 + 64 channels in one tile, which
+a block of 256 would fill by three quarters. Both blocks multiply the same pixels, which are loaded once.
+
 If a layer has too few tiles to fill the device, the channel blocks are cut into splits (SPLIT, split-K). Each split writes
 its sums to its slice of a workspace, the first split with the bias, and `reduce.sum_splits` adds the slices in a fixed order.
 """
 
+import triton
 import triton.language as tl
 
 from tconv.kernels.common import (
@@ -42,6 +46,44 @@ from tconv.kernels.common import (
 )
 
 
+@triton.jit
+def multiply(
+    acc, xv, wp, o, tail, written,
+    W_UNIT: tl.constexpr, EVEN: tl.constexpr, W_FLIP: tl.constexpr, FLIP: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Returns acc plus the pixels xv times the weights at wp, which are those of a block of written channels o."""
+    if EVEN:
+        if W_UNIT == "o":
+            wv = tl.load(wp, mask=trail(o < written, W_FLIP), other=0.0)
+        else:
+            wv = tl.load(wp)
+    else:
+        if W_UNIT == "o":
+            wv = tl.load(wp, mask=trail(o < written, W_FLIP) & lead(tail, W_FLIP), other=0.0)
+        else:
+            wv = tl.load(wp, mask=lead(tail, W_FLIP), other=0.0)
+    wv = turned(wv, W_FLIP, FLIP)  # [reduced channels, written channels], transposed if FLIP
+    if FLIP:
+        return product(wv, xv, acc, PRECISION, INTERPRET)
+    else:
+        return product(xv, wv, acc, PRECISION, INTERPRET)
+
+
+@triton.jit
+def write(
+    acc, yp, b_ptr, o, once, live, written, sb, y_offset, y_step,
+    HAS_BIAS: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr, Y_FLIP: tl.constexpr,
+):  # fmt: skip
+    """Writes the sums of a block of written channels o, plus the bias of those below `once`."""
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + o * sb, mask=o < once, other=0.0)
+        acc += trail(bias.to(acc.dtype), FLIP)
+    y = turned(rounded(acc, yp.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
+    yp += lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
+    tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(o < written, Y_FLIP))
+
+
 @kernel
 def gather(
     x_ptr, w_ptr, b_ptr, y_ptr,
@@ -58,7 +100,7 @@ def gather(
     X_PIXELS: tl.constexpr, Y_PIXELS: tl.constexpr,  # vector width along the pixels, if these are contiguous and it is above 1
     EVEN: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FIRST: tl.constexpr = 3 - RANK
@@ -78,7 +120,7 @@ def gather(
 
     # Program order: channel tiles of all groups vary fastest, because they read the same pixels; then splits, then pixel tiles.
     # Phases with more taps come first.
-    tiles_n = tl.cdiv(CO, BLOCK_N)
+    tiles_n = tl.cdiv(CO, BLOCK_N + EXTRA)
     pid_n = tl.program_id(0) % tiles_n
     group = tl.program_id(0) // tiles_n % G
     splits = tl.cdiv(CI, chunk) if SPLIT else 1
@@ -107,7 +149,7 @@ def gather(
         bits = outside_word(bits, h, X, D, gcds, TRANSPOSED, RANK, FIELD)
 
     # --- channels and pointers ---
-    o = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o = pid_n * (BLOCK_N + EXTRA) + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_K)
     reduced = multiple(multiple(CI, X_VEC), W_VEC if W_UNIT == "i" else 1)
     written = multiple(multiple(CO, Y_VEC), W_VEC if W_UNIT == "o" else 1)
@@ -119,6 +161,10 @@ def gather(
     ow = o if W_UNIT == "o" else tl.minimum(o, CO - 1)
     xp = x_ptr + group * multiple(sxg, max(X_VEC, X_PIXELS)).to(OFFSET) + (lead(x_offset, X_FLIP) + trail(c * x_step, X_FLIP))
     wp = w_ptr + w_offset + (lead(c * w_step_i, W_FLIP) + trail(ow * w_step_o, W_FLIP))
+    if EXTRA:
+        more = pid_n * (BLOCK_N + EXTRA) + BLOCK_N + tl.arange(0, EXTRA)
+        ow = more if W_UNIT == "o" else tl.minimum(more, CO - 1)
+        more_wp = w_ptr + w_offset + (lead(c * w_step_i, W_FLIP) + trail(ow * w_step_o, W_FLIP))
 
     # --- what the offsets add when a dimension's tap advances (fx, fw) and when it wraps (wrap_x, wrap_w) ---
     fx = ()
@@ -153,11 +199,18 @@ def gather(
         left = tl.minimum(chunk, CI - done)
         xp += done * x_step
         wp += done * w_step_i
+        if EXTRA:
+            more_wp += done * w_step_i
         y_ptr += split.to(tl.int64) * multiple(sys, max(Y_VEC, Y_PIXELS))
     if FLIP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    if EXTRA:
+        if FLIP:
+            more_acc = tl.zeros((EXTRA, BLOCK_M), dtype=ACC)
+        else:
+            more_acc = tl.zeros((BLOCK_M, EXTRA), dtype=ACC)
     for _ in tl.range(0, n_taps[0] * n_taps[1] * n_taps[2] * tl.cdiv(left, BLOCK_K)):
         if X_PIXELS > 1:
             ok = live
@@ -167,25 +220,17 @@ def gather(
             ok = live
             for d in tl.static_range(FIRST, 3):
                 ok &= inside(h[d] + counter[d] * x_tap[d], X[d])
+        tail = c < reduced - done
         if EVEN:
             xv = tl.load(xp + dx, mask=lead(ok, X_FLIP), other=0.0)
-            if W_UNIT == "o":
-                wv = tl.load(wp + dw, mask=trail(o < written, W_FLIP), other=0.0)
-            else:
-                wv = tl.load(wp + dw)
         else:
-            tail = c < reduced - done
             xv = tl.load(xp + dx, mask=lead(ok, X_FLIP) & trail(tail, X_FLIP), other=0.0)
-            if W_UNIT == "o":
-                wv = tl.load(wp + dw, mask=trail(o < written, W_FLIP) & lead(tail, W_FLIP), other=0.0)
-            else:
-                wv = tl.load(wp + dw, mask=lead(tail, W_FLIP), other=0.0)
         xv = turned(xv, X_FLIP, FLIP)  # [BLOCK_M, BLOCK_K], transposed if FLIP
-        wv = turned(wv, W_FLIP, FLIP)  # [BLOCK_K, BLOCK_N], transposed if FLIP
-        if FLIP:
-            acc = product(wv, xv, acc, PRECISION, INTERPRET)
-        else:
-            acc = product(xv, wv, acc, PRECISION, INTERPRET)
+        acc = multiply(acc, xv, wp + dw, o, tail, written, W_UNIT, EVEN, W_FLIP, FLIP, PRECISION, INTERPRET)
+        if EXTRA:
+            more_acc = multiply(
+                more_acc, xv, more_wp + dw, more, tail, written, W_UNIT, EVEN, W_FLIP, FLIP, PRECISION, INTERPRET,
+            )  # fmt: skip
         dx += fx[2]
         dw += fw[2]
         i2 = counter[2] + 1
@@ -210,13 +255,12 @@ def gather(
         counter = (i0, i1, i2)
         done += tl.where(wrap, BLOCK_K, 0)
 
-    if HAS_BIAS:
-        once = o < (tl.where(split == 0, CO, 0) if SPLIT else CO)
-        bias = tl.load(b_ptr + (group * CO + o) * sb, mask=once, other=0.0)
-        acc += trail(bias.to(ACC), FLIP)
     if Y_PIXELS > 1:
         live, y_offset = flat_pixels(pid_m, N, Y, syn, RANK, OFFSET, BLOCK_M, Y_PIXELS)
+    once = tl.where(split == 0, CO, 0) if SPLIT else CO
     y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
-    yp = y_ptr + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET) + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
-    y = turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
-    tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(o < written, Y_FLIP))
+    yp = y_ptr + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
+    bp = b_ptr + group * CO * sb
+    write(acc, yp, bp, o, once, live, written, sb, y_offset, y_step, HAS_BIAS, INTERPRET, FLIP, Y_FLIP)
+    if EXTRA:
+        write(more_acc, yp, bp, more, once, live, written, sb, y_offset, y_step, HAS_BIAS, INTERPRET, FLIP, Y_FLIP)

@@ -35,6 +35,7 @@ class Family:
         start: seconds that a program takes before and after its main loop, latency of the first loads included, as fitted to
             an H200's times.
         columns: the most columns of its tiles.
+        two_blocks: True if its tiles may have a second block of written channels.
         any_rows: True if the first extent of its tiles need not be a power of two.
         spills: by generation of the device, tiles that spill registers there and must not be used. Before Hopper, tensor cores
             read their operands from registers, which leaves fewer for accumulators.
@@ -52,6 +53,7 @@ class Family:
     splittable = False
     start = 0.7e-6
     columns = 1
+    two_blocks = False
     any_rows = False
     spills: ClassVar[Spills] = {}
     instead: ClassVar[Instead] = {}
@@ -112,6 +114,8 @@ class Family:
             return f"tile {tile}: extents and warps must be powers of two"
         if not 1 <= tile.columns <= self.columns:
             return f"tile {tile}: so many columns are not for {self.name}"
+        if tile.extra and not (self.two_blocks and 16 <= tile.extra <= tile.n and not tile.extra & (tile.extra - 1)):
+            return f"tile {tile}: no such second block for {self.name}"
         if max(tile.m * tile.n, tile.n * tile.k, tile.m * tile.k) > MAX_TILE:
             return f"tile {tile}: more than {MAX_TILE} elements in a block"
         reason = self.why_unsupported(tile, itemsize, device)
@@ -120,7 +124,7 @@ class Family:
         if self.dot:
             if min(tile.m, tile.n, tile.k) < 16:
                 return f"tile {tile}: tl.dot needs at least 16 in each extent"
-            shared = tile.stages * (tile.m + tile.n) * tile.k * itemsize
+            shared = tile.stages * (tile.m + tile.across) * tile.k * itemsize
             if shared > device.shared_bytes:
                 return f"tile {tile}: {shared} bytes of shared memory, {device.name} has {device.shared_bytes}"
         if tile in self.spills.get(device.generation, ()):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tconv.planning.cost import frames_met, phase_pixels, pixel_tiles
 from tconv.planning.device import Device
 from tconv.planning.family import Instead, Spills
-from tconv.planning.gemm import General, Stepping
+from tconv.planning.gemm import STEPS_OF_32, General, Stepping
 from tconv.planning.operands import GatherPass, Operands, chunk
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Access, Tile
@@ -18,6 +18,10 @@ FILLED = 2  # fprop and dgrad are not split if they have at least so many waves:
 FIELD = {1: 32, 2: 16, 3: 10}  # by rank: taps per dimension whose masks fit in one 32-bit word per pixel
 SHARING = Tile(128, 128, 64, 8, 3)  # two programs share a multiprocessor, which holds one of four stages
 NARROW_APART = Tile(256, 32, 32, 8, 3)  # for 16-bit elements loaded one by one, from tensors whose pixels are contiguous
+# For 192 written channels, and 96, of which powers of two leave a quarter empty.
+TWO_BLOCKS = (
+    Tile(128, 128, 64, 8, 4, extra=64), Tile(256, 64, 64, 8, 3, extra=32), Tile(256, 64, 32, 8, 6, extra=32),
+)  # fmt: skip
 NARROW = Tile(64, 32, 16, 8, 2, 128)  # for true fp32 with element-by-element loads, where four warps spill
 
 
@@ -28,6 +32,8 @@ class Gather(Stepping, General):
     passes = ("fprop", "dgrad")
     start = 3.5e-6
     splittable = True
+    two_blocks = True
+    hopper_16 = (*STEPS_OF_32, *TWO_BLOCKS)
     base, copy, one = 50, 8, 4
     cut = 10
     fma_narrow = (NARROW,)
@@ -76,12 +82,12 @@ class Gather(Stepping, General):
         return (Tile(pow2(phase_pixels(p, pass_), 16, (1 << 18) // max(n, k)), n, k),)
 
     def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
-        return pixel_tiles(p, pass_, tile.m) * math.ceil(self.channels(p, pass_)[0] / tile.n) * p.G
+        return pixel_tiles(p, pass_, tile.m) * math.ceil(self.channels(p, pass_)[0] / tile.across) * p.G
 
     def splits(self, p: ConvProblem, pass_: str, tile: Tile, device: Device) -> bool:
         # With the largest tiles there are no registers left for the offsets of a split's slice.
         few = self.programs(p, pass_, tile) < FILLED * device.units
-        return few and tile.m * tile.n <= 128 * 128 and not device.interpreted
+        return few and tile.m * tile.across <= 128 * 128 and not device.interpreted
 
     def steps(self, p: ConvProblem, pass_: str, tile: Tile, splits: int) -> int:
         steps = super().steps(p, pass_, tile, splits)
@@ -98,6 +104,6 @@ class Gather(Stepping, General):
         integers = {"chunk": chunk(c.ci, tile.k, splits), "sys": c.y.numel if split else 0}
         return integers, {
             "X_VEC": c.x_vec, "Y_VEC": c.y_vec, "X_PIXELS": c.pixels_x, "Y_PIXELS": c.pixels_y,
-            "EVEN": c.ci % tile.k == 0, "SPLIT": split,
+            "EVEN": c.ci % tile.k == 0, "SPLIT": split, "EXTRA": tile.extra,
             "FIELD": FIELD[c.p.rank] if max(c.p.T) <= FIELD[c.p.rank] else 0,
         }  # fmt: skip

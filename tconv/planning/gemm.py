@@ -14,7 +14,7 @@ from tconv.planning.tiles import BF16X6, Access, Tile
 # Tiles, named by bits of an element. They were chosen by compiling for sm_90, where none may spill registers
 # (`scripts/codegen.py` prints registers, spills and shared memory).
 GEMM_16 = (
-    Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3),  # only if Access.large
+    Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3),
     Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4),
     Tile(128, 32, 32, 4, 4), Tile(64, 32, 64, 4, 4),  # for 32 channels or fewer
 )  # fmt: skip
@@ -60,19 +60,19 @@ class Gemm(Family):
             return self.fma_narrow if access.narrow else FMA_32
         if access.itemsize == 4:
             return GEMM_32_NARROW if access.narrow else GEMM_32
-        return GEMM_16_NARROW if access.narrow else GEMM_16 if access.large else GEMM_16[2:]
+        return GEMM_16_NARROW if access.narrow else fitting(GEMM_16, access)
 
     def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
         threads = 32 * tile.warps
-        products = 0.0 if access.tensor_cores else 1.1 * tile.m * tile.n * tile.k / threads
+        products = 0.0 if access.tensor_cores else 1.1 * tile.m * tile.across * tile.k / threads
         if access.precision == BF16X6:  # each warpgroup cuts the rows it reads; a step's sum is added
             shared = max(1, 16 * tile.warps // tile.m)
-            products = self.cut * (shared * tile.m + tile.n) * tile.k / threads + tile.m * tile.n / threads
+            products = self.cut * (shared * tile.m + tile.across) * tile.k / threads + tile.m * tile.across / threads
         return self.loads(p, tile, access) + products
 
     def loads(self, p: ConvProblem, tile: Tile, access: Access) -> float:
         """Returns the instructions per iteration besides the products'."""
-        loaded = (tile.m + tile.n) * tile.k / (32 * tile.warps)
+        loaded = (tile.m + tile.across) * tile.k / (32 * tile.warps)
         return self.base + loaded * (self.one if access.narrow else self.copy * access.itemsize / 16)
 
     def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
@@ -90,12 +90,12 @@ class Gemm(Family):
         return 8 if access.precision == BF16X6 or (access.narrow and not access.tensor_cores) else 16
 
     def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
-        pipeline = tile.stages * (tile.m + tile.n) * tile.k * access.itemsize  # bytes of shared memory
+        pipeline = tile.stages * (tile.m + tile.across) * tile.k * access.itemsize  # bytes of shared memory
         resident = min(device.shared_bytes // pipeline, self.warps(access) // tile.warps)
         length = self.length(p, pass_, tile, access) * (self.waiting if access.narrow and access.tensor_cores else 1)
         return Work(
-            self.steps(p, pass_, tile, splits), 2 * tile.m * tile.n * tile.k, length,
-            access.itemsize * tile.k * (tile.m + tile.n), resident,
+            self.steps(p, pass_, tile, splits), 2 * tile.m * tile.across * tile.k, length,
+            access.itemsize * tile.k * (tile.m + tile.across), resident,
         )  # fmt: skip
 
 
@@ -121,18 +121,24 @@ class Advancing(Gemm):
 
 
 class Stepping(Gemm):
-    """fprop and dgrad, whose iterations advance through the reduced channels, in steps of 32 where 64 do not fit them."""
+    """fprop and dgrad, whose iterations advance through the reduced channels, in steps of 32 where 64 do not fit them.
+
+    Attributes:
+        hopper_16: further tiles, for wide accesses to 16-bit elements on Hopper.
+    """
+
+    hopper_16: tuple[Tile, ...] = STEPS_OF_32
 
     def tiles_on(self, access: Access, device: Device) -> tuple[Tile, ...]:
         found = super().tiles_on(access, device)
         if device.generation != 9 or access.itemsize != 2 or access.narrow:
             return found
-        return (*found, *(STEPS_OF_32 if access.large else STEPS_OF_32[1:]))
+        return (*found, *fitting(self.hopper_16, access))
 
     def tiles_for(self, operands: Operands, p: ConvProblem, pass_: str, device: Device, precision: str) -> tuple[Tile, ...]:
         found = super().tiles_for(operands, p, pass_, device, precision)
-        fits = 0 < self.channels(p, pass_)[1] % 64 <= 32
-        return found if fits else tuple(tile for tile in found if tile not in STEPS_OF_32)
+        halves = 0 < self.channels(p, pass_)[1] % 64 <= 32
+        return found if halves else tuple(tile for tile in found if tile not in self.hopper_16 or tile.k > 32)
 
 
 class General(Gemm):
@@ -154,3 +160,8 @@ class General(Gemm):
 def weight_tiles(p: ConvProblem, tile: Tile) -> int:
     """Returns the tiles of a weight gradient that is computed tap by tap."""
     return math.ceil(p.K // p.G / tile.m) * math.ceil(p.C // p.G / tile.n) * p.taps * p.G
+
+
+def fitting(tiles: tuple[Tile, ...], access: Access) -> tuple[Tile, ...]:
+    """Returns the tiles for whose accumulators the accesses leave enough registers."""
+    return tuple(tile for tile in tiles if tile.m * tile.across <= access.room)

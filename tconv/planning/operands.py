@@ -22,7 +22,7 @@ class Operands:
         itemsize: bytes of an element.
         tensor_cores: True if the precision asked for lets tensor cores compute the products.
         narrow: True if an operand's layout or alignment allows only element-by-element access.
-        large: True if the accesses leave enough registers for the largest tiles.
+        room: the most elements of a tile's accumulators for which the accesses leave enough registers.
         strips: for strip kernels, (flip, narrow): whether the operand read has no contiguous channels (usually its columns
             are contiguous), and whether an operand is accessed element by element; None if as `narrow` says.
         pack_narrow: maps the groups per pack to `narrow` for a packed kernel, which ignores how weights are accessed; None if
@@ -32,13 +32,13 @@ class Operands:
     itemsize: int
     tensor_cores: bool
     narrow: bool = False
-    large: bool = True
+    room: int = 256 * 128
     strips: tuple[bool, bool] | None = None
     pack_narrow: Callable[[int], bool] | None = None
 
     def access(self, narrow: bool, precision: str) -> Access:
         """Returns how a kernel accesses the operands in a precision, given whether it does so element by element."""
-        return Access(self.itemsize, self.tensor_cores or precision == BF16X6, narrow, large=self.large, precision=precision)
+        return Access(self.itemsize, self.tensor_cores or precision == BF16X6, narrow, room=self.room, precision=precision)
 
 
 class Pass:
@@ -139,11 +139,11 @@ class Pass:
         """Returns what the planner asks about the operands."""
         raise NotImplementedError
 
-    def _operands(self, least: int, large: bool, pack_narrow: Callable[[int], bool]) -> Operands:
+    def _operands(self, least: int, room: int, pack_narrow: Callable[[int], bool]) -> Operands:
         """Returns what the planner asks, given the least vector width of the accesses within a group."""
         narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
         strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
-        return Operands(self.itemsize, self.tensor_cores, narrow, large, strips, pack_narrow)
+        return Operands(self.itemsize, self.tensor_cores, narrow, room, strips, pack_narrow)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         """Returns the integers that the kernels of this pass share, by the names of their parameters."""
@@ -188,9 +188,12 @@ class GatherPass(Pass):
         # pixels, at no loss.
         read = max(self.x_vec, self.pixels_x)
         least = min(read, self.w_vec, self.y_vec if self.y.unit else read)
-        # The largest tiles have no registers to spare for the addresses of narrower accesses, or of a 3-D dgrad's pixels.
-        large = self.itemsize * least == 16 and not (self.transposed and self.p.rank == 3 and self.y.unit)
-        return self._operands(least, large, lambda groups: self.pack_vectors(groups)[0] == 1)
+        # The larger tiles have no registers to spare for the addresses of narrower accesses, and the largest ones none for the
+        # pixels of a 3-D dgrad either.
+        room = 256 * 128 if self.itemsize * least == 16 else 128 * 128
+        if self.transposed and self.p.rank == 3 and self.y.unit:
+            room = min(room, 128 * 192)
+        return self._operands(least, room, lambda groups: self.pack_vectors(groups)[0] == 1)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         return {
@@ -209,7 +212,7 @@ class GatherPass(Pass):
             # Offsets may pass the ends of x by the halo: the first tap may be outside x while a later one is inside.
             "WIDE": max(self.x.reach + self.x.halo(p), self.y.reach, p.N * math.prod(self.extents) + tile.m) > LIMIT,
             # If pixels are contiguous, they become the accumulator's columns. Its rows are channels, and wgmma needs 64 rows.
-            "FLIP": not (self.x.unit and self.y.unit) and (self.itemsize > 2 or tile.n >= 64 or not dot),
+            "FLIP": not (self.x.unit and self.y.unit) and (self.itemsize > 2 or (tile.extra or tile.n) >= 64 or not dot),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_C": tile.n,
         }  # fmt: skip
 
@@ -240,7 +243,8 @@ class WgradPass(Pass):
 
     def operands(self) -> Operands:
         least = min(max(self.x_vec, self.pixels_x), max(self.y_vec, self.pixels_y))
-        return self._operands(least, self.itemsize * least == 16, lambda groups: min(self.pack_vectors(groups)) == 1)
+        room = 256 * 128 if self.itemsize * least == 16 else 128 * 128
+        return self._operands(least, room, lambda groups: min(self.pack_vectors(groups)) == 1)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         p, w = self.p, self.w

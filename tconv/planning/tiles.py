@@ -33,6 +33,7 @@ class Tile:
         registers: limit of registers per thread on NVIDIA. 0 leaves it to ptxas, which sometimes spills a few registers to
             fit one more program on a multiprocessor.
         columns: neighbouring outputs that a thread of a strip kernel computes.
+        extra: written channels of a second block, with an accumulator of its own (gather); 0 if there is one block.
     """
 
     m: int
@@ -42,11 +43,18 @@ class Tile:
     stages: int = 3
     registers: int = 0
     columns: int = 1
+    extra: int = 0
+
+    @property
+    def across(self) -> int:
+        """The extent of n over both blocks."""
+        return self.n + self.extra
 
     def __str__(self) -> str:
+        n = f"({self.n}+{self.extra})" if self.extra else self.n
         limit = f" r{self.registers}" if self.registers else ""
         columns = f" c{self.columns}" if self.columns > 1 else ""
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{limit}{columns}"
+        return f"{self.m}x{n}x{self.k} w{self.warps} s{self.stages}{limit}{columns}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Access:
         tensor_cores: True if tensor cores may compute the products in the precision asked for.
         narrow: True if some operand is accessed element by element. Such loads are not pipelined either.
         flip: True if x has no contiguous channels; usually its columns are contiguous. For kernels that ask for it.
-        large: True if the accesses leave enough registers for the accumulators of the largest tiles.
+        room: the most elements of a tile's accumulators for which the accesses leave enough registers.
         precision: BF16X6, or empty for the precision of the data type and torch's flag.
     """
 
@@ -66,7 +74,7 @@ class Access:
     tensor_cores: bool
     narrow: bool = False
     flip: bool = False
-    large: bool = True
+    room: int = 256 * 128
     precision: str = ""
 
 

@@ -310,6 +310,17 @@ def test_depthwise_by_the_gemm_kernels_too(case, device, poisoned):
 PACKED = {"packed": ("fprop", "dgrad"), "packed_wgrad": ("wgrad",)}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_packs_of_one_group_of_many_channels(channels_last, dtype, device, poisoned):
+    """48 channels and 35 taps, more than a packed field holds: steps of 64 columns end within a tap."""
+    case = oracle.Case("one group in a tile", (2, 96, 40), 80, (35,), padding=17, groups=2)
+    tile = Tile(128, 64, 64, 8, 3) if dtype == torch.bfloat16 else Tile(64, 32, 32, 8, 2)
+    with tconv.force(kernel="packed", tile=tile):
+        calls = check(case, *oracle.tensors(case, dtype, device, channels_last))
+    assert {c.plan.tile for c in calls if c.operation in ("fprop", "dgrad")} == {tile}
+
+
 @pytest.mark.parametrize("kernel", PACKED)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", cases.ALL, ids=str)

@@ -127,10 +127,18 @@ def test_few_channels_are_packed_and_only_they():
     assert [launch.call.plan.kernel for launch in launches] == packed
     assert kernels(conv((32, 48, 56, 56), (48, 48, 3, 3), padding=1)) == ["gather", "gather", "packed_wgrad"]
     assert kernels(conv((32, 96, 56, 56), (96, 96, 3, 3), padding=1)) == ["gather", "gather", "wgrad"]
+    assert kernels(conv((8, 768, 499), (768, 48, 128), padding=64, groups=16)) == packed  # 48 of 64 in each tap's step
     with tconv.force(kernel="gather"):
         assert plan.choose(stem, "fprop", plan.Operands(2, True), H200).cost.seconds > 0
     with tconv.force(kernel="packed"), pytest.raises(ValueError, match="counts at most 32768 taps times channels"):
         plan.choose(conv((1, 4096, 9, 9), (8, 4096, 3, 3)), "fprop", plan.Operands(2, True), H200)
+
+
+def test_a_pack_of_too_many_columns_is_refused_by_tile():
+    """Groups of 48 channels and 128 taps, 6,144 columns each: a tile of 64 holds one group, one of 512 eight."""
+    p, packed = conv((8, 768, 499), (768, 48, 128), padding=64, groups=16), FAMILIES["packed"]
+    assert packed.why_misfit(p, "fprop", Tile(16, 64, 64), H200) is None
+    assert packed.why_misfit(p, "fprop", Tile(16, 512, 64), H200) == "counts at most 32768 taps times channels"
 
 
 def test_a_forced_tile_is_for_the_kernels_that_can_take_it():

@@ -84,11 +84,21 @@ class Packed(_Packed):
         10: {Tile(64, 64, 64, 8, 3): Tile(64, 64, 64, 8, 3, 128)},
     }
 
+    def considered(self, p: ConvProblem, pass_: str) -> bool:
+        # Groups of more channels, but less than 64: in steps of 64 channels of one tap some are empty, in steps of taps times
+        # channels none.
+        grouped = p.G > 1 < p.taps and FEW < self.channels(p, pass_)[1] < 2 * FEW
+        return super().considered(p, pass_) or (grouped and not self.unfit(p, pass_))
+
     def unfit(self, p: ConvProblem, pass_: str) -> str | None:
-        """Returns why `quotient` (kernels/common.py) cannot decode GEMM_K's columns with every tile, or None."""
-        written, reduced = self.channels(p, pass_)
-        groups = p.G if written < MOST_COLUMNS else 1
-        if min(groups, max(1, 1024 // written)) * reduced * p.taps <= MOST_COLUMNS:
+        return self._uncountable(p, pass_, 1)
+
+    def why_misfit(self, p: ConvProblem, pass_: str, tile: Tile, device: Device) -> str | None:
+        return self._uncountable(p, pass_, pack(p, pass_, tile))
+
+    def _uncountable(self, p: ConvProblem, pass_: str, groups: int) -> str | None:
+        """Returns why `quotient` (kernels/common.py) cannot decode GEMM_K's columns of a pack of so many groups, or None."""
+        if groups * self.channels(p, pass_)[1] * p.taps <= MOST_COLUMNS:
             return None
         return f"counts at most {MOST_COLUMNS} taps times channels"
 

@@ -117,7 +117,7 @@ def compare(layer: str, p: ConvProblem, plan: Plan, layout: str, machine: budget
     rows = main and (plan.kernel != "strip" or q.T[2] <= CHUNK)
     steps = main[0].iterations // warps if rows else work.steps
     each, read, written = Each.of(c, steps, warps if parted else 0), c.reads.values(), c.writes.values()
-    code = machine.get(variant_of(plan.pass_, part.prepared, DTYPE, plan.splits > 1).name, {})
+    code = machine.get(variant_of(plan.pass_, part.prepared, DTYPE).name, {})
     resident = occupancy(ARCH, 32 * c.warps, code["registers"], code["shared_bytes"]).programs if code else ""
     shared, result = c.memory("shared").values(), part.prepared.shape.numel() * DTYPE.itemsize
     instructions, bytes_ = each.whole(whole.cost.programs, warps, whole.work.steps)

@@ -111,7 +111,7 @@ def run_one(arch: str, name: str) -> str:
     call, (dtype, tf32, channels_last) = _collected[arch][name].call, _settings[name]
     if call is None or call.plan.kernel in ("bias", "copy"):
         return f"{arch} {name}\nnot run: --run is for fprop, dgrad and wgrad"
-    plan = dataclasses.replace(call.plan, splits=MOST if name.endswith(" split") else 1)
+    plan = dataclasses.replace(call.plan, splits=min(call.plan.splits, MOST))
     with float32_precision(tf32):
         try:
             problem, launch, _ = smaller(call.problem, plan, channels_last, dtype, ARCHS[arch][3])

@@ -62,6 +62,7 @@ CALLS = {
     "wgrad": Call(wgrad.wgrad, DENSE, {"kernel": "wgrad"}, "w"),
     "wgrad in splits": Call(wgrad.wgrad, TWENTY, {"kernel": "wgrad", "splits": 2}, "w"),
     "sum_splits": Call(reduce.sum_splits, TWENTY, {"kernel": "wgrad", "splits": 2}, "w"),
+    "sum_splits into rows": Call(reduce.sum_splits, TWENTY, {"kernel": "wgrad", "splits": 2}, "w", channels_last=False),
     "sum_pixels": Call(reduce.sum_pixels, TWENTY, {"kernel": "wgrad"}, "b"),
     "copy": Call(copy.copy_channels_last, TWENTY, {"staged": True}, channels_last=False),
     "packed": Call(packed.packed, STEM, {"kernel": "packed"}),
@@ -90,9 +91,13 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
      ("    W_FLIP: tl.constexpr", "    W_VEC = 8; W_FLIP: tl.constexpr")),
     ("wgrad", "the padding is read", OUTSIDE, "xv = tl.load", ("mask=lead(ok, X_FLIP) & trail(mask_c", "mask=trail(mask_c")),
     ("wgrad", "taps lie too far apart", OUTSIDE, "tl.store", ("tap[d] * sw[d]", "tap[d] * 2 * sw[d]")),
-    ("wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* sws", "* 0")),
+    ("wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* multiple(sws, W_VEC)", "* 0")),
+    ("wgrad in splits", "rows lie too far apart", OUTSIDE, "tl.store", ("K, C, swk,", "K, C, swk * 2,")),
     ("sum_splits", "a split too many", OUTSIDE, "acc += tl.load", ("tl.range(1, splits)", "tl.range(1, splits + 1)")),
     ("sum_splits", "sums past the last are written", OUTSIDE, "tl.store", ("INTERPRET), mask=mask)", "INTERPRET))")),
+    ("sum_splits into rows", "taps in place of channels", OVERLAPPING, "tl.store", ("rest // extents[d]", "rest % extents[d]")),
+    ("sum_splits into rows", "elements past the last are written", OUTSIDE, "tl.store",
+     ("tl.minimum(i, numel - 1)", "i"), ("INTERPRET), mask=mask)", "INTERPRET))")),
     ("sum_pixels", "pixels past the last are read", OUTSIDE, "tl.load", ("lead(live, FLIP) &", "lead(p >= 0, FLIP) &")),
     ("copy", "pixels overlap", OVERLAPPING, "tl.store", ("p * C,", "p * (C - 4),")),
     ("copy", "pixels past the last are read", OUTSIDE, "tl.load", ("lead(p < pixels, X_FLIP) &", "lead(p >= 0, X_FLIP) &")),
@@ -102,7 +107,7 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("depthwise", "pixels past the last are written", OUTSIDE, "tl.store", ("mask=lead(live, Y_FLIP) & ", "mask=")),
     ("depthwise_wgrad", "channels share a place", OVERLAPPING, "tl.store", ("+ k * swk", "+ k * 0")),
     ("strip", "columns past the last are written", OUTSIDE, "tl.store", ("live & (h[2] * COLUMNS + v < Y2)", "live")),
-    ("tma_wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* sws", "* 0")),
+    ("tma_wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* multiple(sws, W_VEC)", "* 0")),
 ]  # fmt: skip
 LATE, BUSY, UNORDERED = "is still writing", "is still reading", "since the last barrier"
 TEXTS = [  # call, mistake, words, on the line, pattern of which the first match is changed, what it becomes

@@ -20,7 +20,8 @@ import triton.language as tl
 # of rows or between the phases of a strided dgrad. So the compiler must not be told that they are: Triton 3.9 would compute the
 # second of two neighbouring addresses from the first. For a tile without a contiguous axis, Triton 3.6 assigns neighbouring
 # threads along the first axis, and later versions along the last. APART puts the pixels on that axis, so that accesses
-# coalesce, and `turned` transposes the tile after the load or before the store.
+# coalesce, and `turned` transposes the tile after the load or before the store. Kernels hand it to the functions below: if one
+# of those read a global, a kernel's key in Triton's cache would depend on which kernel is hashed first.
 APART = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 
 
@@ -347,6 +348,28 @@ def advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK: tl.
         xo += tl.where(over, carry_x[0], 0)
         yo += tl.where(over, carry_y[0], 0)
     return xo, yo, (h0, h1, h2)
+
+
+@triton.jit
+def write_tap(
+    out_ptr, acc, k, c, K, C, swk, swc, FLIP: tl.constexpr, W_UNIT: tl.constexpr, W_VEC: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Writes one tap of a weight gradient, the products acc [BLOCK_K, BLOCK_C], to output channels k and input channels c.
+
+    Args:
+        out_ptr: pointer to the tap's first element.
+        K, C: the channels that exist.
+        swk, swc: strides of output and input channels.
+        FLIP: the orientation in which neighbouring threads store neighbouring input channels. If these lie apart, their stride
+            is still less, mostly, than that of output channels.
+        W_UNIT: whether swc is 1.
+        W_VEC: the vector width along input channels.
+    """
+    row = k * multiple(swk, W_VEC).to(tl.int64)
+    column = c if W_UNIT else c * swc.to(tl.int64)
+    mask = trail(k < K, FLIP) & lead(c < multiple(C, W_VEC), FLIP)
+    dw = turned(rounded(acc, out_ptr.dtype.element_ty, INTERPRET), True, FLIP)
+    tl.store(out_ptr + (trail(row, FLIP) + lead(column, FLIP)), dw, mask=mask)
 
 
 @triton.jit

@@ -196,8 +196,9 @@ def packed_wgrad(
     Bn, B0, B1, B2, chunk,
     sxn, sxc, sx0, sx1, sx2, syn, syc, sy0, sy1, sy2,
     sws, swk, swc, sw0, sw1, sw2,
-    PACKED: tl.constexpr, TURN: tl.constexpr, RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, TURN: tl.constexpr, RANK: tl.constexpr,
+    X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -207,6 +208,7 @@ def packed_wgrad(
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FIRST: tl.constexpr = 3 - RANK
+    RUN: tl.constexpr = max(X_VEC, W_VEC)  # so many neighbouring columns share a tap
     X = (X0, X1, X2)
     Y = (Y0, Y1, Y2)
     T = (T0, T1, T2)
@@ -217,11 +219,11 @@ def packed_wgrad(
     Y_FLIP: tl.constexpr = False if Y_UNIT else APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
-    sw = (sw0, sw1, sw2)
+    sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
 
     # --- program order: columns vary fastest (neighbours share both operands), then output channels, packs, splits ---
     pid = tl.program_id(0)
-    R = multiple(PACK * C, X_VEC)
+    R = multiple(PACK * C, RUN)
     columns = T0 * T1 * T2 * R
     tiles_c = tl.cdiv(columns, BLOCK_C)
     column = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -237,11 +239,11 @@ def packed_wgrad(
     c = column % R
     mask_c = column < columns
     if PACKED:
-        mask_c &= c < multiple(groups * C, X_VEC)
+        mask_c &= c < multiple(groups * C, RUN)
 
     rest = column // R
     x_c = c if X_UNIT else c * sxc.to(OFFSET)
-    w_c = c.to(tl.int64) * swc
+    w_c = c.to(tl.int64) if W_UNIT else c.to(tl.int64) * swc
     shift = ()  # from tap 0 to the column's tap, in coordinates of x
     for i in tl.static_range(3):
         if i < RANK:
@@ -265,7 +267,8 @@ def packed_wgrad(
         acc = tl.zeros((BLOCK_C, BLOCK_K), dtype=ACC)
     else:
         acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
-    for _ in tl.range(0, tl.cdiv(left, BLOCK_P)):
+    steps = tl.maximum(tl.cdiv(left, BLOCK_P), 1)  # as in wgrad.py
+    for _ in tl.range(0, steps):
         live = p < left
         ok = lead(live, X_FLIP) & trail(mask_c, X_FLIP)
         for d in tl.static_range(FIRST, 3):
@@ -281,13 +284,15 @@ def packed_wgrad(
         p += BLOCK_P
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
-    kept = lead(mask_c, APART) & trail(mask_k, APART)
+    W_FLIP: tl.constexpr = True if W_UNIT else APART
+    kept = lead(mask_c, W_FLIP) & trail(mask_k, W_FLIP)
     if not PACKED:
-        kept &= lead(c < CW, APART) & trail(k < KW, APART)
-    row = (group * K + k).to(tl.int64) * swk
+        kept &= lead(c < multiple(CW, W_VEC), W_FLIP) & trail(k < KW, W_FLIP)
+    row = (group * K + k).to(tl.int64) * multiple(swk, W_VEC)
     if PACKED:
-        low = k // K * C  # the first channel that k's group reads
-        kept &= inside(lead(c, APART) - trail(low, APART), C)
-        row -= low * swc.to(tl.int64)
-    out = dw_ptr + split.to(tl.int64) * sws + (trail(row, APART) + lead(w_c, APART))
-    tl.store(out, turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), not TURN, APART), mask=kept)
+        own = multiple(C, W_VEC)
+        low = k // K * own  # the first channel that k's group reads
+        kept &= inside(lead(c, W_FLIP) - trail(low, W_FLIP), own)
+        row -= low.to(tl.int64) if W_UNIT else low * swc.to(tl.int64)
+    out = dw_ptr + split.to(tl.int64) * multiple(sws, W_VEC) + (trail(row, W_FLIP) + lead(w_c, W_FLIP))
+    tl.store(out, turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), not TURN, W_FLIP), mask=kept)

@@ -1,6 +1,6 @@
 """Sums the splits of a workspace, and the pixels of dy (the bias gradient).
 
-    sum_splits  out[i] = sum over s of ws[s, i]
+    sum_splits  out[i] = sum over s of ws[s, i], where out may lie in another order than the slices of ws
     sum_pixels  db[c] = sum over n, j of dy[n, c, j]
 
 One program computes a sum, or a split's part of it, in a fixed order, so the same call gives the same bits.
@@ -12,10 +12,17 @@ from tconv.kernels.common import APART, decode, kernel, lead, multiple, rounded,
 
 
 @kernel
-def sum_splits(ws_ptr, out_ptr, numel, splits, VEC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr):
+def sum_splits(
+    ws_ptr, out_ptr, numel, splits, E0, E1, E2, E3, s0, s1, s2, s3, s4,
+    DIMS: tl.constexpr, VEC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Adds the slices of a split-K workspace in ascending order, in the workspace's dtype, and rounds once to out's dtype.
 
-    VEC, the vector width, divides numel.
+    Args:
+        DIMS: 0 if out lies as the slices do; else the number of dimensions of a slice, at most five.
+        E0, E1, E2, E3: their extents, the last dimension's first; that of the first dimension is not needed.
+        s0, s1, s2, s3, s4: their strides in out, in the same order.
+        VEC: the vector width. It divides numel.
     """
     numel = multiple(numel, VEC)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -23,7 +30,18 @@ def sum_splits(ws_ptr, out_ptr, numel, splits, VEC: tl.constexpr, INTERPRET: tl.
     acc = tl.load(ws_ptr + i, mask=mask, other=0.0)
     for s in tl.range(1, splits):
         acc += tl.load(ws_ptr + s * numel.to(tl.int64) + i, mask=mask, other=0.0)
-    tl.store(out_ptr + i, rounded(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    if DIMS == 0:
+        offset = i
+    else:
+        extents = (E0, E1, E2, E3)
+        strides = (s0, s1, s2, s3, s4)
+        rest = tl.minimum(i, numel - 1).to(tl.int32)  # a weight's elements can be counted in 32 bits
+        offset = i * 0
+        for d in tl.static_range(DIMS - 1):
+            offset += rest % extents[d] * strides[d].to(tl.int64)
+            rest = rest // extents[d]
+        offset += rest * strides[DIMS - 1].to(tl.int64)
+    tl.store(out_ptr + offset, rounded(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @kernel

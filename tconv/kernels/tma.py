@@ -29,7 +29,7 @@ infinite, and infinity times zero is NaN. So the run's length divides that exten
 import triton
 import triton.language as tl
 
-from tconv.kernels.common import APART, decode, kernel, lead, multiple, phase, product, rounded, trail, turned
+from tconv.kernels.common import APART, decode, kernel, lead, multiple, phase, product, rounded, trail, turned, write_tap
 
 OUTSIDE = tl.constexpr(-(1 << 20))  # a coordinate that no box reaches back from
 
@@ -195,7 +195,8 @@ def tma_wgrad(
     Y0, Y1, Y2, T0, T1, T2, D0, D1, D2, P0, P1, P2,
     chunk,  # runs per split
     sws, swg, swk, swc, sw0, sw1, sw2,
-    RUN: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    RUN: tl.constexpr, RANK: tl.constexpr, W_UNIT: tl.constexpr, W_VEC: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     BN: tl.constexpr = BLOCK_P if RUN == "n" else 1
@@ -207,7 +208,7 @@ def tma_wgrad(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     B = (B0, B1, B2)
-    sw = (sw0, sw1, sw2)
+    sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
 
     # --- program order, as in wgrad.py: taps vary fastest, then channels, groups, splits ---
     pid = tl.program_id(0)
@@ -228,7 +229,7 @@ def tma_wgrad(
     rest = split * chunk
     j = ()
     shift = ()
-    dw_offset = split.to(tl.int64) * sws + group * swg.to(tl.int64)
+    dw_offset = split.to(tl.int64) * multiple(sws, W_VEC) + group * multiple(swg, W_VEC).to(tl.int64)
     for i in tl.static_range(3):
         if i < RANK:
             pieces = Y[2 - i] // B[2 - i]
@@ -267,7 +268,5 @@ def tma_wgrad(
 
     k = k_first + tl.arange(0, BLOCK_K)
     c = c_first + tl.arange(0, BLOCK_C)
-    # Stored in the order of wgrad.py.
-    out = dw_ptr + dw_offset + (trail(k * swk.to(tl.int64), APART) + lead(c * swc.to(tl.int64), APART))
-    dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
-    tl.store(out, dw, mask=lead(c < CW, APART) & trail(k < KW, APART))
+    W_FLIP: tl.constexpr = True if W_UNIT else APART
+    write_tap(dw_ptr + dw_offset, acc, k, c, KW, CW, swk, swc, W_FLIP, W_UNIT, W_VEC, INTERPRET)

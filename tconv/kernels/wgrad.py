@@ -5,10 +5,11 @@
              GEMM_M     GEMM_N   GEMM_K       per group and filter tap: K and C are channels per group
     wgrad    K          C        N*Z*P*Q
 
-A program computes one filter tap of a tile of channels, over one split of the pixels (split-K). It writes to the split's slice
-of a workspace, or, with one split, to dw. `reduce.sum_splits` adds the slices in a fixed order, so the same call gives the same
-bits. Each iteration advances by BLOCK_P pixels, which are added to images and coordinates as the digits (Bn, B0, B1, B2) with
-carries, so the main loop has no division.
+A program computes one filter tap of a tile of channels, over one split of the pixels (split-K). With one split it writes to dw,
+else to the split's slice of a workspace, [K, taps, C], in which the rows of a tile are contiguous. `reduce.sum_splits` adds the
+slices in a fixed order, so the same call gives the same bits, and writes the sums in dw's own order. Each iteration advances by
+BLOCK_P pixels, which are added to images and coordinates as the digits (Bn, B0, B1, B2) with carries, so the main loop has no
+division.
 """
 
 import triton
@@ -23,10 +24,10 @@ from tconv.kernels.common import (
     lead,
     multiple,
     product,
-    rounded,
     split_pixels,
     trail,
     turned,
+    write_tap,
 )
 
 
@@ -54,9 +55,10 @@ def wgrad(
     Bn, B0, B1, B2, chunk,  # digits of BLOCK_P; chunk: pixels per split
     sxn, sxg, sxc, sx0, sx1, sx2,
     syn, syg, syc, sy0, sy1, sy2,
-    sws, swg, swk, swc, sw0, sw1, sw2,  # sws: stride of splits
-    RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, X_PIXELS: tl.constexpr, Y_PIXELS: tl.constexpr, WIDE: tl.constexpr,
+    sws, swg, swk, swc, sw0, sw1, sw2,  # strides of what is written; sws: of splits
+    RANK: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
+    X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr, X_PIXELS: tl.constexpr, Y_PIXELS: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +76,7 @@ def wgrad(
     PIXELS: tl.constexpr = max(X_PIXELS, Y_PIXELS)  # above 1: pointwise, and so many neighbours are pixels of one image
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
-    sw = (sw0, sw1, sw2)
+    sw = (multiple(sw0, W_VEC), multiple(sw1, W_VEC), multiple(sw2, W_VEC))
 
     # --- program order: taps vary fastest (neighbours share both operands), then channels, groups, splits ---
     pid = tl.program_id(0)
@@ -91,7 +93,7 @@ def wgrad(
     split = pid // G
     _, tap = decode(rest, T, 3)
 
-    dw_offset = split.to(tl.int64) * sws + group * swg.to(tl.int64)
+    dw_offset = split.to(tl.int64) * multiple(sws, W_VEC) + group * multiple(swg, W_VEC).to(tl.int64)
     first = ()
     for d in tl.static_range(3):
         first = first + (tap[d] * D[d] - P[d],)
@@ -110,8 +112,10 @@ def wgrad(
     yp = dy_ptr + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET) + trail(y_c, Y_FLIP)
     xp = x_ptr + group * multiple(sxg, max(X_VEC, X_PIXELS)).to(OFFSET) + trail(x_c, X_FLIP)
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
-    for start in tl.range(0, left, BLOCK_P):
-        live = p < multiple(left - start, PIXELS)
+    # Every split has work. If the compiler did not see that, ptxas would wait for each product of some tiles by itself.
+    steps = tl.maximum(tl.cdiv(left, BLOCK_P), 1)
+    for i in tl.range(0, steps):
+        live = p < multiple(left - i * BLOCK_P, PIXELS)
         ok = live
         if PIXELS == 1:
             for d in tl.static_range(FIRST, 3):
@@ -123,7 +127,5 @@ def wgrad(
         acc = product(turned(gv, Y_FLIP, True), turned(xv, X_FLIP, False), acc, PRECISION, INTERPRET)
         xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
-    # Neighbouring threads store neighbouring input channels, whose stride in dw is usually less than that of output channels.
-    out = dw_ptr + dw_offset + (trail(k * swk.to(tl.int64), APART) + lead(c * swc.to(tl.int64), APART))
-    dw = turned(rounded(acc, dw_ptr.dtype.element_ty, INTERPRET), True, APART)
-    tl.store(out, dw, mask=lead(c < CW, APART) & trail(k < KW, APART))
+    W_FLIP: tl.constexpr = True if W_UNIT else APART
+    write_tap(dw_ptr + dw_offset, acc, k, c, KW, CW, swk, swc, W_FLIP, W_UNIT, W_VEC, INTERPRET)

@@ -134,34 +134,57 @@ def prepared(
     call: Call,
     result: torch.Tensor,
     swapped: bool = False,
+    slices: list[tuple[int, int]] | None = None,
 ) -> Prepared:
     """Returns a launch with its integers in the kernel's order.
 
-    If the plan has splits (split-K), the kernel writes each split's partial sums to a slice of a workspace that has the
-    result's memory order, and a second launch sums the slices.
+    If the plan has splits (split-K), the kernel writes each split's partial sums to a slice of a workspace, and a second launch
+    sums the slices.
 
     Args:
         programs: the grid's size.
         named: the kernel's integers by name; names that the kernel does not have are ignored.
         result: a tensor with the result's shape, strides and dtype.
+        swapped: as in `Prepared`.
+        slices: the dimensions of a workspace slice, from `Pass.slices`; None if it has the result's memory order.
     """
     integers = tuple(named[n] for n in integers_of(kernel))
     dtype, count, total = result.dtype, sum(name.endswith(("_ptr", "_desc")) for name in kernel.arg_names), None
     pointers, splits = (dtype,) * count, call.plan.splits if call.plan else 1
     if splits > 1:
-        assert reach(result) == result.numel() - 1, "slices are summed as they lie, without gaps"
         summed = accumulator(dtype)
-        ends = sum_constants(vector(0, dtype.itemsize, result.numel()))
         pointers = *pointers[:-1], summed
-        grid, whole = (math.ceil(result.numel() / ends["BLOCK"]),), (result.shape, result.stride())
-        total = Prepared(sum_splits, grid, (result.numel(), splits), ends, call, *whole, pointers=(summed, dtype))
+        total = _sum_of(splits, slices, call, result, summed)
     form = result.shape, result.stride()
     return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
 
 
-def sum_constants(vec: int) -> dict[str, Any]:
-    """Returns the constants and launch options of `sum_splits` for a vector width."""
-    return {"VEC": vec, "INTERPRET": interpreted(), "BLOCK": 1024, "num_warps": 4, **FUSED}
+def _sum_of(
+    splits: int, slices: list[tuple[int, int]] | None, call: Call, result: torch.Tensor, summed: torch.dtype
+) -> Prepared:
+    """Returns the launch that sums the slices of a workspace, whose dtype is `summed`, into the result."""
+    numel, dtype = result.numel(), result.dtype
+    if slices is None:
+        assert reach(result) == numel - 1, "slices are summed as they lie, without gaps"
+        slices = [(numel, 1)]
+    flat = slices in ([], [(numel, 1)])  # an only element has no dimension
+    constants = sum_constants(0 if flat else len(slices), vector(0, (dtype if flat else summed).itemsize, numel))
+    inner = slices[::-1] + [(1, 0)] * (5 - len(slices))
+    named = {"numel": numel, "splits": splits}
+    named |= {f"E{i}": extent for i, (extent, _) in enumerate(inner)} | {f"s{i}": stride for i, (_, stride) in enumerate(inner)}
+    integers = tuple(named[n] for n in integers_of(sum_splits))
+    grid, whole = (math.ceil(numel / constants["BLOCK"]),), (result.shape, result.stride())
+    return Prepared(sum_splits, grid, integers, constants, call, *whole, pointers=(summed, dtype))
+
+
+def sum_constants(dims: int, vec: int) -> dict[str, Any]:
+    """Returns the constants and launch options of `sum_splits`.
+
+    Args:
+        dims: dimensions of a slice; 0 if the result has its memory order.
+        vec: the vector width, which divides the elements of a slice.
+    """
+    return {"DIMS": dims, "VEC": vec, "INTERPRET": interpreted(), "BLOCK": 1024, "num_warps": 4, **FUSED}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -79,8 +79,8 @@ def prepare_wgrad(
 ) -> Prepared:
     """Returns the launch of wgrad, from dy and x into dw.
 
-    If the plan has splits, each is written to a workspace slice with dw's strides. Operands are copied to channels last, and a
-    plan that was measured is taken, as in `prepare_gather`.
+    If the plan has splits, each is written to a slice of a workspace (`WgradPass.written`). Operands are copied to channels
+    last, and a plan that was measured is taken, as in `prepare_gather`.
 
     Raises:
         Slower: a record says that torch's kernel is faster.
@@ -244,7 +244,7 @@ def prepare_pass(
     boxes = family.boxes(c, plan.tile)
     programs = family.grid(c.p, c.pass_, plan.tile, plan.splits, device)
     shared = (
-        c.constants(plan.tile, family.dot)
+        c.constants(plan.tile, plan.splits, family.dot)
         | {"PRECISION": dot_precision(result.dtype, plan, c.tensor_cores)}
         | numerics(result.dtype)
     )
@@ -255,7 +255,8 @@ def prepare_pass(
         done = " + ".join(dict.fromkeys(c.rules))
         plan = dataclasses.replace(plan, reason=f"{done} to {c.p}; {plan.reason}")
     call = Call(c.pass_, problem, plan, plan.reason)
-    launch = prepared(kernel, programs, c.integers(plan.tile, plan.splits) | integers, constants, call, result, c.swapped)
+    integers = c.integers(plan.tile, plan.splits) | integers
+    launch = prepared(kernel, programs, integers, constants, call, result, c.swapped, c.slices())
     return dataclasses.replace(launch, boxes=boxes)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from tconv.kernels.common import integers
 from tconv.kernels.reduce import sum_splits
 from tconv.launching.arguments import Prepared, accumulator, sum_constants, tensor_cores
 from tconv.launching.descriptors import signature as descriptor_type
@@ -19,7 +21,7 @@ from tconv.planning.device import Device
 from tconv.planning.families import FAMILIES, families
 from tconv.planning.plan import force
 from tconv.planning.problem import ConvProblem
-from tconv.planning.tiles import BF16X6, can_cut
+from tconv.planning.tiles import BF16X6, Tile, can_cut
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "ptx_options")
@@ -80,13 +82,28 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
                     continue
             assert plan is not None
             for tile in plan.tiles:
-                with force(kernel, tile, staged=staged, precision=precision):
-                    prepared = prepare()
-                yield variant_of(pass_, prepared, dtype)
-                yield from (variant_of("copy", copy, dtype) for copy in prepared.copies if copy)
-                if _also_split(prepared, dtype):
-                    yield variant_of(pass_, prepared, dtype, split=True)
-    yield from (_sum_splits(dtype, vec) for vec in (1, 2, 4, 8) if vec * dtype.itemsize <= 16)
+                for prepared in _whole_and_split(prepare, kernel, tile, staged, precision):
+                    yield variant_of(pass_, prepared, dtype)
+                    yield from (variant_of("copy", copy, dtype) for copy in prepared.copies if copy)
+    for dims, itemsize in ((0, dtype.itemsize), (2, accumulator(dtype).itemsize), (3, accumulator(dtype).itemsize)):
+        yield from (_sum_splits(dtype, dims, vec) for vec in (1, 2, 4, 8) if vec * itemsize <= 16)
+
+
+def _whole_and_split(
+    prepare: Callable[[], Prepared], kernel: str, tile: Tile, staged: bool | None, precision: str | None
+) -> Iterator[Prepared]:
+    """Yields the launches of a kernel with a tile: the one without splits, and if it can be split that with the fewest."""
+    with force(kernel, tile, staged=staged, precision=precision):
+        prepared = prepare()
+    plan = prepared.call.plan
+    assert plan is not None
+    for splits in plan.parts[:2]:  # in ascending order
+        if "SPLIT" in prepared.constants:  # not by force, since operands may have too few channels before they are copied
+            constants = prepared.constants | {"SPLIT": splits > 1}
+            yield dataclasses.replace(prepared, splits=splits, constants=constants)
+        else:
+            with force(kernel, tile, splits, staged, precision):
+                yield prepare()
 
 
 def launches(
@@ -122,20 +139,11 @@ def float32_precision(tf32: bool) -> Iterator[None]:
         torch._C._set_fp32_precision_setter("cuda", "conv", before)
 
 
-def _also_split(prepared: Prepared, dtype: torch.dtype) -> bool:
-    """Returns True if a split reduction needs another compiled kernel than a whole one."""
-    plan = prepared.call.plan
-    assert plan is not None
-    if "SPLIT" in prepared.constants:
-        return max(plan.parts) > 1
-    return plan.pass_ in ("wgrad", "bias") and dtype.itemsize == 2  # for other dtypes the workspace has the result's dtype
-
-
-def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool = False) -> Variant:
-    """Returns the variant of a launch, with a whole reduction or a split one."""
+def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
+    """Returns the variant of a launch."""
     c = prepared.constants
-    if "SPLIT" in c:  # overrides what the planner chose
-        c = c | {"SPLIT": split}
+    # Of other dtypes the workspace has the result's dtype: what is not told that the reduction is split is the same kernel.
+    split = prepared.splits > 1 and ("SPLIT" in c or dtype.itemsize == 2)
     summed = "*" + NAMES[accumulator(dtype)]
     signature = {}
     boxes = dict(zip(prepared.kernel.arg_names, prepared.boxes, strict=False))
@@ -153,7 +161,8 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool =
     direct = "PRECISION" not in c  # without tl.dot
     inner = {True: "c", False: "p", "": "-"}
     marks = ["p"] if pass_ == "copy" else []
-    marks += [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c] + [c.get("W_UNIT", "")]
+    marks += [inner.get(c[k], c[k]) for k in ("X_UNIT", "Y_UNIT") if k in c]
+    marks.append({True: "c", False: "-"}.get(c.get("W_UNIT", ""), c.get("W_UNIT", "")))
     vectors = [str(c[k]) for k in VECTORS if k in c]
     pixels = [c.get(k, 1) for k in ("X_PIXELS", "Y_PIXELS")]
     flags = ["pixels=" + "/".join(map(str, pixels))] if max(pixels) > 1 else []
@@ -183,12 +192,13 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype, split: bool =
     return Variant(name, prepared.kernel, signature, constants, options, direct, prepared.call)
 
 
-def _sum_splits(dtype: torch.dtype, vec: int) -> Variant:
-    """Returns the variant that sums a split reduction's workspace."""
+def _sum_splits(dtype: torch.dtype, dims: int, vec: int) -> Variant:
+    """Returns the variant that sums a split reduction's workspace, whose slices have so many dimensions (`sum_constants`)."""
     pointers = {"ws_ptr": f"*{NAMES[accumulator(dtype)]}", "out_ptr": f"*{NAMES[dtype]}"}
-    given = sum_constants(vec) | {"INTERPRET": False}
+    given = sum_constants(dims, vec) | {"INTERPRET": False}
     constants = {k: v for k, v in given.items() if k not in OPTIONS}
-    signature = pointers | {"numel": "i32", "splits": "i32"} | dict.fromkeys(constants, "constexpr")
+    signature = pointers | dict.fromkeys(integers(sum_splits), "i32") | dict.fromkeys(constants, "constexpr")
     options = {k: v for k, v in given.items() if k in OPTIONS} | {"num_stages": 3}
-    name = f"sum sum_splits 0d {NAMES[dtype]} {constants['BLOCK']} w{options['num_warps']} s{options['num_stages']} vec={vec}"
+    tile = f"{constants['BLOCK']} w{options['num_warps']} s{options['num_stages']}"
+    name = f"sum sum_splits {dims}d {NAMES[dtype]} {tile} vec={vec}"
     return Variant(name, sum_splits, signature, constants, options, True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tconv.planning.problem import ConvProblem
@@ -100,14 +100,20 @@ def flattened(a: Addressing, extents: Sequence[int]) -> tuple[Addressing, tuple[
         The addressing and the three extents after merging, and the number of spatial dimensions left, at least one. The
         dimensions left come last; those before them have extent one.
     """
+    kept = merged(zip(extents, a.spatial, strict=True))
+    (e0, s0), (e1, s1), (e2, s2) = [(1, 0)] * (3 - len(kept)) + kept
+    return replace(a, spatial=(s0, s1, s2)), (e0, e1, e2), max(1, len(kept))
+
+
+def merged(dimensions: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns dimensions, as (extent, stride), with neighbours merged as by `flattened`; those of extent one are left out."""
     kept: list[tuple[int, int]] = []
-    for extent, stride in zip(extents, a.spatial, strict=True):
+    for extent, stride in dimensions:
         if kept and kept[-1][1] == extent * stride and kept[-1][0] * extent <= LIMIT:
             kept[-1] = kept[-1][0] * extent, stride
         elif extent != 1:
             kept.append((extent, stride))
-    (e0, s0), (e1, s1), (e2, s2) = [(1, 0)] * (3 - len(kept)) + kept
-    return replace(a, spatial=(s0, s1, s2)), (e0, e1, e2), max(1, len(kept))
+    return kept
 
 
 def vector(pointer: int, itemsize: int, *multiples: int) -> int:

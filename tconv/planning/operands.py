@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tconv.planning.addressing import LIMIT, Addressing, vector
+from tconv.planning.addressing import LIMIT, Addressing, merged, vector
 from tconv.planning.problem import ConvProblem
 from tconv.planning.simplify import Form, Strides, simplify
 from tconv.planning.tiles import BF16X6, Access, Tile
@@ -149,9 +149,16 @@ class Pass:
         """Returns the integers that the kernels of this pass share, by the names of their parameters."""
         raise NotImplementedError
 
-    def constants(self, tile: Tile, dot: bool) -> dict[str, Any]:
+    def constants(self, tile: Tile, splits: int, dot: bool) -> dict[str, Any]:
         """Returns the compile-time constants that the kernels of this pass share, by the names of their parameters."""
         raise NotImplementedError
+
+    def slices(self) -> list[tuple[int, int]] | None:
+        """Returns the dimensions of a workspace slice, outermost first, each as its extent and its stride in the result.
+
+        None if a slice lies as the result does.
+        """
+        return None
 
 
 class GatherPass(Pass):
@@ -204,7 +211,7 @@ class GatherPass(Pass):
             "swg": self.group, "swi": self.reduced, "swo": self.written, "swk": self.w.outer,
         }  # fmt: skip
 
-    def constants(self, tile: Tile, dot: bool) -> dict[str, Any]:
+    def constants(self, tile: Tile, splits: int, dot: bool) -> dict[str, Any]:
         p = self.p
         return {
             "TRANSPOSED": self.transposed, "RANK": p.rank, "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit,
@@ -247,7 +254,7 @@ class WgradPass(Pass):
         return self._operands(least, room, lambda groups: min(self.pack_vectors(groups)) == 1)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
-        p, w = self.p, self.w
+        p, w = self.p, self.written(splits)
         return {
             "N": p.N, "C": self.ci, "K": self.co, "CW": self.stored[0], "KW": self.stored[1], "G": p.G,
             **window(p), **triple("X", p.X), **triple("Y", p.Y),
@@ -256,12 +263,28 @@ class WgradPass(Pass):
             "sxg": self.ci * self.x.channel, "syg": self.co * self.y.channel,
         }  # fmt: skip
 
-    def constants(self, tile: Tile, dot: bool) -> dict[str, Any]:
-        p = self.p
+    def constants(self, tile: Tile, splits: int, dot: bool) -> dict[str, Any]:
+        p, w = self.p, self.written(splits)
         return {
-            "RANK": p.rank, "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit, "WIDE": self.far(p.Y, tile),
-            "BLOCK_P": tile.k, "BLOCK_K": tile.m, "BLOCK_C": tile.n,
+            "RANK": p.rank, "X_UNIT": self.x.unit, "W_UNIT": w.unit, "Y_UNIT": self.y.unit, "WIDE": self.far(p.Y, tile),
+            "W_VEC": w.wide(self.stored[0]), "BLOCK_P": tile.k, "BLOCK_K": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip
+
+    def written(self, splits: int) -> Addressing:
+        """Returns how the kernel addresses what it writes: dw, or with several splits a slice of the workspace.
+
+        The dimensions of a slice are output channels, taps and input channels, so that the rows of a tile lie in one piece
+        each. In the default layout dw's own rows are scattered: each element of a 3x3 filter would touch a sector of its own.
+        """
+        if splits == 1:
+            return self.w
+        channels = self.stored[0]
+        outer, a, b, c = (math.prod((*self.p.T, channels)[d:]) for d in range(4))
+        return Addressing(0, max(4, self.itemsize), self.w.numel, outer, 1, (a, b, c), channels > 1, self.w.numel - 1)
+
+    def slices(self) -> list[tuple[int, int]]:
+        w, (c, k) = self.w, self.stored
+        return merged([(k * self.p.G, w.outer), *zip(self.p.T, w.spatial, strict=True), (c, w.channel)])
 
     def steps(self, extents: tuple[int, int, int], tile: Tile, splits: int) -> dict[str, int]:
         """Returns how the reduction over the images and these extents advances: pixels per split, and an iteration's digits."""

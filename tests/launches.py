@@ -436,8 +436,8 @@ def loaded() -> None:
     for p in launches:
         compiled.load(p, -1)
     names = [name for name, _ in driver.loaded]
-    # tma twice: fprop and dgrad; copies of two twice: x and dy differ in how many pixels are read at a time; sum_splits twice: dw
-    # lies otherwise than the slices of its workspace, the bias gradient does not
+    # tma twice: fprop and dgrad; copies of two twice: x and dy differ in how many pixels are read at a time; sum_splits twice:
+    # dw lies otherwise than the slices of its workspace, the bias gradient does not
     assert len(names) == len({*kernels}) + 3, names
     compiled.capturing = lambda device: True
     compile_ = JITFunction._do_compile

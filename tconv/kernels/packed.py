@@ -267,7 +267,9 @@ def packed_wgrad(
         acc = tl.zeros((BLOCK_C, BLOCK_K), dtype=ACC)
     else:
         acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
-    steps = tl.maximum(tl.cdiv(left, BLOCK_P), 1)  # as in wgrad.py
+    steps = tl.cdiv(left, BLOCK_P)
+    if X_VEC > 1 and Y_VEC > 1 and PRECISION != "bf16x6":  # as in wgrad.py; loops of narrow loads would only be longer
+        steps = tl.maximum(steps, 1)
     for _ in tl.range(0, steps):
         live = p < left
         ok = lead(live, X_FLIP) & trail(mask_c, X_FLIP)

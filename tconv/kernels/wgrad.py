@@ -112,8 +112,11 @@ def wgrad(
     yp = dy_ptr + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET) + trail(y_c, Y_FLIP)
     xp = x_ptr + group * multiple(sxg, max(X_VEC, X_PIXELS)).to(OFFSET) + trail(x_c, X_FLIP)
     acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=ACC)
-    # Every split has work. If the compiler did not see that, ptxas would wait for each product of some tiles by itself.
-    steps = tl.maximum(tl.cdiv(left, BLOCK_P), 1)
+    # Every split has work. If the compiler did not see that, ptxas would wait for each product of some tiles by itself. It does
+    # so for BF16X6 in any case, and would spill.
+    steps = tl.cdiv(left, BLOCK_P)
+    if PRECISION != "bf16x6":
+        steps = tl.maximum(steps, 1)
     for i in tl.range(0, steps):
         live = p < multiple(left - i * BLOCK_P, PIXELS)
         ok = live

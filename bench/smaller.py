@@ -19,7 +19,8 @@ from simulator.counters import Counts
 from tconv.launching.arguments import Prepared, tensor_cores
 from tconv.launching.compiled import run_once
 from tconv.launching.memory_format import addressing, shaped
-from tconv.launching.prepare import prepare_pass
+from tconv.launching.prepare import PADDED, prepare_pass
+from tconv.planning.addressing import aligned_channels
 from tconv.planning.cost import Cost, Work
 from tconv.planning.device import Device
 from tconv.planning.families import FAMILIES
@@ -101,6 +102,7 @@ def smaller(
     Raises:
         ValueError: there is none.
     """
+    p = as_computed(p, plan, dtype)
     whole = planned(p, plan, plan.splits, channels_last, dtype, device)
     for scale, row, images in itertools.product((1, 2, 4, 8), (False, True), dict.fromkeys((0, p.N))):
         q = shrunk(p, scale, row, images)
@@ -111,6 +113,15 @@ def smaller(
         if part.constants == whole.constants:
             return q, part, whole
     raise ValueError(f"no smaller problem has this plan: {plan}")
+
+
+def as_computed(p: ConvProblem, plan: Plan, dtype: torch.dtype) -> ConvProblem:
+    """Returns the problem with the channels that the kernel sees, more than there are where the copies of a plan are padded."""
+    if not plan.reason.startswith(PADDED):
+        return p
+    given = {"fprop": "C", "dgrad": "K"}
+    names = [given[plan.pass_]] if plan.pass_ in given else [{"x": "C", "dy": "K"}[name] for name in plan.staged]
+    return dataclasses.replace(p, **{name: aligned_channels(getattr(p, name), dtype.itemsize) for name in names})
 
 
 def shrunk(p: ConvProblem, scale: int, row: bool, images: int) -> ConvProblem:

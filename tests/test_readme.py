@@ -63,7 +63,7 @@ def test_docstring_examples():
     import sys
 
     found = 0
-    for name in ("decompositions", "explain", "launching.record", "override", "planning.plan", "restored", "swap"):
+    for name in ("decompositions", "explain", "freeze", "launching.record", "override", "planning.plan", "restored", "swap"):
         result = doctest.testmod(sys.modules[f"tconv.{name}"], raise_on_error=False)
         assert result.failed == 0, name
         found += result.attempted

@@ -27,6 +27,7 @@ from tconv.planning.tiles import BF16X6
 from tconv.records.book import Measured, book, is_set_aside
 from tconv.records.key import Cell, cell_of, machine
 
+PADDED = "channels padded with zeros"  # how the reason of such a plan begins
 Shape = tuple[int, ...]
 # Describes a pass on two operands.
 Describe = Callable[[torch.Tensor, torch.Tensor], Pass]
@@ -376,7 +377,7 @@ def _copied(
     copied = [(t, shape) for t, shape in zip(operands, shapes, strict=True) if shape is not None]
     padded = any(shape != t.shape for t, shape in copied)
     if padded:
-        reason = f"channels padded with zeros; {reason}"
+        reason = f"{PADDED}; {reason}"
     if total is not None:
         read, written = sum(t.numel() for t, _ in copied) * itemsize, sum(math.prod(shape) for _, shape in copied) * itemsize
         if padded:  # the zeros are no work of the pass, and in no workspace

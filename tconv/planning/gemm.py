@@ -137,7 +137,8 @@ class Stepping(Gemm):
 
     def tiles_for(self, operands: Operands, p: ConvProblem, pass_: str, device: Device, precision: str) -> tuple[Tile, ...]:
         found = super().tiles_for(operands, p, pass_, device, precision)
-        halves = 0 < self.channels(p, pass_)[1] % 64 <= 32
+        reduced = self.channels(p, pass_)[1]
+        halves = reduced > 8 and 0 < reduced % 64 <= 32  # fewer are for packed, whose steps are of several taps
         return found if halves else tuple(tile for tile in found if tile not in self.hopper_16 or tile.k > 32)
 
 

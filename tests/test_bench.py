@@ -154,27 +154,28 @@ def test_last():
 def test_a_stage_that_is_cut_or_dies_goes_on_where_it_was(tmp_path):
     tests, path = tmp_path / "test_it.py", tmp_path / "record" / "it.jsonl"
     tests.write_text(TESTS)
-    status, text, lines = stage(path, "--seconds", "0", tests)
+    where = "--rootdir", tmp_path  # or tests are named by where the checkout lies
+    status, text, lines = stage(path, *where, "--seconds", "0", tests)
     assert status == CUT
     assert "1 passed, 6 still to run" in text
     assert [line["cell"] for line in lines] == [{"i": 0, "value": 0.33333}]
-    status, _, lines = stage(path, tests)
+    status, _, lines = stage(path, *where, tests)
     assert status == 7
     assert [line["outcome"] for line in lines] == ["passed"] * 3 + ["failed"]
     assert "not yet" in lines[-1]["detail"]
     (tmp_path / "mended").touch()
-    status, text, lines = stage(path, tests)
+    status, text, lines = stage(path, *where, tests)
     assert status == 1  # something died: not well, however much is left
     assert "the device failed" in text
     assert [line["outcome"] for line in lines[4:]] == ["died", "passed", "died"]
-    status, text, lines = stage(path, tests)  # what died comes last
+    status, text, lines = stage(path, *where, tests)  # what died comes last
     assert status == 7
     assert [line["outcome"] for line in lines[7:]] == ["skipped"]
-    status, text, lines = stage(path, tests)  # and is given up at the second time
+    status, text, lines = stage(path, *where, tests)  # and is given up at the second time
     assert status == 1
     assert [line["outcome"] for line in lines[8:]] == ["died", "died"]
     assert "2 died, 4 passed, 1 skipped, 0 still to run" in text
-    status, _, again = stage(path, tests)
+    status, _, again = stage(path, *where, tests)
     assert (status, again) == (1, lines)
 
 

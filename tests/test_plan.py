@@ -183,7 +183,8 @@ def test_no_gpu_tile_lacks_a_device_that_can_run_it():
 
 @pytest.mark.parametrize("kernel", ["gather", "tma"])
 def test_steps_of_32_channels_are_for_layers_that_steps_of_64_do_not_fit(kernel):
-    for channels, fits in ((4, False), (16, True), (48, False), (64, False), (96, True), (128, False), (160, True), (320, False)):
+    fitting = {4: False, 16: True, 48: False, 64: False, 96: True, 128: False, 160: True, 320: False}
+    for channels, fits in fitting.items():
         p = conv((8, channels, 56, 56), (256, channels, 3, 3), padding=1)
         operands = plan.Operands(2, True)
         offered = FAMILIES[kernel].tiles_for(operands, p, "fprop", H200, "")

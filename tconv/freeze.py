@@ -8,8 +8,6 @@ import torch
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from tconv.launching import frozen
-
 __all__ = ["freeze", "unfreeze"]
 
 
@@ -39,6 +37,8 @@ def freeze(model: torch.nn.Module) -> torch.nn.Module:
     Example:
         >>> model = freeze(torch.nn.Conv2d(3, 8, 3).eval())
     """
+    from tconv.launching import frozen
+
     found = _weights(model)
     for name, weight in found.items():
         if isinstance(weight, UninitializedParameter):
@@ -60,6 +60,8 @@ def unfreeze(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         TypeError: `model` is not a module.
     """
+    from tconv.launching import frozen
+
     for weight in _weights(model).values():
         if not isinstance(weight, UninitializedParameter):
             frozen.release(weight)

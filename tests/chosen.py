@@ -19,7 +19,7 @@ ROWS = [
     ("test_kernels", r"test_channels_padded.*(three-channels-to-four\W|both-sides).*bfloat16", "channels padded to vectors"),
     ("test_kernels", r"test_tails_in_every_extent\[(depthwise|channel-blocks,-2-D|transposed-depthwise)", "partial tiles"),
     ("test_kernels", r"test_split_(reductions|channels_in_every_dtype)", "split reductions, the same bits every time"),
-    ("test_kernels", r"test_tiles_of_two_blocks.*(second, first|whole, second).*bfloat16", "two accumulators"),
+    ("test_kernels", r"test_tiles_of_two_blocks.*\[(second,-first|whole,-second).*bfloat16", "two accumulators"),
     ("test_kernels", r"test_a_tile_of_several_taps|test_packs_with_wide_accesses", "packed kernels with a GPU's tiles"),
     ("test_kernels", r"test_any_strides\[every", "crops, steps, expanded and permuted tensors"),
     ("test_kernels", r"test_frames\[.*contiguous-1|test_infinity|test_a_tap_that_meets_no_frame", "frames, infinities"),

@@ -230,9 +230,10 @@ def execute(
             event = profiling.begin_launch(launch.call) if profiler._is_profiler_enabled else None
             try:
                 if launch.copies or launch.total:
-                    held = _held(launch, shared, operands)
+                    held = _held(launch, shared, operands) if launch.copies else []
                     require_launchable(launch, [i for i, t in enumerate(held) if t is None], operands, (*more, out))
-                    operands = _copied(launch, shared, operands, held)
+                    if launch.copies:
+                        operands = _copied(launch, shared, operands, held)
                 if launch.swapped:
                     operands = operands[::-1]
                 if launch.total is None:

@@ -135,7 +135,8 @@ def force(
         tile: block extents for those passes, a `tconv.Tile`.
         splits: parts of the reduction, for wgrad and the bias gradient. It applies to fprop and dgrad only together with
             `kernel="gather"`, since most of them have too few channels to split.
-        staged: whether operands without contiguous channels are first copied to channels last, where a kernel can gain by it.
+        staged: whether operands are first copied to channels last, where a kernel can gain by it: those without contiguous
+            channels, and those whose channels are no whole vectors, which get channels of zeros.
         precision: how fp32 products are computed in every pass whose kernel uses tl.dot, whatever torch's flag says. "ieee",
             or "bf16x6": three bf16 for each number and six products on tensor cores. Other data types are not affected.
     Raises:

@@ -51,7 +51,7 @@ MUTATIONS = [
     Mutation("a counter that does not wrap", "kernels/gather.py", "dx += tl.where(wrap, wrap_x[1], 0)", "dx += 0", "tails and blocks"),
     Mutation("strides of x swapped", "planning/operands.py", '**strides("sx", self.x),',
              '**strides("sx", self.x), **triple("sx", self.x.spatial[::-1]),', EVERY),
-    Mutation("the bias of another group", "kernels/gather.py", "b_ptr + group * CO * sb", "b_ptr", EVERY),
+    Mutation("the bias of another group", "kernels/gather.py", "b_ptr + (first + o) * sb", "b_ptr + o * sb", EVERY),
     Mutation("the first channels twice", "kernels/gather.py", "EXTRA) + BLOCK_N + tl", "EXTRA) + tl", "two_blocks_of_split"),
     Mutation("a sum in another's place", "kernels/reduce.py", "rest % extents[d] * strides[d]", "rest % extents[d] * strides[0]", "order", "test_workspace.py"),
     Mutation("a split lost", "kernels/reduce.py", "tl.range(1, splits)", "tl.range(1, splits - 1)", "split"),

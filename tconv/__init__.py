@@ -5,6 +5,7 @@
     enable, disable, enabled          override torch's convolutions on GPUs, in the whole process or inside one model
     is_enabled                        tells whether such an override is active
     Conv2d etc., functional           layers and functions to call directly
+    FusedConv2d etc.                  layers with an activation, a residual, a scale and a shift in the convolution's kernel
     last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
     precompile                        compiles ahead of time what a model will launch
     report                            where the time of a model's convolutions goes, measured or predicted
@@ -21,6 +22,14 @@ from tconv import functional
 from tconv.decompositions import decompositions
 from tconv.explain import Explanation, explain
 from tconv.freeze import freeze, unfreeze
+from tconv.fused import (
+    FusedConv1d,
+    FusedConv2d,
+    FusedConv3d,
+    FusedConvTranspose1d,
+    FusedConvTranspose2d,
+    FusedConvTranspose3d,
+)
 from tconv.launching.record import Call, last_calls, recording
 from tconv.modules import (
     Conv1d,
@@ -55,6 +64,12 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "Explanation",
+    "FusedConv1d",
+    "FusedConv2d",
+    "FusedConv3d",
+    "FusedConvTranspose1d",
+    "FusedConvTranspose2d",
+    "FusedConvTranspose3d",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",

@@ -1,4 +1,10 @@
-"""torch.nn.functional's convolutions, with its signatures, results, gradients and errors."""
+"""torch.nn.functional's convolutions, with its signatures, results, gradients and errors, and an epilogue.
+
+An epilogue is what often follows a convolution. The convolution's own kernel computes it, before it writes the result:
+
+    y = conv(input, weight, bias);  y = y * scale + shift;  y = y + residual ("before");  y = activation(y);
+    y = y + residual ("after")
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tconv.dispatch import epilogues
+from tconv.dispatch.check import CallArguments
 from tconv.dispatch.entry import PUBLIC, convolve
+from tconv.dispatch.epilogues import Steps
+from tconv.planning.epilogue import ACTIVATIONS
 
 FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -19,15 +29,27 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
     torchs = (TRANSPOSED if transposed else FORWARD)[rank]
 
     def forward(
-        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
-    ) -> Any:
-        return convolve(False, rank, input, weight, bias, stride, padding, 0, groups, dilation)
+        input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1,
+        *, activation: Any = None, negative_slope: Any = 0.01, residual: Any = None, residual_position: Any = "before",
+        scale: Any = None, shift: Any = None, stepwise: bool = False, recompute: bool = False,
+    ) -> Any:  # fmt: skip
+        if activation is None and residual is None and scale is None and shift is None:
+            return convolve(False, rank, input, weight, bias, stride, padding, 0, groups, dilation)
+        asked = CallArguments(False, rank, stride, padding, 0, groups, dilation)
+        steps = Steps(activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute)
+        return epilogues.convolve(asked, input, weight, bias, steps)
 
     def backward(
         input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
         groups: Any = 1, dilation: Any = 1,
+        *, activation: Any = None, negative_slope: Any = 0.01, residual: Any = None, residual_position: Any = "before",
+        scale: Any = None, shift: Any = None, stepwise: bool = False, recompute: bool = False,
     ) -> Any:  # fmt: skip
-        return convolve(True, rank, input, weight, bias, stride, padding, output_padding, groups, dilation)
+        if activation is None and residual is None and scale is None and shift is None:
+            return convolve(True, rank, input, weight, bias, stride, padding, output_padding, groups, dilation)
+        asked = CallArguments(True, rank, stride, padding, output_padding, groups, dilation)
+        steps = Steps(activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute)
+        return epilogues.convolve(asked, input, weight, bias, steps)
 
     parse = backward if transposed else forward
 
@@ -44,6 +66,15 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
     conv.__module__ = __name__
     conv.__wrapped__ = parse  # type: ignore[attr-defined]  # inspect.signature and editors show torch's signature
     shape = ", ".join("DHW"[3 - rank :])
+    epilogue = f"""activation: None, or one of {ACTIVATIONS}.
+        negative_slope: leaky_relu's factor for negative numbers.
+        residual: a tensor like the result, added "before" or "after" the activation, as residual_position says. It is read.
+        scale, shift: (K,), of the input's dtype or fp32. A call in which one of them requires a gradient is computed as a
+            sequence of PyTorch's functions.
+        stepwise: round to the result's dtype after each step, as a sequence of PyTorch's functions does. By default the steps
+            are computed in the accumulator's dtype, and the result is rounded once.
+        recompute: compute the activation's argument again in the backward pass, where the result is not enough for the
+            gradient (silu, gelu, hardswish), instead of keeping it."""
     taps = ", ".join("TRS"[3 - rank :])
     out = ", ".join("ZPQ"[3 - rank :])
     if transposed:
@@ -55,11 +86,13 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
         bias: (K,) or None.
         stride, padding, output_padding, dilation: a number, or one per spatial dimension, in elements.
         groups: number of groups.
+        {epilogue}
     Returns:
         (N, K, {out}), in the memory format torch would give; each extent is
         (in - 1)*stride - 2*padding + dilation*(taps - 1) + output_padding + 1.
     Raises:
-        Whatever torch raises, by calling torch.
+        ValueError: an argument of the epilogue does not fit.
+        Whatever torch raises for the others, by calling torch.
     """
     else:
         conv.__doc__ = f"""{rank}-D convolution; `torch.nn.functional.{torchs.__name__}`, by tconv's kernels.
@@ -71,11 +104,13 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
         stride, dilation: a number, or one per spatial dimension, in elements.
         padding: the same, or "same" (stride 1 only) or "valid".
         groups: number of groups.
+        {epilogue}
     Returns:
         (N, K, {out}), in the memory format torch would give; each extent is
         (in + 2*padding - dilation*(taps - 1) - 1) // stride + 1.
     Raises:
-        Whatever torch raises, by calling torch.
+        ValueError: an argument of the epilogue does not fit.
+        Whatever torch raises for the others, by calling torch.
     """
     return conv
 

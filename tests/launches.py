@@ -372,7 +372,7 @@ def _boxes(kernel: str) -> None:
         compiled.load(wanted, -1)
         memory = torch.empty(1 << 20, dtype=torch.float16)
         real = [descriptor(wanted.kernel, memory, box) for box in wanted.boxes if box]
-        wanted.kernel.warmup(*real[:2], torch.float16, real[2], *wanted.integers, grid=wanted.grid, **wanted.constants)
+        wanted.kernel.warmup(*real[:2], torch.float16, real[2], grid=wanted.grid, **wanted.named)
     assert hits == [True], f"{hits}: what a call would ask for is not what was compiled"
 
 

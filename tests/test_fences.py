@@ -226,7 +226,7 @@ def test_a_mark_that_nobody_reads_is_an_error():
         with tconv.force(kernel="gather"):
             launch = launches(problem, torch.bfloat16, True, DEVICES["H200"])["fprop"]()
         try:
-            launch.kernel.warmup(*stand_ins(launch), *launch.integers, grid=(1,), **launch.constants)
+            launch.kernel.warmup(*stand_ins(launch), grid=(1,), **launch.named)
         except PTXASError as e:
             print("Unknown option" in str(e))
         """

@@ -29,6 +29,7 @@ FACE = [
     ("precompile", "distributed", "restored", "freeze"),
     ("explain", "swap"),
     ("subclasses",),
+    ("fused",),
     ("modules", "override", "decompositions"),
     ("functional",),
 ]
@@ -115,10 +116,15 @@ def test_folders_have_no_circle():
         assert not any(folder in BELOW[other] for other in below)
 
 
+HELPERS = {"common": (), "epilogue": ("tconv.kernels.common",)}
+
+
 def test_kernels_import_triton_and_each_others_helpers_only():
     for path in (ROOT / "kernels").glob("*.py"):
         for name in imports(path):
-            allowed = ("triton", "functools", "inspect") + (("tconv.kernels.common",) if path.stem != "common" else ())
+            allowed = ("triton", "functools", "inspect") + HELPERS.get(
+                path.stem, ("tconv.kernels.common", "tconv.kernels.epilogue.finish")
+            )
             assert name.startswith(allowed), f"kernels/{path.stem} imports {name}"
 
 

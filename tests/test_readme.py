@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PRINTED = {  # what the examples of a document print, among else
     "README.md": ("torch.nn.Conv2d -> tconv.Conv2d", *["gather"] * 4),
     "docs/distributed.md": ("(Shard(dim=2),)", "fprop: gather"),
+    "docs/epilogues.md": ("with residual, silu", "gradient of residual, silu", "wgrad"),
     "docs/explain.md": ("fprop: gather", "dgrad: gather", "wgrad: wgrad", "bias: bias"),
     "docs/kernels.md": ("fprop: gather",),
     "docs/support.md": ("Conv2d(3, 8",),

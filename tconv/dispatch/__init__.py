@@ -18,6 +18,8 @@ order:
     autograd      forward and backward over launches
     fast_path     a call that repeats an earlier one
     entry         a call of one of the six functions
+    epilogues     the same with an activation, a residual, a scale or a shift after it
+    fused         its forward and backward over launches
     selection     which shapes and layers `enable()` takes
     aten          what `enable()` runs in place of aten's `_convolution` and `convolution_backward`
     scope         which modules `enable(model)` holds in

@@ -101,7 +101,7 @@ def _differentiable(*tensors: MaybeTensor) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _apply(function: type[torch.autograd.Function]) -> Callable[..., torch.Tensor]:
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., torch.Tensor]:
     """Returns `Function.apply` without its functorch handling, which is not needed: no kernel runs in a functorch transform."""
     apply: Callable[..., torch.Tensor] = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
     return apply
@@ -138,9 +138,9 @@ class _Convolve(torch.autograd.Function):
                 how.again, how.left, repeatable = None, 0, False
             if found is not None:
                 return *found, None
-        operations = _operations(how.g, dy, x, w)
-        grads = gradients(operations, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
-        if not traced and repeatable and type(operations) is _ByKernels and not torch.is_grad_enabled() and forced() is None:
+        ops = operations(how.g, dy, x, w)
+        grads = gradients(ops, "dgrad" if how.transposed else "fprop", dy, x, w, needs)
+        if not traced and repeatable and type(ops) is _ByKernels and not torch.is_grad_enabled() and forced() is None:
             how.left -= 1
             try:
                 how.again = _CachedBackward(how, dy, x, w, needs)
@@ -167,7 +167,7 @@ class _Wgrad(torch.autograd.Function):
         if type(gw) not in PLAIN:
             gw = plain(gw)
         need_y, need_x = wanted(ctx, ctx.needs_input_grad[:2])
-        return gradients(_operations(ctx.geometry, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
+        return gradients(operations(ctx.geometry, gw, dy, x), "wgrad", gw, dy, x, (need_y, need_x, False))
 
 
 class _BiasGrad(torch.autograd.Function):
@@ -186,10 +186,11 @@ class _BiasGrad(torch.autograd.Function):
         return plain(gb).view(1, -1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None
 
 
-apply_convolve, _apply_wgrad, _apply_bias_grad = map(_apply, (_Convolve, _Wgrad, _BiasGrad))
+apply_convolve, _apply_wgrad, _apply_bias_grad = map(apply_of, (_Convolve, _Wgrad, _BiasGrad))
 
 
-def _operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _ByKernels | operators.Operators:
+def operations(g: Geometry, dy: torch.Tensor, *saved: torch.Tensor) -> _ByKernels | operators.Operators:
+    """Returns what computes the gradients from dy and saved tensors: the kernels where they may run, else the operators."""
     return operators.Operators(window(g)) if is_dynamo_compiling() or why_ineligible(dy, *saved) else _ByKernels(g, dy)
 
 

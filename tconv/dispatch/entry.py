@@ -137,7 +137,7 @@ def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, policy: st
                 y = seen.again(*asked[:2], x, w, b, *asked[2:])
                 if y is not None:
                     return y
-    g = _geometry(asked, x, w, b, policy)
+    g = geometry(asked, x, w, b, policy)
     batched = x.dim() == asked.rank + 2
     if dry:
         g = dataclasses.replace(g, dry=True, device=dry.device)
@@ -154,7 +154,7 @@ def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, policy: st
     return y if batched else y.squeeze(0)
 
 
-def _geometry(asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, policy: str) -> Geometry:
+def geometry(asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, policy: str) -> Geometry:
     """Returns the geometry of a call, which is examined once per kind of call.
 
     Raises:

@@ -24,11 +24,13 @@ from tconv.kernels.common import (
     turned,
     written_pixels,
 )
+from tconv.kernels.epilogue import finish
 
 
 @kernel
 def depthwise(
     x_ptr, w_ptr, b_ptr, y_ptr,
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
     N, C, M,  # C: channels written; M: the multiplier
     X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
     S0, S1, S2, D0, D1, D2, P0, P1, P2, g0, g1, g2,
@@ -36,6 +38,8 @@ def depthwise(
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr,
     MULTIPLIED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -96,9 +100,13 @@ def depthwise(
     if HAS_BIAS:
         acc += trail(tl.load(b_ptr + o * sb, mask=mask_o, other=0.0).to(ACC), FLIP)
     y_step = 1 if Y_UNIT else syc.to(OFFSET)
-    yp = y_ptr + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
-    y = turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
-    tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(mask_o, Y_FLIP))
+    tile = lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
+    mask = lead(live, Y_FLIP) & trail(mask_o, Y_FLIP)
+    acc = finish(
+        acc, tile, mask, o, mask_o, scale_ptr, shift_ptr, residual_ptr, kept_ptr, y_ptr.dtype.element_ty,
+        ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, Y_FLIP,
+    )  # fmt: skip
+    tl.store(y_ptr + tile, turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP), mask=mask)
 
 
 @kernel

@@ -44,6 +44,7 @@ from tconv.kernels.common import (
     turned,
     written_pixels,
 )
+from tconv.kernels.epilogue import finish
 
 
 @triton.jit
@@ -72,21 +73,28 @@ def multiply(
 
 @triton.jit
 def write(
-    acc, yp, b_ptr, o, once, live, written, sb, y_offset, y_step,
-    HAS_BIAS: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr, Y_FLIP: tl.constexpr,
+    acc, y_ptr, base, b_ptr, first, o, once, live, written, sb, y_offset, y_step,
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr, Y_FLIP: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sums of a block of written channels o, plus the bias of those below `once`."""
+    """Writes the sums of a block of written channels o, plus the bias of those below `once`, after the epilogue's steps."""
     if HAS_BIAS:
-        bias = tl.load(b_ptr + o * sb, mask=o < once, other=0.0)
+        bias = tl.load(b_ptr + (first + o) * sb, mask=o < once, other=0.0)
         acc += trail(bias.to(acc.dtype), FLIP)
-    y = turned(rounded(acc, yp.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
-    yp += lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
-    tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(o < written, Y_FLIP))
+    tile = lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
+    mask = lead(live, Y_FLIP) & trail(o < written, Y_FLIP)
+    acc = finish(
+        acc, base + tile, mask, first + o, o < written, scale_ptr, shift_ptr, residual_ptr, kept_ptr, y_ptr.dtype.element_ty,
+        ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, Y_FLIP,
+    )  # fmt: skip
+    tl.store(y_ptr + base + tile, turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP), mask=mask)
 
 
 @kernel
 def gather(
     x_ptr, w_ptr, b_ptr, y_ptr,
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
     N, CI, CO, G,
     X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,  # extents: read, written, taps
     S0, S1, S2, D0, D1, D2, P0, P1, P2,  # stride, dilation, leading padding
@@ -99,6 +107,8 @@ def gather(
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr,  # vector width: divides all other strides
     X_PIXELS: tl.constexpr, Y_PIXELS: tl.constexpr,  # vector width along the pixels, if these are contiguous and it is above 1
     EVEN: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
@@ -259,8 +269,15 @@ def gather(
         live, y_offset = flat_pixels(pid_m, N, Y, syn, RANK, OFFSET, BLOCK_M, Y_PIXELS)
     once = tl.where(split == 0, CO, 0) if SPLIT else CO
     y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
-    yp = y_ptr + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
-    bp = b_ptr + group * CO * sb
-    write(acc, yp, bp, o, once, live, written, sb, y_offset, y_step, HAS_BIAS, INTERPRET, FLIP, Y_FLIP)
+    base = group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
+    write(
+        acc, y_ptr, base, b_ptr, group * CO, o, once, live, written, sb, y_offset, y_step,
+        scale_ptr, shift_ptr, residual_ptr, kept_ptr, HAS_BIAS,
+        ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, Y_FLIP,
+    )  # fmt: skip
     if EXTRA:
-        write(more_acc, yp, bp, more, once, live, written, sb, y_offset, y_step, HAS_BIAS, INTERPRET, FLIP, Y_FLIP)
+        write(
+            more_acc, y_ptr, base, b_ptr, group * CO, more, once, live, written, sb, y_offset, y_step,
+            scale_ptr, shift_ptr, residual_ptr, kept_ptr, HAS_BIAS,
+            ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, Y_FLIP,
+        )  # fmt: skip

@@ -36,11 +36,13 @@ from tconv.kernels.common import (
     turned,
     written_pixels,
 )
+from tconv.kernels.epilogue import finish
 
 
 @kernel
 def packed(
     x_ptr, w_ptr, b_ptr, y_ptr,
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
     N, CI, CO, G, PACK,
     X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
     S0, S1, S2, D0, D1, D2, P0, P1, P2, g0, g1, g2,
@@ -51,6 +53,8 @@ def packed(
     X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr, Y_PIXELS: tl.constexpr,
     PACKED: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -181,9 +185,14 @@ def packed(
         live, y_offset = flat_pixels(pid_m, N, Y, syn, RANK, OFFSET, BLOCK_M, Y_PIXELS)
     y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
     y_first = multiple(group * CO, Y_VEC) if Y_UNIT else group * CO
-    yp = y_ptr + y_first.to(OFFSET) * y_step + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
-    y = turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP)
-    tl.store(yp, y, mask=lead(live, Y_FLIP) & trail(o < written, Y_FLIP))
+    base = y_first.to(OFFSET) * y_step
+    tile = lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
+    mask = lead(live, Y_FLIP) & trail(o < written, Y_FLIP)
+    acc = finish(
+        acc, base + tile, mask, group * CO + o, o < written, scale_ptr, shift_ptr, residual_ptr, kept_ptr,
+        y_ptr.dtype.element_ty, ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, Y_FLIP,
+    )  # fmt: skip
+    tl.store(y_ptr + base + tile, turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP), mask=mask)
 
 
 @kernel

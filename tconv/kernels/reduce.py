@@ -9,12 +9,18 @@ One program computes a sum, or a split's part of it, in a fixed order, so the sa
 import triton.language as tl
 
 from tconv.kernels.common import APART, decode, kernel, lead, multiple, rounded, trail
+from tconv.kernels.epilogue import finish
 
 
 @kernel
 def sum_splits(
-    ws_ptr, out_ptr, numel, splits, E0, E1, E2, E3, s0, s1, s2, s3, s4,
-    DIMS: tl.constexpr, VEC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr,
+    ws_ptr, out_ptr,
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
+    numel, splits, E0, E1, E2, E3, s0, s1, s2, s3, s4, channels, inner,
+    DIMS: tl.constexpr, VEC: tl.constexpr, INTERPRET: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds the slices of a split-K workspace in ascending order, in the workspace's dtype, and rounds once to out's dtype.
 
@@ -22,6 +28,7 @@ def sum_splits(
         DIMS: 0 if out lies as the slices do; else the number of dimensions of a slice, at most five.
         E0, E1, E2, E3: their extents, the last dimension's first; that of the first dimension is not needed.
         s0, s1, s2, s3, s4: their strides in out, in the same order.
+        channels, inner: the channels of out and their stride, for an epilogue. DIMS is 0 then.
         VEC: the vector width. It divides numel.
     """
     numel = multiple(numel, VEC)
@@ -41,6 +48,10 @@ def sum_splits(
             offset += rest % extents[d] * strides[d].to(tl.int64)
             rest = rest // extents[d]
         offset += rest * strides[DIMS - 1].to(tl.int64)
+    acc = finish(
+        acc, offset, mask, i // inner % channels, mask, scale_ptr, shift_ptr, residual_ptr, kept_ptr, out_ptr.dtype.element_ty,
+        ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, None, None,
+    )  # fmt: skip
     tl.store(out_ptr + offset, rounded(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 

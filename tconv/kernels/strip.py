@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from tconv.kernels.common import advance, inside, kernel, lead, multiple, rounded, split_pixels, trail, written_pixels
+from tconv.kernels.epilogue import finish
 
 
 @triton.jit
@@ -146,6 +147,7 @@ def filter_row(wp, mask_c, sw2, tap, T: tl.constexpr, WIDTH: tl.constexpr, ACC: 
 @kernel
 def strip(
     x_ptr, w_ptr, b_ptr, y_ptr,
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
     N, C,
     X0, X1, X2, Y0, Y1, Y2, T0, T1, S0, S1, D0, D1, P0, P1, g0, g1,
     sxn, sxc, sx0, sx1, sx2, swk, sw0, sw1, sw2, syn, syc, sy0, sy1, sy2, sb,
@@ -153,6 +155,8 @@ def strip(
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # contiguous axis: "c" channels, "p" columns, or ""
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, READ: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -217,21 +221,31 @@ def strip(
 
     if HAS_BIAS:
         bias = trail(tl.load(b_ptr + c * sb, mask=mask_c, other=0.0).to(ACC), FLIP)
-    yp = y_ptr + (lead(y_offset, FLIP) + trail(c * syc, FLIP))
+    tile = lead(y_offset, FLIP) + trail(c * syc, FLIP)
     if FLIP and Y_UNIT == "p" and COLUMNS & (COLUMNS - 1) == 0:
         y = together(accs, BLOCK_C, BLOCK_M, COLUMNS)
         if HAS_BIAS:
             y += bias[:, :, None]
         v = tl.arange(0, COLUMNS)
         mask = (live[:, None] & (h[2][:, None] * COLUMNS + v[None, :] < Y2))[None, :, :] & mask_c[:, None, None]
-        tl.store(yp[:, :, None] + v[None, None, :], rounded(y, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        y = finish(
+            y, tile[:, :, None] + v[None, None, :], mask, c[:, None], mask_c[:, None],
+            scale_ptr, shift_ptr, residual_ptr, kept_ptr, y_ptr.dtype.element_ty,
+            ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, True, True,
+        )  # fmt: skip
+        yp = (y_ptr + tile)[:, :, None] + v[None, None, :]
+        tl.store(yp, rounded(y, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
     else:
         for v in tl.static_range(COLUMNS):
             y = accs[v]
             if HAS_BIAS:
                 y += bias
             mask = lead(live & (h[2] * COLUMNS + v < Y2), FLIP) & trail(mask_c, FLIP)
-            tl.store(yp + v * sy2, rounded(y, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+            y = finish(
+                y, tile + v * sy2, mask, c, mask_c, scale_ptr, shift_ptr, residual_ptr, kept_ptr, y_ptr.dtype.element_ty,
+                ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, FLIP,
+            )  # fmt: skip
+            tl.store(y_ptr + tile + v * sy2, rounded(y, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @kernel

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from tconv.kernels.common import APART, decode, kernel, lead, multiple, phase, product, rounded, trail, turned, write_tap
+from tconv.kernels.epilogue import finish
 
 OUTSIDE = tl.constexpr(-(1 << 20))  # a coordinate that no box reaches back from
 
@@ -38,6 +39,7 @@ OUTSIDE = tl.constexpr(-(1 << 20))  # a coordinate that no box reaches back from
 def tma(
     x_desc, w_desc, b_ptr,
     y_ptr,  # a tensor descriptor if Y_BOX
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
     N, CI, CO, G,
     Y0, Y1, Y2, T0, T1, T2,  # extents: written, taps
     S0, S1, S2, D0, D1, D2, P0, P1, P2,  # stride, dilation, leading padding
@@ -46,6 +48,8 @@ def tma(
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr, Y_BOX: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr,
     Y_PIXELS: tl.constexpr,  # vector width along the last dimension, if that is contiguous and it is above 1
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     BN: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,  # the box: images, and pixels per dimension
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -160,19 +164,21 @@ def tma(
     if HAS_BIAS:
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
         acc += trail(bias.to(ACC), True)
+    y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
+    Y_FLIP: tl.constexpr = True if Y_UNIT else Y_PIXELS > 1 or APART
+    base = group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
+    tile = lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
+    mask = lead(live, Y_FLIP) & trail(o < multiple(CO, Y_VEC), Y_FLIP)
+    dtype: tl.constexpr = y_ptr.dtype if Y_BOX else y_ptr.dtype.element_ty
+    acc = finish(
+        acc, base + tile, mask, group * CO + o, o < CO, scale_ptr, shift_ptr, residual_ptr, kept_ptr, dtype,
+        ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, True, Y_FLIP,
+    )  # fmt: skip
     if Y_BOX:
-        box = rounded(acc, y_ptr.dtype, INTERPRET).T.reshape(BN, B0, B1, B2, BLOCK_N)
+        box = rounded(acc, dtype, INTERPRET).T.reshape(BN, B0, B1, B2, BLOCK_N)
         y_ptr.store([image, origin[0], origin[1], origin[2], group * CO + o_first], box)
     else:
-        y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
-        Y_FLIP: tl.constexpr = True if Y_UNIT else Y_PIXELS > 1 or APART
-        yp = (
-            y_ptr
-            + group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
-            + (lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP))
-        )
-        mask = lead(live, Y_FLIP) & trail(o < multiple(CO, Y_VEC), Y_FLIP)
-        tl.store(yp, turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), True, Y_FLIP), mask=mask)
+        tl.store(y_ptr + base + tile, turned(rounded(acc, dtype, INTERPRET), True, Y_FLIP), mask=mask)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ its integers (kernels/common.py), so layers with the same dtype, rank, layout, t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import reach
 from tconv.launching.record import Call
 from tconv.planning.addressing import vector
+from tconv.planning.epilogue import NONE, POINTERS, Epilogue
 from tconv.planning.families import FAMILIES
 from tconv.planning.plan import Plan, forced
 from tconv.planning.tiles import Tile
@@ -65,7 +67,8 @@ class Prepared:
         copies: for each operand that can be copied to channels last, the launch that does so, or None if the operand is used
             as it is; empty if no operand is copied. Of a launch that makes two copies, those of each alone.
         swapped: True if a wgrad kernel takes dy and x in swapped order (planning/simplify.py).
-        pointers: the dtype behind each of the kernel's pointers.
+        pointers: the dtype behind each of the kernel's pointers. Those of an epilogue, which are the last, are there only if
+            the launch has one.
         total: the launch that sums the workspace slices; None if splits is 1.
         boxes: for each pointer, the (shape, strides, box) of the tensor descriptor that replaces it, or None; empty if no
             pointer is replaced.
@@ -103,11 +106,15 @@ class Prepared:
         """Returns the launches that are made if the operands with these indices have to be copied."""
         return [part for part in (*self.copying(missing), self, self.total) if part]
 
+    @functools.cached_property
+    def named(self) -> dict[str, Any]:
+        """All kernel arguments after the pointers, and launch options, by name."""
+        return {**dict(zip(integers_of(self.kernel), self.integers, strict=True)), **self.constants}
+
     @property
     def tail(self) -> tuple[Any, ...]:
         """All kernel arguments after the pointers, in the kernel's order."""
-        named = {**dict(zip(integers_of(self.kernel), self.integers, strict=True)), **self.constants}
-        return tuple(named[name] for name in self.kernel.arg_names[len(self.pointers) :])
+        return tuple(self.named[name] for name in self.kernel.arg_names[len(self.pointers) :])
 
 
 def interpreted() -> bool:
@@ -135,11 +142,12 @@ def prepared(
     result: torch.Tensor,
     swapped: bool = False,
     slices: list[tuple[int, int]] | None = None,
+    epilogue: Epilogue = NONE,
 ) -> Prepared:
     """Returns a launch with its integers in the kernel's order.
 
     If the plan has splits (split-K), the kernel writes each split's partial sums to a slice of a workspace, and a second launch
-    sums the slices.
+    sums the slices. An epilogue is then the second launch's, since it needs the whole sum.
 
     Args:
         programs: the grid's size.
@@ -147,20 +155,37 @@ def prepared(
         result: a tensor with the result's shape, strides and dtype.
         swapped: as in `Prepared`.
         slices: the dimensions of a workspace slice, from `Pass.slices`; None if it has the result's memory order.
+        epilogue: what is done with a result of fprop or dgrad before it is written.
     """
     integers = tuple(named[n] for n in integers_of(kernel))
-    dtype, count, total = result.dtype, sum(name.endswith(("_ptr", "_desc")) for name in kernel.arg_names), None
-    pointers, splits = (dtype,) * count, call.plan.splits if call.plan else 1
+    dtype, splits, total = result.dtype, call.plan.splits if call.plan else 1, None
+    own = sum(name.endswith(("_ptr", "_desc")) and name not in POINTERS for name in kernel.arg_names)
+    pointers = (dtype,) * own
     if splits > 1:
         summed = accumulator(dtype)
         pointers = *pointers[:-1], summed
-        total = _sum_of(splits, slices, call, result, summed)
+        total = _sum_of(splits, slices, call, result, summed, epilogue)
+    elif epilogue:
+        pointers += _dtypes(epilogue, dtype)
+    if POINTERS[0] in kernel.arg_names:
+        constants = constants | (epilogue if splits == 1 else NONE).constants()
     form = result.shape, result.stride()
     return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
 
 
+def _dtypes(epilogue: Epilogue, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Returns the dtype behind each of an epilogue's pointers, for a result of `dtype`."""
+    per_channel = accumulator(dtype) if epilogue.wide else dtype
+    return per_channel, per_channel, dtype, dtype
+
+
 def _sum_of(
-    splits: int, slices: list[tuple[int, int]] | None, call: Call, result: torch.Tensor, summed: torch.dtype
+    splits: int,
+    slices: list[tuple[int, int]] | None,
+    call: Call,
+    result: torch.Tensor,
+    summed: torch.dtype,
+    epilogue: Epilogue,
 ) -> Prepared:
     """Returns the launch that sums the slices of a workspace, whose dtype is `summed`, into the result."""
     numel, dtype = result.numel(), result.dtype
@@ -168,23 +193,28 @@ def _sum_of(
         assert reach(result) == numel - 1, "slices are summed as they lie, without gaps"
         slices = [(numel, 1)]
     flat = slices in ([], [(numel, 1)])  # an only element has no dimension
-    constants = sum_constants(0 if flat else len(slices), vector(0, (dtype if flat else summed).itemsize, numel))
+    assert flat or not epilogue, "a result with an epilogue has its slices' memory order"
+    constants = sum_constants(0 if flat else len(slices), vector(0, (dtype if flat else summed).itemsize, numel), epilogue)
     inner = slices[::-1] + [(1, 0)] * (5 - len(slices))
-    named = {"numel": numel, "splits": splits}
+    channels = result.shape[1] if epilogue else 1
+    named = {"numel": numel, "splits": splits, "channels": channels, "inner": result.stride(1) if channels > 1 else 1}
     named |= {f"E{i}": extent for i, (extent, _) in enumerate(inner)} | {f"s{i}": stride for i, (_, stride) in enumerate(inner)}
     integers = tuple(named[n] for n in integers_of(sum_splits))
     grid, whole = (math.ceil(numel / constants["BLOCK"]),), (result.shape, result.stride())
-    return Prepared(sum_splits, grid, integers, constants, call, *whole, pointers=(summed, dtype))
+    pointers = (summed, dtype) + (_dtypes(epilogue, dtype) if epilogue else ())
+    return Prepared(sum_splits, grid, integers, constants, call, *whole, pointers=pointers)
 
 
-def sum_constants(dims: int, vec: int) -> dict[str, Any]:
+def sum_constants(dims: int, vec: int, epilogue: Epilogue = NONE) -> dict[str, Any]:
     """Returns the constants and launch options of `sum_splits`.
 
     Args:
         dims: dimensions of a slice; 0 if the result has its memory order.
         vec: the vector width, which divides the elements of a slice.
+        epilogue: what is done with the sums before they are written.
     """
-    return {"DIMS": dims, "VEC": vec, "INTERPRET": interpreted(), "BLOCK": 1024, "num_warps": 4, **FUSED}
+    shape = {"DIMS": dims, "VEC": vec, "BLOCK": 1024, "num_warps": 4}
+    return {**shape, "INTERPRET": interpreted(), **epilogue.constants(), **FUSED}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

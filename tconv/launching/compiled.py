@@ -244,7 +244,7 @@ def _by_triton(launch: Prepared, pointers: Pointers) -> Any:
         pairs = zip(pointers, launch.boxes, strict=True)
         given = tuple(t if box is None else descriptor(launch.kernel, t, box) for t, box in pairs)
     with _alone:
-        return launch.kernel[launch.grid](*given, *launch.integers, **launch.constants)
+        return launch.kernel[launch.grid](*given, **launch.named)
 
 
 def _indirectly(launch: Prepared) -> Relaunch:
@@ -319,7 +319,7 @@ def _warn(variant: Any, text: str) -> None:
 def load(launch: Prepared, device: int) -> None:
     """Compiles a kernel if need be and loads it on the current device, for aligned tensors, without launching it."""
     with _first_time:
-        kernel = launch.kernel.warmup(*stand_ins(launch), *launch.integers, grid=launch.grid, **launch.constants)
+        kernel = launch.kernel.warmup(*stand_ins(launch), grid=launch.grid, **launch.named)
         try:
             kernel.run  # noqa: B018 - reading this property loads the kernel
         except Exception:

@@ -20,7 +20,7 @@ from tconv.launching.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import capturing, fail, require_launchable, run
 from tconv.launching.memory_format import reach, shaped
-from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.launching.prepare import prepare_activation, prepare_bias, prepare_gather, prepare_wgrad
 from tconv.launching.record import Fallback, Slower, record_call
 from tconv.launching.self_check import undecided, works_on
 from tconv.planning import plan as planning
@@ -53,7 +53,7 @@ def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tens
         raise Fallback("a weight that 32 bits cannot address")
     y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
     _measure_first(pass_, g, (x, w), b, y)
-    return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x), g.policy)
+    return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x), g.policy, g.epilogue)
 
 
 class SharedOperand:
@@ -67,7 +67,13 @@ class SharedOperand:
 
 
 def convolve(
-    launch: Prepared, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, dry: bool, shared: SharedOperand | None = None
+    launch: Prepared,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    dry: bool,
+    shared: SharedOperand | None = None,
+    after: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """Runs a launch of `convolution`: fprop, dgrad, or the forward pass of a transposed layer.
 
@@ -79,11 +85,13 @@ def convolve(
         b: the layer's bias, [K] for fprop and [C] for a transposed layer.
         dry: allocate and record, but launch nothing.
         shared: an operand whose channels_last copy other launches use too.
+        after: tensors for an epilogue's pointers.
 
     Returns:
         y [N, K, *Y] for fprop, dx [N, C, *X] for dgrad.
     """
-    return execute(launch, dry, shared, (x, w), x if b is None else b)  # without a bias the kernel does not read its pointer
+    b = x if b is None else b  # without a bias the kernel does not read its pointer
+    return execute(launch, dry, shared, (x, w), b, after=after)
 
 
 def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: SharedOperand | None = None) -> torch.Tensor:
@@ -133,6 +141,29 @@ def bias_reduction(g: Geometry, dy: torch.Tensor) -> Prepared:
     """Returns the launch of `bias_grad` for this tensor."""
     key = ("bias", g, dy.shape, dy.stride(), dy.data_ptr() % 16)
     return _lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy)))
+
+
+def activation_grad(
+    g: Geometry, dy: torch.Tensor, v: torch.Tensor, scale: torch.Tensor | None, residual: bool, summed: bool
+) -> Gradients:
+    """Returns the gradients of a convolution's result and of the residual, and of the bias, in one pass over memory.
+
+    Args:
+        g: the forward pass, with its epilogue.
+        dy: the gradient of the result.
+        v: the activation's result or argument (kernels/epilogue.py `gradient`), with dy's strides.
+        scale: the epilogue's scale.
+        residual, summed: whether the gradients of the residual and of the bias are needed. Without a scale that of the residual
+            is the convolution's, and not computed twice.
+    """
+    residual = residual and scale is not None
+    key = ("activation", g, dy.shape, dy.stride(), dy.data_ptr() % 16, v.data_ptr() % 16, residual, summed)
+    device = g.device or device_of(dy)
+    launch = _lookup(key, lambda: prepare_activation(g.problem, dy, g.epilogue, residual, summed, device))
+    dv = torch.empty_strided(dy.shape, dy.stride(), dtype=dy.dtype, device=dy.device)
+    dr = torch.empty_like(dv) if residual else None
+    db = execute(launch, g.dry, None, (dy,), v, dv if scale is None else scale, dv, dv if dr is None else dr)
+    return dv, dr, db if summed else None
 
 
 def backward(
@@ -206,7 +237,12 @@ def forget() -> None:
 
 
 def execute(
-    launch: Prepared, dry: bool, shared: SharedOperand | None, operands: tuple[torch.Tensor, ...], *more: torch.Tensor
+    launch: Prepared,
+    dry: bool,
+    shared: SharedOperand | None,
+    operands: tuple[torch.Tensor, ...],
+    *more: torch.Tensor,
+    after: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """Allocates the result of a launch, runs it, records the call and returns the result.
 
@@ -217,6 +253,8 @@ def execute(
         shared: an operand whose channels_last copy other launches use too.
         operands: the operands that may be copied to channels last first.
         more: other tensors that the kernel reads.
+        after: tensors for an epilogue's pointers, which the kernel takes after the result's, or the sum of the splits does.
+            Their addresses are multiples of 16 bytes.
 
     Raises:
         TransientFallback: memory ran out for the result, a copy or the workspace, or a kernel cannot be launched this time.
@@ -237,11 +275,11 @@ def execute(
                 if launch.swapped:
                     operands = operands[::-1]
                 if launch.total is None:
-                    run(launch, (*operands, *more, out))
+                    run(launch, (*operands, *more, out, *after))
                 else:
                     workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
                     run(launch, (*operands, *more, workspace))
-                    run(launch.total, (workspace, out))
+                    run(launch.total, (workspace, out, *after))
             finally:
                 if event is not None:
                     profiling.end(event)

@@ -12,7 +12,17 @@ import torch
 
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.copy import copy_both, copy_channels_last
-from tconv.launching.arguments import KERNELS, Prepared, dot_precision, numerics, options, prepared, tensor_cores
+from tconv.kernels.epilogue import activation_gradient
+from tconv.launching.arguments import (
+    KERNELS,
+    Prepared,
+    accumulator,
+    dot_precision,
+    numerics,
+    options,
+    prepared,
+    tensor_cores,
+)
 from tconv.launching.fences import marked
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call, Slower
@@ -20,6 +30,7 @@ from tconv.planning import cost
 from tconv.planning import plan as planning
 from tconv.planning.addressing import LIMIT, aligned_channels, flattened, vector
 from tconv.planning.device import Device
+from tconv.planning.epilogue import NONE, Epilogue
 from tconv.planning.families import FAMILIES
 from tconv.planning.operands import GatherPass, Pass, WgradPass, chunk, strides, triple
 from tconv.planning.problem import PREDICTED, ConvProblem, lift
@@ -48,6 +59,7 @@ def prepare_gather(
     y: torch.Tensor,
     device: Device,
     policy: str = PREDICTED,
+    epilogue: Epilogue = NONE,
 ) -> Prepared:
     """Returns the launch of fprop (x -> y) or dgrad (x is dy, y is dx): the planner's choice, or the plan that was measured.
 
@@ -56,6 +68,7 @@ def prepare_gather(
 
     Args:
         policy: as in `Geometry`.
+        epilogue: what is done with the result before it is written.
     Raises:
         Slower: a record says that torch's kernel is faster.
     """
@@ -63,7 +76,7 @@ def prepare_gather(
 
     def described(x: torch.Tensor, w: torch.Tensor) -> Pass:
         p = dataclasses.replace(problem, K=w.shape[0], C=w.shape[1] * problem.G)  # padded channels count
-        return GatherPass(pass_, p, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias)
+        return GatherPass(pass_, p, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias, epilogue)
 
     def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
         return prepare_pass(described(x, w), problem, y, device, only)
@@ -162,23 +175,58 @@ def _elsewhere(measured: Cell, cell: Cell) -> str:
 
 def prepare_bias(problem: ConvProblem, g: torch.Tensor, device: Device) -> Prepared:
     """Returns the launch of the bias gradient, from the gradient g [N, channels, *extents] of a layer's output."""
+    return _prepare_sum(KERNELS["bias"], problem, g, device, {}, "")
+
+
+def prepare_activation(
+    problem: ConvProblem, g: torch.Tensor, epilogue: Epilogue, residual: bool, summed: bool, device: Device
+) -> Prepared:
+    """Returns the launch of `activation_gradient`, from the gradient g [N, channels, *extents] of a result with an epilogue.
+
+    Args:
+        residual: whether the residual's gradient is written too, which differs from the convolution's by the scale.
+        summed: whether the bias gradient is computed; without it, the launch's result stays as it is.
+    """
+    constants = {
+        "ACTIVATION": epilogue.activation, "SLOPE": epilogue.slope, "RESULT": epilogue.by_result, "SCALE": epilogue.scale,
+        "RESIDUAL": residual, "SUM": summed,
+    }  # fmt: skip
+    launch = _prepare_sum(activation_gradient, problem, g, device, constants, f"gradient of {epilogue}; ")
+    own = list(launch.pointers)
+    own[2] = accumulator(g.dtype) if epilogue.wide else g.dtype  # scale
+    if not summed:  # splits only tell how many programs there are
+        own[-1] = g.dtype
+        launch = dataclasses.replace(launch, splits=1, total=None)
+    return dataclasses.replace(launch, pointers=tuple(own))
+
+
+def _prepare_sum(
+    kernel: Any, problem: ConvProblem, g: torch.Tensor, device: Device, constants: dict[str, Any], what: str
+) -> Prepared:
+    """Returns the launch of a kernel that passes over g [N, channels, *extents] and sums it per channel.
+
+    Args:
+        constants: those that the kernel takes beyond those of a sum.
+        what: the beginning of the plan's reason.
+    """
     channels, extents = g.shape[1], lift(g.shape[2:], 1)
     pixels = g.shape[0] * math.prod(extents)
     plan = planning.choose_bias(channels, pixels, g.element_size(), device)
+    plan = dataclasses.replace(plan, reason=what + plan.reason)
     a, extents, rank = flattened(addressing(g), extents)
     tile = plan.tile
     integers = {
         "N": g.shape[0], "C": channels, **triple("Y", extents), **strides("sy", a),
         "chunk": chunk(pixels, tile.k, plan.splits),
     }  # fmt: skip
-    constants: dict[str, Any] = {
+    constants = constants | {
         "RANK": rank, "Y_UNIT": a.unit, "Y_VEC": min(a.lanes(channels, extents).vec, tile.k),
         "WIDE": max(a.reach, pixels + tile.k) > LIMIT, "BLOCK_P": tile.k, "BLOCK_C": tile.n,
         **numerics(g.dtype), **options(tile),
     }  # fmt: skip
     call = Call("bias", problem, plan, plan.reason)
     db, programs = shaped((channels,), False, g.dtype), math.ceil(channels / tile.n) * plan.splits
-    return prepared(KERNELS["bias"], programs, integers, constants, call, db)
+    return prepared(kernel, programs, integers, constants, call, db)
 
 
 def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device, shape: Shape | None = None) -> Prepared:
@@ -255,10 +303,12 @@ def prepare_pass(
     if c.rules:
         done = " + ".join(dict.fromkeys(c.rules))
         plan = dataclasses.replace(plan, reason=f"{done} to {c.p}; {plan.reason}")
+    if c.epilogue:
+        plan = dataclasses.replace(plan, reason=f"{plan.reason}; with {c.epilogue}")
     call = Call(c.pass_, problem, plan, plan.reason)
     integers = c.integers(plan.tile, plan.splits) | integers
-    launch = prepared(kernel, programs, integers, constants, call, result, c.swapped, c.slices())
-    return dataclasses.replace(launch, boxes=boxes)
+    launch = prepared(kernel, programs, integers, constants, call, result, c.swapped, c.slices(), c.epilogue)
+    return dataclasses.replace(launch, boxes=(*boxes, *[None] * (len(launch.pointers) - len(boxes))) if boxes else ())
 
 
 def _best(

@@ -68,15 +68,17 @@ def _cores() -> int:
 
 
 def _task(launch: Any, backend: str) -> Task:
+    from tconv.kernels.common import integers as integers_of
     from tconv.launching.descriptors import stand_ins
 
     plan, kernel = launch.call.plan, launch.kernel
     dtypes = " ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in launch.pointers))
     name = f"{launch.call.operation} {kernel.__name__} {plan.tile} {dtypes}"
     # Compilation depends only on whether an integer fits 32 bits, not on its value.
-    integers = tuple(0 if -(2**31) <= i < 2**31 else 2**40 for i in launch.integers)
+    sizes = (0 if -(2**31) <= i < 2**31 else 2**40 for i in launch.integers)
+    integers = dict(zip(integers_of(kernel), sizes, strict=True))
     constants = {k: v for k, v in launch.constants.items() if k != "maxnreg" or backend == "cuda"}
-    return Task(name, (kernel.fn.__module__, kernel.__name__), (*stand_ins(launch), *integers), constants)
+    return Task(name, (kernel.fn.__module__, kernel.__name__), stand_ins(launch), integers | constants)
 
 
 def in_one_line(error: Exception) -> str:

@@ -73,7 +73,11 @@ class Gather(Stepping, General):
         if access.itemsize != 2:
             return found
         if not access.narrow:
-            return (*found, SHARING)
+            if not access.epilogue:
+                return (*found, SHARING)
+            # The widest tile spills with an activation. With a limit, SHARING does not, unless it reads a residual.
+            sharing = () if access.epilogue.tensors else (replace(SHARING, registers=128),)
+            return (*(tile for tile in found if tile.n <= 128), *sharing)
         return (*found, NARROW_APART) if access.flip else found
 
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:

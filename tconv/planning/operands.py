@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tconv.planning.addressing import LIMIT, Addressing, merged, vector
+from tconv.planning.epilogue import NONE, Epilogue
 from tconv.planning.problem import ConvProblem
 from tconv.planning.simplify import Form, Strides, simplify
 from tconv.planning.tiles import BF16X6, Access, Tile
@@ -27,6 +28,7 @@ class Operands:
             are contiguous), and whether an operand is accessed element by element; None if as `narrow` says.
         pack_narrow: maps the groups per pack to `narrow` for a packed kernel, which ignores how weights are accessed; None if
             as `narrow` says.
+        epilogue: what is done with the result before it is written.
     """
 
     itemsize: int
@@ -35,10 +37,12 @@ class Operands:
     room: int = 256 * 128
     strips: tuple[bool, bool] | None = None
     pack_narrow: Callable[[int], bool] | None = None
+    epilogue: Epilogue = NONE
 
     def access(self, narrow: bool, precision: str) -> Access:
         """Returns how a kernel accesses the operands in a precision, given whether it does so element by element."""
-        return Access(self.itemsize, self.tensor_cores or precision == BF16X6, narrow, room=self.room, precision=precision)
+        cores = self.tensor_cores or precision == BF16X6
+        return Access(self.itemsize, cores, narrow, room=self.room, precision=precision, epilogue=self.epilogue)
 
 
 class Pass:
@@ -62,7 +66,10 @@ class Pass:
         pixels_y: the same of y in a wgrad, whose pixels are read too; else vector width along the pixels written, 1 if the
             channels are contiguous, or a strided dgrad's phases lie between each other.
         row_y: the same along the last dimension only, however the others lie.
+        epilogue: what is done with the result before it is written.
     """
+
+    epilogue = NONE
 
     def __init__(
         self,
@@ -78,7 +85,8 @@ class Pass:
 
         Args:
             x, w, y: (x, w, y) for fprop, (dy, w, dx) for dgrad, (x, dw, dy) for wgrad.
-            channels_stay: keep the output channels as they are, because a bias is added to them in a transposed forward.
+            channels_stay: keep the output channels as they are, because something is added to each, or multiplied by, in a
+                transposed forward.
         """
         self.pass_, self.transposed = pass_, pass_ == "dgrad"
         self.itemsize, self.tensor_cores = x.itemsize, tensor_cores
@@ -143,7 +151,7 @@ class Pass:
         """Returns what the planner asks, given the least vector width of the accesses within a group."""
         narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
         strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
-        return Operands(self.itemsize, self.tensor_cores, narrow, room, strips, pack_narrow)
+        return Operands(self.itemsize, self.tensor_cores, narrow, room, strips, pack_narrow, self.epilogue)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         """Returns the integers that the kernels of this pass share, by the names of their parameters."""
@@ -180,9 +188,11 @@ class GatherPass(Pass):
         y: Addressing,
         tensor_cores: bool,
         bias: int | None = None,
+        epilogue: Epilogue = NONE,
     ) -> None:
-        super().__init__(pass_, problem, x, w, y, tensor_cores, pass_ == "dgrad" and bias is not None)
-        self.bias, w = bias, self.w
+        channels = bias is not None or epilogue.per_channel
+        super().__init__(pass_, problem, x, w, y, tensor_cores, pass_ == "dgrad" and channels)
+        self.bias, self.epilogue, w = bias, epilogue, self.w
         self.reduced, self.written = (w.outer, w.channel) if self.transposed else (w.channel, w.outer)
         self.group = self.p.K // self.p.G * w.outer
         self.inner, self.w_vec = _weight_axis(w, self.transposed), 1
@@ -198,7 +208,8 @@ class GatherPass(Pass):
         # The larger tiles have no registers to spare for the addresses of narrower accesses, and the largest ones none for the
         # pixels of a 3-D dgrad either.
         room = 256 * 128 if self.itemsize * least == 16 else 128 * 128
-        if self.transposed and self.p.rank == 3 and self.y.unit:
+        # Nor for the addresses of a residual.
+        if (self.transposed and self.p.rank == 3 and self.y.unit) or self.epilogue.tensors:
             room = min(room, 128 * 192)
         return self._operands(least, room, lambda groups: self.pack_vectors(groups)[0] == 1)
 

@@ -69,6 +69,8 @@ class Persistent(Tma):
         reason = _no_wgmma(device) or _wide(c.itemsize) or super().ineligible(c, device)
         if reason:
             return reason
+        if c.epilogue:
+            return "it adds a bias, and no other epilogue"
         if c.transposed and max(c.p.S) > 1:
             return "a strided dgrad writes pixels that no box holds"
         return APART if c.y.boxed((c.p.N, *c.extents, c.wrote)) is None else None

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tconv.planning.device import Device
+from tconv.planning.epilogue import NONE, Epilogue
 
 Triple = tuple[int, int, int]
 PASSES = ("fprop", "dgrad", "wgrad")
@@ -136,6 +137,7 @@ class Geometry:
             (launching/memory_format.py `weight_format`).
         policy: PREDICTED, or one of POLICIES, which says whether passes may be left to torch's kernel where that was measured
             to be faster: "auto" does, "always" never, and "tune" first measures what was not measured.
+        epilogue: what the forward pass does with its result before it writes it.
     """
 
     problem: ConvProblem
@@ -144,6 +146,7 @@ class Geometry:
     device: Device | None = None
     dw_channels_last: bool | None = None
     policy: str = "auto"
+    epilogue: Epilogue = NONE
 
 
 def forward_problem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tconv.planning.device import Device
+from tconv.planning.epilogue import NONE, Epilogue
 
 BF16X6 = "bf16x6"  # a precision: fp32 as three bf16, and six of their nine products (kernels/common.py `product`)
 
@@ -68,6 +69,7 @@ class Access:
         flip: True if x has no contiguous channels; usually its columns are contiguous. For kernels that ask for it.
         room: the most elements of a tile's accumulators for which the accesses leave enough registers.
         precision: BF16X6, or empty for the precision of the data type and torch's flag.
+        epilogue: what is done with the result before it is written.
     """
 
     itemsize: int
@@ -76,6 +78,7 @@ class Access:
     flip: bool = False
     room: int = 256 * 128
     precision: str = ""
+    epilogue: Epilogue = NONE
 
 
 def can_cut(device: Device) -> bool:

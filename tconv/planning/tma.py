@@ -41,7 +41,8 @@ class _Tma(Gemm):
         return None
 
     def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
-        return Access(operands.itemsize, operands.tensor_cores)  # boxes are wide, however else the tensors are accessed
+        # Boxes are wide, however else the tensors are accessed.
+        return Access(operands.itemsize, operands.tensor_cores, epilogue=operands.epilogue)
 
     def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
         return 100.0  # one thread issues the loads
@@ -80,7 +81,9 @@ class Tma(Stepping, _Tma):
     instead: ClassVar[Instead] = {10: {Tile(128, 64, 32, 4, 4): Tile(128, 64, 32, 4, 4, 255)}}
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
-        return TMA_32 if access.itemsize == 4 else TMA_16
+        found = TMA_32 if access.itemsize == 4 else TMA_16
+        # The largest tile has no registers for the addresses of a second result.
+        return tuple(tile for tile in found if tile.m * tile.n <= 128 * 128) if access.epilogue.kept else found
 
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         # A box's extents are powers of two, and it must not cross into the next group.
@@ -134,8 +137,9 @@ class Tma(Stepping, _Tma):
     def _result(self, c: GatherPass, tile: Tile) -> Box | None:
         """Returns (shape, strides) of the result's tensor descriptor, or None if it is stored through pointers."""
         # A strided dgrad's phase writes pixels that are not neighbours. A channel tile that passes the end of a group would
-        # overwrite the next group's channels. Both store through pointers, with a mask.
-        if (c.transposed and max(c.p.S) > 1) or (c.p.G > 1 and c.co % tile.n):
+        # overwrite the next group's channels. Both store through pointers, with a mask. So does an epilogue that reads or
+        # writes a tensor of the result's size, at the same addresses.
+        if c.epilogue.tensors or (c.transposed and max(c.p.S) > 1) or (c.p.G > 1 and c.co % tile.n):
             return None
         return c.y.boxed((c.p.N, *c.extents, c.wrote))
 

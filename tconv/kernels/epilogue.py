@@ -1,0 +1,200 @@
+"""What the kernels do with a result before they write it, and the gradient of an activation.
+
+    finish                v = v * scale + shift (per channel), + residual, activation(v), + residual; then it is stored
+    activation_gradient   dv = dy * activation'(v), from the activation's result or argument, and the sums of dv per channel
+
+Numbers are in the accumulator's dtype. STEPWISE rounds them to the result's dtype after each step, as a sequence of PyTorch's
+functions does. The formulas are those of PyTorch, so that NaN and infinity give what they give there.
+"""
+
+import triton
+import triton.language as tl
+
+from tconv.kernels.common import APART, decode, kernel, lead, multiple, rounded, trail, turned
+
+
+@triton.jit
+def hyperbolic_tangent(v):
+    """Returns tanh(v) to the precision of v's dtype.
+
+    The exponential loses digits where v is small. There a quotient of polynomials is used, of Cephes' tanh.c (S. L. Moshier).
+    """
+    size = tl.abs(v)
+    z = v * v
+    above = (-0.964399179425052238628 * z - 99.2877231001918586564) * z - 1614.68768441708447952
+    below = ((z + 112.811678491632931402) * z + 2235.48839060100448583) * z + 4844.06305325125486048
+    small = v + v * z * (above / below)
+    large = 1 - 2 / (tl.exp(2 * size) + 1)
+    large = tl.where(v < 0, -large, large)
+    return tl.where(size < 0.625, small, large)
+
+
+@triton.jit
+def activated(v, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Returns the activation of v, which is fp32 or fp64."""
+    if ACTIVATION == "relu":
+        v = tl.where(v <= 0, 0.0, v)  # NaN stays
+    elif ACTIVATION == "leaky_relu":
+        v = tl.where(v > 0, v, v * SLOPE)
+    elif ACTIVATION == "silu":
+        v = v / (1 + tl.exp(-v))
+    elif ACTIVATION == "gelu":
+        v = v * 0.5 * (1 + tl.erf(v * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        v = 0.5 * v * (1 + hyperbolic_tangent(0.7978845608028654 * (v + 0.044715 * v * v * v)))
+    elif ACTIVATION == "sigmoid":
+        v = 1 / (1 + tl.exp(-v))
+    elif ACTIVATION == "tanh":
+        v = hyperbolic_tangent(v)
+    elif ACTIVATION == "hardswish":
+        v = v * tl.minimum(tl.maximum(v + 3, 0.0), 6.0) / 6
+    return v
+
+
+@triton.jit
+def gradient(g, v, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Returns g times the activation's derivative.
+
+    Args:
+        v: for sigmoid and tanh the activation's result, for relu and leaky_relu its result or its argument, which have the
+            same sign, for the others its argument.
+    """
+    if ACTIVATION == "relu":
+        g = tl.where(v <= 0, 0.0, g)
+    elif ACTIVATION == "leaky_relu":
+        g = tl.where(v > 0, g, g * SLOPE)
+    elif ACTIVATION == "silu":
+        s = 1 / (1 + tl.exp(-v))
+        g = g * s * (1 + v * (1 - s))
+    elif ACTIVATION == "gelu":
+        g = g * (0.5 * (1 + tl.erf(v * 0.7071067811865476)) + v * tl.exp(-0.5 * v * v) * 0.3989422804014327)
+    elif ACTIVATION == "gelu_tanh":
+        t = hyperbolic_tangent(0.7978845608028654 * (v + 0.044715 * v * v * v))
+        g = g * (0.5 * (1 + t) + 0.5 * v * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * v * v))
+    elif ACTIVATION == "sigmoid":
+        g = g * (1 - v) * v
+    elif ACTIVATION == "tanh":
+        g = g * (1 - v * v)
+    elif ACTIVATION == "hardswish":
+        g = tl.where(v <= -3, 0.0, tl.where(v < 3, g * (v / 3 + 0.5), g))
+    return g
+
+
+@triton.jit
+def step(v, dtype: tl.constexpr, STEPWISE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Returns v, rounded to dtype if STEPWISE."""
+    if STEPWISE:
+        v = rounded(v, dtype, INTERPRET).to(v.dtype)
+    return v
+
+
+@triton.jit
+def of_channels(ptr, channel, exists, dtype: tl.constexpr, FLIP: tl.constexpr):
+    """Returns numbers per channel, loaded, converted and shaped to broadcast over a tile of `finish`."""
+    v = tl.load(ptr + channel, mask=exists, other=0.0).to(dtype)
+    return v if FLIP is None else trail(v, FLIP)
+
+
+@triton.jit
+def finish(
+    acc, tile, mask, channel, exists, scale_ptr, shift_ptr, residual_ptr, kept_ptr, dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr, Y_FLIP: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile of sums after the epilogue's steps, and writes what is kept for the gradient.
+
+    Args:
+        acc: the sums, with the bias, in the orientation of FLIP; None for a tile of one dimension.
+        tile: offsets of the result's elements, in the orientation of Y_FLIP. Those of the residual and of what is kept are the
+            same.
+        mask: which of them exist.
+        channel: the channels in the result, one per channel of the tile, or per element if it has one dimension.
+        exists: which of them exist.
+        dtype: the result's.
+    """
+    if SCALE or SHIFT or RESIDUAL != "" or ACTIVATION != "":
+        acc = step(acc, dtype, STEPWISE, INTERPRET)
+    if SCALE:
+        acc *= of_channels(scale_ptr, channel, exists, acc.dtype, FLIP)
+        acc = step(acc, dtype, STEPWISE, INTERPRET)
+    if SHIFT:
+        acc += of_channels(shift_ptr, channel, exists, acc.dtype, FLIP)
+        acc = step(acc, dtype, STEPWISE, INTERPRET)
+    if RESIDUAL != "":
+        more = turned(tl.load(residual_ptr + tile, mask=mask, other=0.0), Y_FLIP, FLIP).to(acc.dtype)
+    if RESIDUAL == "before":
+        acc = step(acc + more, dtype, STEPWISE, INTERPRET)
+    if KEPT:
+        tl.store(kept_ptr + tile, turned(rounded(acc, dtype, INTERPRET), FLIP, Y_FLIP), mask=mask)
+    if ACTIVATION != "":
+        acc = activated(acc, ACTIVATION, SLOPE)
+    if RESIDUAL == "after":
+        acc = step(acc, dtype, STEPWISE, INTERPRET) + more
+    return acc
+
+
+@kernel
+def activation_gradient(
+    dy_ptr, v_ptr, factor_ptr, dv_ptr, dr_ptr, out_ptr, N, C, Y0, Y1, Y2, chunk, syn, syc, sy0, sy1, sy2,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, RESIDUAL: tl.constexpr, SUM: tl.constexpr,
+    RESULT: tl.constexpr, RANK: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of a convolution's result and of the residual, and their sums, in one pass over memory.
+
+    All tensors but the scale and out have the same strides. Programs, tiles and vectors are those of `reduce.sum_pixels`.
+
+    Args:
+        v_ptr: the activation's result if RESULT, else its argument.
+        factor_ptr: the epilogue's scale [C], if SCALE.
+        dv_ptr: gets dy * activation'(v) * scale.
+        dr_ptr: gets dy * activation'(v), if RESIDUAL.
+        out_ptr: if SUM, out[split, c] gets the sum of dv over the split's `chunk` pixels.
+    """
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    P_VEC: tl.constexpr = 1 if Y_UNIT else Y_VEC
+    FLIP: tl.constexpr = False if Y_UNIT else P_VEC > 1 or APART
+    Y = (Y0, Y1, multiple(Y2, P_VEC))
+    sy = (multiple(sy0, Y_VEC), multiple(sy1, Y_VEC), 1 if P_VEC > 1 else multiple(sy2, Y_VEC // P_VEC))
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    split = tl.program_id(0) // tiles_c
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < multiple(C, Y_VEC // P_VEC)
+    pixels = N.to(OFFSET)
+    for d in tl.static_range(3 - RANK, 3):
+        pixels *= Y[d]
+    low = split.to(OFFSET) * multiple(chunk, P_VEC)
+    left = multiple(tl.minimum(chunk, pixels - low).to(tl.int32), P_VEC)
+    channel = c if Y_UNIT else c * multiple(syc, Y_VEC).to(OFFSET)
+    if SCALE:
+        factor = trail(tl.load(factor_ptr + c, mask=mask_c, other=0.0).to(ACC), FLIP)
+    if FLIP:
+        acc = tl.zeros((BLOCK_C, BLOCK_P), dtype=ACC)
+    else:
+        acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
+    for start in tl.range(0, left, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        live = p < left
+        image, j = decode(low + p, Y, RANK)
+        offset = image.to(OFFSET) * multiple(syn, Y_VEC)
+        for d in tl.static_range(3 - RANK, 3):
+            offset += j[d].to(OFFSET) * sy[d]
+        mask = lead(live, FLIP) & trail(mask_c, FLIP)
+        tile = lead(offset, FLIP) + trail(channel, FLIP)  # [BLOCK_P, BLOCK_C], transposed if FLIP
+        g = tl.load(dy_ptr + tile, mask=mask, other=0.0).to(ACC)
+        if ACTIVATION != "":
+            v = tl.load(v_ptr + tile, mask=mask, other=0.0).to(ACC)
+            if not RESULT and (ACTIVATION == "sigmoid" or ACTIVATION == "tanh"):
+                v = activated(v, ACTIVATION, SLOPE)
+            g = gradient(g, v, ACTIVATION, SLOPE)
+        if RESIDUAL:
+            tl.store(dr_ptr + tile, rounded(g, dr_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        if SCALE:
+            g *= factor
+        g = rounded(g, dv_ptr.dtype.element_ty, INTERPRET)
+        tl.store(dv_ptr + tile, g, mask=mask)
+        if SUM:
+            acc += tl.where(mask, g.to(ACC), 0.0)  # outside the tensor an activation may have made NaN of zeros
+    if SUM:
+        total = tl.sum(acc, axis=1 if FLIP else 0)
+        tl.store(out_ptr + split * C + c, rounded(total, out_ptr.dtype.element_ty, INTERPRET), mask=mask_c)

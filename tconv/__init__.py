@@ -12,6 +12,8 @@
     freeze, unfreeze                  keeps the copies of weights between calls, for inference
     tune, load_record                 measure a model's convolutions on the GPU here, and choose by what was measured
     decompositions                    tconv's operators in terms of aten's, for graphs that may only have aten's
+    batch_invariant                   an image's results have the same bits in every batch, inside a block
+    use_batch_invariance              the same for the whole process; is_batch_invariant tells whether it holds
     force, Tile                       plans chosen by hand, for tests and measurements
     tconv.distributed                 convolutions of DTensors; must be imported by name
 
@@ -46,6 +48,7 @@ from tconv.modules import (
     LazyConvTranspose3d,
 )
 from tconv.override import disable, enable, enabled, is_enabled
+from tconv.planning.batch_invariance import batch_invariant, is_batch_invariant, use_batch_invariance
 from tconv.planning.plan import force
 from tconv.planning.tiles import Tile
 from tconv.precompile import Precompiled, precompile
@@ -80,6 +83,7 @@ __all__ = [
     "Report",
     "Tile",
     "Tuned",
+    "batch_invariant",
     "decompositions",
     "disable",
     "enable",
@@ -88,6 +92,7 @@ __all__ = [
     "force",
     "freeze",
     "functional",
+    "is_batch_invariant",
     "is_enabled",
     "last_calls",
     "load_record",
@@ -99,4 +104,5 @@ __all__ = [
     "restored",
     "tune",
     "unfreeze",
+    "use_batch_invariance",
 ]

@@ -28,6 +28,7 @@ from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY, Dry
 from tconv.launching.memory_format import FORMATS, weight_format
 from tconv.launching.record import Call, Fallback, Slower, TransientFallback, record_call
+from tconv.planning.batch_invariance import is_batch_invariant
 from tconv.planning.plan import forced
 from tconv.planning.problem import Geometry
 
@@ -88,7 +89,7 @@ def convolution(
         with DisableTorchFunction():  # subclasses and function modes have already seen the call
             if type(x) not in PLAIN or type(w) not in PLAIN or type(b) not in OPTIONAL:
                 x, w, b = plain(x), plain(w), None if b is None else plain(b)
-            dtype = x.dtype
+            dtype, invariant = x.dtype, is_batch_invariant()  # read once: another thread may change it
             if dtype is torch.float32 and allow_tf32 is not (fp32_precision("cuda", "conv") == "tf32"):
                 raise Fallback(f"allow_tf32={allow_tf32}, the process's setting being another")  # a traced graph keeps its own
             parameters = tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation)
@@ -96,9 +97,10 @@ def convolution(
                 transposed, x.shape, x.stride(), dtype, x.device, x.data_ptr() & 15,
                 w.shape, w.stride(), w.dtype, w.device, w.data_ptr() & 15,
                 None if b is None else (b.shape, b.stride(), b.dtype, b.device), parameters, cudnn_enabled, allow_tf32,
+                invariant,
             )  # fmt: skip
             found, dry = _lookup(
-                chosen.forward, key, lambda dry: _prepare_forward(chosen, transposed, x, w, b, parameters, dry)
+                chosen.forward, key, lambda dry: _prepare_forward(chosen, transposed, x, w, b, parameters, dry, invariant)
             )
             if not isinstance(found, Call):
                 return launch.convolve(found, x, w, b, dry)
@@ -143,16 +145,17 @@ def convolution_backward(
             if type(dy) not in PLAIN or type(x) not in PLAIN or type(w) not in PLAIN:
                 dy, x, w = plain(dy), plain(x), plain(w)
             sizes, mask = None if bias_sizes is None else tuple(bias_sizes), tuple(output_mask)
-            dtype = x.dtype
+            dtype, invariant = x.dtype, is_batch_invariant()
             key = dtype if dtype not in DTYPES else (
                 transposed, dy.shape, dy.stride(), dy.dtype, dy.device, dy.data_ptr() & 15,
                 x.shape, x.stride(), dtype, x.device, x.data_ptr() & 15, w.shape, w.stride(), w.dtype, w.device,
                 w.data_ptr() & 15, sizes, mask, parameters, _get_cudnn_enabled(),
-                dtype is torch.float32 and fp32_precision("cuda", "conv"),
+                dtype is torch.float32 and fp32_precision("cuda", "conv"), invariant,
             )  # fmt: skip
             found, dry = _lookup(
-                chosen.backward, key, lambda dry: _prepare_backward(chosen, transposed, dy, x, w, sizes, mask, parameters, dry)
-            )
+                chosen.backward, key,
+                lambda dry: _prepare_backward(chosen, transposed, dy, x, w, sizes, mask, parameters, dry, invariant),
+            )  # fmt: skip
             if type(found) is tuple:
                 return launch.gradients(found, transposed, dy, x, w, dry)
     except Fallback as e:
@@ -206,12 +209,13 @@ def _prepare_forward(
     b: torch.Tensor | None,
     parameters: Parameters,
     dry: Dry | None,
+    invariant: bool,
 ) -> Prepared | Call:
     try:
         why = _refusal(chosen, "dgrad" if transposed else "fprop", x, w)
         if why:
             raise Fallback(why)
-        g = _geometry(chosen, ("dgrad" if transposed else "fprop",), transposed, x, w, b, parameters, dry)
+        g = _geometry(chosen, ("dgrad" if transposed else "fprop",), transposed, x, w, b, parameters, dry, invariant)
     except TransientFallback:  # must not be cached
         raise
     except Fallback as e:
@@ -240,6 +244,7 @@ def _prepare_backward(
     mask: Mask,
     parameters: Parameters,
     dry: Dry | None,
+    invariant: bool,
 ) -> launch.Backward | Call | Parts:
     try:
         operations = "fprop" if transposed else "dgrad", "wgrad", "wgrad"
@@ -255,7 +260,7 @@ def _prepare_backward(
         if any(p and p != first for p in policies):
             return Parts(tuple(p == first for p in policies), tuple(bool(p) and p != first for p in policies))
         asked = tuple(o for wanted, o in zip(mask, operations, strict=True) if wanted)
-        g = _geometry(chosen, asked, transposed, x, w, None, parameters, dry)
+        g = _geometry(chosen, asked, transposed, x, w, None, parameters, dry, invariant)
         if dy.shape != g.problem.shape("x" if transposed else "y") or dy.dtype != x.dtype or dy.device != x.device:
             raise Fallback("an output's gradient that does not fit the layer")
         if mask[2] and bias_sizes != (dy.shape[1],):
@@ -293,6 +298,7 @@ def _geometry(
     b: torch.Tensor | None,
     parameters: Parameters,
     dry: Dry | None,
+    invariant: bool,
 ) -> Geometry:
     """Returns the geometry of a call, with the memory format that torch's own kernels would give its result.
 
@@ -318,4 +324,4 @@ def _geometry(
     channels_last = format == FORMATS[x.dim()]
     of_weight = weight_format(weight, channels_last)
     policy = chosen.policy(operations, weight.dim() - 2, x.dtype)
-    return Geometry(g.problem, channels_last, dry is not None, dry.device if dry else None, of_weight, policy)
+    return Geometry(g.problem, channels_last, dry is not None, dry.device if dry else None, of_weight, policy, invariant)

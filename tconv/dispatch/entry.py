@@ -30,6 +30,7 @@ from tconv.launching import profiling
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
 from tconv.launching.record import Call, Fallback, record_call
+from tconv.planning.batch_invariance import is_batch_invariant
 from tconv.planning.problem import Geometry
 
 INTERPRETED = interpreted()  # a plain flag, for torch.compile to read
@@ -83,11 +84,11 @@ def convolve(
     """
     if is_dynamo_compiling():
         return _operator(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
-    key = None
+    key, invariant = None, is_batch_invariant()  # read once: another thread may change it
     try:
         if type(x) in PLAIN and type(w) in PLAIN and DRY.get() is None:
             try:
-                key = id(w), id(b), policy, x.shape, x.requires_grad, w.requires_grad
+                key = id(w), id(b), policy, invariant, x.shape, x.requires_grad, w.requires_grad
                 seen = fast_paths.get(key)
             except TypeError:  # symbolic extents have no hash
                 key = seen = None
@@ -100,14 +101,14 @@ def convolve(
                 if y is not None:
                     return y
         asked = CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation)
-        return _convolve(key, asked, x, w, b, policy)
+        return _convolve(key, asked, x, w, b, policy, invariant)
     except Fallback as e:
         record_call(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
         return None
 
 
 @opaque
-def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, policy: str) -> torch.Tensor:
+def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, policy: str, invariant: bool) -> torch.Tensor:
     """Computes a call that is no repeated one. `key` is where `fast_paths` has the call; None if it must not be there."""
     tensors: tuple[Any, ...] = (x, w) if b is None else (x, w, b)
     for t in tensors:
@@ -137,7 +138,7 @@ def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, policy: st
                 y = seen.again(*asked[:2], x, w, b, *asked[2:])
                 if y is not None:
                     return y
-    g = geometry(asked, x, w, b, policy)
+    g = geometry(asked, x, w, b, policy, invariant)
     batched = x.dim() == asked.rank + 2
     if dry:
         g = dataclasses.replace(g, dry=True, device=dry.device)
@@ -154,7 +155,9 @@ def _convolve(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, policy: st
     return y if batched else y.squeeze(0)
 
 
-def geometry(asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, policy: str) -> Geometry:
+def geometry(
+    asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, policy: str, invariant: bool
+) -> Geometry:
     """Returns the geometry of a call, which is examined once per kind of call.
 
     Raises:
@@ -169,14 +172,14 @@ def geometry(asked: CallArguments, x: torch.Tensor, w: torch.Tensor, b: torch.Te
         key = (
             transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
             None if b is None else (b.shape, b.stride(), b.dtype, b.device),
-            stride, padding, output_padding, groups, dilation, rank, policy,
+            stride, padding, output_padding, groups, dilation, rank, policy, invariant,
         )  # fmt: skip
     except RuntimeError:  # one of them is nested
         raise Fallback(NOT_STRIDED) from None
     known = geometries.get(key)
     if known is None:
         try:
-            known = dataclasses.replace(examine(asked, x, w, b), policy=policy)
+            known = dataclasses.replace(examine(asked, x, w, b), policy=policy, batch_invariant=invariant)
         except Fallback as e:
             known = str(e)
         geometries[key] = known

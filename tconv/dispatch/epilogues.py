@@ -24,6 +24,7 @@ from tconv.dispatch.entry import PUBLIC, geometry, kernels_for
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
 from tconv.launching.record import Call, Fallback, record_call
+from tconv.planning.batch_invariance import is_batch_invariant
 from tconv.planning.epilogue import ACTIVATIONS, Epilogue
 from tconv.planning.problem import Geometry
 
@@ -195,7 +196,7 @@ def _by_kernel(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, polic
         raise Fallback("a gradient for scale or shift, which needs the convolution's own result")
     if torch.is_autocast_enabled(device):
         x, w, b = cast(device, x, w, b)
-    g = geometry(asked, x, w, b, policy)
+    g = geometry(asked, x, w, b, policy, is_batch_invariant())
     batched = x.dim() == asked.rank + 2
     shape = g.problem.shape("x" if asked.transposed else "y")
     steps.check(shape if batched else shape[1:], shape[1], x.dtype, x.device)

@@ -8,8 +8,8 @@ dilation, groups. dgrad and wgrad derive the extent that their tensors do not ha
 X = (Y - 1)*S + D*(T - 1) + 1 - before - after. So their `after` must be exact: the padding minus the elements that the last
 step leaves unread. It may be negative.
 
-Whatever depends on addresses or flags is decided inside the operators, when they run. If the kernels do not support a
-problem, the operator falls back to torch.
+Whatever depends on addresses or flags (also `tconv.batch_invariant`) is decided inside the operators, when they run. If the
+kernels do not support a problem, the operator falls back to torch.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import result_is_channels_last, shaped, weight_format
 from tconv.launching.record import Call, Fallback, record_call
+from tconv.planning.batch_invariance import is_batch_invariant
 from tconv.planning.problem import Geometry
 
 MaybeTensor = torch.Tensor | None
@@ -64,13 +65,14 @@ def _fake(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest:
 def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
     """Runs an operator by tconv's kernels, or falls back to torch."""
     h, a, b, bias = Window(*rest), plain(a), plain(b), None if bias is None else plain(bias)
+    invariant = is_batch_invariant()
     key = (
-        name, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
+        name, invariant, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device), *map(tuple, h[:4]), *h[4:],
     )  # fmt: skip
     known = _known.get(key)
     if known is None:
-        known = _known[key] = _examine(name, a, b, bias, h)
+        known = _known[key] = _examine(name, a, b, bias, h, invariant)
     try:
         if isinstance(known, str):
             raise Fallback(known)
@@ -86,7 +88,7 @@ def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: 
     return by_torch(name, a, b, bias, h, why)  # outside `except`: the exception's frames hold memory
 
 
-def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window) -> Geometry | str:
+def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, invariant: bool) -> Geometry | str:
     """Returns the geometry of a call, or why it falls back to torch.
 
     Raises:
@@ -108,7 +110,7 @@ def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: 
         raise ValueError(f"{name}: tensors of {[*a.shape]} and {[*b.shape]} do not fit {h}")
     if too_large(problem, None if name == "wgrad" else b, bias):
         return TOO_LARGE
-    return unavailable(a.device.type) or Geometry(problem, _format(a, b, h))
+    return unavailable(a.device.type) or Geometry(problem, _format(a, b, h), batch_invariant=invariant)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

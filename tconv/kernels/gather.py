@@ -109,6 +109,7 @@ def gather(
     EVEN: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
     STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
+    FRAMES: tl.constexpr,  # of a 3-D dgrad: walk only the taps that meet a frame
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +142,7 @@ def gather(
     )  # fmt: skip
     if past:
         return
-    if TRANSPOSED and RANK == 3:
+    if FRAMES:
         n_taps, t_first, h, x_offset = met_frames(live, n_taps, t_first, h, x_offset, X0, S0, D0, g0, sx[0])
 
     if X_PIXELS > 1:  # pointwise: the pixels read are those written

@@ -53,7 +53,8 @@ def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tens
         raise Fallback("a weight that 32 bits cannot address")
     y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
     _measure_first(pass_, g, (x, w), b, y)
-    return prepare_gather(pass_, g.problem, x, w, b, y, g.device or device_of(x), g.policy, g.epilogue)
+    device = g.device or device_of(x)
+    return prepare_gather(pass_, g.problem, x, w, b, y, device, g.policy, g.epilogue, g.batch_invariant)
 
 
 class SharedOperand:
@@ -118,13 +119,14 @@ def _measure_first(
     """Measures a pass that was not measured before, if the policy is "tune", or "auto" and torch's own flag asks for it.
 
     Not in a dry run, for a plan that is requested, in the capture of a CUDA graph, where nothing can be timed, nor under
-    deterministic algorithms, where what runs must not depend on times.
+    deterministic algorithms, where what runs must not depend on times. Nor for fprop and dgrad if they are batch-invariant.
     """
     x = operands[0]
     if (
         first_sight.measure is not None
         and (g.policy == "tune" or (g.policy == "auto" and x.is_cuda and torch.backends.cudnn.benchmark))
         and not g.dry
+        and (pass_ == "wgrad" or not g.batch_invariant)
         and planning.requested() is None
         and not torch.are_deterministic_algorithms_enabled()
         and not capturing(x.get_device())

@@ -24,7 +24,7 @@ from tconv.launching.arguments import (
     tensor_cores,
 )
 from tconv.launching.fences import marked
-from tconv.launching.memory_format import addressing, shaped
+from tconv.launching.memory_format import addressing, reach, shaped
 from tconv.launching.record import Call, Slower
 from tconv.planning import cost
 from tconv.planning import plan as planning
@@ -60,6 +60,7 @@ def prepare_gather(
     device: Device,
     policy: str = PREDICTED,
     epilogue: Epilogue = NONE,
+    batch_invariant: bool = False,
 ) -> Prepared:
     """Returns the launch of fprop (x -> y) or dgrad (x is dy, y is dx): the planner's choice, or the plan that was measured.
 
@@ -67,25 +68,50 @@ def prepare_gather(
     channels last first if that is predicted to be faster, or is forced. The result keeps its memory format either way.
 
     Args:
-        policy: as in `Geometry`.
+        policy, batch_invariant: as in `Geometry`. What was measured, in some batch, does not count if batch_invariant.
         epilogue: what is done with the result before it is written.
     Raises:
         Slower: a record says that torch's kernel is faster.
     """
     bias = None if b is None else b.stride(0)
+    names = "dy" if pass_ == "dgrad" else "x", "w"
+    boxes = "tma", "persistent"
 
-    def described(x: torch.Tensor, w: torch.Tensor) -> Pass:
-        p = dataclasses.replace(problem, K=w.shape[0], C=w.shape[1] * problem.G)  # padded channels count
-        return GatherPass(pass_, p, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias, epilogue)
+    def describing(problem: ConvProblem, y: torch.Tensor) -> Describe:
+        def described(x: torch.Tensor, w: torch.Tensor) -> Pass:
+            p = dataclasses.replace(problem, K=w.shape[0], C=w.shape[1] * problem.G)  # padded channels count
+            return GatherPass(
+                pass_, p, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias, epilogue,
+                batch_invariant,
+            )  # fmt: skip
 
-    def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
-        return prepare_pass(described(x, w), problem, y, device, only)
+        return described
+
+    described = describing(problem, y)
 
     def best() -> Prepared:
-        names = "dy" if pass_ == "dgrad" else "x", "w"
-        return _best(prepare, described, ("tma", "persistent"), names, (x, w), problem, device)
+        def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
+            return prepare_pass(described(x, w), problem, y, device, only)
 
-    return _as_measured(best, lambda: described(x, w), x.dtype, device, policy)
+        return _best(prepare, described, boxes, names, (x, w), problem, device)
+
+    def invariant() -> Prepared:
+        some, images, result = dataclasses.replace(problem, N=planning.IMAGES), _images(x), _images(y)
+        of_some = describing(some, result)
+
+        def prepare_some(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
+            return prepare_pass(of_some(x, w), some, result, device, only)
+
+        by_boxes = boxes if planning.requested() or _copies_alike(x) else ()
+        launch = _best(prepare_some, of_some, by_boxes, names, (images, w), some, device)
+
+        def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
+            return prepare_pass(described(x, w), problem, y, device, only, plan=launch.call.plan)
+
+        return _for_batch(launch, prepare, described, names, (x, w), device)
+
+    by = invariant if batch_invariant else best
+    return _as_measured(by, lambda: described(x, w), x.dtype, device, policy, not batch_invariant)
 
 
 def prepare_wgrad(
@@ -115,7 +141,12 @@ def prepare_wgrad(
 
 
 def _as_measured(
-    best: Callable[[], Prepared], describe: Callable[[], Pass], dtype: torch.dtype, device: Device, policy: str
+    best: Callable[[], Prepared],
+    describe: Callable[[], Pass],
+    dtype: torch.dtype,
+    device: Device,
+    policy: str,
+    measured_counts: bool = True,
 ) -> Prepared:
     """Returns the launch of the plan that a record has for a pass, if it can run; else the planner's choice.
 
@@ -125,6 +156,7 @@ def _as_measured(
         dtype: of its operands.
         device: the device to plan for.
         policy: as in `Geometry`.
+        measured_counts: False to take the planner's choice, but for one that was wrong or failed.
     Raises:
         Slower: the record says that torch's kernel is faster, and the policy lets torch run it; or that the plan which would
             run was wrong, or failed.
@@ -141,7 +173,7 @@ def _as_measured(
             raise Slower("the planner's choice was wrong or failed when it was measured")
         return launch
 
-    found = book().find(where, cell)
+    found = book().find(where, cell) if measured_counts else None
     if found is None:
         return guess()
     near, measured = found
@@ -268,7 +300,13 @@ def prepare_both(first: Prepared, second: Prepared) -> Prepared:
 
 
 def prepare_pass(
-    c: Pass, problem: ConvProblem, result: torch.Tensor, device: Device, only: str | None, precision: str | None = None
+    c: Pass,
+    problem: ConvProblem,
+    result: torch.Tensor,
+    device: Device,
+    only: str | None,
+    precision: str | None = None,
+    plan: planning.Plan | None = None,
 ) -> Prepared:
     """Returns the launch of a pass with the kernel that the planner chooses.
 
@@ -279,6 +317,7 @@ def prepare_pass(
         device: the device to plan for.
         only: the only kernel to consider; None for all that load through pointers.
         precision: the only precision to consider, of `Plan.precision`; None for all.
+        plan: the plan, which was made for other images; None to choose one.
     Raises:
         Ineligible: the tensors are not eligible for the only kernel.
     """
@@ -287,7 +326,10 @@ def prepare_pass(
         reason = f"this version of Triton has another Gluon than {only} is written in"
     if reason:
         raise Ineligible(reason)
-    plan = planning.choose(c.p, c.pass_, c.operands(), device, only, precision)
+    if plan is None:
+        plan = planning.choose(c.p, c.pass_, c.operands(), device, only, precision, whole=c.batch_invariant)
+    else:
+        plan = planning.for_batch(plan, c.p, c.operands(), device)
     family, kernel = FAMILIES[plan.kernel], KERNELS[plan.kernel]
     integers, constants = family.arguments(c, plan.tile, plan.splits)
     boxes = family.boxes(c, plan.tile)
@@ -402,6 +444,42 @@ def _staged(
     return _replanned(launch, reason=f"{after.reason}, without {before.cost.seconds * 1e6:.1f} us")
 
 
+def _for_batch(
+    launch: Prepared,
+    prepare: Prepare,
+    described: Describe,
+    names: tuple[str, str],
+    operands: tuple[torch.Tensor, torch.Tensor],
+    device: Device,
+) -> Prepared:
+    """Returns the launch for a batch that has the plan and the copies of `launch`, which is for `planning.IMAGES`.
+
+    Args:
+        prepare: prepares the pass with the launch's plan.
+    """
+    assert launch.call.plan is not None
+    only, images = launch.call.plan.kernel, operands[0].shape[0]
+    first, second = (tuple(copy.shape) if copy else None for copy in launch.copies or (None, None))
+    copied = None if first is None else (images, *first[1:])
+    try:
+        return _copied(prepare, described, only, names, operands, device, (copied, second))
+    except Ineligible:  # boxes cannot begin at these images, but at those of a copy
+        return _copied(prepare, described, only, names, operands, device, (tuple(operands[0].shape), second))
+
+
+def _images(t: torch.Tensor) -> torch.Tensor:
+    """Returns a meta tensor of `planning.IMAGES` images like those of a batch, at an aligned address and without gaps."""
+    shape, strides = (planning.IMAGES, *t.shape[1:]), (reach(t[:1]) + 1, *t.stride()[1:])
+    return torch.empty_strided(shape, strides, dtype=t.dtype, device="meta")
+
+
+def _copies_alike(t: torch.Tensor) -> bool:
+    """Returns True if a copy of a tensor to channels last has the same strides within an image, or a TMA kernel needs one."""
+    copy = shaped(t.shape, True, t.dtype)
+    same = all(n == 1 or a == b for n, a, b in zip(t.shape[1:], t.stride()[1:], copy.stride()[1:], strict=True))
+    return same or _channels_apart(t)
+
+
 def _copied(
     prepare: Prepare,
     described: Describe,
@@ -409,12 +487,17 @@ def _copied(
     names: tuple[str, str],
     operands: tuple[torch.Tensor, torch.Tensor],
     device: Device,
+    shapes: tuple[Shape | None, ...] | None = None,
 ) -> Prepared:
     """Returns a launch on copies of the operands in channels last, of those whose channels are not contiguous or not aligned.
 
     Its predicted cost includes the copies.
+
+    Args:
+        shapes: the copies' shapes, None for an operand that is used as it is; by default those of `_copy_shapes`.
     """
-    shapes = _copy_shapes(described, names, operands)
+    if shapes is None:
+        shapes = _copy_shapes(described, names, operands)
     first, second = (t if shape is None else shaped(shape, True, t.dtype) for t, shape in zip(operands, shapes, strict=True))
     launch = prepare(first, second, only)
     if not any(shapes):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import dataclasses
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tconv.planning.batch_invariance import is_batch_invariant
 from tconv.planning.plan import Plan
 from tconv.planning.problem import ConvProblem
 
@@ -62,7 +64,12 @@ _lock = threading.Lock()
 
 
 def record_call(call: Call) -> None:
-    """Adds a call to `last_calls()` and to every `recording()` in progress."""
+    """Adds a call to `last_calls()` and to every `recording()` in progress.
+
+    The reason of a fallback in a `batch_invariant()` block says that torch's kernels promise nothing of the kind.
+    """
+    if call.plan is None and is_batch_invariant():
+        call = dataclasses.replace(call, reason=f"{call.reason}; its result may depend on the batch")
     watchers = _apart.get()
     if watchers is None:
         watchers = _watchers

@@ -6,6 +6,7 @@ the plan with the least predicted time is chosen. In reading order:
     device       what a device has and what it reaches at best
     epilogue     what a kernel does with a result before it writes it
     problem      what to compute: extents, strides, padding, dilation, groups; 1-D and 2-D are 3-D with unit extents
+    batch_invariance  whether results may depend on what else is in the batch
     simplify     the same result from an easier problem
     addressing   strides and vector widths of a tensor
     tiles        block extents and launch options

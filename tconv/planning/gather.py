@@ -109,5 +109,7 @@ class Gather(Stepping, General):
         return integers, {
             "X_VEC": c.x_vec, "Y_VEC": c.y_vec, "X_PIXELS": c.pixels_x, "Y_PIXELS": c.pixels_y,
             "EVEN": c.ci % tile.k == 0, "SPLIT": split, "EXTRA": tile.extra,
+            # Whether a tile meets a frame depends on the other images in it.
+            "FRAMES": c.transposed and c.p.rank == 3 and not c.batch_invariant,
             "FIELD": FIELD[c.p.rank] if max(c.p.T) <= FIELD[c.p.rank] else 0,
         }  # fmt: skip

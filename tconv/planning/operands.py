@@ -67,6 +67,7 @@ class Pass:
             channels are contiguous, or a strided dgrad's phases lie between each other.
         row_y: the same along the last dimension only, however the others lie.
         epilogue: what is done with the result before it is written.
+        batch_invariant: True if an image's result must not depend on the batch.
     """
 
     epilogue = NONE
@@ -80,6 +81,7 @@ class Pass:
         y: Addressing,
         tensor_cores: bool,
         channels_stay: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         """Simplifies the problem.
 
@@ -88,11 +90,11 @@ class Pass:
             channels_stay: keep the output channels as they are, because something is added to each, or multiplied by, in a
                 transposed forward.
         """
-        self.pass_, self.transposed = pass_, pass_ == "dgrad"
+        self.pass_, self.transposed, self.batch_invariant = pass_, pass_ == "dgrad", batch_invariant
         self.itemsize, self.tensor_cores = x.itemsize, tensor_cores
         before = [y, w, x] if self.transposed else [x, w, y]
         big, weight, small = (Strides(a.outer, a.channel, a.spatial) for a in before)
-        form = simplify(Form(problem, big, weight, small), pass_, channels_stay)
+        form = simplify(Form(problem, big, weight, small), pass_, channels_stay, batch_invariant)
         self.rules, self.p = form.rules, form.p
         p = self.p
         if self.swapped:
@@ -189,9 +191,10 @@ class GatherPass(Pass):
         tensor_cores: bool,
         bias: int | None = None,
         epilogue: Epilogue = NONE,
+        batch_invariant: bool = False,
     ) -> None:
-        channels = bias is not None or epilogue.per_channel
-        super().__init__(pass_, problem, x, w, y, tensor_cores, pass_ == "dgrad" and channels)
+        stay = pass_ == "dgrad" and (bias is not None or epilogue.per_channel)
+        super().__init__(pass_, problem, x, w, y, tensor_cores, stay, batch_invariant)
         self.bias, self.epilogue, w = bias, epilogue, self.w
         self.reduced, self.written = (w.outer, w.channel) if self.transposed else (w.channel, w.outer)
         self.group = self.p.K // self.p.G * w.outer

@@ -19,6 +19,9 @@ from tconv.planning.tiles import BF16X6, Tile, can_cut
 
 INTERPRETED = "one large tile for the interpreter"
 WORKSPACE = 32 << 20  # the most bytes that the workspace of a split reduction may take
+# Batch-invariant calls are planned for so many images, whatever their batch. Over the suite's layers this costs less, as
+# predicted, than fewer would in batches of 64, and than more would for a single image.
+IMAGES = 8
 KERNELS = {pass_: tuple(f.name for f in families(pass_)) for pass_ in ("fprop", "dgrad", "wgrad", "bias")}
 
 
@@ -170,6 +173,7 @@ def choose(
     device: Device,
     only: str | None = None,
     precision: str | None = None,
+    whole: bool = False,
 ) -> Plan:
     """Returns the plan for one pass: of all candidates the one with the least predicted time (planning/cost.py).
 
@@ -180,6 +184,7 @@ def choose(
         device: the device to plan for.
         only: the only kernel to consider; None for all kernels that load through pointers.
         precision: the only precision to consider, as in `Plan.precision`; None for all.
+        whole: do not split the reduction of fprop or dgrad, unless that is forced.
     Raises:
         ValueError: a forced plan (`force`) cannot run.
         Unplannable: no tile fits.
@@ -198,7 +203,7 @@ def choose(
     for family in considered:
         for cut in _precisions(family, operands, device) if precision is None else (precision,):
             try:
-                found = list(_candidates(family, problem, pass_, operands, device, cut))
+                found = list(_candidates(family, problem, pass_, operands, device, cut, whole))
             except ValueError as e:
                 if request is None:
                     raise
@@ -226,7 +231,7 @@ def _precisions(family: Family, operands: Operands, device: Device) -> tuple[str
 
 
 def _candidates(
-    family: Family, problem: ConvProblem, pass_: str, operands: Operands, device: Device, precision: str
+    family: Family, problem: ConvProblem, pass_: str, operands: Operands, device: Device, precision: str, whole: bool
 ) -> Iterator[Plan]:
     """Yields every plan of a kernel in one precision: its tiles, each with every number of splits."""
     request = _request_for(pass_)
@@ -239,10 +244,26 @@ def _candidates(
     legal = _legal_tiles(request, family.tiles_for(operands, problem, pass_, device, precision), illegal)
     for tile in legal:
         access = family.access(operands, problem, pass_, tile, precision)
-        parts = _all_splits(family, problem, pass_, tile, operands.itemsize, device)
+        parts = _all_splits(family, problem, pass_, tile, operands.itemsize, device, whole)
         for splits in parts:
             cost = family.predict(problem, pass_, tile, splits, access, device)
             yield Plan(pass_, family.name, tile, splits, "", cost, (), precision, tiles=legal, parts=parts)
+
+
+def for_batch(plan: Plan, problem: ConvProblem, operands: Operands, device: Device) -> Plan:
+    """Returns a plan that was made for `IMAGES` as it is taken for another batch. Only the prediction differs.
+
+    Args:
+        problem: the batch's convolution.
+        operands: the layout of its operands.
+    """
+    family, cost = FAMILIES[plan.kernel], None
+    if not device.interpreted:
+        access = family.access(operands, problem, plan.pass_, plan.tile, plan.precision)
+        cost = family.predict(problem, plan.pass_, plan.tile, plan.splits, access, device)
+    why = "forced" if _request_for(plan.pass_) else f"as for {IMAGES} images"
+    reason = f"batch-invariant: {why}; {cost or INTERPRETED}"
+    return replace(plan, reason=reason, cost=cost, staged=(), others=())
 
 
 def _why_illegal(family: Family, problem: ConvProblem, pass_: str, tile: Tile, itemsize: int, device: Device) -> str | None:
@@ -324,12 +345,14 @@ def _interpreter_plan(
     return Plan(pass_, family.name, candidates[0], splits, reason, precision=precision)
 
 
-def _all_splits(family: Family, problem: ConvProblem, pass_: str, tile: Tile, itemsize: int, device: Device) -> tuple[int, ...]:
+def _all_splits(
+    family: Family, problem: ConvProblem, pass_: str, tile: Tile, itemsize: int, device: Device, whole: bool = False
+) -> tuple[int, ...]:
     """Returns the numbers of splits to consider. wgrad splits its pixels; gather splits channels, if it has few tiles."""
     request = _request_for(pass_)
     # A forced number is for wgrad, or for a kernel that is forced too: most others cannot be split so often, or at all.
     asked = pass_ == "wgrad" or (request is not None and request.kernel == family.name and request.splits is not None)
-    if not family.splittable or not (asked or family.splits(problem, pass_, tile, device)):
+    if not family.splittable or not (asked or (not whole and family.splits(problem, pass_, tile, device))):
         return (1,)
     if pass_ != "wgrad" and request and request.splits == 1:
         return (1,)

@@ -138,6 +138,7 @@ class Geometry:
         policy: PREDICTED, or one of POLICIES, which says whether passes may be left to torch's kernel where that was measured
             to be faster: "auto" does, "always" never, and "tune" first measures what was not measured.
         epilogue: what the forward pass does with its result before it writes it.
+        batch_invariant: True if an image's y and dx must not depend on what else is in the batch (`tconv.batch_invariant`).
     """
 
     problem: ConvProblem
@@ -147,6 +148,7 @@ class Geometry:
     dw_channels_last: bool | None = None
     policy: str = "auto"
     epilogue: Epilogue = NONE
+    batch_invariant: bool = False
 
 
 def forward_problem(

@@ -56,26 +56,48 @@ class Form:
     rules: tuple[str, ...] = ()
 
 
-def simplify(form: Form, pass_: str, channels_stay: bool = False) -> Form:
+Rule = Callable[[Form, int, str], Form | None]
+
+
+def simplify(form: Form, pass_: str, channels_stay: bool = False, batch_invariant: bool = False) -> Form:
     """Returns the form after applying rules until none applies. `rules` of the result lists them in order.
 
     Args:
         form: the form to rewrite.
         pass_: "fprop", "dgrad" or "wgrad".
         channels_stay: True if x's channels must not change: a transposed forward adds a bias to them.
+        batch_invariant: decide as for one image which taps become channels and how long strides are, which the order of an
+            element's products depends on. Only then the rule "batch", which no order depends on, sees the real batch.
     """
-    rules: list[tuple[str, Callable[[Form, int, str], Form | None]]] = [
+    rules: list[tuple[str, Rule]] = [
         ("fold", _fold), ("slice", _slice), ("merge", _merge), ("batch", _batch), ("spread", _spread), ("swap", _swap),
     ]  # fmt: skip
     if channels_stay:
         rules = [(name, rule) for name, rule in rules if name in ("slice", "merge", "batch")]
+    if batch_invariant:
+        batch = form.p.N
+        form = _applied([rule for rule in rules if rule[0] != "batch"], _of_images(form, 1), pass_)
+        form = _of_images(form, batch)
+        if batch > 1:  # the pixels of a single image are read in vectors where those of several would be
+            form = _applied([("batch", _batch)], form, pass_)
+    else:
+        form = _applied(rules, form, pass_)
+    return _shifted(form) if form.rules else form
+
+
+def _applied(rules: list[tuple[str, Rule]], form: Form, pass_: str) -> Form:
+    """Returns the form after applying these rules until none applies."""
     while True:
         found = ((name, rule(form, d, pass_)) for name, rule in rules for d in (2, 1, 0))
         step = next(((name, after) for name, after in found if after), None)
         if step is None:
-            break
+            return form
         form = dataclasses.replace(step[1], rules=(*form.rules, step[0]))
-    return _shifted(form) if form.rules else form
+
+
+def _of_images(form: Form, images: int) -> Form:
+    """Returns the form with so many images."""
+    return dataclasses.replace(form, p=dataclasses.replace(form.p, N=images))
 
 
 def _tiled(p: ConvProblem, d: int, pass_: str) -> bool:

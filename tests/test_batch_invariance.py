@@ -14,8 +14,10 @@ from bench import invariance
 from bench.layers import layers
 from tconv import functional as TF
 from tconv.kernels.common import integers
+from tconv.launching import prepare
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.prepare import prepare_gather
+from tconv.launching.record import Slower
 from tconv.planning import batch_invariance
 from tconv.planning.device import DEVICES
 from tconv.planning.operands import GatherPass
@@ -133,6 +135,30 @@ def test_a_result_is_not_split():
             forced = prepared("fprop", images(p, n), DEVICES["H200"], True, torch.bfloat16)
             assert forced.splits == 2
             assert "batch-invariant: forced" in forced.call.reason
+
+
+def test_of_a_record_only_what_was_wrong_counts(monkeypatch):
+    p = forward_problem((2, 64, 14, 14), (64, 64, 3, 3), (1, 1), [(1, 1), (1, 1)], (1, 1), 1)
+    x, w, y = (shaped(p.shape(which), True, torch.bfloat16) for which in "xwy")
+
+    class Book:
+        empty, wrong = False, set()
+
+        def barred(self, where, cell):
+            return self.wrong
+
+        def find(self, where, cell):
+            raise AssertionError("looked up what was measured in some batch")
+
+    book = Book()
+    monkeypatch.setattr(prepare, "book", lambda: book)
+
+    def launch():
+        return prepare_gather("fprop", p, x, w, None, y, DEVICES["H200"], "auto", batch_invariant=True)
+
+    book.wrong = {launch().call.plan.choices}
+    with pytest.raises(Slower, match="the planner's choice was wrong or failed"):
+        launch()
 
 
 def test_what_it_costs():

@@ -15,6 +15,7 @@ from tests import oracle
 ROOT = pathlib.Path(__file__).parent.parent
 PRINTED = {  # what the examples of a document print, among else
     "README.md": ("torch.nn.Conv2d -> tconv.Conv2d", *["gather"] * 4),
+    "docs/design.md": ("equal: True", "fprop: ", "batch-invariant"),
     "docs/distributed.md": ("(Shard(dim=2),)", "fprop: gather"),
     "docs/epilogues.md": ("with residual, silu", "gradient of residual, silu", "wgrad"),
     "docs/explain.md": ("fprop: gather", "dgrad: gather", "wgrad: wgrad", "bias: bias"),
@@ -64,7 +65,17 @@ def test_docstring_examples():
     import sys
 
     found = 0
-    for name in ("decompositions", "explain", "freeze", "launching.record", "override", "planning.plan", "restored", "swap"):
+    for name in (
+        "decompositions",
+        "explain",
+        "freeze",
+        "launching.record",
+        "override",
+        "planning.plan",
+        "restored",
+        "swap",
+        "planning.batch_invariance",
+    ):
         result = doctest.testmod(sys.modules[f"tconv.{name}"], raise_on_error=False)
         assert result.failed == 0, name
         found += result.attempted

@@ -107,6 +107,7 @@ class Launcher:
         self.names = list(getattr(getattr(src, "fn", None), "arg_names", [])) or [str(i) for i in range(len(src.signature))]
         self.types = list(src.signature.values())
         self.boxes = [m if isinstance(m, dict) else vars(m) for m in getattr(metadata, "tensordesc_meta", None) or []]
+        self.dependent = bool(getattr(metadata, "launch_pdl", False))
         if getattr(metadata, "num_ctas", 1) != 1:
             raise Unsupported(f"kernel {self.name}: clusters of {metadata.num_ctas} thread blocks")
         if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -144,7 +145,7 @@ class Launcher:
         for name, kind, value in zip(self.names, self.types, given, strict=True):
             arguments += _flattened(memory, name, kind, value, boxes)
         scratch = len(program.kernel.parameters) - len(arguments)  # pointers that Triton appends, to no memory
-        program.run(grid, memory, arguments + [0] * scratch, _options.get())
+        program.run(grid, memory, arguments + [0] * scratch, _options.get(), self.dependent)
 
 
 def _flattened(memory: GlobalMemory, name: str, kind: Any, value: Any, boxes: list[Any]) -> list[Any]:

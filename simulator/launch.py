@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from simulator import accumulators, forms, unwritten  # noqa: F401 - forms registers what is known
+from simulator import accumulators, dependents, forms, unwritten  # noqa: F401 - forms registers what is known
 from simulator.arrays import LOADED, Array, single
 from simulator.counters import tally
 from simulator.errors import Fault, Unsupported
@@ -30,6 +30,7 @@ class Program:
 
     Attributes:
         fault: what is wrong with it whatever it runs on; None if nothing is.
+        early: what is wrong with it as a dependent launch; None if nothing is.
         launches: how often any kernel ran.
     """
 
@@ -42,23 +43,30 @@ class Program:
         except Unsupported as e:
             raise Unsupported(f"PTX {self.kernel.version} for {self.kernel.target}: {e}") from None
         self.fault = accumulators.fault(self.kernel) or unwritten.fault(self.kernel)
+        self.early = dependents.fault(self.kernel)
         self.kernel.blocks.clear()  # hundreds of programs are kept, and this would be most of what they take
         self.shared_bytes = shared_bytes
 
     def run(
-        self, grid: tuple[int, int, int], memory: GlobalMemory, arguments: Sequence[int | TensorMap], options: Options
+        self,
+        grid: tuple[int, int, int],
+        memory: GlobalMemory,
+        arguments: Sequence[int | TensorMap],
+        options: Options,
+        dependent: bool = False,
     ) -> None:
         """Runs all programs of a grid.
 
         Args:
             arguments: one per parameter: bits of a number, or an address as `memory` gives it, or a tensor map.
+            dependent: whether it is a dependent launch, which may begin before the kernel before it has ended.
 
         Raises:
             Fault: a program does what hardware would punish or PTX does not define, or does not end.
         """
         Program.launches += 1
-        if self.fault:
-            raise self.fault
+        if found := self.fault or (self.early if dependent else None):
+            raise found
         values, maps = self._parameters(arguments)
         granule = memory.granule = min(self.translation.granule, *(t.size for t in maps.values()), 16)
         count = grid[0] * grid[1] * grid[2]

@@ -38,13 +38,13 @@ def _lines(call: Call) -> list[str]:
 
 
 def _standing(call: Call) -> str:
-    """Returns how the mechanism stands that a plan needs beyond plain kernels, to be put behind its line."""
-    mechanism = call.plan.mechanism if call.plan else ""
-    if not mechanism:
+    """Returns how the mechanisms stand that a plan needs beyond plain kernels, to be put behind its line."""
+    mechanisms = call.plan.mechanisms if call.plan else ()
+    if not mechanisms:
         return ""
     from tconv.launching.self_check import standing
 
-    return f"; {mechanism} is {standing(mechanism)}"
+    return "".join(f"; {mechanism} is {standing(mechanism)}" for mechanism in mechanisms)
 
 
 def explain(layer: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Explanation:

@@ -97,7 +97,7 @@ def precompile(
         raise RuntimeError("precompile: no GPU here; name what to compile for, such as target='sm_90'")
     launches, left = rehearse(model, args, kwargs, device, backward)
     # A rehearsal takes mechanisms to work that were not checked on the device yet.
-    checked = [device.works(mechanism) for mechanism in {launch.call.plan.mechanism for launch in launches}]
+    checked = [device.works(mechanism) for mechanism in {m for launch in launches for m in launch.call.plan.mechanisms}]
     if not all(checked):
         launches, left = rehearse(model, args, kwargs, device, backward)
     failed, answers = [], []

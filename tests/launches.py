@@ -5,6 +5,7 @@ python -m tests.launches NAME
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
@@ -20,7 +21,9 @@ from bench import stub
 from tconv.launching import compiled, launch
 from tconv.launching.descriptors import descriptor
 from tconv.launching.record import Fallback
+from tconv.planning.device import SWITCH
 
+PDL = 6  # of what C is told, whether the launch is a dependent one
 launched: list[tuple[Any, ...]] = []  # what C would have been told
 by_triton: list[str] = []  # names of the kernels that Triton's dispatch has launched
 driver = stub.install(lambda *args: launched.append(args))
@@ -119,6 +122,25 @@ def arguments() -> None:
             assert b == c
             assert a == c
             assert by_triton == []
+
+
+def dependents() -> None:
+    """C is told of a dependent launch for the sums of splits, and for them alone; for none where that is switched off."""
+    for off in (False, True):
+        os.environ[SWITCH] = "0" if off else "1"
+        told = {"sum_splits": set(), "others": set()}
+        for make in LAYERS.values():
+            layer, x = make()
+            launch.forget()
+            by_triton.clear()
+            rows = once(layer, x)
+            assert len(rows) == len(by_triton)
+            names = [*by_triton]
+            again = once(layer, x)  # directly
+            assert len(by_triton) == len(again)
+            for name, *both in zip(names, rows, again, strict=True):
+                told[name if name in told else "others"] |= {bool(row[PDL]) for row in both}
+        assert told == {"sum_splits": {not off}, "others": {False}}, told
 
 
 def flat(value: Any) -> list[Any]:

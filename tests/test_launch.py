@@ -41,8 +41,8 @@ def outside(*command, **environment):
 @pytest.mark.parametrize(
     "name",
     [
-        "arguments", "guards", "devices", "threads", "capture", "splits_in_capture", "precompiled", "boxes", "nested", "loaded",
-        "broken_off", "resources", "no_compiler", "not_loaded",
+        "arguments", "dependents", "guards", "devices", "threads", "capture", "splits_in_capture", "precompiled", "boxes",
+        "nested", "loaded", "broken_off", "resources", "no_compiler", "not_loaded",
     ],
 )  # fmt: skip
 def test_compiled(name, tmp_path):

@@ -1,5 +1,6 @@
 """What is planned, what may be forced, what is compiled, and the arithmetic of problems."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,10 +10,10 @@ import torch
 import tconv
 from tconv import functional as TF
 from tconv.launching.memory_format import shaped
-from tconv.launching.prepare import prepare_gather, prepare_wgrad
+from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.planning import plan
 from tconv.planning.depthwise import DIRECT
-from tconv.planning.device import ARCHITECTURES, DEVICES, INTERPRETER, Device
+from tconv.planning.device import ARCHITECTURES, DEPENDENT, DEVICES, INTERPRETER, Device
 from tconv.planning.families import FAMILIES
 from tconv.planning.gemm import GEMM_16, STEPS_OF_32
 from tconv.planning.packed import pack
@@ -350,3 +351,38 @@ def test_a_weight_that_reaches_beyond_32_bits_is_left_to_torch(device):
     with tconv.recording() as calls:
         TF.conv1d(torch.ones(1, 8, 3, dtype=torch.float16, device=device), w, groups=4)
     assert not calls[0].ours
+
+
+DEEP = conv((32, 64, 28, 28), (64, 64, 3, 3), padding=1)
+
+
+def test_sums_of_splits_are_dependent_launches_from_hopper_on(monkeypatch):
+    x, w, y = (shaped(DEEP.shape(name), True, torch.bfloat16) for name in "xwy")
+
+    def sums(device):
+        launch = prepare_wgrad(DEEP, y, x, w, device)
+        assert launch.splits > 1
+        plan, constants = launch.call.plan, launch.total.constants
+        assert plan.dependent == constants["DEPENDENT"] == constants.get("launch_pdl", False)
+        assert ("splits summed by a dependent launch" in str(plan)) == plan.dependent
+        assert "launch_pdl" not in launch.constants
+        return plan.dependent
+
+    assert sums(DEVICES["H200"])
+    assert sums(ARCHITECTURES["sm_100"][3])
+    assert not sums(DEVICES["A100"])
+    assert not sums(DEVICES["MI300X"])
+    assert not sums(dataclasses.replace(DEVICES["H200"], check=lambda mechanism: mechanism != DEPENDENT))
+    with tconv.force(kernel="wgrad", splits=1):
+        assert not prepare_wgrad(DEEP, y, x, w, DEVICES["H200"]).call.plan.dependent
+    monkeypatch.setenv("TCONV_DEPENDENT_LAUNCH", "0")
+    assert not sums(DEVICES["H200"])
+    monkeypatch.setenv("TCONV_DEPENDENT_LAUNCH", "off")
+    with pytest.raises(ValueError, match="TCONV_DEPENDENT_LAUNCH must be 0 or 1, got 'off'"):
+        sums(DEVICES["H200"])
+
+
+def test_a_bias_gradient_in_splits_is_summed_so_too():
+    launch = prepare_bias(DEEP, shaped(DEEP.shape("y"), True, torch.bfloat16), DEVICES["H200"])
+    assert launch.splits > 1
+    assert launch.total.constants["launch_pdl"]

@@ -1,6 +1,7 @@
 """A mechanism that no plain kernel needs is checked on the device itself before the planner may choose it."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 
@@ -16,7 +17,7 @@ from tconv.launching.dry_run import dry_run
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.launching.variants import float32_precision
-from tconv.planning.device import DEVICES, INTERPRETER
+from tconv.planning.device import DEPENDENT, DEVICES, INTERPRETER
 from tconv.planning.persistent import SPECIALISED
 from tconv.planning.problem import Geometry, forward_problem
 from tconv.planning.tiles import BF16X6, Tile
@@ -69,6 +70,46 @@ def test_what_is_wrong_is_barred_with_one_warning(mechanism, pass_, wrong, monke
     with pytest.warns(UserWarning, match=f"will not use {mechanism} on cpu: its results differ"):
         assert not check(mechanism)
     assert not check(mechanism)  # without another warning, which would be an error
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_chain_of_dependent_launches_is_checked(waits, monkeypatch):
+    """Here launches run one after another. One that did not wait would find NaN in what it reads."""
+    if not oracle.compiled():
+        pytest.skip("the interpreter has no such launches")
+
+    def early(prepared, pointers):
+        if prepared.constants["DEPENDENT"] and not waits:
+            pointers = (torch.full_like(pointers[0], float("nan")), pointers[1])
+        run_once(prepared, pointers)
+
+    monkeypatch.setattr(self_check, "CHAINED", 2**11)
+    monkeypatch.setattr(self_check, "REPEATS", 2)
+    monkeypatch.setattr(self_check, "run_once", early)
+    barred = pytest.warns(UserWarning, match="will not use dependent launch on cpu: its results differ")
+    with contextlib.nullcontext() if waits else barred:
+        assert check(DEPENDENT) == waits
+
+
+def test_old_drivers_have_no_dependent_launches(monkeypatch):
+    monkeypatch.setattr(self_check, "_driver", lambda: 12020)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(self_check, "capturing", lambda device: False)
+    with pytest.warns(UserWarning, match="older than CUDA 12.3"):
+        assert not self_check.works_on(torch.device("cuda", 0), DEVICES["H100"], DEPENDENT)
+
+
+def test_other_checks_do_without_dependent_launches(monkeypatch):
+    """A device on which these are wrong must not lose what is right."""
+    seen = []
+
+    def watched(prepared, pointers):
+        seen.append(prepared.constants)
+        run_once(prepared, pointers)
+
+    monkeypatch.setattr(self_check, "run_once", watched)
+    assert check("tma")
+    assert not any(constants.get("DEPENDENT") for constants in seen)
 
 
 def failing(monkeypatch, error):
@@ -162,6 +203,9 @@ def test_explain_says_how_a_mechanism_stands(own_record):
     fprop = launches(DEVICES["H200"], torch.bfloat16)[0].call
     assert fprop.plan.mechanism == "tma"
     assert str(Explanation((fprop,))) == f"{fprop}; tma is untested"
+    split = launches(DEVICES["H200"], torch.bfloat16)[2].call
+    assert split.plan.splits > 1
+    assert str(Explanation((split,))).endswith("; dependent launch is untested")
 
 
 def test_a_plan_made_when_nothing_could_be_told_is_not_kept(monkeypatch):
@@ -225,7 +269,7 @@ def test_plans_use_what_works_and_list_what_does_not(dtype, mechanism):
     used = [one.call.plan for one in chosen]
     assert any(plan.mechanism == mechanism for plan in used)
     assert mechanism in names
-    assert set(names) <= {mechanism, SPECIALISED}
+    assert set(names) <= {mechanism, SPECIALISED, DEPENDENT}
     for plan, refused in zip(used, barred, strict=True):
         other = refused.call.plan
         assert other.mechanism == ""

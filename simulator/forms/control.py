@@ -75,4 +75,4 @@ def proxy_fence(c: Code, _: str) -> None:
 
 @form("griddepcontrol.{wait,launch_dependents}")
 def grid_dependency(c: Code, _: str) -> None:
-    """Launches run one after another."""
+    """Launches run one after another. Whether a dependent one waits in time, dependents.py finds."""

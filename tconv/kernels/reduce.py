@@ -17,7 +17,7 @@ def sum_splits(
     ws_ptr, out_ptr,
     scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
     numel, splits, E0, E1, E2, E3, s0, s1, s2, s3, s4, channels, inner,
-    DIMS: tl.constexpr, VEC: tl.constexpr, INTERPRET: tl.constexpr,
+    DIMS: tl.constexpr, VEC: tl.constexpr, DEPENDENT: tl.constexpr, INTERPRET: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
     STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     BLOCK: tl.constexpr,
@@ -30,7 +30,12 @@ def sum_splits(
         s0, s1, s2, s3, s4: their strides in out, in the same order.
         channels, inner: the channels of out and their stride, for an epilogue. DIMS is 0 then.
         VEC: the vector width. It divides numel.
+        DEPENDENT: launched, perhaps, before the kernel that writes the workspace has ended. All threads first wait for that,
+            which makes what it wrote visible. It was launched when all before it had ended, or waits in the same way, so
+            nothing earlier on the stream is under way then either, and nothing later begins before these threads have ended.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     numel = multiple(numel, VEC)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < numel

@@ -14,7 +14,7 @@ launch. In reading order:
     first_sight    what measures a pass when it is first seen: the tuner, which is above
     prepare        works out a launch: pointers or TMA, operands as they are or copied to channels_last
     compiled       launches a kernel, directly from the second time on; knows what is compiled and what failed
-    self_check     whether TMA, specialised warps and BF16X6 give right results on a device, asked of the device itself
+    self_check     whether TMA, specialised warps, BF16X6 and dependent launches are right on a device, asked of the device
     frozen         the copies of frozen weights, which are kept between calls
     launch         fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
     workers        compiles kernels in parallel, in other processes

@@ -164,7 +164,8 @@ def prepared(
     if splits > 1:
         summed = accumulator(dtype)
         pointers = *pointers[:-1], summed
-        total = _sum_of(splits, slices, call, result, summed, epilogue)
+        dependent = call.plan is not None and call.plan.dependent
+        total = sum_of(splits, slices, call, result, summed, dependent, epilogue)
     elif epilogue:
         pointers += _dtypes(epilogue, dtype)
     if POINTERS[0] in kernel.arg_names:
@@ -179,22 +180,29 @@ def _dtypes(epilogue: Epilogue, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return per_channel, per_channel, dtype, dtype
 
 
-def _sum_of(
+def sum_of(
     splits: int,
     slices: list[tuple[int, int]] | None,
     call: Call,
     result: torch.Tensor,
     summed: torch.dtype,
-    epilogue: Epilogue,
+    dependent: bool = False,
+    epilogue: Epilogue = NONE,
 ) -> Prepared:
-    """Returns the launch that sums the slices of a workspace, whose dtype is `summed`, into the result."""
+    """Returns the launch that sums the slices of a workspace, whose dtype is `summed`, into the result.
+
+    Args:
+        dependent: whether it may be launched before the kernel has ended that writes the workspace, which must be the one
+            launched last on the stream (`Device.dependent`).
+    """
     numel, dtype = result.numel(), result.dtype
     if slices is None:
         assert reach(result) == numel - 1, "slices are summed as they lie, without gaps"
         slices = [(numel, 1)]
     flat = slices in ([], [(numel, 1)])  # an only element has no dimension
     assert flat or not epilogue, "a result with an epilogue has its slices' memory order"
-    constants = sum_constants(0 if flat else len(slices), vector(0, (dtype if flat else summed).itemsize, numel), epilogue)
+    vec = vector(0, (dtype if flat else summed).itemsize, numel)
+    constants = sum_constants(0 if flat else len(slices), vec, dependent, epilogue)
     inner = slices[::-1] + [(1, 0)] * (5 - len(slices))
     channels = result.shape[1] if epilogue else 1
     named = {"numel": numel, "splits": splits, "channels": channels, "inner": result.stride(1) if channels > 1 else 1}
@@ -205,16 +213,22 @@ def _sum_of(
     return Prepared(sum_splits, grid, integers, constants, call, *whole, pointers=pointers)
 
 
-def sum_constants(dims: int, vec: int, epilogue: Epilogue = NONE) -> dict[str, Any]:
+def sum_constants(dims: int, vec: int, dependent: bool, epilogue: Epilogue = NONE) -> dict[str, Any]:
     """Returns the constants and launch options of `sum_splits`.
 
     Args:
         dims: dimensions of a slice; 0 if the result has its memory order.
         vec: the vector width, which divides the elements of a slice.
+        dependent: as in `sum_of`.
         epilogue: what is done with the sums before they are written.
     """
-    shape = {"DIMS": dims, "VEC": vec, "BLOCK": 1024, "num_warps": 4}
-    return {**shape, "INTERPRET": interpreted(), **epilogue.constants(), **FUSED}
+    constants = {"DIMS": dims, "VEC": vec, "DEPENDENT": dependent, "INTERPRET": interpreted(), "BLOCK": 1024}
+    return constants | epilogue.constants() | {"num_warps": 4, **FUSED} | dependently(dependent)
+
+
+def dependently(dependent: bool) -> dict[str, Any]:
+    """Returns the launch option of a dependent launch. Only a kernel that waits before all else may have it."""
+    return {"launch_pdl": True} if dependent else {}  # an option of NVIDIA's devices only
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

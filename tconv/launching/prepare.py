@@ -243,7 +243,7 @@ def _prepare_sum(
     """
     channels, extents = g.shape[1], lift(g.shape[2:], 1)
     pixels = g.shape[0] * math.prod(extents)
-    plan = planning.choose_bias(channels, pixels, g.element_size(), device)
+    plan = _summed(planning.choose_bias(channels, pixels, g.element_size(), device), device)
     plan = dataclasses.replace(plan, reason=what + plan.reason)
     a, extents, rank = flattened(addressing(g), extents)
     tile = plan.tile
@@ -328,6 +328,7 @@ def prepare_pass(
         raise Ineligible(reason)
     if plan is None:
         plan = planning.choose(c.p, c.pass_, c.operands(), device, only, precision, whole=c.batch_invariant)
+        plan = _summed(plan, device)
     else:
         plan = planning.for_batch(plan, c.p, c.operands(), device)
     family, kernel = FAMILIES[plan.kernel], KERNELS[plan.kernel]
@@ -351,6 +352,11 @@ def prepare_pass(
     integers = c.integers(plan.tile, plan.splits) | integers
     launch = prepared(kernel, programs, integers, constants, call, result, c.swapped, c.slices(), c.epilogue)
     return dataclasses.replace(launch, boxes=(*boxes, *[None] * (len(launch.pointers) - len(boxes))) if boxes else ())
+
+
+def _summed(plan: planning.Plan, device: Device) -> planning.Plan:
+    """Returns a plan whose splits, if it has several, are summed by a dependent launch where the device has such launches."""
+    return dataclasses.replace(plan, dependent=True) if plan.splits > 1 and device.dependent else plan
 
 
 def _best(

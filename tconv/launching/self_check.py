@@ -1,11 +1,12 @@
 """Checks on a device that a mechanism gives right results there, before the planner may choose it.
 
 The plain kernels need nothing but loads, stores and tl.dot. TMA, specialised warps and BF16X6 rely on more: tensor descriptors
-that the driver encodes, barriers, warps that part, the order of pieces. The first time such a plan would be chosen on a device,
-a small fixed convolution runs through it and through plain kernels, every pass that it computes, from results that hold NaN.
-Up to seven small kernels are compiled for that if Triton's cache has none. Agreement is kept on disk for that GPU, driver,
-torch, Triton and these kernels (tconv/records); disagreement, too, which bars the mechanism with one warning. This shows that
-the mechanism works, on one tile of one rank; that the kernels do, the tests show.
+that the driver encodes, barriers, warps that part, the order of pieces. Dependent launches rely on a wait on the device. The
+first time such a plan would be chosen on a device, a small fixed convolution runs through it and through plain kernels, every
+pass that it computes, from results that hold NaN; for dependent launches, a chain of sums whose first is slow. Up to seven
+small kernels are compiled for that if Triton's cache has none. Agreement is kept on disk for that GPU, driver, torch, Triton
+and these kernels (tconv/records); disagreement, too, which bars the mechanism with one warning. This shows that the mechanism
+works, on one tile of one rank; that the kernels do, the tests show.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from collections.abc import Iterator
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tconv.launching.arguments import Prepared
+from tconv.launching.arguments import Prepared, sum_of
 from tconv.launching.compiled import capturing, lasting, run_once
 from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import addressing
 from tconv.launching.prepare import prepare_pass
-from tconv.planning.device import INTERPRETER, Device
+from tconv.launching.record import Call
+from tconv.planning.device import DEPENDENT, INTERPRETER, Device
 from tconv.planning.operands import GatherPass, Pass, WgradPass
 from tconv.planning.persistent import SPECIALISED
 from tconv.planning.plan import forced
@@ -42,7 +44,12 @@ KERNELS = {  # by mechanism, the kernel of each pass that relies on it
     BF16X6: PLAIN,
 }
 # Of the largest element: two roundings to bf16; fp32 sums in two orders.
-TOLERANCE = {"tma": 2**-7, SPECIALISED: 2**-7, BF16X6: 1e-5}
+TOLERANCE = {"tma": 2**-7, SPECIALISED: 2**-7, BF16X6: 1e-5, DEPENDENT: 0}
+# A chain of sums, each of the result of the one before: slices that each adds. The first is slow: its few programs read 32 MiB.
+CHAIN = (512, 4, 4)
+CHAINED = 2**14  # elements of a slice of the first
+REPEATS = 20
+GRAPHS = 12030  # CUDA 12.3, the first whose graphs have the edges of dependent launches
 ATTEMPTS = 3  # after so many errors, even of a kind that may not recur, a mechanism is barred
 _lock = threading.RLock()
 _works: dict[tuple[torch.device, str], bool] = {}
@@ -60,7 +67,7 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
     Args:
         device: the device.
         planned: the planner's description of it, without a check.
-        mechanism: "tma", SPECIALISED or BF16X6.
+        mechanism: "tma", SPECIALISED, BF16X6 or DEPENDENT.
     """
     key = device, mechanism
     if key in _works:
@@ -79,8 +86,9 @@ def works_on(device: torch.device, planned: Device, mechanism: str) -> bool:
         if key not in _works:
             try:
                 certain = True
-                wrong = max(_errors(device, planned, mechanism)) > TOLERANCE[mechanism]
-                reason = "its results differ from those of plain kernels" if wrong else ""
+                reason = _lacking(device, mechanism)
+                if not reason and max(_errors(device, planned, mechanism)) > TOLERANCE[mechanism]:
+                    reason = "its results differ from those of plain kernels"
             except Exception as e:
                 _failures[key] += 1
                 certain = lasting(e) or isinstance(e, ValueError)
@@ -120,11 +128,27 @@ def _cannot_tell() -> bool:
     return False
 
 
+def _lacking(device: torch.device, mechanism: str) -> str:
+    """Returns why a mechanism must not be used on a device whatever a check would find, or an empty string."""
+    if mechanism == DEPENDENT and device.type == "cuda" and _driver() < GRAPHS:
+        return "the driver is older than CUDA 12.3, whose graphs are the first to have dependent launches"
+    return ""
+
+
+def _driver() -> int:
+    """Returns the version of CUDA that the driver has, 12030 for 12.3."""
+    return int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+
+
 def _errors(device: torch.device, planned: Device, mechanism: str) -> Iterator[float]:
     """Yields, for each pass that it computes, a mechanism's largest difference from a plain kernel, over the largest element.
 
     NaN counts as infinite.
     """
+    if mechanism == DEPENDENT:
+        yield from _chains(device)
+        return
+    planned = dataclasses.replace(planned, check=lambda other: other != DEPENDENT)  # each is checked by itself
     dtype = torch.float32 if mechanism == BF16X6 else torch.bfloat16
     # One program that stays computes all tiles.
     here = dataclasses.replace(planned, units=1) if mechanism == SPECIALISED else planned
@@ -140,6 +164,31 @@ def _errors(device: torch.device, planned: Device, mechanism: str) -> Iterator[f
         expected = _result(pass_, operands, like, planned, PLAIN[pass_], "")
         error = ((got - expected).abs().max() / expected.abs().max()).item()
         yield error if error == error else float("inf")
+
+
+def _chains(device: torch.device) -> Iterator[float]:
+    """Yields, for each of several runs, the largest difference of a chain of dependent sums from one of plain launches.
+
+    What a sum reads held NaN before the launch that writes it. NaN counts as infinite.
+    """
+    seeded = torch.Generator(device).manual_seed(0)
+    first = torch.randn(CHAIN[0] * CHAINED, generator=seeded, device=device)
+    expected = _chained(first, False)
+    for _ in range(REPEATS):
+        error = (_chained(first, True) - expected).abs().max().item()
+        yield error if error == error else float("inf")
+
+
+def _chained(slices: torch.Tensor, dependent: bool) -> torch.Tensor:
+    """Returns the result of a chain of sums that begins with these slices: all but the first dependent launches, or none."""
+    call = Call(DEPENDENT, None, None, "a check")
+    sums = [slices.new_full((CHAINED,), float("nan"))]
+    for splits in CHAIN[1:]:
+        sums.append(slices.new_full((sums[-1].numel() // splits,), float("nan")))
+    for i, splits in enumerate(CHAIN):
+        launch = sum_of(splits, None, call, sums[i], slices.dtype, dependent and i > 0)
+        run_once(launch, (sums[i - 1] if i else slices, sums[i]))
+    return sums[-1]
 
 
 def _result(

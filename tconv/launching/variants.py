@@ -24,7 +24,7 @@ from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, Tile, can_cut
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "ptx_options")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "ptx_options", "launch_pdl")
 VECTORS = ("X_VEC", "W_VEC", "Y_VEC")
 # The pointer that points to a workspace instead if the reduction is split.
 RESULT = {"fprop": "y_ptr", "dgrad": "y_ptr", "wgrad": "dw_ptr", "bias": "out_ptr"}
@@ -86,7 +86,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
                     yield variant_of(pass_, prepared, dtype)
                     yield from (variant_of("copy", copy, dtype) for copy in prepared.copies if copy)
     for dims, itemsize in ((0, dtype.itemsize), (2, accumulator(dtype).itemsize), (3, accumulator(dtype).itemsize)):
-        yield from (_sum_splits(dtype, dims, vec) for vec in (1, 2, 4, 8) if vec * itemsize <= 16)
+        yield from (_sum_splits(dtype, dims, vec, device.dependent) for vec in (1, 2, 4, 8) if vec * itemsize <= 16)
 
 
 def _whole_and_split(
@@ -192,10 +192,10 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
     return Variant(name, prepared.kernel, signature, constants, options, direct, prepared.call)
 
 
-def _sum_splits(dtype: torch.dtype, dims: int, vec: int) -> Variant:
+def _sum_splits(dtype: torch.dtype, dims: int, vec: int, dependent: bool) -> Variant:
     """Returns the variant that sums a split reduction's workspace, whose slices have so many dimensions (`sum_constants`)."""
     pointers = {"ws_ptr": f"*{NAMES[accumulator(dtype)]}", "out_ptr": f"*{NAMES[dtype]}"}
-    given = sum_constants(dims, vec) | {"INTERPRET": False}
+    given = sum_constants(dims, vec, dependent) | {"INTERPRET": False}
     constants = {k: v for k, v in given.items() if k not in OPTIONS}
     signature = pointers | dict.fromkeys(integers(sum_splits), "i32") | dict.fromkeys(constants, "constexpr")
     options = {k: v for k, v in given.items() if k in OPTIONS} | {"num_stages": 3}

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+DEPENDENT = "dependent launch"  # the mechanism of `Device.dependent`
+SWITCH = "TCONV_DEPENDENT_LAUNCH"
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,21 @@ class Device:
     def works(self, mechanism: str) -> bool:
         """Returns True if plans may use a mechanism on this device. The empty mechanism is that of every plain kernel."""
         return not mechanism or self.check is None or self.check(mechanism)
+
+    @property
+    def dependent(self) -> bool:
+        """Whether a kernel that only sums what the one before it wrote may be launched before that one has ended.
+
+        Then it waits on the device (programmatic dependent launch, from compute capability 9 on), and its launch overlaps the
+        end of the kernel before.
+
+        Raises:
+            ValueError: the environment variable TCONV_DEPENDENT_LAUNCH, by which it is switched off, is neither 0 nor 1.
+        """
+        if os.environ.get(SWITCH, "1") not in ("0", "1"):
+            raise ValueError(f"the environment variable {SWITCH} must be 0 or 1, got {os.environ[SWITCH]!r}")
+        allowed = os.environ.get(SWITCH) != "0" and self.generation >= 9 and not self.interpreted
+        return allowed and self.works(DEPENDENT)
 
 
 DEVICES = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from tconv.planning.bias import BIAS, COPY
 from tconv.planning.cost import Cost, predict_bias, written_elements
-from tconv.planning.device import Device
+from tconv.planning.device import DEPENDENT, Device
 from tconv.planning.families import FAMILIES, families
 from tconv.planning.family import Family
 from tconv.planning.operands import Operands, chunk
@@ -42,6 +42,7 @@ class Plan:
         cost: the cost model's prediction; None in the interpreter.
         staged: operands that are first copied to channels last.
         precision: BF16X6, or empty for the precision of the data type and torch's flag.
+        dependent: True if the sum of the splits is a dependent launch (`Device.dependent`).
         kernels: the kernels that the planner considered.
         tiles: the tiles that it considered for this kernel.
         parts: the numbers of splits that it considered for this tile.
@@ -56,6 +57,7 @@ class Plan:
     cost: Cost | None = None
     staged: tuple[str, ...] = ()
     precision: str = ""
+    dependent: bool = False
     kernels: tuple[str, ...] = field(default=(), compare=False, repr=False)
     tiles: tuple[Tile, ...] = field(default=(), compare=False, repr=False)
     parts: tuple[int, ...] = field(default=(), compare=False, repr=False)
@@ -65,6 +67,11 @@ class Plan:
     def mechanism(self) -> str:
         """What a device must do right for this plan and not for a plain kernel: "tma", BF16X6, or "" for nothing."""
         return FAMILIES[self.kernel].mechanism(self.precision) if self.kernel in FAMILIES else ""
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """What a device must do right for this plan and for the sum of its splits."""
+        return tuple(m for m in (self.mechanism, DEPENDENT if self.dependent else "") if m)
 
     @property
     def choices(self) -> Forced:
@@ -78,6 +85,7 @@ class Plan:
     def __str__(self) -> str:
         precision = f" {self.precision}" if self.precision else ""
         splits = f", {self.splits} splits" if self.splits > 1 else ""
+        splits += " summed by a dependent launch" if self.dependent else ""
         staged = f", {' and '.join(self.staged)} copied to channels last" if self.staged else ""
         return f"{self.pass_}: {self.kernel} {self.tile}{precision}{splits}{staged} ({self.reason})"
 

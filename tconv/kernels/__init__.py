@@ -6,6 +6,7 @@ planning/ works out. In reading order:
     common      numbering of tiles and phases, offsets, masks, and what else several kernels do
     epilogue    what kernels do with a result before they write it, and the gradient of an activation
     gather      fprop and dgrad as implicit GEMM, operands loaded by pointers
+    patch       dgrad of patches that do not overlap, as one product
     wgrad       the weight gradient as implicit GEMM
     packed      fprop, dgrad and wgrad of few channels: several taps, or several groups, side by side in one product
     depthwise   fprop, dgrad and wgrad of depthwise layers, without tensor cores

@@ -32,12 +32,13 @@ from tconv.planning.addressing import LIMIT, aligned_channels, flattened, vector
 from tconv.planning.device import Device
 from tconv.planning.epilogue import NONE, Epilogue
 from tconv.planning.families import FAMILIES
-from tconv.planning.operands import GatherPass, Pass, WgradPass, chunk, strides, triple
+from tconv.planning.operands import GatherPass, Pass, PatchPass, WgradPass, chunk, strides, triple
 from tconv.planning.problem import PREDICTED, ConvProblem, lift
 from tconv.planning.tiles import BF16X6
 from tconv.records.book import Measured, book, is_set_aside
 from tconv.records.key import Cell, cell_of, machine
 
+PATCH = "patch"  # the kernel that takes the problem in another form (planning/operands.py `PatchPass`)
 PADDED = "channels padded with zeros"  # how the reason of such a plan begins
 Shape = tuple[int, ...]
 # Describes a pass on two operands.
@@ -89,9 +90,17 @@ def prepare_gather(
 
     described = describing(problem, y)
 
+    def columns(x: torch.Tensor, w: torch.Tensor) -> Pass:
+        if epilogue:
+            raise Ineligible("it adds a bias, and no other epilogue")
+        try:
+            return PatchPass(problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias)
+        except ValueError as e:
+            raise Ineligible(str(e)) from None
+
     def best() -> Prepared:
         def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
-            return prepare_pass(described(x, w), problem, y, device, only)
+            return prepare_pass((columns if only == PATCH else described)(x, w), problem, y, device, only)
 
         return _best(prepare, described, boxes, names, (x, w), problem, device)
 
@@ -100,6 +109,8 @@ def prepare_gather(
         of_some = describing(some, result)
 
         def prepare_some(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
+            if only == PATCH:
+                raise Ineligible("no batch-invariant plan has it")
             return prepare_pass(of_some(x, w), some, result, device, only)
 
         by_boxes = boxes if planning.requested() or _copies_alike(x) else ()
@@ -387,14 +398,46 @@ def _best(
             return _copied(prepare, described, only, names, operands, device)
         except Ineligible as e:
             raise Ineligible(f"forced plan cannot run: {e}") from None
+    patches = names == ("dy", "w")
+    if request and request.kernel == PATCH and patches:
+        try:
+            first, *more = _patches(prepare, described, names, operands, device, request.staged)
+            return min(first, *more, key=_predicted) if more else first
+        except Ineligible as e:
+            raise Ineligible(f"forced plan cannot run: {e}") from None
     launch = _staged(prepare, described, names, operands, problem, device)
-    if request or device.interpreted or device.generation < 9 or problem.G > 1:
+    if request or device.interpreted:
         return launch
     rivals = []
-    for kernel in by_boxes:
+    if patches:
+        with contextlib.suppress(Ineligible, planning.Unplannable):
+            rivals += _patches(prepare, described, names, operands, device, None)
+    for kernel in by_boxes if device.generation >= 9 and problem.G == 1 else ():
         with contextlib.suppress(Ineligible, planning.Unplannable):
             rivals.append(_copied(prepare, described, kernel, names, operands, device))
     return _fastest(launch, rivals, device)
+
+
+def _patches(
+    prepare: Prepare,
+    described: Describe,
+    names: tuple[str, str],
+    operands: tuple[torch.Tensor, torch.Tensor],
+    device: Device,
+    staged: bool | None,
+) -> list[Prepared]:
+    """Returns the launches of a dgrad by kernels/patch.py: on dy as it is, and on its copy in channels last.
+
+    Args:
+        staged: only the latter if True, only the former if False.
+    Raises:
+        Ineligible: the dgrad is not one of patches, or they do not lie in memory as the kernel needs it.
+    """
+    native = prepare(*operands, PATCH)
+    if staged is False or (staged is None and device.interpreted):
+        return [native]
+    copied = _copied(prepare, described, PATCH, names, operands, device)
+    return [native] if not copied.copies else [copied] if staged else [native, copied]
 
 
 def _fastest(launch: Prepared, rivals: list[Prepared], device: Device) -> Prepared:
@@ -502,7 +545,9 @@ def _copied(
     Args:
         shapes: the copies' shapes, None for an operand that is used as it is; by default those of `_copy_shapes`.
     """
-    if shapes is None:
+    if shapes is None and only and FAMILIES[only].weight_stays:
+        shapes = operands[0].shape if _channels_apart(operands[0]) else None, None
+    elif shapes is None:
         shapes = _copy_shapes(described, names, operands)
     first, second = (t if shape is None else shaped(shape, True, t.dtype) for t, shape in zip(operands, shapes, strict=True))
     launch = prepare(first, second, only)

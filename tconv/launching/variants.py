@@ -74,6 +74,7 @@ def variants(problem: ConvProblem, dtype: torch.dtype, channels_last: bool, devi
             if exact:
                 choices += [(kernel, copied, BF16X6) for kernel in plan.kernels if FAMILIES[kernel].cuts]
         choices += [(f.name, None, None) for f in families(pass_) if f.tma and takes_boxes(prepare, f.name)]
+        choices += [("patch", copied, exact) for copied in (False, True) if pass_ == "dgrad"]
         for kernel, staged, precision in choices:
             with force(kernel, staged=staged, precision=precision):
                 try:

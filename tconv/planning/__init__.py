@@ -15,6 +15,7 @@ the plan with the least predicted time is chosen. In reading order:
     family       what the planner and the launcher ask of a kernel: what it can take, its tiles, cost and arguments
     gemm         what the kernels with tl.dot have in common
     gather       answers for kernels/gather.py
+    patch        answers for kernels/patch.py
     wgrad        answers for kernels/wgrad.py
     packed       answers for kernels/packed.py
     depthwise    answers for kernels/depthwise.py

@@ -7,6 +7,7 @@ from tconv.planning.depthwise import Depthwise, DepthwiseWgrad
 from tconv.planning.family import Family
 from tconv.planning.gather import Gather
 from tconv.planning.packed import Packed, PackedWgrad
+from tconv.planning.patch import Patch
 from tconv.planning.persistent import Persistent
 from tconv.planning.strip import Strip, StripWgrad
 from tconv.planning.tma import Tma, TmaWgrad
@@ -16,7 +17,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Strip(), StripWgrad(), Depthwise(), DepthwiseWgrad(), Gather(), Wgrad(), Packed(), PackedWgrad(), Tma(), TmaWgrad(),
-        Persistent(), Bias(),
+        Persistent(), Patch(), Bias(),
     )
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ class Family:
         tma: True if the tensor memory accelerator loads its operands.
         gluon: True if the kernel is written in Gluon, Triton's experimental lower level.
         splittable: True if its reduction can be split (split-K).
+        weight_stays: True if w is taken as it is, never copied.
         start: seconds that a program takes before and after its main loop, latency of the first loads included, as fitted to
             an H200's times.
         columns: the most columns of its tiles.
@@ -51,6 +52,7 @@ class Family:
     tma = False
     gluon = False
     splittable = False
+    weight_stays = False
     start = 0.7e-6
     columns = 1
     two_blocks = False

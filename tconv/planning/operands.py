@@ -11,7 +11,7 @@ from typing import Any
 from tconv.planning.addressing import LIMIT, Addressing, merged, vector
 from tconv.planning.epilogue import NONE, Epilogue
 from tconv.planning.problem import ConvProblem
-from tconv.planning.simplify import Form, Strides, simplify
+from tconv.planning.simplify import Form, Strides, all_tiled, simplify
 from tconv.planning.tiles import BF16X6, Access, Tile
 
 
@@ -236,6 +236,72 @@ class GatherPass(Pass):
             "FLIP": not (self.x.unit and self.y.unit) and (self.itemsize > 2 or (tile.extra or tile.n) >= 64 or not dot),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_C": tile.n,
         }  # fmt: skip
+
+
+class PatchPass(GatherPass):
+    """dgrad of patches that do not overlap and cover dx, as a product of dy's pixels by columns: the channels of every tap.
+
+    Its problem has as many channels as there are columns, one tap, and dy's extents. The stride of y (dx) along a dimension is
+    that from one patch to the next.
+
+    Attributes:
+        rows: the columns' dimensions but for the last, outermost first, each as its extent and its stride in dx.
+        run: the columns of the last dimension, which is contiguous.
+        joined: `run`, if runs are so short that those of neighbouring pixels are stored together; else 1.
+        line_vec: vector width along a run, or along joined ones.
+    """
+
+    def __init__(
+        self,
+        problem: ConvProblem,
+        x: Addressing,
+        w: Addressing,
+        y: Addressing,
+        tensor_cores: bool,
+        bias: int | None = None,
+    ) -> None:
+        """Raises ValueError, with the reason, if the columns of w or of dx do not lie so that vectors can be accessed."""
+        channels = problem.C // problem.G
+        if not all_tiled(problem):
+            raise ValueError(f"{problem} has no patches that cover dx and do not overlap")
+        ways = [(channels, w.channel, y.channel), *zip(problem.T, w.spatial, y.spatial, strict=True)]
+        for inner, order in ((problem.taps, ways), (1, ways[1:] + ways[:1])):
+            *self.rows, (self.run, unit) = merged((extent, step) for extent, _, step in order)
+            lying = merged((extent, step) for extent, step, _ in order)
+            if unit == 1 and len(self.rows) <= 3 and lying == [(channels * problem.taps, 1)]:
+                self.each = inner
+                break
+        else:
+            raise ValueError("w and dx do not have the same order of channels and taps in memory")
+        p = dataclasses.replace(problem, C=problem.C * problem.taps, X=problem.Y, T=(1, 1, 1), S=(1, 1, 1))
+        self.channels, self.between = channels, channels * y.channel if problem.G > 1 else 0
+        s0, s1, s2 = (t * s if n > 1 else 0 for n, t, s in zip(problem.Y, problem.T, y.spatial, strict=True))
+        y = dataclasses.replace(y, channel=1, spatial=(s0, s1, s2), unit=True)
+        super().__init__("dgrad", p, x, dataclasses.replace(w, channel=1, spatial=(0, 0, 0), unit=True), y, tensor_cores, bias)
+        self.rules = ("columns", *self.rules)
+        y, extent = self.y, self.p.X[2]
+        short, alone = self.run * self.itemsize < 16, extent == 1
+        if short and (self.run & (self.run - 1) or not (alone or y.spatial[2] == self.run)):
+            raise ValueError(f"{self.run} contiguous columns are too few, and cannot be joined with those of the next pixel")
+        self.joined = self.run if short else 1
+        along = (extent * self.run,) if short else (self.run, y.spatial[2])
+        steps = (y.outer, self.between, *(step for _, step in self.rows), *y.spatial[:2])
+        self.line_vec = vector(y.address, y.itemsize, *steps, *along)
+
+    def operands(self) -> Operands:
+        least = min(max(self.x_vec, self.pixels_x), self.w_vec)
+        return self._operands(least, 256 * 128 if self.itemsize * least == 16 else 128 * 128, lambda groups: least == 1)
+
+    def columns(self) -> dict[str, int]:
+        """Returns where columns lie in dx, and their channels, as kernel arguments."""
+        (_, r0), (e1, r1), (e2, r2) = [(1, 0)] * (3 - len(self.rows)) + self.rows
+        named = {"L": self.run, "R1": e1, "R2": e2, "r0": r0, "r1": r1, "r2": r2}
+        return named | {"syg": self.between, "b_each": self.each, "b_all": self.channels}
+
+    def far(self, tile: Tile) -> bool:
+        """Returns True if offsets need 64 bits."""
+        pixels = self.p.N * math.prod(self.p.X) + tile.m
+        return max(self.x.reach, self.y.reach, pixels * self.joined) > LIMIT
 
 
 class WgradPass(Pass):

@@ -106,7 +106,12 @@ def _tiled(p: ConvProblem, d: int, pass_: str) -> bool:
     For dgrad the pieces must also cover the dimension exactly, because dgrad writes all of x.
     """
     apart = p.T[d] > 1 and p.P[d] == 0 and p.D[d] == 1 and (p.S[d] == p.T[d] or p.Y[d] == 1)
-    return apart and p.G == 1 and (pass_ != "dgrad" or p.X[d] == p.Y[d] * p.T[d])
+    return apart and (pass_ != "dgrad" or p.X[d] == p.Y[d] * p.T[d])
+
+
+def all_tiled(p: ConvProblem) -> bool:
+    """Returns True if the filter's positions cut x into pieces that cover it without overlapping, of more than one element."""
+    return p.taps > 1 and all(_pointwise(p, d) or _tiled(p, d, "dgrad") for d in range(3))
 
 
 def _pointwise(p: ConvProblem, d: int) -> bool:
@@ -121,7 +126,7 @@ def _trivial(p: ConvProblem, d: int) -> bool:
 
 def _fold(f: Form, d: int, pass_: str) -> Form | None:
     p, taps = f.p, f.p.T[d]
-    if not _tiled(p, d, pass_):
+    if p.G > 1 or not _tiled(p, d, pass_):
         return None
     sx, sw = f.x.spatial[d], f.w.spatial[d]
     if p.C == 1 or (sx == p.C * f.x.channel and sw == p.C * f.w.channel):
@@ -156,7 +161,7 @@ def _slice(f: Form, d: int, pass_: str) -> Form | None:
 def _spread(f: Form, d: int, pass_: str) -> Form | None:
     p, taps = f.p, f.p.T[d]
     free = next((e for e in (2, 1, 0) if _trivial(p, e)), None)
-    if not _tiled(p, d, pass_) or free is None or not 1 < p.C < taps or f.x.spatial[d] != 1:
+    if p.G > 1 or not _tiled(p, d, pass_) or free is None or not 1 < p.C < taps or f.x.spatial[d] != 1:
         return None
     # The channels become a dimension with one output, where any stride gives the same result. With a stride of p.C each phase
     # of a dgrad has one tap.

@@ -17,6 +17,7 @@ class Tile:
     The meaning of m, n and k depends on the kernel:
 
         gather, tma, persistent    pixels, written channels, reduced channels
+        patch               pixels of dy, written channels of all taps, reduced channels
         packed              pixels, written channels of a pack of groups, taps times reduced channels of the pack
         wgrad, tma_wgrad    output channels, input channels, pixels
         packed_wgrad        output channels of a pack, taps times input channels of the pack, pixels

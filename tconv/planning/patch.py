@@ -1,0 +1,38 @@
+"""kernels/patch.py, dgrad of patches that do not overlap as one matrix product, as the planner and the launcher see it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tconv.planning.gemm import Stepping
+from tconv.planning.operands import PatchPass
+from tconv.planning.problem import ConvProblem, pow2
+from tconv.planning.tiles import Tile
+
+
+class Patch(Stepping):
+    """A product of [pixels of dy, reduced channels] by [reduced channels, columns]: the channels of every tap.
+
+    The planner is given the problem in that form, as of one tap (planning/operands.py `PatchPass`).
+    """
+
+    name = "patch"
+    passes = ("dgrad",)
+    weight_stays = True
+    start = 3.5e-6
+    base, copy, one = 30, 8, 4
+
+    def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
+        columns, reduced = self.channels(p, pass_)
+        n, k = pow2(columns, 16, 1024), pow2(reduced, 16, 256)
+        return (Tile(pow2(p.N * math.prod(p.X), 16, (1 << 18) // max(n, k)), n, k),)
+
+    def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        return math.ceil(p.N * math.prod(p.X) / tile.m) * math.ceil(self.channels(p, pass_)[0] / tile.n) * p.G
+
+    def arguments(self, c: PatchPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
+        return c.columns(), {
+            "X_VEC": c.x_vec, "X_PIXELS": c.pixels_x, "Y_VEC": c.line_vec, "JOINED": c.joined, "EVEN": c.ci % tile.k == 0,
+            "WIDE": c.far(tile),
+        }  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 
 import tconv
 from tconv import functional as TF
-from tconv.kernels import copy, depthwise, gather, packed, persistent, reduce, strip, tma, wgrad
+from tconv.kernels import copy, depthwise, gather, packed, patch, persistent, reduce, strip, tma, wgrad
 from tconv.launching import launch
 from tests import oracle
 
@@ -23,6 +23,7 @@ KERNELS = pathlib.Path(gather.__file__).parent
 DENSE = oracle.Case("dense", (2, 72, 9, 7), 72, (3, 3), padding=1)
 TWENTY = oracle.Case("twenty channels", (2, 20, 9, 7), 20, (3, 3), padding=1)
 SLICED = oracle.Case("64 of 68 channels of w", (2, 64, 9, 7), 72, (3, 3), padding=1)
+PATCHES = oracle.Case("patches", (2, 20, 8, 12), 16, (2, 2), stride=2)
 STEM = oracle.Case("stem", (2, 3, 9, 7), 24, (3, 3), padding=1)
 DEPTHWISE = oracle.Case("depthwise", (2, 20, 9, 7), 20, (3, 3), padding=1, groups=20)
 BOXES = oracle.Case("boxes", (2, 192, 8, 8), 64, (3, 3), padding=1)
@@ -51,9 +52,9 @@ class Call:
         if self.sliced:
             w = oracle.to_channels_last(torch.cat([w, w[:, :4]], 1))[:, :-4]
         with tconv.force(**self.plan):
-            y = TF.conv2d(x, w.requires_grad_(), b.requires_grad_(), **self.case.arguments)
+            y = TF.conv2d(x.requires_grad_(), w.requires_grad_(), b.requires_grad_(), **self.case.arguments)
             if self.of:
-                torch.autograd.grad(y, {"w": w, "b": b}[self.of], torch.ones_like(y))
+                torch.autograd.grad(y, {"x": x, "w": w, "b": b}[self.of], torch.ones_like(y))
 
 
 CALLS = {
@@ -65,6 +66,8 @@ CALLS = {
     "sum_splits into rows": Call(reduce.sum_splits, TWENTY, {"kernel": "wgrad", "splits": 2}, "w", channels_last=False),
     "sum_pixels": Call(reduce.sum_pixels, TWENTY, {"kernel": "wgrad"}, "b"),
     "copy": Call(copy.copy_both, TWENTY, {"staged": True}, channels_last=False),
+    "patch": Call(patch.patch, PATCHES, {"kernel": "patch"}, "x"),
+    "patch by lines": Call(patch.patch, PATCHES, {"kernel": "patch"}, "x", channels_last=False),
     "packed": Call(packed.packed, STEM, {"kernel": "packed"}),
     "packed_wgrad": Call(packed.packed_wgrad, STEM, {"kernel": "packed_wgrad"}, "w"),
     "depthwise": Call(depthwise.depthwise, DEPTHWISE, {"kernel": "depthwise"}),
@@ -103,6 +106,10 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("sum_pixels", "pixels past the last are read", OUTSIDE, "tl.load", ("lead(live, FLIP) &", "lead(p >= 0, FLIP) &")),
     ("copy", "pixels overlap", OVERLAPPING, "tl.store", ("p * K,", "p * (K - 4),")),
     ("copy", "pixels past the last are read", OUTSIDE, "tl.load", ("lead(p < pixels, X_FLIP) &", "lead(p >= 0, X_FLIP) &")),
+    ("patch", "columns past the last are written", OVERLAPPING, "tl.store", ("(o < multiple(CO, Y_VEC))", "(o >= 0)")),
+    ("patch", "pixels past the last are read", OUTSIDE, "xv = tl.load", ("lead(live, X_FLIP) & trail(tail", "trail(tail")),
+    ("patch by lines", "pixels past the last are written", OUTSIDE, "tl.store", ("(e < pixels * JOINED)", "(e >= 0)")),
+    ("patch by lines", "lines overlap", OVERLAPPING, "tl.store", ("multiple(sy1, Y_VEC)", "multiple(sy1 // 2, Y_VEC)")),
     ("packed", "the padding is read", OUTSIDE, "xv = turned", ("X_FLIP), mask=ok", "X_FLIP), mask=ok | True")),
     ("packed", "taps past the last are read", OUTSIDE, "wv = turned", ("keep = lead(within,", "keep = lead(c >= 0,")),
     ("packed_wgrad", "the padding is read", OUTSIDE, "xv = tl.load", ("xq, mask=ok", "xq, mask=ok | True")),

@@ -432,12 +432,19 @@ def _patches(
         staged: only the latter if True, only the former if False.
     Raises:
         Ineligible: the dgrad is not one of patches, or they do not lie in memory as the kernel needs it.
+        Unplannable: operands cannot be read in vectors.
     """
-    native = prepare(*operands, PATCH)
-    if staged is False or (staged is None and device.interpreted):
-        return [native]
-    copied = _copied(prepare, described, PATCH, names, operands, device)
-    return [native] if not copied.copies else [copied] if staged else [native, copied]
+    found, refused = [], None
+    copies = _channels_apart(operands[0]) and (staged or (staged is None and not device.interpreted))
+    for copy in (False, True) if copies and not staged else (copies,):
+        try:
+            launch = _copied(prepare, described, PATCH, names, operands, device) if copy else prepare(*operands, PATCH)
+            found.append(launch)
+        except planning.Unplannable as e:
+            refused = e
+    if refused and not found:
+        raise refused
+    return found
 
 
 def _fastest(launch: Prepared, rivals: list[Prepared], device: Device) -> Prepared:

@@ -170,6 +170,8 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
     flags += [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE", "Y_BOX") if c.get(k)]
     if "COLUMNS" in c:
         flags.append(f"row={c['T2']}s{c['S2']}d{c['D2']}p{c['P2']}")
+    if c.get("JOINED", 1) > 1:
+        flags.append(f"joined={c['JOINED']}")
     if c.get("FIELD") == 0:
         flags.append("unpacked")
     if c.get("PRECISION", "ieee") != "ieee":

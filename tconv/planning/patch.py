@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tconv.planning.gemm import Stepping
+from tconv.planning.gemm import Gemm
 from tconv.planning.operands import PatchPass
 from tconv.planning.problem import ConvProblem, pow2
-from tconv.planning.tiles import Tile
+from tconv.planning.tiles import Access, Tile
 
 
-class Patch(Stepping):
+class Patch(Gemm):
     """A product of [pixels of dy, reduced channels] by [reduced channels, columns]: the channels of every tap.
 
     The planner is given the problem in that form, as of one tap (planning/operands.py `PatchPass`).
@@ -21,7 +21,10 @@ class Patch(Stepping):
     passes = ("dgrad",)
     weight_stays = True
     start = 3.5e-6
-    base, copy, one = 30, 8, 4
+    base, copy, one = 40, 6, 4
+
+    def tiles(self, access: Access) -> tuple[Tile, ...]:
+        return () if access.narrow else super().tiles(access)
 
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         columns, reduced = self.channels(p, pass_)

@@ -36,7 +36,7 @@ EVERY = "every_case and not 3-D"
 MUTATIONS = [
     Mutation("a tap dropped", "kernels/gather.py", "n_taps[2] * tl.cdiv(left", "tl.maximum(n_taps[2] - 1, 1) * tl.cdiv(left", EVERY),
     Mutation("the last channels dropped", "kernels/gather.py", "tl.cdiv(left, BLOCK_K))", "(left // BLOCK_K))", EVERY),
-    Mutation("a phase skipped", "kernels/common.py", "past = (pid % tiles).to(OFFSET) * BLOCK_M >= pixels", "past = ((pid % tiles).to(OFFSET) * BLOCK_M >= pixels) | (pid >= tiles)", EVERY),
+    Mutation("a phase skipped", "kernels/common.py", "past = (pid % tiles).to(OFFSET) * step >= pixels", "past = ((pid % tiles).to(OFFSET) * step >= pixels) | (pid >= tiles)", EVERY),
     Mutation("a phase without taps not written", "kernels/gather.py", "    if past:", "    if past | (n_taps[2] == 0):", EVERY),
     Mutation("phases numbered without the padding", "kernels/common.py", "+ stride - padding % stride)", ")", EVERY),
     Mutation("shared factors of stride and dilation ignored", "kernels/common.py", "step = stride // gcd", "step = stride", EVERY),
@@ -86,6 +86,9 @@ MUTATIONS = [
     Mutation("a strip's gradients beyond the last column", "kernels/strip.py", "COLUMNS + r[None, :] < Y2)", "COLUMNS + r[None, :] >= 0)", "every_pass", "test_strips.py"),
     Mutation("a pack's rows on the wrong diagonal", "kernels/packed.py", "low = k // K * own", "low = k * 0", "packed"),
     Mutation("a packed column's tap mistaken", "kernels/packed.py", "t1 -= t0 * n_taps[1]", "t1 -= t0", "packed"),
+    Mutation("a tap taken from its neighbour's row", "kernels/rows.py", "k * D - P - low", "k * D - P - low + k", "every_case", "test_rows.py"),
+    Mutation("columns without a tap added", "kernels/rows.py", "taken = tl.where(exists[None, :], tl.gather(acc, row, 0), 0.0)", "taken = tl.gather(acc, row, 0)", "every_case", "test_rows.py"),
+    Mutation("tiles of rows without a halo", "planning/rows.py", "(tile.m - halo) // columns", "tile.m // columns", "overlap", "test_rows.py"),
     Mutation("a box shifted the wrong way", "kernels/tma.py", "reads[1] + i1 * x_step[1]", "reads[1] - i1 * x_step[1]", "every_case", "test_tma.py"),
     Mutation("a phase without taps reads what is there", "kernels/tma.py", "tl.constexpr(-(1 << 20))", "tl.constexpr(0)", "every_case", "test_tma.py"),
     Mutation("a TMA launch by another plan's box", "planning/tma.py", "(*x, (*box, tile.k))", "(*x, (*box[::-1], tile.k))", "every_case", "test_tma.py"),

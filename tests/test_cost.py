@@ -106,9 +106,10 @@ def test_loop_lengths_are_near_those_compiled():
         pass_, kernel, rank, dtype, m, n, extra, k, warps, stages, columns, inner, vectors, flags = found.groups()
         direct = kernel.startswith(("depthwise", "strip"))
         vectors = vectors.split("/")
-        # Few of the packed gather's elements are weights, and a weight gradient reads none.
-        read = vectors[:1] if kernel == "packed" else vectors[::2] if kernel in ("wgrad", "packed_wgrad") else vectors[:2]
-        narrow = "1" in read and "pixels=" not in flags
+        # Few of the packed gather's elements, and of rows', are weights, and a weight gradient reads none.
+        which = {"packed": [0], "rows": [0], "wgrad": [0, 2], "packed_wgrad": [0, 2]}.get(kernel, [0, 1])
+        narrow = "1" in [vectors[i] for i in which if i < len(vectors)]
+        narrow &= "pixels=" not in flags
         split = BF16X6 if BF16X6 in flags else ""
         cores = not direct and (dtype != "fp32" or "tf32" in flags or bool(split))
         if kernel.startswith("strip"):

@@ -112,7 +112,7 @@ def test_the_default_layout_is_copied_where_that_pays_and_only_there():
     assert [plan.staged for plan in plans(conv((1, 3, 8, 8), (4, 3, 3, 3)))] == [(), ()]
 
 
-def test_few_channels_are_packed_and_only_they():
+def test_few_channels_are_packed_or_read_by_rows_and_only_they():
     def kernels(p):
         return [plan.choose(p, pass_, plan.Operands(2, True), H200).kernel for pass_ in ("fprop", "dgrad", "wgrad")]
 
@@ -125,7 +125,7 @@ def test_few_channels_are_packed_and_only_they():
         prepare_gather("dgrad", stem, y, w, None, x, H200),
         prepare_wgrad(stem, y, x, w, H200),
     )
-    assert [launch.call.plan.kernel for launch in launches] == packed
+    assert [launch.call.plan.kernel for launch in launches] == ["packed", "rows", "packed_wgrad"]
     assert kernels(conv((32, 48, 56, 56), (48, 48, 3, 3), padding=1)) == ["gather", "gather", "packed_wgrad"]
     assert kernels(conv((32, 96, 56, 56), (96, 96, 3, 3), padding=1)) == ["gather", "gather", "wgrad"]
     assert kernels(conv((8, 768, 499), (768, 48, 128), padding=64, groups=16)) == packed  # 48 of 64 in each tap's step
@@ -266,11 +266,12 @@ def test_forcing_reaches_the_backward_pass_on_another_thread(device):
 
 def test_no_integer_of_a_kernel_is_specialised():
     """Geometry as runtime data: layers that differ in it alone share one compiled kernel."""
-    from tconv.kernels import common, copy, depthwise, gather, packed, reduce, strip, wgrad
+    from tconv.kernels import common, copy, depthwise, gather, packed, reduce, rows, strip, wgrad
 
     for kernel in (
-        gather.gather, wgrad.wgrad, packed.packed, packed.packed_wgrad, depthwise.depthwise, depthwise.depthwise_wgrad,
-        strip.strip, strip.strip_wgrad, reduce.sum_pixels, reduce.sum_splits, copy.copy_channels_last,
+        gather.gather, wgrad.wgrad, packed.packed, packed.packed_wgrad, rows.rows,
+        depthwise.depthwise, depthwise.depthwise_wgrad, strip.strip, strip.strip_wgrad, reduce.sum_pixels, reduce.sum_splits,
+        copy.copy_channels_last,
     ):  # fmt: skip
         given = getattr(kernel, "kwargs", None) or {"do_not_specialize": kernel.do_not_specialize}
         assert tuple(given["do_not_specialize"]) == common.integers(kernel)

@@ -9,6 +9,7 @@ planning/ works out. In reading order:
     patch       dgrad of patches that do not overlap, as one product
     wgrad       the weight gradient as implicit GEMM
     packed      fprop, dgrad and wgrad of few channels: several taps, or several groups, side by side in one product
+    rows        fprop and dgrad with few written channels: each pixel is multiplied by a row of taps at once
     depthwise   fprop, dgrad and wgrad of depthwise layers, without tensor cores
     strip       the same, several neighbouring outputs to a thread
     tma         fprop, dgrad and wgrad, operands brought by the tensor memory accelerator

@@ -170,11 +170,13 @@ def decode(m, extents, RANK: tl.constexpr):
 
 @triton.jit
 def written_pixels(
-    pid, N, Y, T, S, D, P, gcds, sxn, sx, syn, sy,
+    pid, step, N, Y, T, S, D, P, gcds, sxn, sx, syn, sy,
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr, OFFSET: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Returns the pixels that program `pid` writes. Tiles of a phase vary fastest, and phases with more taps come first.
 
+    Args:
+        step: pixels from one tile to the next, at most BLOCK_M.
     Returns:
         past: whether the tile is past its phase's end. Every phase is given as many tiles as the largest one needs.
         live: mask of the pixels that exist [BLOCK_M].
@@ -186,8 +188,8 @@ def written_pixels(
     most = N.to(OFFSET)
     for d in tl.static_range(3 - RANK, 3):
         most *= tl.cdiv(Y[d], S[d]) if TRANSPOSED else Y[d]
-    tiles = tl.cdiv(most, BLOCK_M).to(tl.int32)
-    m = (pid % tiles).to(OFFSET) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(most, step).to(tl.int32)
+    m = (pid % tiles).to(OFFSET) * step + tl.arange(0, BLOCK_M)
     rest = pid // tiles
     n_taps = ()
     t_first = ()
@@ -208,7 +210,7 @@ def written_pixels(
         x_first = (first,) + x_first
         J = (tl.maximum(outputs, 1),) + J  # a phase without outputs is past its end; avoids division by zero
         a_first = (a,) + a_first
-    past = (pid % tiles).to(OFFSET) * BLOCK_M >= pixels
+    past = (pid % tiles).to(OFFSET) * step >= pixels
     live = m < pixels
     image, j = decode(m, J, RANK)
     x_offset = image.to(OFFSET) * sxn

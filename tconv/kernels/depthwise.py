@@ -59,7 +59,7 @@ def depthwise(
 
     tiles_c = tl.cdiv(C, BLOCK_C)
     past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
-        tl.program_id(0) // tiles_c, N, Y, T, S, D, P, gcds,
+        tl.program_id(0) // tiles_c, BLOCK_M, N, Y, T, S, D, P, gcds,
         multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, TRANSPOSED, RANK, OFFSET, BLOCK_M,
     )  # fmt: skip
     if past:

@@ -82,7 +82,7 @@ def packed(
     groups = tl.minimum(PACK, G - group)
     pid_m = tl.program_id(0) // (tiles_n * packs)
     past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
-        pid_m, N, Y, T, S, D, P, gcds,
+        pid_m, BLOCK_M, N, Y, T, S, D, P, gcds,
         multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, TRANSPOSED, RANK, OFFSET, BLOCK_M,
     )  # fmt: skip
     if past:

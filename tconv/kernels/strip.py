@@ -175,7 +175,8 @@ def strip(
     strips = tl.cdiv(Y2, COLUMNS)
     tiles_c = tl.cdiv(C, BLOCK_C)
     past, live, x_offset, y_offset, n_taps, t_first, h = written_pixels(
-        tl.program_id(0) // tiles_c, N, (Y0, Y1, strips), (T0, T1, 1), (S0, S1, 1), (D0, D1, 1), (P0, P1, 0), (g0, g1, 1),
+        tl.program_id(0) // tiles_c, BLOCK_M, N, (Y0, Y1, strips),
+        (T0, T1, 1), (S0, S1, 1), (D0, D1, 1), (P0, P1, 0), (g0, g1, 1),
         multiple(sxn, X_VEC), (sx[0], sx[1], sx2 * STEP),
         multiple(syn, Y_VEC), (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), sy2 * COLUMNS),
         TRANSPOSED, RANK, OFFSET, BLOCK_M,

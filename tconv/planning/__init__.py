@@ -18,6 +18,7 @@ the plan with the least predicted time is chosen. In reading order:
     patch        answers for kernels/patch.py
     wgrad        answers for kernels/wgrad.py
     packed       answers for kernels/packed.py
+    rows         answers for kernels/rows.py
     depthwise    answers for kernels/depthwise.py
     strip        answers for kernels/strip.py
     tma          answers for kernels/tma.py

@@ -9,6 +9,7 @@ from tconv.planning.gather import Gather
 from tconv.planning.packed import Packed, PackedWgrad
 from tconv.planning.patch import Patch
 from tconv.planning.persistent import Persistent
+from tconv.planning.rows import Rows
 from tconv.planning.strip import Strip, StripWgrad
 from tconv.planning.tma import Tma, TmaWgrad
 from tconv.planning.wgrad import Wgrad
@@ -16,8 +17,8 @@ from tconv.planning.wgrad import Wgrad
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Strip(), StripWgrad(), Depthwise(), DepthwiseWgrad(), Gather(), Wgrad(), Packed(), PackedWgrad(), Tma(), TmaWgrad(),
-        Persistent(), Patch(), Bias(),
+        Strip(), StripWgrad(), Depthwise(), DepthwiseWgrad(), Gather(), Wgrad(), Packed(), PackedWgrad(), Rows(), Patch(),
+        Tma(), TmaWgrad(), Persistent(), Bias(),
     )
 }  # fmt: skip
 

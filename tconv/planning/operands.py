@@ -29,6 +29,7 @@ class Operands:
         pack_narrow: maps the groups per pack to `narrow` for a packed kernel, which ignores how weights are accessed; None if
             as `narrow` says.
         epilogue: what is done with the result before it is written.
+        along: vector width along the last dimension of the operand read, if its channels are not contiguous; for rows.
     """
 
     itemsize: int
@@ -38,6 +39,7 @@ class Operands:
     strips: tuple[bool, bool] | None = None
     pack_narrow: Callable[[int], bool] | None = None
     epilogue: Epilogue = NONE
+    along: int = 1
 
     def access(self, narrow: bool, precision: str) -> Access:
         """Returns how a kernel accesses the operands in a precision, given whether it does so element by element."""
@@ -65,7 +67,9 @@ class Pass:
             which then need no copy to channels last; else 1.
         pixels_y: the same of y in a wgrad, whose pixels are read too; else vector width along the pixels written, 1 if the
             channels are contiguous, or a strided dgrad's phases lie between each other.
-        row_y: the same along the last dimension only, however the others lie.
+        row_x: vector width along the last dimension of x, whose channels are then not contiguous, for elements of 16 bits; else
+            1.
+        row_y: the same of y in any dtype, 1 if `pixels_y` would be for its phases.
         epilogue: what is done with the result before it is written.
         batch_invariant: True if an image's result must not depend on the batch.
     """
@@ -115,6 +119,7 @@ class Pass:
         self.pixels_x = x.pixels(p.X) if self.native and not x.unit else 1
         written = not (self.transposed and max(p.S) > 1) if pass_ != "wgrad" else self.native
         self.pixels_y = y.pixels(self.extents) if written and not y.unit else 1
+        self.row_x = self.lanes_x.vec if self.itemsize == 2 and self.lanes_x.unit == "p" else 1
         self.row_y = self.lanes_y.vec if written and self.lanes_y.unit == "p" else 1
 
     @property
@@ -153,7 +158,7 @@ class Pass:
         """Returns what the planner asks, given the least vector width of the accesses within a group."""
         narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
         strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
-        return Operands(self.itemsize, self.tensor_cores, narrow, room, strips, pack_narrow, self.epilogue)
+        return Operands(self.itemsize, self.tensor_cores, narrow, room, strips, pack_narrow, self.epilogue, self.row_x)
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         """Returns the integers that the kernels of this pass share, by the names of their parameters."""

@@ -20,6 +20,7 @@ class Tile:
         patch               pixels of dy, written channels of all taps, reduced channels
         packed              pixels, written channels of a pack of groups, taps times reduced channels of the pack
         wgrad, tma_wgrad    output channels, input channels, pixels
+        rows                pixels read, taps of the last dimension times written channels, reduced channels
         packed_wgrad        output channels of a pack, taps times input channels of the pack, pixels
         depthwise           pixels, channels, 1
         depthwise_wgrad     taps, channels, pixels
@@ -34,7 +35,8 @@ class Tile:
         stages: stages of the main loop's software pipeline.
         registers: limit of registers per thread on NVIDIA. 0 leaves it to ptxas, which sometimes spills a few registers to
             fit one more program on a multiprocessor.
-        columns: neighbouring outputs that a thread of a strip kernel computes.
+        columns: neighbouring outputs that a thread of a strip kernel computes; of rows, the pixels to whose multiples its tiles
+            are aligned along the last dimension, so that x can be read along it.
         extra: written channels of a second block, with an accumulator of its own (gather); 0 if there is one block.
     """
 

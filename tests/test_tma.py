@@ -10,7 +10,8 @@ import tconv
 from tconv import functional as TF
 from tconv.launching.dry_run import dry_run
 from tconv.launching.launch import collecting
-from tconv.launching.prepare import prepare_gather
+from tconv.launching.memory_format import shaped
+from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.planning.cost import pixel_extents
 from tconv.planning.device import DEVICES, INTERPRETER
 from tconv.planning.families import FAMILIES
@@ -114,31 +115,70 @@ def test_weight_gradients_have_tails_and_splits(splits, channels_last, device, p
         assert ("x" in plan.staged) is not channels_last
 
 
+SPARED = [  # each pixel of x in a channel of its own
+    oracle.Case("padded as the extents need: runs overhang either end", (1, 40, 7, 5), 64, (3, 3), padding=1),
+    oracle.Case("two taps without padding: one overhangs the end, one the start", (2, 56, 8, 7), 64, (2, 2)),
+    oracle.Case("three taps without padding: runs divide the extents", (3, 72, 8, 9), 64, (3, 3)),
+    oracle.Case("one dimension that runs pass, one that they do not", (1, 56, 5, 11), 64, (3, 3), padding=(1, 0)),
+    oracle.Case("dilated", (1, 72, 9, 8), 64, (3, 3), padding=2, dilation=2),
+    oracle.Case("1-D", (2, 24, 19), 64, (5,), padding=2),
+    oracle.Case("3-D", (1, 48, 3, 3, 5), 64, (3, 1, 3), padding=(1, 0, 1)),
+]
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_what_no_window_reads_spoils_no_weight_gradient(device, poisoned):
-    """Runs end where the output does: the last row, which the first taps never meet, meets no zero of theirs either."""
-    x = torch.ones(2, 16, 7, 7, device=device, dtype=torch.float16)
-    x[:, :, 6] = float("nan")
-    w = torch.ones(16, 16, 2, 2, device=device, dtype=torch.float16, requires_grad=True)
-    with tconv.force(kernel="tma_wgrad"):
-        dw = torch.autograd.grad(TF.conv2d(oracle.to_channels_last(x), w).sum(), w)[0]
-    assert torch.equal(dw[:, :, 0], torch.full_like(dw[:, :, 0], 2 * 6 * 6))
-    assert dw[:, :, 1].isnan().all()
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("case", SPARED, ids=str)
+def test_what_no_window_reads_spoils_no_weight_gradient(case, value, device, poisoned):
+    """What runs have beyond dy is zero, but a tap might read x there: infinity times zero would be NaN."""
+    x, w, b = oracle.tensors(case, torch.float16, device, channels_last=True)
+    channels, pixels = case.x[1], x[0, 0].numel()
+    for image in x.unbind():
+        flat = image.reshape(channels, -1)
+        flat[range(pixels), range(pixels)] = value
+        image.copy_(flat.reshape(image.shape))
+    ours, theirs = getattr(TF, f"conv{case.rank}d"), oracle.FORWARD[case.rank]
+    dy = torch.ones_like(ours(x, w, None, **case.arguments))
+    with tconv.force(kernel="tma_wgrad"), tconv.recording() as calls:
+        dw = oracle.run(ours, case, x, w, b, dy=dy, only=("y", "dw"))[1]
+    assert ["swap" in c.plan.reason for c in calls if c.operation == "wgrad"] == [False]
+    right = oracle.run(theirs, case, x.double(), w.double(), b.double(), dy=dy.double(), only=("y", "dw"))[1]
+    torch.testing.assert_close(dw.double(), right, rtol=2**-9, atol=2**-9, equal_nan=True)
+    assert not right.isfinite().all()
+    assert right[:, :pixels].isfinite().any()
 
 
 @pytest.mark.parametrize(
-    ("n", "y", "block", "axis", "runs"),
+    ("n", "y", "kernel", "padding", "block", "axis", "runs"),
     [
-        (32, (1, 56, 56), 32, "n", 56 * 56),
-        (40, (1, 7, 7), 32, "n", 2 * 49),
-        (2, (1, 128, 96), 64, 1, 2 * 2 * 96),
-        (2, (1, 128, 192), 64, 2, 2 * 128 * 3),
-        (1, (1, 1, 30), 64, "n", 30),
+        (32, (1, 56, 56), 3, 0, 32, "n", 56 * 56),
+        (40, (1, 7, 7), 3, 0, 32, "n", 2 * 49),
+        (2, (1, 128, 96), 3, 0, 64, 1, 2 * 2 * 96),
+        (2, (1, 128, 192), 3, 0, 64, 2, 2 * 128 * 3),
+        (1, (1, 1, 30), 3, 0, 64, "n", 30),
+        (1, (1, 1, 30), 3, 1, 64, 2, 1),
+        (1, (1, 1, 30), 2, 0, 64, 2, 1),
+        (2, (1, 60, 28), 3, 1, 64, 1, 2 * 28),
+        (2, (1, 60, 28), 3, 1, 32, 1, 2 * 2 * 28),
+        (1, (9, 24, 30), 3, 2, 32, 2, 9 * 24),
     ],
 )
-def test_runs_of_a_weight_gradient_end_with_the_output(n, y, block, axis, runs):
-    p = forward_problem((n, 64, *y), (64, 64, 1, 1, 1), (1, 1, 1), ((0, 0),) * 3, (1, 1, 1), 1)
+def test_runs_of_a_weight_gradient_overhang_only_where_x_ends(n, y, kernel, padding, block, axis, runs):
+    x, t = [e if e == 1 else e - 2 * padding + kernel - 1 for e in y], [1 if e == 1 else kernel for e in y]
+    pads = [(0, 0) if e == 1 else (padding, padding) for e in y]
+    p = forward_problem((n, 64, *x), (64, 64, *t), (1, 1, 1), pads, (1, 1, 1), 1)
+    assert y == p.Y
     assert run_of(p, block) == (axis, runs)
+
+
+def test_steps_of_32_pixels_are_for_what_64_do_not_divide():
+    for images, extent, padding, wanted in ((32, 14, 1, {32, 64}), (64, 14, 1, {64}), (2, 64, 0, {64}), (2, 28, 1, {32, 64})):
+        extents, pads = (extent + 2 - 2 * padding,) * 2, ((padding, padding),) * 2
+        p = forward_problem((images, 64, *extents), (64, 64, 3, 3), (1, 1), pads, (1, 1), 1)
+        dy, x, dw = (shaped(p.shape(name), True, torch.bfloat16) for name in "yxw")
+        with tconv.force(kernel="tma_wgrad"):
+            tiles = prepare_wgrad(p, dy, x, dw, H200).call.plan.tiles
+        assert {tile.k for tile in tiles} == wanted, (images, extent)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.FEW if c.rank < 3 and "depthwise" not in c.reason], ids=str)

@@ -353,6 +353,20 @@ def advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK: tl.
 
 
 @triton.jit
+def overhanging(extent, shift, read, covered):
+    """Returns the coordinate in dy at which boxes begin that together cover more than its extent in a dimension.
+
+    They overhang the end of the extent if x, which is read at coordinates that are larger by `shift`, has ended there too; else
+    its start. So what they have beyond dy is zero in both operands, where the planner lets them overhang at all.
+
+    Args:
+        read: the extent of x.
+        covered: pixels that the boxes cover.
+    """
+    return tl.where(extent + shift >= read, 0, extent - covered)
+
+
+@triton.jit
 def write_tap(
     out_ptr, acc, k, c, K, C, swk, swc, FLIP: tl.constexpr, W_UNIT: tl.constexpr, W_VEC: tl.constexpr, INTERPRET: tl.constexpr
 ):

@@ -22,14 +22,29 @@ pointers.
 
 wgrad: both operands are boxes of the same pixels, of dy and, shifted by a tap, of x. A box is a run of pixels along one axis
 (RUN: the images or a dimension), which the descriptors put next to the channels. With several pixel extents in a box, the
-first operand would pass through registers. A run must not reach past the output's extent: dy is zero there, but x may be
-infinite, and infinity times zero is NaN. So the run's length divides that extent. Past the last image both operands are zero.
+first operand would pass through registers. Where dy ends, x may not, and zero times an infinite x would be NaN. So a run
+overhangs the output's extent only where x ends as well: for each tap, runs overhang either the end of the dimension, or its
+start. If one tap can do neither, the run's length divides the extent. The planner sees to that (planning/tma.py `run_of`). Past
+the last image both operands are zero.
 """
 
 import triton
 import triton.language as tl
 
-from tconv.kernels.common import APART, decode, kernel, lead, multiple, phase, product, rounded, trail, turned, write_tap
+from tconv.kernels.common import (
+    APART,
+    decode,
+    kernel,
+    lead,
+    multiple,
+    overhanging,
+    phase,
+    product,
+    rounded,
+    trail,
+    turned,
+    write_tap,
+)
 from tconv.kernels.epilogue import finish
 
 OUTSIDE = tl.constexpr(-(1 << 20))  # a coordinate that no box reaches back from
@@ -198,7 +213,7 @@ def tma_wgrad(
     dy_desc, x_desc, dw_ptr,
     N, C, K, G,  # C, K: channels per group
     CW, KW,  # the same of dw, as in wgrad.py
-    Y0, Y1, Y2, T0, T1, T2, D0, D1, D2, P0, P1, P2,
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, T2, D0, D1, D2, P0, P1, P2,
     chunk,  # runs per split
     sws, swg, swk, swc, sw0, sw1, sw2,
     RUN: tl.constexpr, RANK: tl.constexpr, W_UNIT: tl.constexpr, W_VEC: tl.constexpr,
@@ -209,6 +224,7 @@ def tma_wgrad(
     B0: tl.constexpr = BLOCK_P if RUN == 0 else 1
     B1: tl.constexpr = BLOCK_P if RUN == 1 else 1
     B2: tl.constexpr = BLOCK_P if RUN == 2 else 1
+    X = (X0, X1, X2)
     Y = (Y0, Y1, Y2)
     T = (T0, T1, T2)
     D = (D0, D1, D2)
@@ -234,18 +250,23 @@ def tma_wgrad(
     runs = tl.cdiv(N, BN)
     rest = split * chunk
     j = ()
+    start = ()
     shift = ()
     dw_offset = split.to(tl.int64) * multiple(sws, W_VEC) + group * multiple(swg, W_VEC).to(tl.int64)
     for i in tl.static_range(3):
         if i < RANK:
-            pieces = Y[2 - i] // B[2 - i]
+            pieces = tl.cdiv(Y[2 - i], B[2 - i])
             runs *= pieces
-            j = (rest % pieces * B[2 - i],) + j
+            s = tap[2 - i] * D[2 - i] - P[2 - i]
+            a = overhanging(Y[2 - i], s, X[2 - i], pieces * B[2 - i])
+            j = (a + rest % pieces * B[2 - i],) + j
             rest = rest // pieces
-            shift = (tap[2 - i] * D[2 - i] - P[2 - i],) + shift
+            start = (a,) + start
+            shift = (s,) + shift
             dw_offset += tap[2 - i] * sw[2 - i].to(tl.int64)
         else:
             j = (0,) + j
+            start = (0,) + start
             shift = (0,) + shift
     image = rest * BN
     j0, j1, j2 = j[0], j[1], j[2]
@@ -261,15 +282,15 @@ def tma_wgrad(
         acc = product(gv.T, xv, acc, PRECISION, INTERPRET)
         j2 += B2
         wrap = j2 >= Y2
-        j2 = tl.where(wrap, 0, j2)
+        j2 = tl.where(wrap, start[2], j2)
         if RANK >= 2:
             j1 += tl.where(wrap, B1, 0)
             wrap = j1 >= Y1
-            j1 = tl.where(wrap, 0, j1)
+            j1 = tl.where(wrap, start[1], j1)
         if RANK == 3:
             j0 += tl.where(wrap, B0, 0)
             wrap = j0 >= Y0
-            j0 = tl.where(wrap, 0, j0)
+            j0 = tl.where(wrap, start[0], j0)
         image += tl.where(wrap, BN, 0)
 
     k = k_first + tl.arange(0, BLOCK_K)

@@ -22,6 +22,11 @@ BOX = 256  # the most elements of a box in one dimension
 TMA_16 = (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3))
 # wgrad needs dy's box transposed on its way to the tensor cores, which wgmma does for 16-bit elements only.
 TMA_WGRAD_16 = (Tile(128, 256, 64, 8, 3), *TMA_16, Tile(64, 64, 64, 4, 4))
+# With runs of 32 pixels, for problems of which those of 64 would be zeros to a larger part. As many bytes are on their way.
+TMA_WGRAD_HALVES = (
+    Tile(128, 256, 32, 8, 6), Tile(256, 128, 32, 8, 6), Tile(128, 128, 32, 8, 6), Tile(128, 64, 32, 4, 6),
+    Tile(64, 64, 32, 4, 8),
+)  # fmt: skip
 TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 APART = "boxes need contiguous channels, and address and strides in multiples of 16 bytes"
 
@@ -153,10 +158,15 @@ class TmaWgrad(_Tma):
     splittable = True
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
-        return TMA_WGRAD_16 if access.itemsize == 2 else ()
+        return (*TMA_WGRAD_16, *TMA_WGRAD_HALVES) if access.itemsize == 2 else ()
+
+    def tiles_for(self, operands: Operands, p: ConvProblem, pass_: str, device: Device, precision: str) -> tuple[Tile, ...]:
+        found = super().tiles_for(operands, p, pass_, device, precision)
+        halves = run_of(p, 32)[1] < 2 * run_of(p, 64)[1]
+        return found if halves else tuple(tile for tile in found if tile not in TMA_WGRAD_HALVES)
 
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
-        return (Tile(pow2(p.K // p.G, 16, 256), pow2(p.C // p.G, 16, 256), pow2(p.N, 16, 256)),)
+        return (Tile(pow2(p.K // p.G, 16, 256), pow2(p.C // p.G, 16, 256), pow2(max(p.N, *p.Y), 16, 256)),)
 
     def why_unsupported(self, tile: Tile, itemsize: int, device: Device) -> str | None:
         if device.generation >= 9 and not device.interpreted and (itemsize > 2 or min(tile.m, tile.n) < 64):
@@ -213,10 +223,20 @@ def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int,
 def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
     """Returns the axis along which tma_wgrad's boxes are runs of `block` pixels, and the number of runs.
 
-    The axis is "n" for images, or a dimension whose output extent is a multiple of `block`. A run along the images may reach
-    past the last one.
+    The axis is "n" for images, or a dimension whose output extent is a multiple of `block`, or with which x ends
+    (`ends_with_x`). A run along the images may reach past the last one.
     """
     pixels = math.prod(p.Y)
-    found: list[tuple[int, str | int]] = [(p.N * pixels // block, d) for d in (2, 1, 0) if p.Y[d] % block == 0]
+    along = [d for d in (2, 1, 0) if p.Y[d] > 1 and (p.Y[d] % block == 0 or ends_with_x(p, d))]
+    found: list[tuple[int, str | int]] = [(p.N * pixels // p.Y[d] * math.ceil(p.Y[d] / block), d) for d in along]
     runs, axis = min([*found, (math.ceil(p.N / block) * pixels, "n")], key=lambda f: f[0])
     return axis, runs
+
+
+def ends_with_x(p: ConvProblem, d: int) -> bool:
+    """Returns True if at each tap x ends where dy does, at the end of a dimension or at its start.
+
+    What a tap reads beyond there is then zero in both. It is so for all filters whose padding keeps the extent.
+    """
+    shifts = [t * p.D[d] - p.P[d] for t in range(p.T[d])]
+    return all(p.Y[d] + shift >= p.X[d] or shift <= 0 for shift in shifts)

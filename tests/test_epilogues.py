@@ -104,6 +104,10 @@ FORCED = {
     "gather of a strided dgrad": (STRIDED, {"kernel": "gather"}),
     "packed": (Case("stem", (2, 3, 9, 8), 16, (5, 5), stride=2, padding=2), {"kernel": "packed"}),
     "packed groups": (Case("groups", (2, 12, 6, 6), 18, (3, 3), groups=6), {"kernel": "packed"}),
+    "rows": (Case("few written", (2, 20, 6, 9), 3, (3, 3), padding=1), {"kernel": "rows"}),
+    "rows of a strided dgrad": (
+        Case("few written, strided", (2, 20, 5, 6), 3, (4, 4), stride=2, padding=1, transposed=True), {"kernel": "rows"},
+    ),
     "tma": (LARGE, {"kernel": "tma"}),
     "tma of a strided dgrad": (STRIDED, {"kernel": "tma"}),
     "depthwise": (Case("depthwise", (2, 6, 7, 9), 12, (3, 3), padding=1, groups=6), {"kernel": "depthwise"}),

@@ -324,4 +324,6 @@ def _geometry(
     channels_last = format == FORMATS[x.dim()]
     of_weight = weight_format(weight, channels_last)
     policy = chosen.policy(operations, weight.dim() - 2, x.dtype)
-    return Geometry(g.problem, channels_last, dry is not None, dry.device if dry else None, of_weight, policy, invariant)
+    return Geometry(
+        g.problem, channels_last, dry is not None, dry.device if dry else None, of_weight, policy, batch_invariant=invariant
+    )

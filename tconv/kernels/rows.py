@@ -38,6 +38,7 @@ from tconv.kernels.common import (
     turned,
     written_pixels,
 )
+from tconv.kernels.epilogue import finish
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def taps_of(
 @kernel
 def rows(
     x_ptr, w_ptr, b_ptr, y_ptr,
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
     N, CI, CO,
     X0, X1, X2, Y0, Y1, Y2, T0, T1, T2,
     S0, S1, S2, D0, D1, D2, P0, P1, P2, g0, g1, g2,
@@ -76,6 +78,8 @@ def rows(
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, X_PIXELS: tl.constexpr,
     PHASES: tl.constexpr, CHANNELS: tl.constexpr,  # powers of two; those of the last dimension, and written channels
     EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -202,5 +206,9 @@ def rows(
     last = a.to(OFFSET) * sy2.to(OFFSET) + o * y_step
     keep = lead(live & (m < step), Y_FLIP) & trail((index < stride) & (o < CO), Y_FLIP)
     keep &= lead(q * stride, Y_FLIP) + trail(a, Y_FLIP) < Y2
-    y = turned(rounded(y, y_ptr.dtype.element_ty, INTERPRET), False, Y_FLIP)
-    tl.store(y_ptr + (lead(y_offset, Y_FLIP) + trail(last, Y_FLIP)), y, mask=keep)
+    tile = lead(y_offset, Y_FLIP) + trail(last, Y_FLIP)
+    y = finish(
+        y, tile, keep, o, o < CO, scale_ptr, shift_ptr, residual_ptr, kept_ptr, y_ptr.dtype.element_ty,
+        ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, False, Y_FLIP,
+    )  # fmt: skip
+    tl.store(y_ptr + tile, turned(rounded(y, y_ptr.dtype.element_ty, INTERPRET), False, Y_FLIP), mask=keep)

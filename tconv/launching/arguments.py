@@ -168,6 +168,7 @@ def prepared(
         total = sum_of(splits, slices, call, result, summed, dependent, epilogue)
     elif epilogue:
         pointers += _dtypes(epilogue, dtype)
+    assert POINTERS[0] in kernel.arg_names or splits > 1 or not epilogue, "a kernel without an epilogue"
     if POINTERS[0] in kernel.arg_names:
         constants = constants | (epilogue if splits == 1 else NONE).constants()
     form = result.shape, result.stride()

@@ -6,6 +6,7 @@
     is_enabled                        tells whether such an override is active
     Conv2d etc., functional           layers and functions to call directly
     FusedConv2d etc.                  layers with an activation, a residual, a scale and a shift in the convolution's kernel
+    CausalConv1d, CausalConv3d        layers that read no later time, padded without a copy
     last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
     precompile                        compiles ahead of time what a model will launch
     report                            where the time of a model's convolutions goes, measured or predicted
@@ -21,6 +22,7 @@ See the README and docs/ for more.
 """
 
 from tconv import functional
+from tconv.causal import CausalConv1d, CausalConv3d
 from tconv.decompositions import decompositions
 from tconv.explain import Explanation, explain
 from tconv.freeze import freeze, unfreeze
@@ -60,6 +62,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Call",
+    "CausalConv1d",
+    "CausalConv3d",
     "Conv1d",
     "Conv2d",
     "Conv3d",

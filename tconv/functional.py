@@ -18,6 +18,7 @@ from tconv.dispatch import epilogues
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.entry import PUBLIC, convolve
 from tconv.dispatch.epilogues import Steps
+from tconv.dispatch.sides import by_torch
 from tconv.planning.epilogue import ACTIVATIONS
 
 FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -34,7 +35,9 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
         scale: Any = None, shift: Any = None, stepwise: bool = False, recompute: bool = False,
     ) -> Any:  # fmt: skip
         if activation is None and residual is None and scale is None and shift is None:
-            return convolve(False, rank, input, weight, bias, stride, padding, 0, groups, dilation)
+            call = (False, rank, input, weight, bias, stride, padding, 0, groups, dilation)
+            y = convolve(*call)
+            return by_torch(*call) if y is None else y
         asked = CallArguments(False, rank, stride, padding, 0, groups, dilation)
         steps = Steps(activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute)
         return epilogues.convolve(asked, input, weight, bias, steps)
@@ -46,7 +49,9 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
         scale: Any = None, shift: Any = None, stepwise: bool = False, recompute: bool = False,
     ) -> Any:  # fmt: skip
         if activation is None and residual is None and scale is None and shift is None:
-            return convolve(True, rank, input, weight, bias, stride, padding, output_padding, groups, dilation)
+            call = (True, rank, input, weight, bias, stride, padding, output_padding, groups, dilation)
+            y = convolve(*call)
+            return by_torch(*call) if y is None else y
         asked = CallArguments(True, rank, stride, padding, output_padding, groups, dilation)
         steps = Steps(activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute)
         return epilogues.convolve(asked, input, weight, bias, steps)
@@ -84,7 +89,8 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
         input: (N, C, {shape}) or, unbatched, (C, {shape}); fp16, bf16, fp32 or fp64; any strides.
         weight: (C, K/groups, {taps}), of the input's dtype.
         bias: (K,) or None.
-        stride, padding, output_padding, dilation: a number, or one per spatial dimension, in elements.
+        stride, padding, output_padding, dilation: a number, or one per spatial dimension, in elements; beyond torch, padding
+            may have a pair (before, after) in place of a number.
         groups: number of groups.
         {epilogue}
     Returns:
@@ -102,7 +108,8 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
         weight: (K, C/groups, {taps}), of the input's dtype.
         bias: (K,) or None.
         stride, dilation: a number, or one per spatial dimension, in elements.
-        padding: the same, or "same" (stride 1 only) or "valid".
+        padding: the same, or "same" (stride 1 only) or "valid"; or, beyond torch, a pair (before, after) in place of a number,
+            such as ((2, 0), 1, 1) for frames that read no later ones. Nothing is copied for it.
         groups: number of groups.
         {epilogue}
     Returns:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from tconv import modules
 from tconv.dispatch import epilogues
@@ -61,7 +60,7 @@ class _Forward(_Fused):
         """Returns the result. `residual`, `scale` and `shift` are as in `tconv.functional`."""
         rank, padding = self._tconv_rank, self.padding
         if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), modules.ZERO[rank]
+            input, padding = modules.padded(self, input), modules.ZERO[rank]
         asked = CallArguments(False, rank, self.stride, padding, 0, self.groups, self.dilation)
         return epilogues.convolve(
             asked, input, self.weight, self.bias, self._steps(residual, scale, shift), self._tconv_policy

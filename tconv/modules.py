@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Proxy
 
+from tconv.dispatch.check import by_side
 from tconv.dispatch.context import PLAIN
 from tconv.dispatch.entry import convolve
+from tconv.dispatch.sides import by_torch, for_pad
 
 ZERO = {1: (0,), 2: (0, 0), 3: (0, 0, 0)}  # the padding of an input that is padded already, by rank, as torch.nn gives it
 # Torch's own methods are called through these classes, not by `super()`. A tool that wraps `forward` may keep a bound method
@@ -72,8 +74,11 @@ class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
             return _torchs(self)._conv_forward(self, input, weight, bias)  # type: ignore[no-any-return]
         rank, padding = self._tconv_rank, self.padding
         if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), ZERO[rank]
-        y = convolve(False, rank, input, weight, bias, self.stride, padding, 0, self.groups, self.dilation, self._tconv_policy)
+            input, padding = padded(self, input), ZERO[rank]
+        call = (False, rank, input, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
+        y = convolve(*call, self._tconv_policy)
+        if y is None:
+            y = by_torch(*call)
         if y is None:  # what torch's `_conv_forward` calls, which would pad once more
             y = getattr(F, f"conv{rank}d")(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y
@@ -100,6 +105,12 @@ class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
                 self._tconv_policy,
             )  # fmt: skip
         return _torchs(self).forward(self, input, output_size) if y is None else y  # type: ignore[no-any-return]
+
+
+def padded(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    """Returns a layer's input with its padding, in its padding_mode."""
+    pads = layer._reversed_padding_repeated_twice
+    return F.pad(input, for_pad(layer.padding, layer._tconv_rank) if by_side(layer.padding) else pads, mode=layer.padding_mode)
 
 
 def _torchs(layer: Any) -> Any:

@@ -29,7 +29,7 @@ FACE = [
     ("precompile", "distributed", "restored", "freeze"),
     ("explain", "swap"),
     ("subclasses",),
-    ("fused",),
+    ("fused", "causal"),
     ("modules", "override", "decompositions"),
     ("functional",),
 ]

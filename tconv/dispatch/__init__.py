@@ -9,6 +9,7 @@ order:
     window        padding, stride and dilation of a call; padding and cropping around one
     support       what kernels exist for: dtypes, devices, sizes
     check         what torch would accept
+    sides         padding that differs by side, where torch computes a call
     autocast      casts to autocast's dtype
     equivalents   tconv's operators in aten's
     derivatives   gradients of the three operations by each other

@@ -45,6 +45,25 @@ def parameter(value: Any) -> int | tuple[int, ...]:
     return index(value)
 
 
+def paddings(value: Any) -> Any:
+    """Returns a padding as `parameter` does, or with a pair (before, after) in place of a number; strings as they are.
+
+    Raises:
+        Fallback: it is anything else.
+    """
+    if isinstance(value, str) or not by_side(value):
+        return value if type(value) is str else parameter(value)
+    sides = tuple([parameter(v) for v in value])
+    if any(isinstance(v, tuple) and len(v) != 2 for v in sides):
+        raise Fallback(f"padding={value!r}")
+    return sides
+
+
+def by_side(padding: Any) -> bool:
+    """Returns True if a padding has a pair (before, after) for some dimension, which torch's functions do not know."""
+    return isinstance(padding, (tuple, list)) and any(isinstance(p, (tuple, list)) for p in padding)
+
+
 def index(value: Any) -> int:
     if isinstance(value, (bool, torch.Tensor, torch.SymInt)):
         raise Fallback(f"a parameter that is a {type(value).__name__}")
@@ -54,7 +73,7 @@ def index(value: Any) -> int:
         raise Fallback(f"a parameter that is a {type(value).__name__}") from None
 
 
-def per_dimension(value: int | tuple[int, ...], rank: int, name: str) -> tuple[int, ...]:
+def per_dimension(value: Any, rank: int, name: str) -> tuple[Any, ...]:
     """Returns a parameter as one int per spatial dimension; a single value stands for all of them.
 
     Raises:
@@ -127,13 +146,17 @@ def examine(asked: CallArguments, x: Any, w: Any, b: Any) -> Geometry:
 def pads_of(
     padding: Any, rank: int, transposed: bool, taps: Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """Returns the padding (before, after) of each dimension. Like torch, "same" puts an odd element after."""
+    """Returns the padding (before, after) of each dimension. Like torch, "same" puts an odd element after.
+
+    Raises:
+        Fallback: torch would refuse it.
+    """
     if isinstance(padding, str):
         if transposed or padding not in ("same", "valid") or (padding == "same" and max(stride) > 1):
             raise Fallback(f"padding={padding!r}")
         totals = [d * (t - 1) if padding == "same" else 0 for d, t in zip(dilation, taps, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
-    pads = per_dimension(parameter(padding), rank, "padding")
-    if min(pads) < 0:
+    pads = [p if isinstance(p, tuple) else (p, p) for p in per_dimension(paddings(padding), rank, "padding")]
+    if min(map(min, pads)) < 0:
         raise Fallback("negative padding")
-    return [(p, p) for p in pads]
+    return pads

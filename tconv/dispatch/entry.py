@@ -21,7 +21,7 @@ from torch.fx import Proxy
 
 from tconv.dispatch import operators  # noqa: F401  # registers torch.ops.tconv's
 from tconv.dispatch.autocast import cast, cast_once
-from tconv.dispatch.check import CallArguments, accepted, examine, parameter
+from tconv.dispatch.check import CallArguments, accepted, examine, paddings, parameter
 from tconv.dispatch.context import NOT_STRIDED, PLAIN, foreign_modes, why_ineligible
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.flops import count_flops
@@ -167,7 +167,7 @@ def geometry(
     if type(groups) is not int:  # True and 1.0 equal 1, as keys too
         raise Fallback(f"groups={groups!r}")
     stride, output_padding, dilation = parameter(stride), parameter(output_padding), parameter(dilation)
-    padding = padding if type(padding) is str else parameter(padding)
+    padding = padding if type(padding) is str else paddings(padding)
     try:
         key = (
             transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,

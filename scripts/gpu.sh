@@ -9,7 +9,7 @@
 #   first      where minutes are short: is it right, what can the device do, how fast is it, by worth per second (bench/first.py)
 #   parity     every kernel at real sizes, all dtypes and layouts, above 2^31 elements, CUDA graphs, two streams
 #   sanitize   small cases of every kernel under compute-sanitizer's memcheck and racecheck
-#   bench      what the device reaches; the 60 layers, every pass, by every provider that is installed
+#   bench      what the device reaches; the 60 layers, every pass, by every provider that is installed; what surrounds them
 #   models     training and inference steps of whole models
 #
 # A stage starts nothing after --seconds (420) and is stopped after a minute more; the same command goes on where it was cut.
@@ -140,6 +140,7 @@ for name in "${stages[@]}"; do
             measure facts
             warm "${quick[@]}"
             stage layers --benchmark-quiet "${quick[@]}" "${without[@]}" bench/test_layers.py
+            [ ${#quick[@]} -gt 0 ] || stage around --benchmark-quiet bench/test_around.py
             ;;
         models)
             warm --models

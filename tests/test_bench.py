@@ -294,6 +294,17 @@ def test_layers_are_checked_then_timed(tmp_path):
     assert all(len(c["plans"]) == (1 if c["pass"] == "fprop" else 3) for c in cells if c["provider"] == "tconv")
 
 
+def test_what_surrounds_a_convolution_is_checked_then_timed(tmp_path):
+    chosen = "(resnet_relu or mamba) and contiguous"
+    status, text, lines = stage(tmp_path / "around.jsonl", "--tiny", "--benchmark-quiet", "bench/test_around.py", "-k", chosen)
+    assert status == 0, text
+    cells = [line["cell"] for line in lines[1:] if "cell" in line]
+    timed = {(c["layer"], c["provider"], c["pass"]) for c in cells if "ms" in c}
+    layers = ("resnet_relu", "mamba_causal_k4")
+    assert timed == {(n, p, q) for n in layers for p in ("sequence", "tconv") for q in ("fprop", "step")}
+    assert all(0 < c["error_norm"] < 1e-2 for c in cells if c["pass"] == "fprop")
+
+
 @pytest.mark.parametrize(
     ("what", "said"), [("fails", "ZeroDivisionError"), ("is wrong", "wrong result"), ("gives NaN", "wrong")]
 )

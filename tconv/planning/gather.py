@@ -18,10 +18,13 @@ FILLED = 2  # fprop and dgrad are not split if they have at least so many waves:
 FIELD = {1: 32, 2: 16, 3: 10}  # by rank: taps per dimension whose masks fit in one 32-bit word per pixel
 SHARING = Tile(128, 128, 64, 8, 3)  # two programs share a multiprocessor, which holds one of four stages
 NARROW_APART = Tile(256, 32, 32, 8, 3)  # for 16-bit elements loaded one by one, from tensors whose pixels are contiguous
-# For 192 written channels, and 96, of which powers of two leave a quarter empty.
+# For 192 written channels, 320 and 96, of which powers of two leave a sixth or a quarter empty.
 TWO_BLOCKS = (
-    Tile(128, 128, 64, 8, 4, extra=64), Tile(256, 64, 64, 8, 3, extra=32), Tile(256, 64, 32, 8, 6, extra=32),
+    Tile(128, 128, 64, 8, 4, extra=64), Tile(128, 128, 64, 8, 4, extra=32), Tile(256, 64, 64, 8, 3, extra=32),
+    Tile(256, 64, 32, 8, 6, extra=32),
 )  # fmt: skip
+# For 32 written channels: the loop's instructions serve twice as many pixels as in 128x32x32.
+MANY_PIXELS = (Tile(256, 32, 64, 8, 3), Tile(256, 32, 32, 8, 4))
 NARROW = Tile(64, 32, 16, 8, 2, 128)  # for true fp32 with element-by-element loads, where four warps spill
 
 
@@ -33,7 +36,7 @@ class Gather(Stepping, General):
     start = 3.5e-6
     splittable = True
     two_blocks = True
-    hopper_16 = (*STEPS_OF_32, *TWO_BLOCKS)
+    hopper_16 = (*STEPS_OF_32, *TWO_BLOCKS, *MANY_PIXELS)
     base, copy, one = 50, 8, 4
     cut = 10
     fma_narrow = (NARROW,)

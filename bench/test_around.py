@@ -1,0 +1,155 @@
+"""What surrounds a convolution: padding before it, bias, activation and residual after it, by tconv in one kernel.
+
+    python -m pytest -p bench.stage --record bench/results/DIR/around.jsonl bench/test_around.py
+
+Beside it run torch's sequence of functions, in the same memory format, and that sequence under torch.compile. All three are
+compared with fp64 before they are timed. Forward only, and forward and backward ("step").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tconv
+from bench.correctness import relative_error
+from bench.stage import FATAL, first_line
+from tconv.dispatch.epilogues import SEQUENCE
+from tconv.dispatch.sides import for_pad
+from tests.oracle import to_channels_last
+
+# Relative errors in bf16, each step of a sequence rounded. Numbers near zero may get the other sign, and relu another gradient.
+TOLERANCE = {"fprop": 1e-2, "step": 0.15}
+
+
+@dataclass(frozen=True)
+class Around:
+    """A convolution with what surrounds it. Shapes are torch's; padding may differ by side.
+
+    Attributes:
+        padding_mode: of torch.nn.functional.pad if not "zeros"; such padding is a copy in tconv too.
+    """
+
+    name: str
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    padding: Any = 0
+    stride: int = 1
+    groups: int = 1
+    padding_mode: str = "zeros"
+    epilogue: dict[str, Any] = field(default_factory=dict)
+    residual: bool = False
+
+    @property
+    def rank(self) -> int:
+        return len(self.x) - 2
+
+    def tiny(self) -> Around:
+        """The same with extents that Triton's interpreter takes in a moment."""
+        groups = 4 if self.groups > 1 else 1
+        w = 4, 4 // groups, *self.w[2:]
+        return replace(self, x=(1, 4, *(6 for _ in self.x[2:])), w=w, groups=groups)
+
+    def sequence(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
+        """Returns the result by torch's functions."""
+        if self.padding:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, for_pad(self.padding, self.rank), mode=mode)
+        y: torch.Tensor = getattr(F, f"conv{self.rank}d")(x, w, b, self.stride, 0, 1, self.groups)
+        y = y if r is None else y + r
+        return SEQUENCE[self.epilogue["activation"]](y, 0.01) if "activation" in self.epilogue else y
+
+    def ours(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
+        """Returns the result by tconv."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, for_pad(padding, self.rank), mode=self.padding_mode), 0
+        function = getattr(tconv.functional, f"conv{self.rank}d")
+        y: torch.Tensor = function(x, w, b, self.stride, padding, 1, self.groups, residual=r, **self.epilogue)
+        return y
+
+
+CAUSAL = ((2, 0), 1, 1)
+AROUND = [
+    Around("resnet_relu", (64, 256, 14, 14), (256, 256, 3, 3), 1, epilogue={"activation": "relu"}, residual=True),
+    Around("unet_silu", (8, 320, 64, 64), (320, 320, 3, 3), 1, epilogue={"activation": "silu"}),
+    Around("unet_residual", (8, 320, 64, 64), (320, 320, 3, 3), 1, residual=True),
+    Around("wan_vae_causal", (1, 96, 5, 240, 416), (96, 96, 3, 3, 3), CAUSAL),
+    Around("wan_vae_causal_silu", (1, 192, 5, 120, 208), (192, 192, 3, 3, 3), CAUSAL, epilogue={"activation": "silu"}),
+    Around("hunyuan_vae_replicate", (1, 128, 9, 128, 128), (128, 128, 3, 3, 3), CAUSAL, padding_mode="replicate"),
+    Around("style_reflect", (4, 128, 256, 256), (128, 128, 3, 3), 1, padding_mode="reflect", epilogue={"activation": "relu"}),
+    Around("mamba_causal_k4", (1, 12288, 16384), (12288, 1, 4), ((3, 0),), groups=12288, epilogue={"activation": "silu"}),
+    Around("seanet_causal_k7", (4, 64, 120000), (64, 64, 7), ((6, 0),), epilogue={"activation": "leaky_relu"}),
+]
+PROVIDERS = ("sequence", "compile", "tconv")
+CELLS = [
+    (around, layout, pass_, provider)
+    for around in AROUND
+    for layout in ("contiguous", "channels_last")
+    for pass_ in ("fprop", "step")
+    for provider in PROVIDERS
+]
+
+
+@pytest.mark.parametrize(
+    ("around", "layout", "pass_", "provider"), CELLS, ids=["-".join((a.name, *rest)) for a, *rest in CELLS]
+)
+def test_around(around, layout, pass_, provider, device, tiny, limits, timed, record_property):
+    shown = around.tiny() if tiny else around
+    line = {
+        "layer": around.name, "family": "around", "precision": "bf16", "pass": pass_, "provider": provider, "layout": layout,
+    }  # fmt: skip
+    if tiny and provider == "compile":
+        pytest.skip("nothing to compile for in a dry run")
+    try:
+        torch.manual_seed(0)
+        tensors = operands(shown, device, layout)
+        function = shown.ours if provider == "tconv" else shown.sequence
+        function = torch.compile(function) if provider == "compile" else function
+        with tconv.recording() as calls:
+            got = results(function, tensors, pass_)
+        right = results(shown.sequence, [None if t is None else t.double() for t in tensors], pass_)
+        line["error_norm"] = relative_error(got, right)
+        del got, right
+        if line["error_norm"] > TOLERANCE[pass_]:
+            line["error"] = f"wrong result: relative error {line['error_norm']:.3g}"
+        elif provider == "tconv" and not all(c.ours for c in calls):
+            line["error"] = "not ours: " + "; ".join(str(c) for c in calls if not c.ours)
+        else:
+            line |= timed(lambda: results(function, tensors, pass_))
+    except Exception as e:  # a cell that says so; the run goes on
+        line["error"] = first_line(e)
+        if any(text in str(e) for text in FATAL):
+            record_property("cell", line)
+            raise
+    record_property("cell", line)
+    if provider == "tconv" and "error" in line:
+        pytest.fail(line["error"])
+
+
+def operands(shown: Around, device: str, layout: str) -> list[torch.Tensor | None]:
+    """Returns x, w, b and the residual, or None in its place."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    x, w, b = random(*shown.x), random(*shown.w) * (shown.w[1] * len(shown.w)) ** -0.5, random(shown.w[0])
+    r = random(*shown.sequence(x, w, b, None).shape) if shown.residual else None
+    given = [x, w, b, r]
+    if layout == "channels_last":
+        given = [to_channels_last(t) if t is not None and t.dim() > 2 else t for t in given]
+    return given
+
+
+def results(function: Any, tensors: list[torch.Tensor | None], pass_: str) -> tuple[torch.Tensor, ...]:
+    """Returns the result of a forward pass, or of a step with the gradients of all tensors."""
+    if pass_ == "fprop":
+        with torch.no_grad():
+            return (function(*tensors),)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], torch.ones_like(y))

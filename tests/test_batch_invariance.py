@@ -77,9 +77,12 @@ def images(p, n):
     return dataclasses.replace(p, N=n)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("device", ["H200", "A100", "MI300X"])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("H200", torch.bfloat16), ("H200", torch.float32), ("A100", torch.bfloat16), ("MI300X", torch.bfloat16)],
+    ids=str,
+)
 def test_every_batch_has_the_same_plan(device, channels_last, dtype):
     differ = 0
     for p in PROBLEMS:
@@ -237,12 +240,11 @@ SOME = [
 ]
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", SOME, ids=str)
-def test_with_the_plans_of_a_gpu(case, channels_last, planned, device):
+def test_with_the_plans_of_a_gpu(case, planned, device):
     dtype = torch.float32 if "groups" in case.reason else torch.bfloat16
     with tconv.batch_invariant():
-        assert differing(*batch_of(case, 3, dtype, channels_last, device), [(0, 1), (1, 3)]) == []
+        assert differing(*batch_of(case, 3, dtype, planned != "A100", device), [(0, 1), (1, 3)]) == []
 
 
 DEEP = oracle.Case("many channels, few pixels, which are split", (1, 512, 4, 4), 32, (1, 1))

@@ -119,7 +119,7 @@ def test_a_problem_is_rewritten_as_for_one_image():
     """A dgrad with one output along a dimension gets a longer stride where a phase has many pixels, of all images."""
     for n in (1, 4, 64):
         p = forward_problem((n, 8, 3, 6, 6), (8, 8, 3, 3, 3), (1, 1, 1), [(0, 0)] * 3, (1, 1, 1), 1)
-        rules = [GatherPass("dgrad", p, *addressed(p), True, None, on).rules for on in (False, True)]
+        rules = [GatherPass("dgrad", p, *addressed(p), True, batch_invariant=on).rules for on in (False, True)]
         assert rules == [("slice",) if n > 1 else (), ()], (n, rules)
 
 
@@ -236,6 +236,7 @@ SOME = [
     *(c for c in cases.FEW if c.rank < 3),
     oracle.Case("frames that few tiles meet", (1, 8, 3, 6, 6), 8, (3, 3, 3), padding=1),
     oracle.Case("patches, whose taps become channels", (1, 3, 8, 8), 8, (4, 4), stride=4),
+    oracle.Case("few written channels", (1, 64, 6, 9), 3, (3, 3), padding=1),
     oracle.Case("channels that are padded", (1, 3, 7, 5), 8, (3, 3), padding=1),
 ]
 

@@ -33,9 +33,9 @@ TRIES = 4  # processes for one stage, where they die
 SMOKE = "graph or precompile or direct or stream or capture"
 # Files of tests that put kernels to the test on the device's own tensors, the most telling first.
 CHECKS = (
-    "tests/test_gpu.py", "tests/test_tma.py", "tests/test_persistent.py", "tests/test_kernels.py", "tests/test_workspace.py",
-    "tests/test_freeze.py", "tests/test_strips.py", "tests/test_split_precision.py", "tests/test_copy.py",
-    "tests/test_autograd.py", "tests/test_random.py", "tests/test_torch_samples.py",
+    "tests/test_gpu.py", "tests/test_tma.py", "tests/test_persistent.py", "tests/test_rows.py", "tests/test_kernels.py",
+    "tests/test_workspace.py", "tests/test_freeze.py", "tests/test_strips.py", "tests/test_split_precision.py",
+    "tests/test_copy.py", "tests/test_autograd.py", "tests/test_random.py", "tests/test_torch_samples.py",
 )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ ROWS = [
     ("test_tma", r"spoils_no_weight_gradient\[(padded|two-taps|three-taps).*nan", "runs that overhang either end, or neither"),
     ("test_tma", r"test_default_layout_is_copied|test_infinity|test_refusals|refused", "copies, refusals"),
     ("test_persistent", r"test_every_case\[(1-D|groups|transposed)|order\[[12]\]|infinity|refus", "warps in two orders"),
+    ("test_rows", r"test_every_case\[(plain|rows-sh|transposed,-(a-stem|by-threes\W|gaps)).*contig", "few written channels"),
+    ("test_rows", r"test_the_default_layout.*bfloat|overlap|not_finite|refused", "read along rows, tiles, infinities"),
     ("test_strips", r"test_every_dtype.*(16-bytes|two-whole)|test_infinity|test_what_they", "strips in every dtype and layout"),
     ("test_split_precision", r"test_sums_of_any_length\[(1|33|576)\]|test_few_channels", "fp32 by six products"),
     ("test_split_precision", r"test_infinity|test_cancellation", "their edges"),

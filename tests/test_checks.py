@@ -15,7 +15,7 @@ import triton
 
 import tconv
 from tconv import functional as TF
-from tconv.kernels import copy, depthwise, gather, packed, patch, persistent, reduce, strip, tma, wgrad
+from tconv.kernels import copy, depthwise, gather, packed, patch, persistent, reduce, rows, strip, tma, wgrad
 from tconv.launching import launch
 from tests import oracle
 
@@ -25,6 +25,7 @@ TWENTY = oracle.Case("twenty channels", (2, 20, 9, 7), 20, (3, 3), padding=1)
 SLICED = oracle.Case("64 of 68 channels of w", (2, 64, 9, 7), 72, (3, 3), padding=1)
 PATCHES = oracle.Case("patches", (2, 20, 8, 12), 16, (2, 2), stride=2)
 STEM = oracle.Case("stem", (2, 3, 9, 7), 24, (3, 3), padding=1)
+LAST = oracle.Case("last", (2, 64, 5, 16), 3, (3, 3), padding=1)
 DEPTHWISE = oracle.Case("depthwise", (2, 20, 9, 7), 20, (3, 3), padding=1, groups=20)
 BOXES = oracle.Case("boxes", (2, 192, 8, 8), 64, (3, 3), padding=1)
 
@@ -70,6 +71,8 @@ CALLS = {
     "patch by lines": Call(patch.patch, PATCHES, {"kernel": "patch"}, "x", channels_last=False),
     "packed": Call(packed.packed, STEM, {"kernel": "packed"}),
     "packed_wgrad": Call(packed.packed_wgrad, STEM, {"kernel": "packed_wgrad"}, "w"),
+    "rows": Call(rows.rows, LAST, {"kernel": "rows"}),
+    "rows along themselves": Call(rows.rows, LAST, {"kernel": "rows", "staged": False}, channels_last=False),
     "depthwise": Call(depthwise.depthwise, DEPTHWISE, {"kernel": "depthwise"}),
     "depthwise_wgrad": Call(depthwise.depthwise_wgrad, DEPTHWISE, {"kernel": "depthwise_wgrad"}, "w"),
     "strip": Call(strip.strip, DEPTHWISE, {"kernel": "strip"}),
@@ -113,6 +116,11 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("packed", "the padding is read", OUTSIDE, "xv = turned", ("X_FLIP), mask=ok", "X_FLIP), mask=ok | True")),
     ("packed", "taps past the last are read", OUTSIDE, "wv = turned", ("keep = lead(within,", "keep = lead(c >= 0,")),
     ("packed_wgrad", "the padding is read", OUTSIDE, "xv = tl.load", ("xq, mask=ok", "xq, mask=ok | True")),
+    ("rows", "the padding is read", OUTSIDE, "xv = tl.load", ("(xp + dx, mask=ok, ", "(xp + dx, mask=ok | True, ")),
+    ("rows", "columns past the last are written", OVERLAPPING, "tl.store", ("keep &= lead(q * stride", "keep &= lead(q * 0")),
+    ("rows", "the halo's sums are written", OVERLAPPING, "tl.store", ("live & (m < step)", "live")),
+    ("rows along themselves", "rows are said to begin at other addresses", MISALIGNED, "xv = tl.load",
+     ("    begin = multiple(low, X_PIXELS)", "    begin = low + 1")),
     ("depthwise", "pixels past the last are written", OUTSIDE, "tl.store", ("mask=lead(live, Y_FLIP) & ", "mask=")),
     ("depthwise_wgrad", "channels share a place", OVERLAPPING, "tl.store", ("+ k * swk", "+ k * 0")),
     ("strip", "columns past the last are written", OUTSIDE, "tl.store", ("live & (h[2] * COLUMNS + v < Y2)", "live")),
@@ -125,6 +133,8 @@ TEXTS = [  # call, mistake, words, on the line, pattern of which the first match
     ("gather", "no fence between proxies", "without a fence.proxy.async", "tl.dot", r"fence\.proxy\.async.*;", ""),
     ("gather", "no mask of a copy", OUTSIDE, "xv = tl.load", r"(cp\.async\.c[ag]\..*0x[0-9a-f]+), %r\d+;", r"\1;"),
     ("gather", "no barrier after copies", UNORDERED, "tl.dot", r"(cp\.async\.wait_group\s+\d+;\n)\tbar\.sync.*;", r"\1"),
+    ("rows", "copies are not waited for", LATE, "tl.dot", r"(cp\.async\.wait_group\s+)\d+", r"\1 9"),
+    ("rows", "no barrier before rows are taken", UNORDERED, "", r"(?s)(.*)\tbar\.sync[^\n]*;", r"\1"),
     ("wgrad", "copies are not waited for", LATE, "tl.dot", r"(cp\.async\.wait_group\s+)\d+", r"\1 9"),
     ("tma", "too few bytes expected", "waits for ever", "tl.range", r"(expect_tx.*, )\d+;", r"\1 64;"),
     ("tma", "an mbarrier is not initialised", "not initialised", "tl.range", r"@%p\d+ mbarrier\.init.*;", ""),

@@ -199,7 +199,7 @@ def test_where_a_tile_spills_another_is_taken(family):
     for generation, instead in family.instead.items():
         device = next(d for *_, d in ARCHITECTURES.values() if d.generation == generation)
         for tile, other in instead.items():
-            precisions = itertools.product((2, 4, 8), (True, False), (True, False))
+            precisions = itertools.product((2, 4, 8), (True, False), (True, False), (True, False))
             found = [access for access in itertools.starmap(Access, precisions) if tile in family.tiles_on(access, H200)]
             assert found
             for access in found:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tconv.planning.addressing import LIMIT
 from tconv.planning.cost import phase_taps, pixel_extents
 from tconv.planning.device import Device
-from tconv.planning.family import Instead, Spills
+from tconv.planning.family import Instead
 from tconv.planning.gemm import Gemm
 from tconv.planning.operands import GatherPass, Operands
 from tconv.planning.problem import ConvProblem, pow2
@@ -39,8 +39,16 @@ class Rows(Gemm):
     columns = PIXELS
     base, copy, one = 50, 8, 3
     cut = 10
-    spills: ClassVar[Spills] = {}
-    instead: ClassVar[Instead] = {}
+    instead: ClassVar[Instead] = {
+        8: {
+            Tile(256, 16, 32, 8, 4, columns=PIXELS): Tile(256, 16, 32, 8, 4, 255, columns=PIXELS),
+            Tile(64, 16, 16, 4, 2): Tile(64, 16, 16, 4, 2, 255),
+        },
+        10: {
+            Tile(64, 16, 16, 4, 2): Tile(64, 16, 16, 4, 2, 255),
+            Tile(64, 16, 32, 4, 2): Tile(64, 16, 32, 4, 2, 255),
+        },
+    }
 
     def unfit(self, p: ConvProblem, pass_: str) -> str | None:
         if p.G > 1:

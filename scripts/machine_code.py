@@ -40,6 +40,8 @@ def _lanes(ttgir: str) -> list[int]:
         orders[name] = int(step.startswith("0,"))  # from one lane to the next
     for name, turned in re.findall(r"^(#\w+) = #ttg\.amd_mfma<.*isTransposed = (\w+)", ttgir, re.MULTILINE):
         orders[name] = int(turned == "false")  # a lane holds a column, or turned round a row
+    for name in re.findall(r"^(#\w+) = #ttg\.nvidia_mma<", ttgir, re.MULTILINE):
+        orders[name] = 1  # four neighbours hold eight elements of a row
     access = r"(?:tt\.load|tt\.store|async_copy_global_to_local) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>"
     return [orders[layout] for layout in re.findall(access, ttgir)]
 

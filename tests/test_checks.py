@@ -17,6 +17,7 @@ import tconv
 from tconv import functional as TF
 from tconv.kernels import copy, depthwise, gather, packed, patch, persistent, reduce, rows, strip, tma, wgrad
 from tconv.launching import launch
+from tconv.planning.tiles import Tile
 from tests import oracle
 
 KERNELS = pathlib.Path(gather.__file__).parent
@@ -31,6 +32,7 @@ BOXES = oracle.Case("boxes", (2, 192, 8, 8), 64, (3, 3), padding=1)
 
 
 TURNS = oracle.Case("more boxes than slots", (2, 136, 8, 16), 64, (1, 3), padding=(0, 1))
+PIXELS = oracle.Case("boxes of two extents", (4, 72, 16, 16), 64, (1, 2), padding=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,9 @@ CALLS = {
     "strip_wgrad": Call(strip.strip_wgrad, DEPTHWISE, {"kernel": "strip_wgrad"}, "w"),
     "tma": Call(tma.tma, BOXES, {"kernel": "tma"}),
     "persistent": Call(persistent.persistent, TURNS, {"kernel": "persistent"}),
+    "persistent_wgrad": Call(
+        persistent.persistent_wgrad, PIXELS, {"kernel": "persistent_wgrad", "tile": Tile(128, 128, 64, 8, 2), "splits": 2}, "w"
+    ),
     "tma_wgrad": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad"}, "w"),
     "tma_wgrad in splits": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad", "splits": 2}, "w"),
 }
@@ -125,6 +130,8 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("depthwise_wgrad", "channels share a place", OVERLAPPING, "tl.store", ("+ k * swk", "+ k * 0")),
     ("strip", "columns past the last are written", OUTSIDE, "tl.store", ("live & (h[2] * COLUMNS + v < Y2)", "live")),
     ("tma_wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* multiple(sws, W_VEC)", "* 0")),
+    ("persistent_wgrad", "splits share a slice", OVERLAPPING, "tl.store", ("* multiple(sws, W_VEC)", "* 0")),
+    ("persistent_wgrad", "rows lie too far apart", OUTSIDE, "tl.store", ("KW, CW, swk,", "KW, CW, swk * 2,")),
 ]  # fmt: skip
 LATE, BUSY, UNORDERED = "is still writing", "is still reading", "since the last barrier"
 TEXTS = [  # call, mistake, words, on the line, pattern of which the first match is changed, what it becomes
@@ -151,6 +158,12 @@ TEXTS = [  # call, mistake, words, on the line, pattern of which the first match
     ("persistent", "no fence between proxies", "without a fence.proxy.async", "store_box", r"fence\.proxy\.async.*;", ""),
     ("persistent", "a stored box is not waited for", "the program ends", "",
      r"(?s)(.*cp\.async\.bulk\.wait_group\.read\s+)0", r"\1 1"),
+    ("persistent_wgrad", "too few bytes expected", "waits for ever", "", r"(expect_tx.*, )\d+;", r"\1 64;"),
+    ("persistent_wgrad", "products are not waited for", BUSY, "", r"(wgmma\.wait_group\.sync\.aligned )1", r"\1 9"),
+    ("persistent_wgrad", "the last product is not waited for", "touches register", "",
+     r"(wgmma\.wait_group\.sync\.aligned )0", r"\1 9"),
+    ("persistent_wgrad", "a slot is never handed back", "waits for ever", "",
+     r"(?s)(.*)@%p\d+ mbarrier\.arrive\.shared.*?;", r"\1"),
     ("tma_wgrad", "too few bytes expected", "waits for ever", "tl.range", r"(expect_tx.*, )\d+;", r"\1 64;"),
     ("sum_pixels", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
     ("copy", "no barrier in a transposition", UNORDERED, "tl.store", r"^\tbar\.sync.*;", ""),
@@ -174,6 +187,7 @@ def _on_compiled_code(request):
 HELPERS = {  # functions that a kernel calls, which the text of a mistake may be in
     gather.gather: (gather.multiply, gather.write),
     copy.copy_both: (copy.copy_tile,),
+    persistent.persistent_wgrad: (persistent.multiply_pixels,),
 }
 
 

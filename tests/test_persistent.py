@@ -23,7 +23,9 @@ from tconv.planning.families import FAMILIES
 from tconv.planning.persistent import TURN
 from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import Tile
+from tconv.planning.tma import weight_box
 from tests import oracle
+from tests.test_tma import SPARED, check_spared
 
 ROOT = pathlib.Path(__file__).parent.parent
 H200, A100, B200 = DEVICES["H200"], DEVICES["A100"], ARCHITECTURES["sm_100"][3]
@@ -40,6 +42,19 @@ CASES = [
     (oracle.Case("transposed", (3, 72, 9, 7), 136, (2, 1), padding=1, transposed=True), SQUARE),
 ]
 IDS = [str(case) for case, _ in CASES]
+WGRAD, HIGH, BROAD = Tile(128, 128, 64, 8, 6), Tile(256, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)
+FLAT = Tile(128, 128, 64, 8, 2)
+WEIGHTS = [  # case, tile, splits
+    (oracle.Case("1-D, padding beyond the kernel", (3, 72, 45), 136, (3,), padding=5), WGRAD, 3),
+    (oracle.Case("2-D, every parameter differs", (6, 80, 9, 7), 72, (2, 3), padding=(3, 1), dilation=(3, 2)), WGRAD, 2),
+    (oracle.Case("3-D", (2, 64, 6, 3, 5), 72, (2, 2, 2), padding=(1, 0, 1), dilation=(2, 1, 2)), WGRAD, 1),
+    (oracle.Case("pointwise, tiles of 256 output channels", (2, 136, 17, 17), 264, (1, 1)), HIGH, 2),
+    (oracle.Case("tiles of 256 input channels", (3, 264, 6, 9), 136, (1, 2), padding=(0, 1)), BROAD, 1),
+    (oracle.Case("an odd extent that boxes divide", (2, 64, 9, 18), 64, (3, 3)), WGRAD, 2),
+    (oracle.Case("one image, rows of one pixel, two slots", (1, 64, 70, 1), 64, (3, 1), padding=(1, 0)), FLAT, 1),
+    (oracle.Case("groups of less than a tile", (2, 48, 6, 9), 80, (2, 2), groups=2), WGRAD, 2),
+    (oracle.Case("transposed", (3, 72, 9, 7), 136, (2, 1), padding=1, transposed=True), WGRAD, 1),
+]
 
 
 @pytest.fixture
@@ -69,6 +84,56 @@ def test_every_case(case, tile, small, poisoned):
     assert max(c.plan.cost.programs for c in calls) > 2, "some program computes several tiles"
 
 
+def check_weights(case, tile, splits, dtype, device, channels_last=True):
+    """The weight gradient of a case."""
+    x, w, b = oracle.tensors(case, dtype, device, channels_last)
+    ours = getattr(TF, f"conv{'_transpose' if case.transposed else ''}{case.rank}d")
+    with tconv.force(kernel="persistent_wgrad", tile=tile, splits=splits), tconv.recording() as calls:
+        oracle.check(ours, case, x, w, b, only=("y", "dw"))
+    (plan,) = (c.plan for c in calls if c.operation == "wgrad")
+    assert (plan.kernel, plan.splits) == ("persistent_wgrad", splits)
+    return plan
+
+
+@pytest.mark.parametrize(("case", "tile", "splits"), WEIGHTS, ids=[str(case) for case, *_ in WEIGHTS])
+def test_every_weight_gradient(case, tile, splits, small, poisoned):
+    plan = check_weights(case, tile, splits, torch.bfloat16, small)
+    assert plan.cost.programs > 2 or case.kernel == (1, 1), "some program computes several tiles"
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_weight_gradient_in_the_default_layout(splits, small, poisoned):
+    """The operands are copied to channels last, dw is written where it belongs."""
+    case = oracle.Case("", (2, 64, 8, 8), 64, (2, 2), padding=1)
+    assert check_weights(case, WGRAD, splits, torch.float16, small, channels_last=False).staged == ("dy", "x")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("case", SPARED[:5], ids=str)
+def test_what_no_window_reads_spoils_no_weight_gradient(case, small, poisoned):
+    check_spared(case, float("inf"), "persistent_wgrad", small)
+
+
+@pytest.mark.parametrize(
+    ("n", "y", "kernel", "padding", "box", "boxes"),
+    [
+        (32, (1, 56, 56), 3, 0, (1, 1, 8, 8), 32 * 49),
+        (2, (1, 14, 14), 3, 1, (2, 1, 2, 16), 7),
+        (2, (1, 14, 14), 3, 0, (16, 1, 2, 2), 49),
+        (2, (1, 14, 14), 2, 0, (2, 1, 2, 16), 7),
+        (1, (1, 1, 30), 3, 1, (1, 1, 1, 64), 1),
+        (1, (1, 1, 30), 3, 0, (32, 1, 1, 2), 15),
+        (2, (8, 8, 8), 3, 1, (1, 1, 8, 8), 16),
+    ],
+)
+def test_boxes_of_a_weight_gradient_overhang_only_where_x_ends(n, y, kernel, padding, box, boxes):
+    x, t = [e if e == 1 else e - 2 * padding + kernel - 1 for e in y], [1 if e == 1 else kernel for e in y]
+    pads = [(0, 0) if e == 1 else (padding, padding) for e in y]
+    p = forward_problem((n, 64, *x), (64, 64, *t), (1, 1, 1), pads, (1, 1, 1), 1)
+    assert y == p.Y
+    assert weight_box(p, 64) == (box, boxes)
+
+
 def test_half_precision(small, poisoned):
     check(*CASES[0], torch.float16, small)
 
@@ -80,9 +145,10 @@ def test_warps_run_in_any_order(seed, small, poisoned, request):
         pytest.skip("a GPU chooses the order itself")
     import simulator
 
-    case = oracle.Case("", (3, 72, 8, 16), 136, (1, 2))
+    case, tile = oracle.Case("", (3, 72, 8, 16), 136, (1, 2)), dataclasses.replace(SQUARE, stages=2 + seed % 3)
     with simulator.checking(simulator.Options(seed=seed)):
-        check(case, dataclasses.replace(SQUARE, stages=2 + seed % 3), torch.bfloat16, small, only=("y",))
+        check(case, tile, torch.bfloat16, small, only=("y",))
+        check_weights(case, tile, 2, torch.bfloat16, small)
 
 
 def test_a_repeated_call_gives_the_same_bits(small, poisoned):
@@ -91,6 +157,11 @@ def test_a_repeated_call_gives_the_same_bits(small, poisoned):
     x, w, b = oracle.tensors(case, torch.bfloat16, small, channels_last=True)
     with tconv.force(kernel="persistent"), torch.no_grad():
         first, *others = (TF.conv2d(x, w, b) for _ in range(3))
+    assert all(torch.equal(first, other) for other in others)
+    w.requires_grad_()
+    y = TF.conv2d(x, w)
+    with tconv.force(kernel="persistent_wgrad", splits=2):
+        first, *others = (torch.autograd.grad(y, w, y.detach(), retain_graph=True)[0] for _ in range(3))
     assert all(torch.equal(first, other) for other in others)
 
 

@@ -246,7 +246,7 @@ def test_candidates_are_of_every_mechanism_and_near_the_best(pass_, channels_las
     subject, device = dense(pass_, strides=channels_last), DEVICES["H200"]
     plans = candidates(subject, device)
     assert plans[0] == subject.launch(device).call.plan
-    kernels = {"gather", "packed", "tma"} if pass_ == "fprop" else {"wgrad", "tma_wgrad"}
+    kernels = {"gather", "packed", "tma"} if pass_ == "fprop" else {"wgrad", "tma_wgrad", "persistent_wgrad"}
     kernels |= {"persistent"} if pass_ == "fprop" and channels_last else set()  # it stores boxes, which are channels_last
     assert {plan.kernel for plan in plans} >= kernels
     assert {bool(plan.staged) for plan in plans} == ({False} if channels_last else {True, False})

@@ -1,6 +1,7 @@
-"""fprop and dgrad of unit stride on Hopper: persistent programs of specialised warps, in Gluon, ranks 1 to 3.
+"""fprop, dgrad and wgrad of unit stride on Hopper: persistent programs of specialised warps, in Gluon, ranks 1 to 3.
 
-The equations, the boxes and the order of the products are those of tma.py. What differs is who does what, and for how long:
+The equations, the order of the products and, in fprop and dgrad, the boxes are those of tma.py. What differs is who does what,
+and for how long:
 
 - A program stays on its multiprocessor and computes every so manieth tile. tma.py starts a program for each tile.
 - One warp does nothing but tell the tensor memory accelerator (TMA) which boxes to fetch, into a ring of slots in shared
@@ -10,7 +11,14 @@ The equations, the boxes and the order of the products are those of tma.py. What
 - Two mbarriers per slot hand it over: at `ready` TMA counts the bytes that it has written, at `empty` the consumers report
   that the product has been computed.
 
-The result is always stored as a box. Triton's interpreter does not run Gluon, so this kernel is tested as compiled code only.
+fprop and dgrad always store the result as a box.
+
+wgrad's tiles are those of tma.py: a filter tap of some output and input channels, over one split of the pixels. Its boxes have
+several pixel extents where these cover dy with fewer zeros, since here both operands go from any box straight to the tensor
+cores. Where they may overhang an extent is said in tma.py. A split's sums are stored from registers, without shared memory,
+which is full of boxes.
+
+Triton's interpreter does not run Gluon, so these kernels are tested as compiled code only.
 """
 
 import functools
@@ -25,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tconv.kernels.common import kernel
+from tconv.kernels.common import kernel, multiple, overhanging, write_tap
 
 fetch_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.9, and before
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -126,6 +134,17 @@ def multiply(
     tma.store_wait(0)
 
 
+@gluon.jit
+def slot_barriers(SLOTS: gl.constexpr):
+    """Returns the slots' mbarriers (empty, ready), each for one arrival a phase."""
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(empty.index(slot), count=1)
+        mbarrier.init(ready.index(slot), count=1)
+    return empty, ready
+
+
 @functools.partial(kernel, jit=gluon.jit)
 def persistent(
     x_desc, w_desc, b_ptr, y_desc,
@@ -140,11 +159,7 @@ def persistent(
     x_slots = gl.allocate_shared_memory(x_desc.dtype, [SLOTS] + x_desc.block_type.shape, x_desc.layout)
     w_slots = gl.allocate_shared_memory(w_desc.dtype, [SLOTS] + w_desc.block_type.shape, w_desc.layout)
     y_box = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_type.shape, y_desc.layout)
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(empty.index(slot), count=1)
-        mbarrier.init(ready.index(slot), count=1)
+    empty, ready = slot_barriers(SLOTS)
     tiles_n = gl.cdiv(CO, BLOCK_N)
     boxes0 = gl.cdiv(Y0, B0)
     boxes1 = gl.cdiv(Y1, B1)
@@ -165,4 +180,150 @@ def persistent(
         ],
         [1],  # warps that fetch
         [24],  # and their registers; the consumers get the others
+    )  # fmt: skip
+
+
+@gluon.jit
+def weights_of(
+    tile, tiles_c, tiles_k, G, T0, T1, T2,
+    BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr,
+):  # fmt: skip
+    """Returns (tap per dimension, first input and first output channel in the group, group, split) of a tile of a weight
+    gradient, in the order of tma.py."""
+    t2 = tile % T2
+    rest = tile // T2
+    t1 = rest % T1
+    rest = rest // T1
+    t0 = rest % T0
+    rest = rest // T0
+    c_first = rest % tiles_c * BLOCK_C
+    rest = rest // tiles_c
+    k_first = rest % tiles_k * BLOCK_K
+    rest = rest // tiles_k
+    return t0, t1, t2, c_first, k_first, rest % G, rest // G
+
+
+@gluon.jit
+def fetch_pixels(
+    dy_desc, x_desc, dy_slots, x_slots, empty, ready, tiles, tiles_c, tiles_k, C, K, G, boxes, boxes0, boxes1, boxes2, chunk,
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, T2, D0, D1, D2, P0, P1, P2,
+    BN: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr,
+    BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What the warp does that fetches boxes for a weight gradient: for each tile, the pixels of its split."""
+    slot = 0
+    phase = 1  # a new mbarrier counts as having completed the phase before its first
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        t0, t1, t2, c_first, k_first, group, split = weights_of(tile, tiles_c, tiles_k, G, T0, T1, T2, BLOCK_K, BLOCK_C)
+        s0 = t0 * D0 - P0
+        s1 = t1 * D1 - P1
+        s2 = t2 * D2 - P2
+        a0 = overhanging(Y0, s0, X0, boxes0 * B0)
+        a1 = overhanging(Y1, s1, X1, boxes1 * B1)
+        a2 = overhanging(Y2, s2, X2, boxes2 * B2)
+        rest = split * chunk
+        j2 = a2 + rest % boxes2 * B2
+        rest = rest // boxes2
+        j1 = a1 + rest % boxes1 * B1
+        rest = rest // boxes1
+        j0 = a0 + rest % boxes0 * B0
+        image = rest // boxes0 * BN
+        for _ in range(min(chunk, boxes - split * chunk)):
+            mbarrier.wait(empty.index(slot), phase)
+            mbarrier.expect(ready.index(slot), dy_desc.block_type.nbytes + x_desc.block_type.nbytes)
+            fetch_box(dy_desc, [image, j0, j1, j2, group * K + k_first], ready.index(slot), dy_slots.index(slot))
+            pixels = [image, j0 + s0, j1 + s1, j2 + s2, group * C + c_first]
+            fetch_box(x_desc, pixels, ready.index(slot), x_slots.index(slot))
+            slot += 1
+            if slot == SLOTS:
+                slot = 0
+                phase ^= 1
+            j2 += B2
+            if j2 >= Y2:
+                j2 = a2
+                j1 += B1
+                if j1 >= Y1:
+                    j1 = a1
+                    j0 += B0
+                    if j0 >= Y0:
+                        j0 = a0
+                        image += BN
+
+
+@gluon.jit
+def multiply_pixels(
+    dw_ptr, dy_slots, x_slots, empty, ready, tiles, tiles_c, tiles_k, CW, KW, G, boxes, chunk, T0, T1, T2,
+    sws, swg, swk, swc, sw0, sw1, sw2,
+    W_UNIT: gl.constexpr, W_VEC: gl.constexpr, ACC: gl.constexpr,
+    BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr, BLOCK_P: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What the consumers do for a weight gradient: a tile's products, in an accumulator [output, input channels]."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_C, 16])
+    slot = 0
+    phase = 0
+    last = 0  # the slot before
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        t0, t1, t2, c_first, k_first, group, split = weights_of(tile, tiles_c, tiles_k, G, T0, T1, T2, BLOCK_K, BLOCK_C)
+        acc = gl.zeros((BLOCK_K, BLOCK_C), ACC, layout)
+        for step in range(min(chunk, boxes - split * chunk)):
+            gv = dy_slots.index(slot).reshape([BLOCK_P, BLOCK_K]).permute((1, 0))
+            xv = x_slots.index(slot).reshape([BLOCK_P, BLOCK_C])
+            mbarrier.wait(ready.index(slot), phase)
+            acc = warpgroup_mma(gv, xv, acc, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            mbarrier.arrive(empty.index(last), count=1, pred=step > 0)
+            last = slot
+            slot += 1
+            if slot == SLOTS:
+                slot = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(empty.index(last), count=1)
+        k = k_first + gl.arange(0, BLOCK_K, gl.SliceLayout(1, layout))
+        c = c_first + gl.arange(0, BLOCK_C, gl.SliceLayout(0, layout))
+        dw_offset = split.to(gl.int64) * multiple(sws, W_VEC) + group * multiple(swg, W_VEC).to(gl.int64)
+        dw_offset += t0 * multiple(sw0, W_VEC).to(gl.int64)
+        dw_offset += t1 * multiple(sw1, W_VEC).to(gl.int64)
+        dw_offset += t2 * multiple(sw2, W_VEC).to(gl.int64)
+        write_tap(dw_ptr + dw_offset, acc, k, c, KW, CW, swk, swc, True, W_UNIT, W_VEC, False)
+
+
+@functools.partial(kernel, jit=gluon.jit)
+def persistent_wgrad(
+    dy_desc, x_desc, dw_ptr,
+    N, C, K, G,  # C, K: channels per group
+    CW, KW,  # the same of dw, as in wgrad.py
+    X0, X1, X2, Y0, Y1, Y2, T0, T1, T2, D0, D1, D2, P0, P1, P2,
+    splits, chunk,  # chunk: boxes per split
+    sws, swg, swk, swc, sw0, sw1, sw2,
+    W_UNIT: gl.constexpr, W_VEC: gl.constexpr, ACC: gl.constexpr,
+    BN: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr,  # the box: images, and pixels per dimension
+    BLOCK_K: gl.constexpr, BLOCK_C: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    dy_slots = gl.allocate_shared_memory(dy_desc.dtype, [SLOTS] + dy_desc.block_type.shape, dy_desc.layout)
+    x_slots = gl.allocate_shared_memory(x_desc.dtype, [SLOTS] + x_desc.block_type.shape, x_desc.layout)
+    empty, ready = slot_barriers(SLOTS)
+    tiles_c = gl.cdiv(C, BLOCK_C)
+    tiles_k = gl.cdiv(K, BLOCK_K)
+    boxes0 = gl.cdiv(Y0, B0)
+    boxes1 = gl.cdiv(Y1, B1)
+    boxes2 = gl.cdiv(Y2, B2)
+    boxes = boxes0 * boxes1 * boxes2 * gl.cdiv(N, BN)
+    tiles = T0 * T1 * T2 * tiles_c * tiles_k * G * splits
+    gl.warp_specialize(
+        [
+            (multiply_pixels, (
+                dw_ptr, dy_slots, x_slots, empty, ready, tiles, tiles_c, tiles_k, CW, KW, G, boxes, chunk, T0, T1, T2,
+                sws, swg, swk, swc, sw0, sw1, sw2,
+                W_UNIT, W_VEC, ACC, BLOCK_K, BLOCK_C, BN * B0 * B1 * B2, SLOTS,
+            )),
+            (fetch_pixels, (
+                dy_desc, x_desc, dy_slots, x_slots, empty, ready, tiles, tiles_c, tiles_k, C, K, G,
+                boxes, boxes0, boxes1, boxes2, chunk,
+                X0, X1, X2, Y0, Y1, Y2, T0, T1, T2, D0, D1, D2, P0, P1, P2,
+                BN, B0, B1, B2, BLOCK_K, BLOCK_C, SLOTS,
+            )),
+        ],
+        [1],  # warps that fetch
+        [40],  # and their registers; the consumers get the others
     )  # fmt: skip

@@ -146,7 +146,7 @@ def prepare_wgrad(
         return prepare_pass(described(dy, x), problem, dw, device, only)
 
     def best() -> Prepared:
-        return _best(prepare, described, ("tma_wgrad",), ("dy", "x"), (dy, x), problem, device)
+        return _best(prepare, described, ("tma_wgrad", "persistent_wgrad"), ("dy", "x"), (dy, x), problem, device)
 
     return _as_measured(best, lambda: described(dy, x), x.dtype, device, policy)
 

@@ -40,7 +40,7 @@ PROBLEM = forward_problem((2, 64, 9, 9), (64, 64, 3, 3), (1, 1), ((1, 1), (1, 1)
 PLAIN = {"fprop": "gather", "dgrad": "gather", "wgrad": "wgrad"}
 KERNELS = {  # by mechanism, the kernel of each pass that relies on it
     "tma": {"fprop": "tma", "dgrad": "tma", "wgrad": "tma_wgrad"},
-    SPECIALISED: {"fprop": "persistent", "dgrad": "persistent"},
+    SPECIALISED: {"fprop": "persistent", "dgrad": "persistent", "wgrad": "persistent_wgrad"},
     BF16X6: PLAIN,
 }
 # Of the largest element: two roundings to bf16; fp32 sums in two orders.

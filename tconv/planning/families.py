@@ -8,7 +8,7 @@ from tconv.planning.family import Family
 from tconv.planning.gather import Gather
 from tconv.planning.packed import Packed, PackedWgrad
 from tconv.planning.patch import Patch
-from tconv.planning.persistent import Persistent
+from tconv.planning.persistent import Persistent, PersistentWgrad
 from tconv.planning.rows import Rows
 from tconv.planning.strip import Strip, StripWgrad
 from tconv.planning.tma import Tma, TmaWgrad
@@ -18,7 +18,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Strip(), StripWgrad(), Depthwise(), DepthwiseWgrad(), Gather(), Wgrad(), Packed(), PackedWgrad(), Rows(), Patch(),
-        Tma(), TmaWgrad(), Persistent(), Bias(),
+        Tma(), TmaWgrad(), Persistent(), PersistentWgrad(), Bias(),
     )
 }  # fmt: skip
 

@@ -4,19 +4,22 @@ see it."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 from tconv.planning.cost import Work
 from tconv.planning.device import Device
-from tconv.planning.family import Instead
-from tconv.planning.operands import GatherPass
+from tconv.planning.family import Boxes, Family, Instead
+from tconv.planning.operands import GatherPass, Operands, WgradPass
 from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import Access, Tile
-from tconv.planning.tma import APART, Tma
+from tconv.planning.tma import APART, Tma, TmaWgrad, weight_box
 
 SPECIALISED = "specialised"  # the mechanism: warps that part, a ring that mbarriers hand over
 # Stages are slots of the ring. Beside the result's box there is room for so many.
 PERSISTENT_16 = (Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 6))
+# A weight gradient is stored from registers, which leaves room for a slot more.
+PERSISTENT_WGRAD_16 = (Tile(256, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 6))
 WARPS = 8  # of the two warpgroups that multiply; the one that fetches comes on top
 ROWS = 16 * WARPS  # channels that they multiply at once, 16 each
 # Seconds between the main loops of two tiles of a program, not timed. Its instructions take 0.5 us: 450 of each warp, counted
@@ -24,29 +27,43 @@ ROWS = 16 * WARPS  # channels that they multiply at once, 16 each
 TURN = 1.4e-6
 
 
-class Persistent(Tma):
-    """`tma` with a program per multiprocessor, which stays for many tiles, and a warp that does nothing but fetch boxes.
+class _Persistent(Family):
+    """What the kernels have in common whose programs stay on their multiprocessor for many tiles.
 
-    It has not been timed, so the model is slow to prefer it: products are taken to last as long as tma's, although nobody waits
-    while boxes are asked for. What the model grants, besides fewer instructions in the loop, is that the next tile's boxes
-    arrive while a tile is stored: each tile after a program's first costs TURN rather than tma's `start`. The first one costs a
-    microsecond more. So it is preferred from about three tiles per multiprocessor on. `start` and TURN are guesses.
+    They have not been timed, so the model is slow to prefer them: products are taken to last as long as tma's, although nobody
+    waits while boxes are asked for. What the model grants, besides fewer instructions in the loop, is that the next tile's
+    boxes arrive while a tile is stored: each tile after a program's first costs TURN rather than tma's `start`. The first one
+    costs a microsecond more. `start` and TURN are guesses.
     """
 
-    name = "persistent"
-    passes = ("fprop", "dgrad")
     gluon = True
-    start = 2.9e-6
     instead: ClassVar[Instead] = {}
 
     def mechanism(self, precision: str) -> str:
         return SPECIALISED
 
-    def tiles(self, access: Access) -> tuple[Tile, ...]:
-        return PERSISTENT_16 if access.itemsize == 2 else ()
-
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         return ()
+
+    def grid(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, device: Device) -> int:
+        return min(device.units, self.programs(p, pass_, tile) * splits)
+
+    def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
+        return dataclasses.replace(super().work(p, pass_, tile, splits, access, device), resident=1, turn=TURN)
+
+
+class Persistent(_Persistent, Tma):
+    """`tma` with a program per multiprocessor, which stays for many tiles, and a warp that does nothing but fetch boxes.
+
+    It is preferred from about three tiles per multiprocessor on.
+    """
+
+    name = "persistent"
+    passes = ("fprop", "dgrad")
+    start = 2.9e-6
+
+    def tiles(self, access: Access) -> tuple[Tile, ...]:
+        return PERSISTENT_16 if access.itemsize == 2 else ()
 
     def why_unsupported(self, tile: Tile, itemsize: int, device: Device) -> str | None:
         reason = _no_wgmma(device) or _wide(itemsize)
@@ -75,19 +92,58 @@ class Persistent(Tma):
             return "a strided dgrad writes pixels that no box holds"
         return APART if c.y.boxed((c.p.N, *c.extents, c.wrote)) is None else None
 
-    def grid(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, device: Device) -> int:
-        return min(device.units, self.programs(p, pass_, tile))
-
     def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
         # 46 to 60 of each warp that multiplies, counted for sm_90; those of the warp that fetches are spread over the others.
         return 48 + tile.n / 16
 
-    def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
-        return dataclasses.replace(super().work(p, pass_, tile, splits, access, device), resident=1, turn=TURN)
-
     def arguments(self, c: GatherPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
         integers, constants = super().arguments(c, tile, splits)
         return integers, constants | {"SLOTS": tile.stages}
+
+
+class PersistentWgrad(_Persistent, TmaWgrad):
+    """`tma_wgrad` by such programs, with boxes of several pixel extents (`weight_box`), which leave out most of the zeros."""
+
+    name = "persistent_wgrad"
+    passes = ("wgrad",)
+    start = 1.5e-6
+
+    def tiles(self, access: Access) -> tuple[Tile, ...]:
+        return PERSISTENT_WGRAD_16 if access.itemsize == 2 else ()
+
+    def why_unsupported(self, tile: Tile, itemsize: int, device: Device) -> str | None:
+        reason = _no_wgmma(device) or _wide(itemsize)
+        if reason:
+            return f"tile {tile}: {reason}"
+        if tile.warps != WARPS or tile.m % ROWS or not 64 <= tile.n <= 256 or tile.k < 16 or tile.stages < 2:
+            wanted = f"{WARPS} warps, a multiple of {ROWS} output channels, 64 to 256 input channels, 2 stages"
+            return f"tile {tile}: its programs want {wanted}"
+        return None
+
+    def ineligible(self, c: WgradPass, device: Device) -> str | None:
+        return _no_wgmma(device) or _wide(c.itemsize) or super().ineligible(c, device)
+
+    def tiles_for(self, operands: Operands, p: ConvProblem, pass_: str, device: Device, precision: str) -> tuple[Tile, ...]:
+        return self.tiles_on(self.access(operands, p, pass_, None, precision), device)
+
+    def reduction(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
+        """Returns the pixels of whole boxes."""
+        return weight_box(p, tile.k)[1] * tile.k
+
+    def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
+        return 48 + tile.m / 16  # 46 to 61 of each warp that multiplies, counted as those of fprop
+
+    def arguments(self, c: WgradPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
+        box, boxes = weight_box(c.p, tile.k)
+        return {"splits": splits, "chunk": math.ceil(boxes / splits)}, {
+            "SLOTS": tile.stages, **dict(zip(("BN", "B0", "B1", "B2"), box, strict=True)),
+        }  # fmt: skip
+
+    def boxes(self, c: WgradPass, tile: Tile) -> Boxes:
+        box, _ = weight_box(c.p, tile.k)
+        x, y = self.described(c)
+        assert x is not None and y is not None, "ineligible"  # noqa: PT018 - one condition
+        return (*y, (*box, tile.m)), (*x, (*box, tile.n)), None
 
 
 def _no_wgmma(device: Device) -> str | None:

@@ -19,7 +19,7 @@ class Tile:
         gather, tma, persistent    pixels, written channels, reduced channels
         patch               pixels of dy, written channels of all taps, reduced channels
         packed              pixels, written channels of a pack of groups, taps times reduced channels of the pack
-        wgrad, tma_wgrad    output channels, input channels, pixels
+        wgrad, tma_wgrad, persistent_wgrad    output channels, input channels, pixels
         rows                pixels read, taps of the last dimension times written channels, reduced channels
         packed_wgrad        output channels of a pack, taps times input channels of the pack, pixels
         depthwise           pixels, channels, 1

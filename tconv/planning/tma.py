@@ -206,18 +206,37 @@ class TmaWgrad(_Tma):
 def box_of(p: ConvProblem, pass_: str, block: int) -> tuple[tuple[int, int, int, int], int]:
     """Returns the box [images, 3 extents] of `block` pixels that covers the largest phase of fprop or dgrad in the fewest
     pieces, and the number of pieces over all phases.
+    """
+    box, pieces = _fewest(pixel_extents(p, pass_), block, (True,) * 4)
+    return box, pieces * p.phases(pass_)
+
+
+@functools.lru_cache(1024)
+def weight_box(p: ConvProblem, block: int) -> tuple[tuple[int, int, int, int], int]:
+    """Returns the box [images, 3 extents] of `block` pixels that covers dy in the fewest pieces, and the number of pieces.
+
+    It may reach past the last image, and past an extent with which x ends (`ends_with_x`). It divides the others.
+    """
+    return _fewest((p.N, *p.Y), block, (True, *(ends_with_x(p, d) for d in range(3))))
+
+
+def _fewest(extents: tuple[int, ...], block: int, passable: tuple[bool, ...]) -> tuple[tuple[int, int, int, int], int]:
+    """Returns the box of `block` pixels that covers the extents in the fewest pieces, and the number of pieces.
 
     Extents of a box are powers of two. Of equally good boxes, the longest in the last dimension is returned.
+
+    Args:
+        passable: for each extent, whether the box may reach past it.
     """
-    extents, logs = pixel_extents(p, pass_), block.bit_length()
-    found = []
+    logs, found = block.bit_length(), []
     for b, c, d in itertools.product(range(logs), repeat=3):
         box = (block >> b + c + d, 1 << b, 1 << c, 1 << d)
-        if box[0] and max(box) <= BOX:
+        fits = all(e and (ok or n % e == 0) for n, e, ok in zip(extents, box, passable, strict=True))
+        if fits and max(box) <= BOX:
             pieces = math.prod(math.ceil(n / e) for n, e in zip(extents, box, strict=True))
             found.append((pieces, (-d, -c, -b), box))
     pieces, _, best = min(found)
-    return best, pieces * p.phases(pass_)
+    return best, pieces
 
 
 def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
@@ -227,7 +246,7 @@ def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
     (`ends_with_x`). A run along the images may reach past the last one.
     """
     pixels = math.prod(p.Y)
-    along = [d for d in (2, 1, 0) if p.Y[d] > 1 and (p.Y[d] % block == 0 or ends_with_x(p, d))]
+    along = [d for d in (2, 1, 0) if p.Y[d] % block == 0 or ends_with_x(p, d)]
     found: list[tuple[int, str | int]] = [(p.N * pixels // p.Y[d] * math.ceil(p.Y[d] / block), d) for d in along]
     runs, axis = min([*found, (math.ceil(p.N / block) * pixels, "n")], key=lambda f: f[0])
     return axis, runs
@@ -236,7 +255,8 @@ def run_of(p: ConvProblem, block: int) -> tuple[str | int, int]:
 def ends_with_x(p: ConvProblem, d: int) -> bool:
     """Returns True if at each tap x ends where dy does, at the end of a dimension or at its start.
 
-    What a tap reads beyond there is then zero in both. It is so for all filters whose padding keeps the extent.
+    What a tap reads beyond there is then zero in both. It is so for all filters whose padding keeps the extent. False for an
+    extent of 1, which no box has a reason to pass.
     """
     shifts = [t * p.D[d] - p.P[d] for t in range(p.T[d])]
-    return all(p.Y[d] + shift >= p.X[d] or shift <= 0 for shift in shifts)
+    return p.Y[d] > 1 and all(p.Y[d] + shift >= p.X[d] or shift <= 0 for shift in shifts)

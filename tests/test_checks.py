@@ -130,8 +130,8 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("depthwise_wgrad", "channels share a place", OVERLAPPING, "tl.store", ("+ k * swk", "+ k * 0")),
     ("strip", "columns past the last are written", OUTSIDE, "tl.store", ("live & (h[2] * COLUMNS + v < Y2)", "live")),
     ("tma_wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* multiple(sws, W_VEC)", "* 0")),
-    ("persistent_wgrad", "splits share a slice", OVERLAPPING, "tl.store", ("* multiple(sws, W_VEC)", "* 0")),
-    ("persistent_wgrad", "rows lie too far apart", OUTSIDE, "tl.store", ("KW, CW, swk,", "KW, CW, swk * 2,")),
+    ("persistent_wgrad", "splits share a slice", OVERLAPPING, "gl.store", ("* multiple(sws, W_VEC)", "* 0")),
+    ("persistent_wgrad", "rows lie too far apart", OUTSIDE, "gl.store", ("k * multiple(swk", "k * 2 * multiple(swk")),
 ]  # fmt: skip
 LATE, BUSY, UNORDERED = "is still writing", "is still reading", "since the last barrier"
 TEXTS = [  # call, mistake, words, on the line, pattern of which the first match is changed, what it becomes

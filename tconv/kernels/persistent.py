@@ -33,8 +33,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tconv.kernels.common import kernel, multiple, overhanging, write_tap
+from tconv.kernels import common
 
+# As functions of Gluon's, since in the interpreter those of common.py are none that a compiled kernel may call.
+multiple, overhanging = gluon.jit(common.multiple.fn), gluon.jit(common.overhanging.fn)
 fetch_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.9, and before
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
@@ -145,7 +147,7 @@ def slot_barriers(SLOTS: gl.constexpr):
     return empty, ready
 
 
-@functools.partial(kernel, jit=gluon.jit)
+@functools.partial(common.kernel, jit=gluon.jit)
 def persistent(
     x_desc, w_desc, b_ptr, y_desc,
     N, CI, CO, G,
@@ -285,10 +287,13 @@ def multiply_pixels(
         dw_offset += t0 * multiple(sw0, W_VEC).to(gl.int64)
         dw_offset += t1 * multiple(sw1, W_VEC).to(gl.int64)
         dw_offset += t2 * multiple(sw2, W_VEC).to(gl.int64)
-        write_tap(dw_ptr + dw_offset, acc, k, c, KW, CW, swk, swc, True, W_UNIT, W_VEC, False)
+        row = gl.expand_dims(k * multiple(swk, W_VEC).to(gl.int64), 1)
+        column = gl.expand_dims(c if W_UNIT else c * swc.to(gl.int64), 0)
+        mask = gl.expand_dims(k < KW, 1) & gl.expand_dims(c < multiple(CW, W_VEC), 0)
+        gl.store(dw_ptr + dw_offset + (row + column), acc.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
-@functools.partial(kernel, jit=gluon.jit)
+@functools.partial(common.kernel, jit=gluon.jit)
 def persistent_wgrad(
     dy_desc, x_desc, dw_ptr,
     N, C, K, G,  # C, K: channels per group

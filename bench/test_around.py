@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import tconv
 from bench.correctness import relative_error
 from bench.stage import FATAL, first_line
-from tconv.dispatch.epilogues import SEQUENCE
 from tconv.dispatch.sides import for_pad
+from tconv.dispatch.steps import SEQUENCE
 from tests.oracle import to_channels_last
 
 # Relative errors in bf16, each step of a sequence rounded. Numbers near zero may get the other sign, and relu another gradient.

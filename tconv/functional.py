@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from tconv.dispatch import epilogues
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.entry import PUBLIC, convolve
-from tconv.dispatch.epilogues import Steps
 from tconv.dispatch.sides import by_torch
+from tconv.dispatch.steps import Steps
 from tconv.planning.epilogue import ACTIVATIONS
 
 FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -9,7 +9,7 @@ import torch
 from tconv import modules
 from tconv.dispatch import epilogues
 from tconv.dispatch.check import CallArguments
-from tconv.dispatch.epilogues import Steps
+from tconv.dispatch.steps import Steps
 
 
 class _Fused(torch.nn.modules.conv._ConvNd):

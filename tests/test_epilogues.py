@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tconv
 from tconv import functional as TF
-from tconv.dispatch.epilogues import SEQUENCE, Steps, followed
+from tconv.dispatch.steps import SEQUENCE, Steps, followed
 from tconv.planning.epilogue import ACTIVATIONS
 from tconv.planning.tiles import Tile
 from tests import cases, oracle
@@ -351,10 +351,12 @@ def test_fx_records_one_call():
     torch.testing.assert_close(traced(x, w, x), F.relu(F.conv2d(x, w, padding=1) + x))
 
 
-def test_explain_tells_of_the_epilogue():
-    layer = tconv.FusedConv2d(64, 64, 3, padding=1, activation="silu").bfloat16()
-    x = torch.randn(8, 64, 32, 32, dtype=torch.bfloat16)
-    assert "with silu" in str(tconv.explain(layer, x, device="sm_90"))
+def test_explain_tells_of_the_epilogue(device):
+    layer, x = tconv.FusedConv2d(8, 8, 3, padding=1, activation="silu").to(device), torch.randn(2, 8, 6, 6, device=device)
+    explanation = tconv.explain(layer, x, residual=x)
+    assert explanation.ours
+    assert [c.operation for c in explanation.calls] == ["fprop", "bias", "dgrad", "wgrad"]
+    assert "with residual, silu" in str(explanation)
 
 
 # Bad arguments

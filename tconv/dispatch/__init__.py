@@ -17,10 +17,11 @@ order:
     flops         FLOPs of tconv's operators, for torch's counter
     operators     tconv's registered operators
     autograd      forward and backward over launches
+    steps         the steps of an epilogue, one after the other
+    fused         forward and backward of a convolution with an epilogue over launches
     fast_path     a call that repeats an earlier one
     entry         a call of one of the six functions
-    epilogues     the same with an activation, a residual, a scale or a shift after it
-    fused         its forward and backward over launches
+    epilogues     the same with an epilogue
     selection     which shapes and layers `enable()` takes
     aten          what `enable()` runs in place of aten's `_convolution` and `convolution_backward`
     scope         which modules `enable(model)` holds in

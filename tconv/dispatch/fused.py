@@ -22,7 +22,7 @@ from tconv.dispatch import autograd
 from tconv.dispatch.context import PLAIN, plain, why_ineligible
 from tconv.dispatch.derivatives import gradients, wanted
 from tconv.dispatch.dynamo import opaque
-from tconv.dispatch.epilogues import Steps, followed, with_epilogue
+from tconv.dispatch.steps import Steps, followed, with_epilogue
 from tconv.launching import launch, profiling
 from tconv.launching.arguments import Prepared
 from tconv.launching.record import Fallback

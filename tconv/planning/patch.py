@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
+from tconv.planning.family import Spills
 from tconv.planning.gemm import Gemm
 from tconv.planning.operands import PatchPass
 from tconv.planning.problem import ConvProblem, pow2
@@ -22,6 +23,7 @@ class Patch(Gemm):
     weight_stays = True
     start = 3.5e-6
     base, copy, one = 40, 6, 4
+    spills: ClassVar[Spills] = {8: (Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3))}
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
         return () if access.narrow else super().tiles(access)

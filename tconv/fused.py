@@ -34,7 +34,7 @@ class _Fused(torch.nn.modules.conv._ConvNd):
         recompute: bool = False,
         **kwargs: Any,
     ) -> None:
-        Steps(activation, negative_slope, residual_position=residual_position)
+        Steps(activation, negative_slope, residual_position=residual_position).check_kinds()
         super().__init__(*args, **kwargs)
         self.activation, self.negative_slope, self.residual_position = activation, negative_slope, residual_position
         self.stepwise, self.recompute = stepwise, recompute

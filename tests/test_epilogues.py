@@ -1,7 +1,6 @@
 """Epilogues: scale, shift, residual and activation in the convolution's own kernel, against the sequence in fp64."""
 
 import copy
-import dataclasses
 import pickle
 import re
 
@@ -437,6 +436,70 @@ def test_a_layer_refuses_an_unknown_activation():
 
 
 def test_every_step_is_documented():
-    for field in dataclasses.fields(Steps):
-        assert f"{field.name}" in TF.conv2d.__doc__
-        assert f"{field.name}" in TF.conv_transpose3d.__doc__
+    for name in Steps._fields:
+        assert name in TF.conv2d.__doc__
+        assert name in TF.conv_transpose3d.__doc__
+
+
+# Repeated calls
+
+
+def repeated(call, monkeypatch):
+    """How many of four equal calls were prepared anew."""
+    from tconv.dispatch import epilogues
+
+    epilogues.forget()
+    made, slow = [], epilogues._by_kernel
+    monkeypatch.setattr(epilogues, "_by_kernel", lambda *a: made.append(a) or slow(*a))
+    results = [call() for _ in range(4)]
+    assert all(torch.equal(results[0], y) for y in results)
+    return len(made)
+
+
+def test_a_repeated_call_is_only_compared_and_launched(device, monkeypatch):
+    layer = tconv.FusedConv2d(5, 6, 3, padding=1, activation="silu").to(device)
+    x, residual = torch.randn(2, 5, 7, 6, device=device), torch.randn(2, 6, 7, 6, device=device)
+    scale = torch.randn(6, device=device)
+    assert repeated(lambda: layer(x), monkeypatch) == 2
+    assert repeated(lambda: layer(x, residual, scale, scale * 2), monkeypatch) == 2
+    with torch.no_grad():
+        assert repeated(lambda: layer(x, residual), monkeypatch) == 2
+
+
+def test_a_repeated_call_notices_what_differs(device):
+    layer = tconv.FusedConv2d(5, 6, 3, padding=1, activation="leaky_relu").to(device)
+    x, residual = torch.randn(2, 5, 7, 6, device=device), torch.randn(2, 6, 7, 6, device=device)
+    plain = torch.nn.Conv2d(5, 6, 3, padding=1).to(device)
+    plain.load_state_dict(layer.state_dict())
+
+    def check(x=x, residual=residual, stride=1):
+        r = residual.expand(plain(x).shape) if residual.numel() == 1 else residual
+        right = F.leaky_relu(F.conv2d(x, plain.weight, plain.bias, stride, 1) + r, layer.negative_slope)
+        torch.testing.assert_close(layer(x, r), right)
+
+    for _ in range(3):
+        check()
+    layer.negative_slope = 0.5
+    check()
+    check(residual=torch.randn(2, 7, 6, 6, device=device).permute(0, 3, 1, 2))
+    check(x=x.to(memory_format=torch.channels_last))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        plain.weight.mul_(2)
+    check()
+    layer.stride = (2, 2)
+    check(residual=torch.ones(2, 6, 4, 3, device=device), stride=2)
+    with pytest.raises(ValueError, match="residual must have shape"):
+        layer(x, residual)
+
+
+def test_a_graph_does_not_hold_the_residual(device):
+    import weakref
+
+    x, w, b = (t.requires_grad_() for t in oracle.tensors(PLAIN, torch.float32, device))
+    residual = torch.randn(2, 6, 7, 6, device=device)
+    alive = weakref.ref(residual)
+    y = TF.conv2d(x, w, b, padding=1, activation="silu", residual=residual)
+    del residual
+    assert alive() is None
+    y.sum().backward()

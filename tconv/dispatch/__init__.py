@@ -18,8 +18,8 @@ order:
     operators     tconv's registered operators
     autograd      forward and backward over launches
     steps         the steps of an epilogue, one after the other
-    fused         forward and backward of a convolution with an epilogue over launches
     fast_path     a call that repeats an earlier one
+    fused         forward and backward of a convolution with an epilogue over launches
     entry         a call of one of the six functions
     epilogues     the same with an epilogue
     selection     which shapes and layers `enable()` takes

@@ -7,6 +7,7 @@ computed as a sequence: the convolution as it always is, then PyTorch's function
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +22,18 @@ from tconv.dispatch.context import PLAIN, why_ineligible
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.entry import PUBLIC, geometry, kernels_for
 from tconv.dispatch.steps import Steps, followed
+from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
 from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.batch_invariance import is_batch_invariant
+
+# As entry.py's fast_paths: what tells most calls apart -> a fused.FusedPath, or None after the first call.
+fused_paths: BoundedCache[Any, Any] = BoundedCache()
+
+
+def forget() -> None:
+    """Forgets the calls that may be repeated, and the launches that they hold."""
+    fused_paths.clear()
 
 
 def convolve(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, policy: str = "auto") -> torch.Tensor:
@@ -38,16 +48,36 @@ def convolve(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, policy:
         ValueError: a tensor of the epilogue does not fit the result.
         Whatever torch raises for the convolution.
     """
-    for t in () if is_dynamo_compiling() else (x, w, b, *steps.tensors.values()):
+    if is_dynamo_compiling():
+        steps.check_kinds()
+        return _by_steps(asked, x, w, b, steps)
+    key = None
+    if type(x) in PLAIN and type(w) in PLAIN and DRY.get() is None:
+        activation, slope, residual, position, scale, shift, *how = steps
+        try:
+            key = (
+                id(w), id(b), policy, is_batch_invariant(), x.shape, x.requires_grad, w.requires_grad, torch.is_grad_enabled(),
+                activation, slope, residual is None, position, scale is None, shift is None, *how,
+            )  # fmt: skip
+            seen = fused_paths.get(key)
+        except (TypeError, RuntimeError):  # a bad argument without a hash, or a nested tensor, which has no shape
+            key = seen = None
+        if seen is not None:
+            with contextlib.suppress(Fallback):  # the slow path falls back as well, and tells why
+                y: torch.Tensor | None = seen.again(asked, x, w, b, steps)
+                if y is not None:
+                    return y
+    steps.check_kinds()
+    for t in (x, w, b, *steps.tensors.values()):
         if isinstance(t, Proxy):
             return _traced(t.tracer, asked, x, w, b, steps)
-    if is_dynamo_compiling() or not steps.epilogue:
+    if not steps.epilogue:
         return _by_steps(asked, x, w, b, steps)
     try:
-        return _by_kernel(asked, x, w, b, steps, policy)
+        return _by_kernel(key, asked, x, w, b, steps, policy)
     except Fallback as e:
         why = str(e)
-    y = _by_steps(asked, x, w, b, steps)
+    y = _by_steps(asked, x, w, b, steps)  # outside `except`: the exception's frames hold memory
     record_call(Call(f"epilogue of {_public(asked).__name__}", None, None, why))
     return y
 
@@ -65,7 +95,8 @@ def _how(asked: CallArguments) -> tuple[Any, ...]:
 
 def _traced(tracer: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> torch.Tensor:
     """Returns the proxy that torch.fx records: a call of the public function."""
-    given = {f.name: getattr(steps, f.name) for f in dataclasses.fields(steps) if getattr(steps, f.name) is not f.default}
+    defaults = Steps._field_defaults
+    given = {name: value for name, value in steps._asdict().items() if value is not defaults[name]}
     call: torch.Tensor = tracer.create_proxy("call_function", _public(asked), (x, w, b, *_how(asked)), given)
     return call
 
@@ -73,13 +104,16 @@ def _traced(tracer: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: St
 def _by_steps(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> torch.Tensor:
     """Computes a call as a sequence: the convolution, then PyTorch's functions."""
     y = _public(asked)(x, w, b, *_how(asked))
-    steps.check(tuple(y.shape), y.shape[-1 - asked.rank], y.dtype, y.device)
+    steps.check_tensors(tuple(y.shape), y.shape[-1 - asked.rank], y.dtype, y.device)
     return followed(y, steps, asked.rank)
 
 
 @opaque
-def _by_kernel(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, policy: str) -> torch.Tensor:
+def _by_kernel(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, policy: str) -> torch.Tensor:
     """Computes a call by a kernel with an epilogue.
+
+    Args:
+        key: where `fused_paths` has the call if it is repeated; None if it must not be there.
 
     Raises:
         Fallback: it cannot, and nothing has been launched.
@@ -91,23 +125,28 @@ def _by_kernel(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, polic
             raise Fallback(f"a {type(t).__name__}")
     dry = DRY.get()
     device = "cuda" if dry and dry.device else x.device.type
-    kernels_for(device)
+    fast_path = kernels_for(device)
     why = why_ineligible(*tensors)
     if why and not (dry and dry.device):
         raise Fallback(why)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (steps.scale, steps.shift)):
         raise Fallback("a gradient for scale or shift, which needs the convolution's own result")
     if torch.is_autocast_enabled(device):
-        x, w, b = cast(device, x, w, b)
+        key, (x, w, b) = None, cast(device, x, w, b)
     g = geometry(asked, x, w, b, policy, is_batch_invariant())
     batched = x.dim() == asked.rank + 2
     shape = g.problem.shape("x" if asked.transposed else "y")
-    steps.check(shape if batched else shape[1:], shape[1], x.dtype, x.device)
+    steps.check_tensors(shape if batched else shape[1:], shape[1], x.dtype, x.device)
     if dry:
         g = dataclasses.replace(g, dry=True, device=dry.device)
     from tconv.dispatch import fused as kernels
 
-    residual = steps.residual if batched or steps.residual is None else steps.residual.unsqueeze(0)
-    x = x if batched else x.unsqueeze(0)
-    y = kernels.convolve(asked.transposed, x, w, b, residual, steps, g)
+    if not batched:
+        residual = None if steps.residual is None else steps.residual.unsqueeze(0)
+        steps, x = steps._replace(residual=residual), x.unsqueeze(0)
+    how = kernels.forward_pass(asked.transposed, x, w, b, steps, g)
+    if key is not None and not dry and batched and fast_path.possible(asked, x, w, *(() if b is None else (b,))):
+        # None the first time: where shapes never repeat, preparing every call for its repetition would be wasted.
+        fused_paths[key] = kernels.FusedPath(asked, how, tensors) if key in fused_paths else None
+    y = how(x, w, b, steps.residual, steps.scale, steps.shift)
     return y if batched else y.squeeze(0)

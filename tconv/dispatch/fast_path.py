@@ -95,7 +95,7 @@ class FastPath:
             and rank is rank_
         )
         if (
-            not (same or _alike((transposed, rank, stride, padding, output_padding, groups, dilation), self.call))
+            not (same or alike((transposed, rank, stride, padding, output_padding, groups, dilation), self.call))
             or not (self.tensor_guard(x, w) if b is None else self.tensor_guard(x, w, b))
             or (x.data_ptr() | w.data_ptr()) & 15
             or global_state_differs(self.precision)
@@ -114,7 +114,7 @@ class FastPath:
                 profiling.end(event)
 
 
-def _alike(given: tuple[Any, ...], accepted: tuple[Any, ...]) -> bool:
+def alike(given: tuple[Any, ...], accepted: tuple[Any, ...]) -> bool:
     """Returns True if arguments equal accepted ones, in type too: 1 == 1.0 == True, of which torch accepts only the first."""
     return all(
         type(a) is type(b) and (type(a) is not tuple or [*map(type, a)] == [*map(type, b)]) and a == b

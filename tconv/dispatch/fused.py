@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C import _get_fp32_precision_getter as fp32_precision
 from torch.autograd import profiler
 
 from tconv.dispatch import autograd
-from tconv.dispatch.context import PLAIN, plain, why_ineligible
+from tconv.dispatch.check import CallArguments
+from tconv.dispatch.context import PLAIN, global_state_differs, plain, tensor_guard, why_ineligible
 from tconv.dispatch.derivatives import gradients, wanted
 from tconv.dispatch.dynamo import opaque
+from tconv.dispatch.fast_path import alike
 from tconv.dispatch.steps import Steps, followed, with_epilogue
 from tconv.launching import launch, profiling
 from tconv.launching.arguments import Prepared
 from tconv.launching.record import Fallback
-from tconv.planning.epilogue import Epilogue
 from tconv.planning.problem import Geometry
 
 MaybeTensor = torch.Tensor | None
@@ -46,80 +49,119 @@ FORMULAS: dict[str, Callable[[torch.Tensor, torch.Tensor, float, bool], torch.Te
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Forward:
-    """A forward pass: its launch, its geometry with the epilogue and without, and the arguments that ask for the epilogue."""
+class ForwardPass:
+    """A forward pass without its tensors. Differentiable in x, w, b and the residual.
+
+    Attributes:
+        transposed: whether it is a transposed convolution.
+        prepared: its launch.
+        fused, g: its geometry with the epilogue and without.
+        differentiable: whether a gradient is wanted.
+        again: whether the activation's argument is computed again in the backward pass.
+    """
 
     transposed: bool
     prepared: Prepared
     fused: Geometry
     g: Geometry
-    steps: Steps
+    differentiable: bool
+    again: bool
+
+    def __call__(
+        self, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, residual: MaybeTensor, scale: MaybeTensor, shift: MaybeTensor
+    ) -> torch.Tensor:
+        """Returns the result.
+
+        Raises:
+            Fallback: a kernel cannot be launched.
+        """
+        event = None
+        if profiler._is_profiler_enabled and not self.g.dry:
+            event = profiling.begin_call(self.transposed, self.g, x, w, b)
+        try:
+            if not self.differentiable:
+                return self.run(x, w, b, residual, scale, shift)[0]
+            y: torch.Tensor = _apply(x, w, b, residual, scale, shift, self)[0]
+            return y
+        finally:
+            if event is not None:
+                profiling.end(event)
+
+    def run(
+        self, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, residual: MaybeTensor, scale: MaybeTensor, shift: MaybeTensor
+    ) -> tuple[torch.Tensor, MaybeTensor]:
+        """Launches it. Returns its result, and the activation's argument if that is kept."""
+        shape, strides = self.prepared.shape, self.prepared.strides
+        if residual is not None:
+            residual = _laid_out(residual, strides)
+        scale, shift = self.per_channel(scale, x.dtype), self.per_channel(shift, x.dtype)
+        kept = x.new_empty_strided(shape, strides) if self.fused.epilogue.kept else None
+        given = tuple([x if t is None else t for t in (scale, shift, residual, kept)])  # the kernel reads only what there is
+        return launch.convolve(self.prepared, x, w, b, self.fused.dry, after=given), kept
+
+    def per_channel(self, t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+        """Returns the scale or shift as the kernels read it: contiguous, aligned, and both of one dtype."""
+        return None if t is None else _laid_out(t.detach().to(torch.float32 if self.fused.epilogue.wide else dtype), (1,))
 
 
-def convolve(
-    transposed: bool,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    b: MaybeTensor,
-    residual: MaybeTensor,
-    steps: Steps,
-    g: Geometry,
-) -> torch.Tensor:
-    """Returns the result of a convolution with an epilogue. Differentiable in x, w, b and the residual.
+def forward_pass(transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, steps: Steps, g: Geometry) -> ForwardPass:
+    """Returns the forward pass of a convolution with an epilogue, prepared for these batched tensors of one dtype.
 
     Args:
         transposed: whether it is a transposed one.
-        x, w, b, residual: batched tensors of one dtype.
         steps: the arguments that ask for the epilogue.
         g: the geometry without it.
     Raises:
-        Fallback: a kernel cannot be launched.
+        Fallback: no kernel can run it.
     """
-    epilogue = steps.epilogue
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b, residual))
-    if differentiable and epilogue.activation and not (epilogue.by_result or steps.recompute):
-        epilogue = dataclasses.replace(epilogue, kept=True)
-    how = _forward(transposed, x, w, b, steps, g, epilogue)
-    event = profiling.begin_call(transposed, g, x, w, b) if profiler._is_profiler_enabled and not g.dry else None
-    try:
-        if not differentiable:
-            return _run(how, x, w, b, residual)[0]
-        y: torch.Tensor = _apply(x, w, b, residual, how)[0]
-        return y
-    finally:
-        if event is not None:
-            profiling.end(event)
-
-
-def _forward(
-    transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, steps: Steps, g: Geometry, epilogue: Epilogue
-) -> _Forward:
+    epilogue, again = steps.epilogue, False
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b, steps.residual))
+    if differentiable and epilogue.activation and not epilogue.by_result:
+        again = steps.recompute
+        epilogue = dataclasses.replace(epilogue, kept=not again)
     fused = with_epilogue(g, epilogue)
-    return _Forward(transposed, launch.convolution(transposed, fused, x, w, b), fused, g, steps)
+    return ForwardPass(transposed, launch.convolution(transposed, fused, x, w, b), fused, g, differentiable, again)
 
 
-def _run(
-    how: _Forward, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, residual: MaybeTensor
-) -> tuple[torch.Tensor, MaybeTensor]:
-    """Launches a forward pass. Returns its result, and the activation's argument if that is kept."""
-    shape, strides, e = how.prepared.shape, how.prepared.strides, how.fused.epilogue
-    if residual is not None:
-        residual = _laid_out(residual, strides)
-    scale, shift = per_channel(how.steps, x.dtype)
-    kept = x.new_empty_strided(shape, strides) if e.kept else None
-    given = tuple(x if t is None else t for t in (scale, shift, residual, kept))  # the kernel reads only what there is
-    return launch.convolve(how.prepared, x, w, b, how.fused.dry, after=given), kept
+class FusedPath:
+    """An accepted call with an epilogue, prepared so that the next one like it only has to be compared and launched.
 
+    It compares what fast_path.FastPath compares.
 
-def per_channel(steps: Steps, dtype: torch.dtype) -> tuple[MaybeTensor, MaybeTensor]:
-    """Returns scale and shift as the kernels read them: contiguous, aligned, and of one dtype."""
-    found = [t for t in (steps.scale, steps.shift) if t is not None]
-    wide = torch.float32 if any(t.dtype == torch.float32 for t in found) else dtype
+    Args:
+        call: transposed, rank, stride, padding, output_padding, groups, dilation, as they were given.
+        how: the call's forward pass.
+        tensors: the call's tensors, in the order of `again`.
+    """
 
-    def read(t: MaybeTensor) -> MaybeTensor:
-        return None if t is None else _laid_out(t.detach().to(wide), (1,))
+    __slots__ = ("call", "deterministic", "how", "precision", "tensor_guard")
 
-    return read(steps.scale), read(steps.shift)
+    def __init__(self, call: CallArguments, how: ForwardPass, tensors: Sequence[torch.Tensor]) -> None:
+        self.call, self.how = call, how
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
+        self.precision = fp32_precision("cuda", "conv")
+        self.tensor_guard = tensor_guard(*tensors)
+
+    @opaque
+    def again(self, call: CallArguments, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, steps: Steps) -> torch.Tensor | None:
+        """Returns the result, or None if the call differs from the accepted one.
+
+        Raises:
+            Fallback: a kernel cannot be launched.
+        """
+        residual, scale, shift = steps.residual, steps.scale, steps.shift
+        tensors, either = [t for t in (x, w, b, residual, scale, shift) if t is not None], 0
+        for t in tensors:
+            either |= t.data_ptr()
+        if (
+            not (all(map(operator.is_, call, self.call)) or alike(call, self.call))
+            or not self.tensor_guard(*tensors)
+            or either & 15
+            or global_state_differs(self.precision)
+            or self.deterministic is not torch.are_deterministic_algorithms_enabled()
+        ):
+            return None
+        return self.how(x, w, b, residual, scale, shift)
 
 
 def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -131,12 +173,20 @@ def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 class _Fused(torch.autograd.Function):
     @staticmethod
     @opaque
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, residual: MaybeTensor, how: _Forward) -> Any:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        b: MaybeTensor,
+        residual: MaybeTensor,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        how: ForwardPass,
+    ) -> Any:
         ctx.set_materialize_grads(False)
-        y, kept = _run(how, x, w, b, residual)
-        again = how.steps.recompute and not how.fused.epilogue.by_result
+        y, kept = how.run(x, w, b, residual, scale, shift)
         v = y if how.fused.epilogue.by_result else kept  # None without an activation, and if it is computed again
-        ctx.save_for_backward(x, w, v, how.steps.scale, *((b, residual, how.steps.shift) if again else (None,) * 3))
+        ctx.save_for_backward(x, w, v, scale, *((b, residual, shift) if how.again else (None,) * 3))
         ctx.how = how
         return y, kept
 
@@ -145,10 +195,10 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: MaybeTensor, dkept: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, w, v, scale, b, residual, shift = ctx.saved_tensors  # read even if unused: this raises if they were edited in place
         if dy is None and dkept is None:
-            return (None,) * 5
+            return (None,) * 7
         how, e = ctx.how, ctx.how.fused.epilogue
         needs = wanted(ctx, ctx.needs_input_grad[:4])
-        if e.activation and v is None:
+        if how.again:
             v = _again(how, x, w, b, residual, scale, shift)
         if dy is not None and type(dy) not in PLAIN:
             dy = plain(dy)
@@ -160,27 +210,26 @@ class _Fused(torch.autograd.Function):
             and not torch.is_grad_enabled()
             and not why_ineligible(dy, x, w)
         ):
-            try:
-                du, dr, db = _by_kernel(how, dy, v, needs)
-            except Fallback:
-                du = None
+            with contextlib.suppress(Fallback):  # PyTorch's functions take its place
+                du, dr, db = _by_kernel(how, dy, v, scale, needs)
         if du is None:
-            dr, du = _by_formulas(how, dy, dkept, v, scale, x)
+            dr, du = _by_formulas(how, dy, dkept, v, scale)
         more = gradients(
             autograd.operations(how.g, du, x, w), "dgrad" if how.transposed else "fprop", du, x, w,
             (*needs[:2], needs[2] and db is None),
         )  # fmt: skip
-        return more[0], more[1], db if more[2] is None else more[2], dr if needs[3] else None, None
+        return more[0], more[1], db if more[2] is None else more[2], dr if needs[3] else None, None, None, None
 
 
 _apply = autograd.apply_of(_Fused)
 
 
-def _by_kernel(how: _Forward, dy: torch.Tensor, v: MaybeTensor, needs: tuple[bool, ...]) -> launch.Gradients:
+def _by_kernel(
+    how: ForwardPass, dy: torch.Tensor, v: MaybeTensor, scale: MaybeTensor, needs: tuple[bool, ...]
+) -> launch.Gradients:
     """Returns the gradients of the convolution's result, of the residual and of the bias, by tconv's kernel."""
-    dy = _laid_out(dy, how.prepared.strides)
+    dy, scale = _laid_out(dy, how.prepared.strides), how.per_channel(scale, dy.dtype)
     before = needs[3] and how.fused.epilogue.residual == "before"
-    scale, _ = per_channel(how.steps, dy.dtype)
     du, dr, db = launch.activation_grad(how.fused, dy, dy if v is None else v, scale, before, needs[2])
     if how.fused.epilogue.residual == "after":
         return du, dy, db
@@ -188,8 +237,8 @@ def _by_kernel(how: _Forward, dy: torch.Tensor, v: MaybeTensor, needs: tuple[boo
 
 
 def _by_formulas(
-    how: _Forward, dy: MaybeTensor, dkept: MaybeTensor, v: MaybeTensor, scale: MaybeTensor, x: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    how: ForwardPass, dy: MaybeTensor, dkept: MaybeTensor, v: MaybeTensor, scale: MaybeTensor
+) -> tuple[MaybeTensor, torch.Tensor]:
     """Returns the gradients of the residual and of the convolution's result, by PyTorch's differentiable functions.
 
     Args:
@@ -203,11 +252,11 @@ def _by_formulas(
         dz = dy if v is None else FORMULAS[e.activation](dy, v, e.slope, e.by_result)
         dz = dz if dkept is None else dz + dkept
     du = dz if scale is None else (dz * scale.view(-1, *(1,) * (dz.dim() - 2))).to(dz.dtype)
-    return dy if e.residual == "after" and dy is not None else dz, du
+    return dy if e.residual == "after" else dz, du  # a residual after the activation is not in its argument
 
 
 def _again(
-    how: _Forward,
+    how: ForwardPass,
     x: torch.Tensor,
     w: torch.Tensor,
     b: MaybeTensor,
@@ -216,11 +265,11 @@ def _again(
     shift: MaybeTensor,
 ) -> torch.Tensor:
     """Computes the activation's argument again."""
-    residual = residual if how.fused.epilogue.residual == "before" else None
-    steps = dataclasses.replace(how.steps, activation=None, residual=residual, scale=scale, shift=shift)
+    e = how.fused.epilogue
+    steps = Steps(None, 0.0, residual if e.residual == "before" else None, "before", scale, shift, e.stepwise)
     if not torch.is_grad_enabled() and steps.epilogue:
         with contextlib.suppress(Fallback):
-            return _run(_forward(how.transposed, x, w, b, steps, how.g, steps.epilogue), x, w, b, residual)[0]
+            return forward_pass(how.transposed, x, w, b, steps, how.g)(x, w, b, steps.residual, scale, shift)
     op = autograd.operations(how.g, x, w)
     y: torch.Tensor = op.dgrad(x, w) if how.transposed else op.fprop(x, w)
     if b is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,7 @@ SEQUENCE: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 POSITIONS = ("before", "after")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Steps:
+class Steps(NamedTuple):
     """The keyword arguments of a call that ask for an epilogue, as the caller gave them; see `tconv.functional`."""
 
     activation: Any = None
@@ -40,7 +39,8 @@ class Steps:
     stepwise: bool = False
     recompute: bool = False
 
-    def __post_init__(self) -> None:
+    def check_kinds(self) -> None:
+        """Raises ValueError, with the argument's name, for what no call can have."""
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be None or one of {ACTIVATIONS}, got {self.activation!r}")
         if self.residual_position not in POSITIONS:
@@ -67,7 +67,7 @@ class Steps:
             "" if self.residual is None else self.residual_position, self.stepwise,
         )  # fmt: skip
 
-    def check(self, shape: tuple[int, ...], channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    def check_tensors(self, shape: tuple[int, ...], channels: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raises ValueError, with the argument's name, unless the tensors fit a result of this shape, dtype and device."""
         for name, t in self.tensors.items():
             wanted = shape if name == "residual" else (channels,)

@@ -286,9 +286,10 @@ def load_record(path: str | os.PathLike[str]) -> int:
 
 def forget() -> None:
     """Forgets the launches that this process has prepared, so that calls are planned anew by what is known now."""
-    from tconv.dispatch import entry, selection
+    from tconv.dispatch import entry, epilogues, selection
     from tconv.launching import launch
 
     launch.forget()
     entry.forget()
+    epilogues.forget()
     selection.forget()

@@ -12,6 +12,7 @@ from tconv import functional as TF
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.planning import plan
+from tconv.planning.addressing import Addressing
 from tconv.planning.depthwise import DIRECT
 from tconv.planning.device import ARCHITECTURES, DEPENDENT, DEVICES, INTERPRETER, Device
 from tconv.planning.families import FAMILIES
@@ -387,3 +388,21 @@ def test_a_bias_gradient_in_splits_is_summed_so_too():
     launch = prepare_bias(DEEP, shaped(DEEP.shape("y"), True, torch.bfloat16), DEVICES["H200"])
     assert launch.splits > 1
     assert launch.total.constants["launch_pdl"]
+
+
+@pytest.mark.parametrize(
+    ("outer", "spatial", "extents", "step"),
+    [
+        (48, (0, 24, 8), (2, 1, 2, 3), 8),
+        (0, (0, 24, 8), (1, 1, 2, 3), 8),
+        (24, (0, 0, 8), (2, 1, 1, 3), 8),
+        (56, (0, 24, 8), (2, 1, 2, 3), None),
+        (48, (0, 32, 8), (2, 1, 2, 3), None),
+        (0, (0, 0, 0), (2, 1, 2, 3), 0),
+        (0, (0, 0, 0), (1, 1, 1, 1), 0),
+        (16, (0, 0, 0), (4, 1, 1, 1), 16),
+    ],
+)
+def test_the_one_stride_of_all_pixels(outer, spatial, extents, step):
+    a = Addressing(0, 2, 96, outer, 1, spatial, True, 95)
+    assert a.pixel_stride(extents) == step

@@ -54,10 +54,11 @@ def wgrad(
     S0, S1, S2, D0, D1, D2, P0, P1, P2,
     Bn, B0, B1, B2, chunk,  # digits of BLOCK_P; chunk: pixels per split
     sxn, sxg, sxc, sx0, sx1, sx2,
-    syn, syg, syc, sy0, sy1, sy2,
+    syn, syg, syc, sy0, sy1, sy2, syp,  # syp: stride of dy's pixels, if Y_FLAT
     sws, swg, swk, swc, sw0, sw1, sw2,  # strides of what is written; sws: of splits
     RANK: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr, X_PIXELS: tl.constexpr, Y_PIXELS: tl.constexpr,
+    Y_FLAT: tl.constexpr,  # all of dy's pixels, over the images too, have one stride: its offsets then have no carries
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -102,6 +103,9 @@ def wgrad(
         split, chunk, N, Y, S, B, first, multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, RANK, OFFSET, BLOCK_P
     )
     p = tl.arange(0, BLOCK_P)
+    if Y_FLAT:
+        sp = multiple(syp, Y_VEC).to(OFFSET)
+        yo = (split.to(OFFSET) * chunk + p) * sp
 
     k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -128,7 +132,11 @@ def wgrad(
         gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)  # [BLOCK_P, BLOCK_K]
         xv = tl.load(xq, mask=lead(ok, X_FLIP) & trail(mask_c, X_FLIP), other=0.0)  # [BLOCK_P, BLOCK_C]
         acc = product(turned(gv, Y_FLIP, True), turned(xv, X_FLIP, False), acc, PRECISION, INTERPRET)
-        xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
+        if Y_FLAT:
+            xo, _same, h = advance(xo, xo, h, x_step, x_step, end, carry_x, carry_x, Y, S, B, RANK)
+            yo += BLOCK_P * sp
+        else:
+            xo, yo, h = advance(xo, yo, h, x_step, y_step, end, carry_x, carry_y, Y, S, B, RANK)
 
     W_FLIP: tl.constexpr = True if W_UNIT else APART
     write_tap(dw_ptr + dw_offset, acc, k, c, KW, CW, swk, swc, W_FLIP, W_UNIT, W_VEC, INTERPRET)

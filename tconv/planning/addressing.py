@@ -71,6 +71,21 @@ class Addressing:
         taps = (abs(t * d) + abs(p) + s for t, d, p, s in zip(problem.T, problem.D, problem.P, problem.S, strict=True))
         return sum(t * s for t, s in zip(taps, self.spatial, strict=True))
 
+    def pixel_stride(self, extents: tuple[int, int, int, int]) -> int | None:
+        """Returns the one stride with which all pixels lie, those of the next image behind the last; None if there is none.
+
+        Args:
+            extents: of the images and the spatial dimensions.
+        """
+        first, step = 0, None
+        for extent, stride in zip(extents[::-1], (self.outer, *self.spatial)[::-1], strict=True):
+            if extent > 1:
+                first, step = (stride, stride) if step is None else (first, step)
+                if stride != step:
+                    return None
+                step *= extent
+        return first
+
     def boxed(self, shape: tuple[int, ...], last: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Returns (shape, strides) for a tensor descriptor, channels last; None if the tensor is not eligible for TMA.
 

@@ -49,4 +49,7 @@ class Wgrad(Advancing, General):
         return weight_tiles(p, tile)
 
     def arguments(self, c: WgradPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
-        return {}, {"X_VEC": c.x_vec, "Y_VEC": c.y_vec, "X_PIXELS": c.pixels_x, "Y_PIXELS": c.pixels_y}
+        step = c.y.pixel_stride((c.p.N, *c.p.Y)) if c.y.unit else None
+        return {"syp": step or 0}, {
+            "X_VEC": c.x_vec, "Y_VEC": c.y_vec, "X_PIXELS": c.pixels_x, "Y_PIXELS": c.pixels_y, "Y_FLAT": step is not None,
+        }  # fmt: skip

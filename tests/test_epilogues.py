@@ -72,7 +72,8 @@ def check(case, how, dtype, device, channels_last=False, plan=None, **more):
     for name, a, e in zip(("y", "dx", "dw", "db", "dr"), (got, *grads), (right, *rights), strict=False):
         assert a.shape == e.shape
         error = (a.double() - e).abs().max() / e.abs().max().clamp(min=1e-6)
-        assert error <= TOLERANCE[dtype] * (1 if name in ("y", "dr") else 2), (name, float(error))
+        tolerance = 1e-2 if oracle.tf32(dtype) else TOLERANCE[dtype]
+        assert error <= tolerance * (1 if name in ("y", "dr") else 2), (name, float(error))
     assert all(c.ours for c in calls), calls
     return calls
 
@@ -92,13 +93,15 @@ def test_every_activation(activation, position, device, poisoned):
         check(PLAIN, {"activation": activation}, dtype, device, channels_last=True)
 
 
+# With TF32 a relu may see a number near zero with the other sign, so a smooth function takes its place.
+BEFORE = SOME["batch norm, residual, relu"] | {"activation": "silu"}
 LARGE = Case("whole tiles", (2, 64, 8, 8), 64, (3, 3), padding=1)
 STRIDED = Case("strided dgrad", (2, 64, 4, 4), 64, (4, 4), stride=2, padding=1, transposed=True)
 FORCED = {
     "gather": (LARGE, {"kernel": "gather"}),
     "gather in two splits": (LARGE, {"kernel": "gather", "tile": Tile(64, 64, 32), "splits": 2}),
     "gather with two blocks": (
-        Case("three quarters", (2, 16, 5, 5), 96, (3, 3)), {"kernel": "gather", "tile": Tile(64, 64, 16, extra=32)},
+        Case("three quarters", (2, 16, 5, 5), 96, (3, 3)), {"kernel": "gather", "tile": Tile(256, 64, 64, 8, 3, extra=32)},
     ),
     "gather of a strided dgrad": (STRIDED, {"kernel": "gather"}),
     "packed": (Case("stem", (2, 3, 9, 8), 16, (5, 5), stride=2, padding=2), {"kernel": "packed"}),
@@ -115,11 +118,12 @@ FORCED = {
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("how", [SOME["batch norm, residual, relu"], SOME["a residual after gelu"]], ids=["before", "after"])
+@pytest.mark.parametrize("how", [BEFORE, SOME["a residual after gelu"]], ids=["before", "after"])
 @pytest.mark.parametrize("forced", FORCED.values(), ids=FORCED)
 def test_every_kernel(forced, how, channels_last, device, poisoned):
     case, plan = forced
-    calls = check(case, how, torch.float32, device, channels_last, plan)
+    dtype = torch.bfloat16 if case.reason == "three quarters" else torch.float32  # whose tile is for 16 bits
+    calls = check(case, how, dtype, device, channels_last, plan)
     assert calls[0].plan.kernel == plan["kernel"]
     assert calls[0].plan.splits == plan.get("splits", 1)
     assert "residual" in calls[0].plan.reason

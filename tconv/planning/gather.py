@@ -83,6 +83,11 @@ class Gather(Stepping, General):
             return (*(tile for tile in found if tile.n <= 128), *sharing)
         return (*found, NARROW_APART) if access.flip else found
 
+    def why_unsupported(self, tile: Tile, itemsize: int, device: Device) -> str | None:
+        if tile.extra and itemsize != 2 and not device.interpreted:
+            return f"tile {tile}: a second block is for elements of 16 bits"
+        return super().why_unsupported(tile, itemsize, device)
+
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         written, reduced = self.channels(p, pass_)
         n, k = pow2(written, 16, 1024), pow2(reduced, 16, 256)

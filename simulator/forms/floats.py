@@ -37,6 +37,12 @@ def fused(c: Code, kind: str) -> None:
     c.write(0, c.call(f, c.read(1, kind), c.read(2, kind), c.read(3, kind)), kind)
 
 
+@form("fma.rn.ftz.{f32}")
+def fused_flushed(c: Code, kind: str) -> None:
+    a, b, addend = (c.call(flushed, c.read(i, kind)) for i in (1, 2, 3))
+    c.write(0, c.call(flushed, c.call(fma_32, a, b, addend)), kind)
+
+
 def fma_32(a: Array, b: Array, c: Array) -> Array:
     """In fp64 the product is exact, and only the sum is rounded. Rounded again, it is wrong only if it lies, by then, just
     between two fp32 numbers: there, and below fp32's normal range, it is first rounded to odd, which keeps what was lost.
@@ -168,6 +174,12 @@ def sign(c: Code, op: str, kind: str) -> None:
     c.write(0, f"-{c.read(1, kind)}" if op == "neg" else c.call(np.abs, c.read(1, kind)), kind)
 
 
+@form("{neg,abs}.ftz.f32")
+def sign_flushed(c: Code, op: str) -> None:
+    a = c.call(flushed, c.read(1, "f32"))
+    c.write(0, f"-{a}" if op == "neg" else c.call(np.abs, a), "f32")
+
+
 @form("{neg,abs}.bf16")
 def sign_bf16(c: Code, op: str) -> None:
     bit = {"neg": f"^ {c.constant(0x8000, np.uint16)}", "abs": f"& {c.constant(0x7FFF, np.uint16)}"}[op]
@@ -230,10 +242,10 @@ def flushed(a: Array) -> Array:
     return np.where(np.abs(a) < LEAST, np.copysign(np.float32(0), a), a)
 
 
-@form("setp.{eq,ne,lt,le,gt,ge}{,u}.{f16,f32,f64}")
+@form("setp.{eq,ne,lt,le,gt,ge}{,u}.{f16,bf16,f32,f64}")
 def compare(c: Code, how: str, unordered: str, kind: str) -> None:
     """True of NaN only if `u` is appended; != needs care, since numpy's is true of NaN."""
-    a, b = c.read(1, kind), c.read(2, kind)
+    a, b = (_halves(c, i, kind) if kind == "bf16" else c.read(i, kind) for i in (1, 2))
     found = f"({a} {SIGNS[how]} {b})"
     if unordered and how != "ne":
         found += f" | {c.call(unordered_pair, a, b)}"

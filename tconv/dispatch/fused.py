@@ -29,7 +29,7 @@ from tconv.dispatch.fast_path import alike
 from tconv.dispatch.steps import Steps, followed, with_epilogue
 from tconv.launching import launch, profiling
 from tconv.launching.arguments import Prepared
-from tconv.launching.record import Fallback
+from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.problem import Geometry
 
 MaybeTensor = torch.Tensor | None
@@ -196,7 +196,7 @@ class _Fused(torch.autograd.Function):
         x, w, v, scale, b, residual, shift = ctx.saved_tensors  # read even if unused: this raises if they were edited in place
         if dy is None and dkept is None:
             return (None,) * 7
-        how, e = ctx.how, ctx.how.fused.epilogue
+        how, epilogue = ctx.how, ctx.how.fused.epilogue
         needs = wanted(ctx, ctx.needs_input_grad[:4])
         if how.again:
             v = _again(how, x, w, b, residual, scale, shift)
@@ -206,12 +206,14 @@ class _Fused(torch.autograd.Function):
         if (
             dy is not None
             and dkept is None
-            and (e.activation or e.scale)
+            and (epilogue.activation or epilogue.scale)
             and not torch.is_grad_enabled()
             and not why_ineligible(dy, x, w)
         ):
-            with contextlib.suppress(Fallback):  # PyTorch's functions take its place
+            try:
                 du, dr, db = _by_kernel(how, dy, v, scale, needs)
+            except Fallback as e:
+                record_call(Call(f"gradient of {epilogue}", how.g.problem, None, str(e)))
         if du is None:
             dr, du = _by_formulas(how, dy, dkept, v, scale)
         more = gradients(

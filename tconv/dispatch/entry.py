@@ -33,6 +33,7 @@ from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.batch_invariance import is_batch_invariant
 from tconv.planning.problem import Geometry
 
+opaque(is_batch_invariant)  # which planning, where it is, cannot mark: it knows no torch
 INTERPRETED = interpreted()  # a plain flag, for torch.compile to read
 # The functions of tconv.functional by rank, forward and transposed, which put themselves here: torch.fx's graphs call them.
 PUBLIC: tuple[dict[int, Callable[..., torch.Tensor]], dict[int, Callable[..., torch.Tensor]]] = ({}, {})

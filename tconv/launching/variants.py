@@ -200,7 +200,8 @@ def _sum_splits(dtype: torch.dtype, dims: int, vec: int, dependent: bool) -> Var
     pointers = {"ws_ptr": f"*{NAMES[accumulator(dtype)]}", "out_ptr": f"*{NAMES[dtype]}"}
     given = sum_constants(dims, vec, dependent) | {"INTERPRET": False}
     constants = {k: v for k, v in given.items() if k not in OPTIONS}
-    signature = pointers | dict.fromkeys(integers(sum_splits), "i32") | dict.fromkeys(constants, "constexpr")
+    types = pointers | dict.fromkeys(integers(sum_splits), "i32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in sum_splits.arg_names}
     options = {k: v for k, v in given.items() if k in OPTIONS} | {"num_stages": 3}
     tile = f"{constants['BLOCK']} w{options['num_warps']} s{options['num_stages']}"
     name = f"sum sum_splits {dims}d {NAMES[dtype]} {tile} vec={vec}"

@@ -66,7 +66,8 @@ def _pad(layer: Any, padding: Any) -> None:
         ValueError: it has another number of dimensions.
     """
     others = len(layer.kernel_size) - 1
-    spatial = (padding,) * others if isinstance(padding, int) else tuple(padding)
-    if len(spatial) != others:
+    spatial = tuple(padding) if isinstance(padding, (tuple, list)) else (padding,) * others
+    numbers = [n for p in spatial for n in (p if isinstance(p, (tuple, list)) else (p,))]
+    if len(spatial) != others or not all(type(n) is int for n in numbers):
         raise ValueError(f"padding must be a number, or one or a pair for each of {others} dimensions, got {padding!r}")
     layer.padding = ((layer.dilation[0] * (layer.kernel_size[0] - 1), 0), *spatial)

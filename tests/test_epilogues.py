@@ -258,6 +258,12 @@ def test_nan_and_infinity(activation, device):
     torch.testing.assert_close(got, expected.float(), equal_nan=True)
 
 
+def test_gelu_is_accurate(device):
+    x = torch.linspace(-8, 8, 20001, device=device).view(1, 1, -1)
+    error = TF.conv1d(x, torch.ones(1, 1, 1, device=device), activation="gelu").double() - F.gelu(x.double())
+    assert (error.abs() <= 3.2e-7 * x.double().abs()).all()
+
+
 def test_a_residual_is_not_changed_and_may_have_any_strides(device):
     x, w, b = oracle.tensors(PLAIN, torch.float32, device)
     for residual in (

@@ -144,6 +144,7 @@ def test_a_causal_layer_that_repeats_the_first_frame(device):
     torch.testing.assert_close(layer(x), F.conv3d(padded, layer.weight, layer.bias))
 
 
-def test_causal_layers_refuse_a_padding_of_time():
+@pytest.mark.parametrize("bad", [(2, 1, 1), 1.5, "same", (1, "same"), ((1, 0.5), 1), None], ids=str)
+def test_causal_layers_refuse_a_padding(bad):
     with pytest.raises(ValueError, match="for each of 2 dimensions"):
-        tconv.CausalConv3d(4, 6, 3, padding=(2, 1, 1))
+        tconv.CausalConv3d(4, 6, 3, padding=bad)

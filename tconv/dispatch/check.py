@@ -46,13 +46,13 @@ def parameter(value: Any) -> int | tuple[int, ...]:
 
 
 def paddings(value: Any) -> Any:
-    """Returns a padding as `parameter` does, or with a pair (before, after) in place of a number; strings as they are.
+    """Returns a padding as `parameter` does, where a pair (before, after) may stand for a number.
 
     Raises:
         Fallback: it is anything else.
     """
-    if isinstance(value, str) or not by_side(value):
-        return value if type(value) is str else parameter(value)
+    if not by_side(value):
+        return parameter(value)
     sides = tuple([parameter(v) for v in value])
     if any(isinstance(v, tuple) and len(v) != 2 for v in sides):
         raise Fallback(f"padding={value!r}")

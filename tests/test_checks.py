@@ -111,7 +111,7 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("sum_splits into rows", "taps in place of channels", OVERLAPPING, "tl.store", ("rest // extents[d]", "rest % extents[d]")),
     ("sum_splits into rows", "elements past the last are written", OUTSIDE, "tl.store",
      ("tl.minimum(i, numel - 1)", "i"), ("INTERPRET), mask=mask)", "INTERPRET))")),
-    ("sum_pixels", "pixels past the last are read", OUTSIDE, "tl.load", ("lead(live, FLIP) &", "lead(p >= 0, FLIP) &")),
+    ("sum_pixels", "pixels past the last are read", OUTSIDE, "tl.load", ("return offset, p < left", "return offset, p >= 0")),
     ("copy", "pixels overlap", OVERLAPPING, "tl.store", ("p * K,", "p * (K - 4),")),
     ("copy", "pixels past the last are read", OUTSIDE, "tl.load", ("lead(p < pixels, X_FLIP) &", "lead(p >= 0, X_FLIP) &")),
     ("patch", "columns past the last are written", OVERLAPPING, "tl.store", ("(o < multiple(CO, Y_VEC))", "(o >= 0)")),

@@ -367,6 +367,47 @@ def overhanging(extent, shift, read, covered):
 
 
 @triton.jit
+def part_of_sum(
+    N, C, Y, chunk, syc, RANK: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr, P_VEC: tl.constexpr,
+    OFFSET: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Returns the part of a sum over the pixels of y [N, C, *Y] that this program computes.
+
+    Args:
+        chunk: pixels per split.
+        Y_VEC, P_VEC: vector widths along the contiguous axis, and along the pixels; P_VEC is 1 if channels are contiguous.
+    Returns:
+        split: the split. Tiles of channels vary fastest.
+        c, mask_c, channel: the channels, which of them exist, and their offsets [BLOCK_C].
+        low, left: the split's first pixel and its number of pixels.
+    """
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    split = tl.program_id(0) // tiles_c
+    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < multiple(C, Y_VEC // P_VEC)
+    pixels = N.to(OFFSET)
+    for d in tl.static_range(3 - RANK, 3):
+        pixels *= Y[d]
+    low = split.to(OFFSET) * multiple(chunk, P_VEC)
+    left = multiple(tl.minimum(chunk, pixels - low).to(tl.int32), P_VEC)
+    channel = c if Y_UNIT else c * multiple(syc, Y_VEC).to(OFFSET)
+    return split, c, mask_c, low, left, channel
+
+
+@triton.jit
+def pixels_of_sum(
+    start, low, left, Y, syn, sy, RANK: tl.constexpr, Y_VEC: tl.constexpr, OFFSET: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Returns (offset, live) of BLOCK_P pixels from number `start` of a split on (`part_of_sum`): which of them are in it."""
+    p = start + tl.arange(0, BLOCK_P)
+    image, j = decode(low + p, Y, RANK)
+    offset = image.to(OFFSET) * multiple(syn, Y_VEC)
+    for d in tl.static_range(3 - RANK, 3):
+        offset += j[d].to(OFFSET) * sy[d]
+    return offset, p < left
+
+
+@triton.jit
 def write_tap(
     out_ptr, acc, k, c, K, C, swk, swc, FLIP: tl.constexpr, W_UNIT: tl.constexpr, W_VEC: tl.constexpr, INTERPRET: tl.constexpr
 ):

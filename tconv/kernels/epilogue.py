@@ -10,7 +10,7 @@ functions does. NaN and infinity give what they give there.
 import triton
 import triton.language as tl
 
-from tconv.kernels.common import APART, decode, kernel, lead, multiple, rounded, trail, turned
+from tconv.kernels.common import APART, kernel, lead, multiple, part_of_sum, pixels_of_sum, rounded, trail, turned
 
 
 @triton.jit
@@ -173,16 +173,7 @@ def activation_gradient(
     FLIP: tl.constexpr = False if Y_UNIT else P_VEC > 1 or APART
     Y = (Y0, Y1, multiple(Y2, P_VEC))
     sy = (multiple(sy0, Y_VEC), multiple(sy1, Y_VEC), 1 if P_VEC > 1 else multiple(sy2, Y_VEC // P_VEC))
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    split = tl.program_id(0) // tiles_c
-    c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = c < multiple(C, Y_VEC // P_VEC)
-    pixels = N.to(OFFSET)
-    for d in tl.static_range(3 - RANK, 3):
-        pixels *= Y[d]
-    low = split.to(OFFSET) * multiple(chunk, P_VEC)
-    left = multiple(tl.minimum(chunk, pixels - low).to(tl.int32), P_VEC)
-    channel = c if Y_UNIT else c * multiple(syc, Y_VEC).to(OFFSET)
+    split, c, mask_c, low, left, channel = part_of_sum(N, C, Y, chunk, syc, RANK, Y_UNIT, Y_VEC, P_VEC, OFFSET, BLOCK_C)
     if SCALE:
         factor = trail(tl.load(factor_ptr + c, mask=mask_c, other=0.0).to(ACC), FLIP)
     if FLIP:
@@ -190,12 +181,7 @@ def activation_gradient(
     else:
         acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     for start in tl.range(0, left, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        live = p < left
-        image, j = decode(low + p, Y, RANK)
-        offset = image.to(OFFSET) * multiple(syn, Y_VEC)
-        for d in tl.static_range(3 - RANK, 3):
-            offset += j[d].to(OFFSET) * sy[d]
+        offset, live = pixels_of_sum(start, low, left, Y, syn, sy, RANK, Y_VEC, OFFSET, BLOCK_P)
         mask = lead(live, FLIP) & trail(mask_c, FLIP)
         tile = lead(offset, FLIP) + trail(channel, FLIP)  # [BLOCK_P, BLOCK_C], transposed if FLIP
         g = tl.load(dy_ptr + tile, mask=mask, other=0.0).to(ACC)

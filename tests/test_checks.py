@@ -15,7 +15,7 @@ import triton
 
 import tconv
 from tconv import functional as TF
-from tconv.kernels import copy, depthwise, gather, packed, patch, persistent, reduce, rows, strip, tma, wgrad
+from tconv.kernels import common, copy, depthwise, gather, packed, patch, persistent, reduce, rows, strip, tma, wgrad
 from tconv.launching import launch
 from tconv.planning.tiles import Tile
 from tests import oracle
@@ -188,6 +188,7 @@ HELPERS = {  # functions that a kernel calls, which the text of a mistake may be
     gather.gather: (gather.multiply, gather.write),
     copy.copy_both: (copy.copy_tile,),
     persistent.persistent_wgrad: (persistent.multiply_pixels,),
+    reduce.sum_pixels: (common.pixels_of_sum,),
 }
 
 

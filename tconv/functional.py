@@ -26,7 +26,10 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 
 
 def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
-    """Returns the public function of a rank. It has torch's signature, and lets torch raise for arguments that do not fit."""
+    """Returns the public function of a rank. It has torch's signature, followed by an epilogue's keyword arguments.
+
+    Torch raises for arguments of its own that do not fit.
+    """
     torchs = (TRANSPOSED if transposed else FORWARD)[rank]
 
     def forward(

@@ -135,6 +135,11 @@ MUTATIONS = [
     Mutation("what is computed again outside", "dispatch/scope.py", "ended is not None and ended.unmarked", "False", "checkpoints_inside", "test_enable_model.py"),
     Mutation("a graph made before that is marked", "dispatch/scope.py", " or node._sequence_nr() < ended.first", "", "made_before", "test_enable_model.py"),
     Mutation("a block's copy that stays enabled", "override.py", "    if not block:\n        _open(inside", "    if True:\n        _open(inside", "copies", "test_enable_model.py"),
+    Mutation("NaN of fp8 taken for a number", "kernels/common.py", "== 0x7F, float(\"nan\"), v.to(tl.float32))", "== 0x7E, float(\"nan\"), v.to(tl.float32))", "nan", "test_fp8.py"),
+    Mutation("fp8 without its end", "kernels/quantize.py", "tl.where(v > LARGEST, LARGEST, ", "tl.where(v > 2 * LARGEST, LARGEST, ", "ends_at_448", "test_fp8.py"),
+    Mutation("fp8 rounded half up", "kernels/quantize.py", "0x7FFFF + ((bits >> 20) & 1)", "0x80000", "ends_at_448", "test_fp8.py"),
+    Mutation("the scales of inputs forgotten", "fp8.py", "device=device) * of_weight", "device=device) * 0 + of_weight", "test_layers", "test_fp8.py"),
+    Mutation("an fp8 result in fp16 for bf16", "launching/launch.py", "getattr(torch, g.epilogue.result) if", "torch.float16 if", "every_case and plain", "test_fp8.py"),
 ]  # fmt: skip
 
 

@@ -59,3 +59,16 @@ def single(value: int | float, dtype: Any) -> Array:
         bits = int(value) & ((1 << 8 * kind.itemsize) - 1)
         return np.array([[bits]], f"u{kind.itemsize}").view(kind)
     return np.array([[value]], kind)
+
+
+def _e4m3() -> Array:
+    """Returns the numbers that a byte stands for: sign, four bits of exponent, three of fraction, no infinity, one NaN."""
+    bits = np.arange(256)
+    exponent, fraction = bits >> 3 & 15, bits & 7
+    size = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10.0))
+    size[[0x7F, 0xFF]] = np.nan
+    found: Array = np.where(bits > 127, -size, size).astype(np.float32)
+    return found
+
+
+E4M3 = _e4m3()

@@ -76,4 +76,4 @@ def wgmma_bytes(i: Instruction) -> float:
 def _wgmma(opcode: str) -> tuple[int, int, int] | None:
     """Returns (n, k, bytes of an element of the operands) of a wgmma, None for other opcodes."""
     found = re.match(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(\w+)", opcode)
-    return (int(found[1]), int(found[2]), 4 if found[3] == "tf32" else 2) if found else None
+    return (int(found[1]), int(found[2]), {"e4m3": 1, "tf32": 4}.get(found[3], 2)) if found else None

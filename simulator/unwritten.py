@@ -1,7 +1,8 @@
 """Registers that nothing wrote: found in the PTX itself, where a way leads to an instruction that does not write what it reads.
 
 A guarded instruction counts as a write: compilers guard a load, and set its register before or look at it under the same
-guard.
+guard. LLVM packs three bytes into a register with a fourth that nothing ever writes, and then puts another in its place: such a
+register may be a source of prmt. Its bits are the simulator's poison, so that a byte that is used after all shows as NaN.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ def fault(kernel: Kernel) -> Fault | None:
             if there is None or not there <= end:
                 before[following] = end if there is None else there & end
                 waiting.append(following)
+    ever = {name for block in kernel.blocks for i in block.code for name in _written(i)}
     for block, known in zip(kernel.blocks, before, strict=True):
         if known is None:  # no way leads there
             continue
         written = set(known)
         for i in block.code:
-            if lacking := _read(i) - written:
+            lacking = _read(i) - written
+            if i.opcode.startswith("prmt."):
+                lacking &= ever
+            if lacking:
                 return Fault(f"reads register {min(lacking)}, which nothing wrote on a way to here", kernel.place(i.line))
             written |= _written(i)
     return None

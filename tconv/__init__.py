@@ -16,12 +16,13 @@
     batch_invariant                   an image's results have the same bits in every batch, inside a block
     use_batch_invariance              the same for the whole process; is_batch_invariant tells whether it holds
     force, Tile                       plans chosen by hand, for tests and measurements
+    tconv.fp8                         convolutions and layers in fp8, for inference
     tconv.distributed                 convolutions of DTensors; must be imported by name
 
 See the README and docs/ for more.
 """
 
-from tconv import functional
+from tconv import fp8, functional
 from tconv.causal import CausalConv1d, CausalConv3d
 from tconv.decompositions import decompositions
 from tconv.explain import Explanation, explain
@@ -94,6 +95,7 @@ __all__ = [
     "enabled",
     "explain",
     "force",
+    "fp8",
     "freeze",
     "functional",
     "is_batch_invariant",

@@ -32,6 +32,7 @@ ROWS = [
     ("test_rows", r"test_the_default_layout.*bfloat|overlap|not_finite|refused", "read along rows, tiles, infinities"),
     ("test_persistent", r"every_weight_gradient\[(1-D|2-D|3-D|groups|one-image)|spoils.*\[(padded|two-taps)", "their wgrad"),
     ("test_epilogues", r"test_every_kernel\[.*-before-(contiguous|channels_last)", "each kernel's epilogue"),
+    ("test_fp8", r"test_every_case\[(plain|uneven|channels-that|1-D-c)|kernel.*before-.*bfloat|carried|nan|448", "fp8"),
     ("test_strips", r"test_every_dtype.*(16-bytes|two-whole)|test_infinity|test_what_they", "strips in every dtype and layout"),
     ("test_split_precision", r"test_sums_of_any_length\[(1|33|576)\]|test_few_channels", "fp32 by six products"),
     ("test_split_precision", r"test_infinity|test_cancellation", "their edges"),

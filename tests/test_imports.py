@@ -29,7 +29,7 @@ FACE = [
     ("precompile", "distributed", "restored", "freeze"),
     ("explain", "swap"),
     ("subclasses",),
-    ("fused", "causal"),
+    ("fused", "causal", "fp8"),
     ("modules", "override", "decompositions"),
     ("functional",),
 ]

@@ -19,6 +19,7 @@ PRINTED = {  # what the examples of a document print, among else
     "docs/distributed.md": ("(Shard(dim=2),)", "fprop: gather"),
     "docs/epilogues.md": ("with residual, silu", "gradient of residual, silu", "wgrad"),
     "docs/explain.md": ("fprop: gather", "dgrad: gather", "wgrad: wgrad", "bias: bias"),
+    "docs/fp8.md": ("body.0: fp8, input scale", "with scale, shift, in bfloat16"),
     "docs/kernels.md": ("fprop: gather",),
     "docs/support.md": ("Conv2d(3, 8",),
     "docs/tuning.md": ("pass", "fprop", "total on ", "measured: tconv ", "PREDICTED", "wgrad"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.arrays import STORED, TYPES, Array, integer
+from simulator.arrays import E4M3, STORED, TYPES, Array, integer
 from simulator.translator import Code, form
 
 ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
@@ -95,6 +95,27 @@ def bf16_pair(high: Array, low: Array) -> Array:
 def f16_pair(high: Array, low: Array) -> Array:
     first, second = (v.view(np.float32).astype(np.float16).view(np.uint16) for v in (high, low))
     return first.astype(np.uint32) << np.uint32(16) | second
+
+
+@form("cvt.rn.satfinite.e4m3x2.f32")
+def pack_e4m3(c: Code) -> None:
+    """The first source is the upper half."""
+    c.write(0, c.call(e4m3_pair, c.read(1, "u32"), c.read(2, "u32")), "b16")
+
+
+def e4m3_pair(high: Array, low: Array) -> Array:
+    return e4m3(high).astype(np.uint16) << np.uint16(8) | e4m3(low).astype(np.uint16)
+
+
+def e4m3(bits: Array) -> Array:
+    """Returns the bits of fp32 numbers in e4m3, rounded to nearest even; numbers beyond its range become its largest one."""
+    v = bits.view(np.float32)
+    size = np.minimum(np.abs(v), np.float32(448))
+    _, exponent = np.frexp(size)
+    step = np.ldexp(np.float32(1), np.maximum(exponent - 4, -9))  # between neighbours: 4 digits, or those of the smallest
+    nearest = np.rint(size / step) * step
+    code = np.searchsorted(E4M3[:127], nearest).astype(np.uint8)
+    return np.where(np.isnan(v), np.uint8(0x7F), code) | (bits >> np.uint32(24) & np.uint32(0x80)).astype(np.uint8)
 
 
 @form("cvt.{rna,rn}.tf32.f32")

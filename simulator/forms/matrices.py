@@ -35,6 +35,7 @@ def _registers(c: Code, operand: int, count: int) -> tuple[Operand, ...]:
 
 
 @form(
+    f"wgmma.mma_async.sync.aligned.m64n{{{COLUMNS}}}k{{32}}.f32.{{e4m3.e4m3}}",
     f"wgmma.mma_async.sync.aligned.m64n{{{COLUMNS}}}k{{16}}.f32.{{bf16.bf16,f16.f16}}",
     f"wgmma.mma_async.sync.aligned.m64n{{{COLUMNS}}}k{{8}}.f32.{{tf32.tf32}}",
 )
@@ -42,16 +43,17 @@ def group_product(c: Code, n: str, k: str, kinds: str) -> None:
     """Operands: d, a (registers, or a descriptor), b's descriptor, scale-d, the signs of a and b, and for 16 bits whether
     those of a and b that lie in shared memory are transposed."""
     kind = kinds.split(".")[0]
+    size = {"e4m3": 1, "tf32": 4}.get(kind, 2)
     in_registers = isinstance(c.operands[1], Vector)
     flags = [c.integer(i) for i in range(4, len(c.operands))]
-    if len(flags) != 2 + (0 if kind == "tf32" else 1 if in_registers else 2) or {*flags[:2]} - {1, -1}:
+    if len(flags) != 2 + (0 if size != 2 else 1 if in_registers else 2) or {*flags[:2]} - {1, -1}:
         raise c.unsupported(f"flags {flags}")
     transposed = [bool(flag) for flag in flags[2:]]
     transposed = [False] * (2 - len(transposed)) + transposed
     d = "".join(c.register(r) + ", " for r in _registers(c, 0, int(n) // 2))
     a = f"({''.join(c.read(r, 'b32') + ', ' for r in _registers(c, 1, 4))})" if in_registers else c.read(1, "b64")
     scale = c.read(3, "pred") if isinstance(c.operands[3], Register) else str(bool(c.integer(3)))
-    c.translation.accesses(4 if kind == "tf32" else 2)
+    c.translation.accesses(size)
     call = c.call(
         multiply, "m", str(c.line), n, k, repr(kind), f"({d})", a, c.read(2, "b64"), scale, str(flags[0] * flags[1]),
         str(tuple(transposed)),

@@ -19,6 +19,7 @@ order:
     autograd      forward and backward over launches
     steps         the steps of an epilogue, one after the other
     fast_path     a call that repeats an earlier one
+    fp8           fprop of fp8 operands, and the rounding to fp8, as registered operators
     fused         forward and backward of a convolution with an epilogue over launches
     entry         a call of one of the six functions
     epilogues     the same with an epilogue

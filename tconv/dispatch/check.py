@@ -87,16 +87,21 @@ def per_dimension(value: Any, rank: int, name: str) -> tuple[Any, ...]:
     return values
 
 
-def accepted(asked: CallArguments, x: Any, w: Any, b: Any, autocast: bool = False) -> Window:
+def accepted(
+    asked: CallArguments, x: Any, w: Any, b: Any, autocast: bool = False, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> Window:
     """Checks what torch checks, and returns the call's window: stride, padding, dilation and groups, one per dimension.
 
+    Args:
+        autocast: whether autocast will give the tensors one dtype.
+        dtypes: those that x may have.
     Raises:
         Fallback: torch would refuse the call.
     """
     transposed, rank, stride, padding, output_padding, groups, dilation = asked
     if type(groups) is not int:
         raise Fallback("groups that are no int")
-    if x.dtype not in DTYPES:
+    if x.dtype not in dtypes:
         raise Fallback(f"dtype {x.dtype}")
     for t in (w, b):
         if t is not None and (t.device != x.device or t.dtype != x.dtype):

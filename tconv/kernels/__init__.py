@@ -16,4 +16,5 @@ planning/ works out. In reading order:
     persistent  fprop and dgrad of unit stride, the same with programs that stay and a warp that only fetches, in Gluon
     reduce      sums the parts of a split-K reduction, and computes the bias gradient
     copy        copies an operand to channels last
+    quantize    rounds a tensor to fp8
 """

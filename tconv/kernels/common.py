@@ -453,11 +453,31 @@ def product(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """Returns acc + a @ b. The interpreter's tl.dot multiplies the raw bits of bf16, so it gets operands widened to fp32."""
-    if INTERPRET and a.dtype == tl.bfloat16:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    """Returns acc + a @ b.
+
+    Hopper's tensor cores add products of fp8 with some 14 bits, so each step's sum is added to acc as fp32. That is written
+    here, and not left to tl.dot (max_num_imprecise_acc), whose addition touches registers that wgmma may still work on; ptxas
+    then puts a wait in, but PTX does not promise that.
+
+    The interpreter's tl.dot multiplies the raw bits of bf16, and takes the NaN of fp8 for a number, so it gets operands widened
+    to fp32.
+    """
+    if a.dtype == tl.float8e4nv:
+        if INTERPRET:
+            return tl.dot(from_fp8(a), from_fp8(b), acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        else:
+            return acc + tl.dot(a, b, out_dtype=acc.dtype)
+    else:
+        if INTERPRET and a.dtype == tl.bfloat16:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def from_fp8(v):
+    """Returns e4m3 numbers as fp32, in the interpreter, which converts all but NaN."""
+    return tl.where((v.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), v.to(tl.float32))
 
 
 @triton.jit

@@ -62,7 +62,7 @@ class Prepared:
         integers: the kernel's runtime integers, which follow its pointers.
         constants: the kernel's compile-time constants and launch options.
         call: the record for `last_calls`.
-        shape, strides: shape and strides of the result.
+        shape, strides, dtype: of the result.
         splits: the number of workspace slices that the kernel writes (split-K); 1 if it writes the result itself.
         copies: for each operand that can be copied to channels last, the launch that does so, or None if the operand is used
             as it is; empty if no operand is copied. Of a launch that makes two copies, those of each alone.
@@ -83,6 +83,7 @@ class Prepared:
     call: Call
     shape: torch.Size
     strides: tuple[int, ...]
+    dtype: torch.dtype
     splits: int = 1
     copies: tuple[Prepared | None, ...] = ()
     swapped: bool = False
@@ -143,6 +144,7 @@ def prepared(
     swapped: bool = False,
     slices: list[tuple[int, int]] | None = None,
     epilogue: Epilogue = NONE,
+    operands: torch.dtype | None = None,
 ) -> Prepared:
     """Returns a launch with its integers in the kernel's order.
 
@@ -156,11 +158,12 @@ def prepared(
         swapped: as in `Prepared`.
         slices: the dimensions of a workspace slice, from `Pass.slices`; None if it has the result's memory order.
         epilogue: what is done with a result of fprop or dgrad before it is written.
+        operands: the dtype of the operands; None if it is the result's.
     """
     integers = tuple(named[n] for n in integers_of(kernel))
     dtype, splits, total = result.dtype, call.plan.splits if call.plan else 1, None
     own = sum(name.endswith(("_ptr", "_desc")) and name not in POINTERS for name in kernel.arg_names)
-    pointers = (dtype,) * own
+    pointers = *(operands or dtype,) * (own - 1), dtype
     if splits > 1:
         summed = accumulator(dtype)
         pointers = *pointers[:-1], summed
@@ -171,7 +174,7 @@ def prepared(
     assert POINTERS[0] in kernel.arg_names or splits > 1 or not epilogue, "a kernel without an epilogue"
     if POINTERS[0] in kernel.arg_names:
         constants = constants | (epilogue if splits == 1 else NONE).constants()
-    form = result.shape, result.stride()
+    form = result.shape, result.stride(), dtype
     return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
 
 
@@ -209,7 +212,7 @@ def sum_of(
     named = {"numel": numel, "splits": splits, "channels": channels, "inner": result.stride(1) if channels > 1 else 1}
     named |= {f"E{i}": extent for i, (extent, _) in enumerate(inner)} | {f"s{i}": stride for i, (_, stride) in enumerate(inner)}
     integers = tuple(named[n] for n in integers_of(sum_splits))
-    grid, whole = (math.ceil(numel / constants["BLOCK"]),), (result.shape, result.stride())
+    grid, whole = (math.ceil(numel / constants["BLOCK"]),), (result.shape, result.stride(), dtype)
     pointers = (summed, dtype) + (_dtypes(epilogue, dtype) if epilogue else ())
     return Prepared(sum_splits, grid, integers, constants, call, *whole, pointers=pointers)
 

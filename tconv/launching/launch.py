@@ -20,7 +20,13 @@ from tconv.launching.arguments import INTERPRET, Prepared, tensor_cores
 from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import capturing, fail, require_launchable, run
 from tconv.launching.memory_format import reach, shaped
-from tconv.launching.prepare import prepare_activation, prepare_bias, prepare_gather, prepare_wgrad
+from tconv.launching.prepare import (
+    prepare_activation,
+    prepare_bias,
+    prepare_gather,
+    prepare_quantize,
+    prepare_wgrad,
+)
 from tconv.launching.record import Fallback, Slower, record_call
 from tconv.launching.self_check import undecided, works_on
 from tconv.planning import plan as planning
@@ -51,7 +57,8 @@ def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor,
 def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
     if reach(w) > LIMIT:  # kernels address weights in 32 bits
         raise Fallback("a weight that 32 bits cannot address")
-    y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, x.dtype)
+    dtype = getattr(torch, g.epilogue.result) if g.epilogue.result else x.dtype
+    y = shaped(g.problem.shape("x" if pass_ == "dgrad" else "y"), g.channels_last, dtype)
     _measure_first(pass_, g, (x, w), b, y)
     device = g.device or device_of(x)
     return prepare_gather(pass_, g.problem, x, w, b, y, device, g.policy, g.epilogue, g.batch_invariant)
@@ -168,6 +175,15 @@ def activation_grad(
     return dv, dr, db if summed else None
 
 
+def quantize(x: torch.Tensor, inverse: torch.Tensor, q: torch.Tensor) -> None:
+    """Writes x * inverse, rounded to fp8, to q, which has x's strides, without gaps.
+
+    Raises:
+        Fallback: the kernel cannot be launched.
+    """
+    run(prepare_quantize(x.numel(), x.dtype), (x, inverse, q))
+
+
 def backward(
     transposed: bool, g: Geometry, dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs: Sequence[bool]
 ) -> Backward:
@@ -263,7 +279,7 @@ def execute(
         Fallback: a kernel fails every time.
     """
     try:
-        out = operands[0].new_empty_strided(launch.shape, launch.strides)
+        out = operands[0].new_empty_strided(launch.shape, launch.strides, dtype=launch.dtype)
         if dry:
             _collect(launch, shared, operands, more)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,14 @@ import torch
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.copy import copy_both, copy_channels_last
 from tconv.kernels.epilogue import activation_gradient
+from tconv.kernels.quantize import quantize
 from tconv.launching.arguments import (
+    FUSED,
     KERNELS,
     Prepared,
     accumulator,
     dot_precision,
+    interpreted,
     numerics,
     options,
     prepared,
@@ -310,6 +314,20 @@ def prepare_both(first: Prepared, second: Prepared) -> Prepared:
     return dataclasses.replace(launch, copies=(first, second))
 
 
+@functools.lru_cache(1024)
+def prepare_quantize(numel: int, dtype: torch.dtype) -> Prepared:
+    """Returns the launch that rounds so many numbers of `dtype` to fp8."""
+    block = 2048
+    constants = {
+        "VEC": vector(0, 1, numel), "WIDE": numel + block > LIMIT, "INTERPRET": interpreted(), "BLOCK": block, "num_warps": 4,
+        **FUSED,
+    }  # fmt: skip
+    result = torch.empty(numel, dtype=torch.float8_e4m3fn, device="meta")
+    call = Call("quantize", None, None, "")
+    launch = prepared(quantize, math.ceil(numel / block), {"numel": numel}, constants, call, result)
+    return dataclasses.replace(launch, pointers=(dtype, torch.float32, result.dtype))
+
+
 def prepare_pass(
     c: Pass,
     problem: ConvProblem,
@@ -361,7 +379,8 @@ def prepare_pass(
         plan = dataclasses.replace(plan, reason=f"{plan.reason}; with {c.epilogue}")
     call = Call(c.pass_, problem, plan, plan.reason)
     integers = c.integers(plan.tile, plan.splits) | integers
-    launch = prepared(kernel, programs, integers, constants, call, result, c.swapped, c.slices(), c.epilogue)
+    operands = torch.float8_e4m3fn if c.itemsize == 1 else None
+    launch = prepared(kernel, programs, integers, constants, call, result, c.swapped, c.slices(), c.epilogue, operands)
     return dataclasses.replace(launch, boxes=(*boxes, *[None] * (len(launch.pointers) - len(boxes))) if boxes else ())
 
 

@@ -7,7 +7,7 @@ from tconv.planning.tiles import Access, Tile
 
 BIAS = (Tile(1, 64, 64, 4, 3),)
 # Copies of 8 KiB by itemsize. Unless channels are few, both the load and the store access runs of 128 bytes or more.
-COPY = {size: tuple(Tile(8192 // size // n, n, 1, 4, 1) for n in (64, 32, 16, 8, 4)) for size in (2, 4, 8)}
+COPY = {size: tuple(Tile(8192 // size // n, n, 1, 4, 1) for n in (64, 32, 16, 8, 4)) for size in (1, 2, 4, 8)}
 
 
 class Bias(Family):

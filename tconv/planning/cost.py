@@ -90,13 +90,18 @@ def flops(p: ConvProblem) -> int:
     return 2 * p.N * math.prod(p.Y) * p.K * (p.C // p.G) * p.taps
 
 
-def least_bytes(p: ConvProblem, pass_: str, itemsize: int) -> int:
+def least_bytes(p: ConvProblem, pass_: str, itemsize: int, written: int = 0) -> int:
     """Returns the bytes of x, w and y. A pass reads two of them and writes the third.
 
     dgrad writes all of x. The other passes read at most Y*T elements of it along each dimension.
+
+    Args:
+        itemsize: bytes of an element.
+        written: bytes of an element of the result; 0 if those are as many.
     """
     met = [x if pass_ == "dgrad" else min(x, y * t) for x, y, t in zip(p.X, p.Y, p.T, strict=True)]
-    return itemsize * (p.N * p.C * math.prod(met) + math.prod(p.shape("w")) + math.prod(p.shape("y")))
+    least = itemsize * (p.N * p.C * math.prod(met) + math.prod(p.shape("w")) + math.prod(p.shape("y")))
+    return least + (written - itemsize) * written_elements(p, pass_) if written else least
 
 
 def written_elements(p: ConvProblem, pass_: str) -> int:
@@ -202,10 +207,11 @@ def price(
     resident = max(1, min(waves, work.resident))
     if access.narrow or not dot:
         cycles = max(cycles, LATENCY / resident)
-    elif resident == 1:  # a lone BF16X6 program cuts, then multiplies
-        products = products + steps * cycles / limits.clock if access.precision == BF16X6 else products * ALONE
+    elif resident == 1:  # a lone BF16X6 program cuts, then multiplies; one in fp8 multiplies, then adds
+        in_turn = access.precision == BF16X6 or access.itemsize == 1
+        products = products + steps * cycles / limits.clock if in_turn else products * ALONE
     workspace = slices(p, pass_, splits, itemsize)
-    least = least_bytes(p, pass_, itemsize)
+    least = least_bytes(p, pass_, itemsize, access.written)
     # The phases of a strided dgrad run one after the other, and each reads all of dy. If dy does not fit in L2, it is read from
     # memory each time.
     again = 0
@@ -235,7 +241,7 @@ def _rate(access: Access, device: Device, dot: bool) -> float:
         return limits.matrix_16 / 6
     if not dot or not access.tensor_cores:
         return limits.fma_32
-    return limits.matrix_tf32 if access.itemsize == 4 else limits.matrix_16
+    return {1: limits.matrix_8, 2: limits.matrix_16, 4: limits.matrix_tf32}[access.itemsize]
 
 
 def split_steps(reduced: int, block: int, splits: int) -> int:

@@ -23,6 +23,7 @@ class Limits:
         l2_bandwidth: from the L2 cache to the multiprocessors.
         l2_bytes: size of the L2 cache, or of a larger cache behind it that serves repeated reads.
         clock: cycles of a multiprocessor.
+        matrix_8: operations of dense matrix products in fp8; 0 if there are none.
     """
 
     matrix_16: float
@@ -33,13 +34,14 @@ class Limits:
     l2_bandwidth: float
     l2_bytes: float
     clock: float
+    matrix_8: float = 0.0
 
 
 # H200 as measured (bench/results): 800 TFLOP/s in a bf16 product of random data, 397 in TF32, 58 in fp64, 51 in fp32
-# multiply-adds, 4.3 TB/s in a copy. The L2 bandwidth is the one that fits the times of tiles best; plain reads of 20 MB reach
-# 9.9 TB/s. Of the other devices nothing was measured: 0.8 of their data sheets' matrix rates, 0.9 of the bandwidth, and
-# estimates of their L2, raised by as much as the H200's was.
-H100 = Limits(800e12, 397e12, 58e12, 51e12, 3.0e12, 14e12, 50e6, 1.755e9)
+# multiply-adds, 4.3 TB/s in a copy. fp8 was not measured: its data sheet has twice the rate of bf16. The L2 bandwidth is the
+# one that fits the times of tiles best; plain reads of 20 MB reach 9.9 TB/s. Of the other devices nothing was measured: 0.8 of
+# their data sheets' matrix rates, 0.9 of the bandwidth, and estimates of their L2, raised by as much as the H200's was.
+H100 = Limits(800e12, 397e12, 58e12, 51e12, 3.0e12, 14e12, 50e6, 1.755e9, 1600e12)
 H200 = dataclasses.replace(H100, bandwidth=4.3e12)
 A100 = Limits(250e12, 125e12, 15.6e12, 15.6e12, 1.83e12, 7.9e12, 40e6, 1.41e9)
 MI300X = Limits(1045e12, 522e12, 130e12, 130e12, 4.8e12, 28e12, 256e6, 2.1e9)
@@ -71,6 +73,11 @@ class Device:
     def works(self, mechanism: str) -> bool:
         """Returns True if plans may use a mechanism on this device. The empty mechanism is that of every plain kernel."""
         return not mechanism or self.check is None or self.check(mechanism)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether tensor cores multiply fp8 (e4m3 as torch.float8_e4m3fn has it), and kernels were compiled that do."""
+        return self.interpreted or (self.generation >= 9 and self.limits.matrix_8 > 0)
 
     @property
     def dependent(self) -> bool:

@@ -24,6 +24,7 @@ class Epilogue:
         stepwise: True if each step rounds to the result's dtype, as a sequence of PyTorch's functions does. Otherwise all steps
             are computed in the accumulator's dtype, and the result is rounded once.
         kept: True if the number that the activation gets is written too, for its gradient.
+        result: the name of the result's dtype where that is not the operands', which are fp8 then; else empty.
     """
 
     activation: str = ""
@@ -34,6 +35,7 @@ class Epilogue:
     residual: str = ""
     stepwise: bool = False
     kept: bool = False
+    result: str = ""
 
     @property
     def per_channel(self) -> bool:
@@ -67,7 +69,7 @@ class Epilogue:
         steps = (
             ("scale", self.scale), ("shift", self.shift), ("residual", self.residual == "before"),
             (f"{self.activation}{slope}", self.activation), ("residual", self.residual == "after"),
-            ("rounded at each step", self.stepwise),
+            ("rounded at each step", self.stepwise), (f"in {self.result}", self.result),
         )  # fmt: skip
         return ", ".join(name for name, there in steps if there)
 

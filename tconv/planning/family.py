@@ -29,6 +29,7 @@ class Family:
         passes: the passes that it computes, of "fprop", "dgrad", "wgrad" and "bias" (the bias gradient).
         dot: True if it multiplies with tl.dot, False if with multiply-adds.
         cuts: True if it can compute fp32 in BF16X6.
+        fp8: True if it takes operands of 8 bits.
         tma: True if the tensor memory accelerator loads its operands.
         gluon: True if the kernel is written in Gluon, Triton's experimental lower level.
         splittable: True if its reduction can be split (split-K).
@@ -49,6 +50,7 @@ class Family:
     passes: tuple[str, ...]
     dot = True
     cuts = False
+    fp8 = False
     tma = False
     gluon = False
     splittable = False

@@ -34,6 +34,7 @@ class Gather(Stepping, General):
     name = "gather"
     passes = ("fprop", "dgrad")
     start = 3.5e-6
+    fp8 = True
     splittable = True
     two_blocks = True
     hopper_16 = (*STEPS_OF_32, *TWO_BLOCKS, *MANY_PIXELS)

@@ -23,12 +23,18 @@ GEMM_16 = (
 # 128x128x64 in three, in a layer that both fit.
 STEPS_OF_32 = (Tile(256, 128, 32, 8, 6), Tile(128, 128, 32, 8, 6), Tile(256, 64, 32, 8, 5), Tile(128, 64, 32, 4, 6))
 GEMM_32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3, 255), Tile(64, 128, 32, 4, 3))
+# fp8. Beside the accumulators there are the partial sums of kernels/common.py `product`.
+GEMM_8 = (
+    Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(64, 32, 128, 4, 4),
+    Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4),
+)  # fmt: skip
 # fp64, and true fp32 on CUDA cores. Tiles that need at most 128 registers let two programs of eight warps share a
 # multiprocessor. In fp32 the fewer accumulators a thread has, the more instructions a product needs.
 GEMM_64 = (Tile(64, 32, 16, 8, 2, 255), Tile(32, 32, 16, 8, 2, 128))
 FMA_32 = (Tile(64, 64, 16, 4, 2, 255), Tile(64, 32, 16, 4, 2, 255))
 # Element-by-element loads pass through registers and hold one address per element: larger tiles spill up to 470 registers.
 GEMM_16_NARROW = (Tile(64, 64, 32, 8, 2),)
+GEMM_8_NARROW = (Tile(64, 64, 32, 8, 2),)
 GEMM_32_NARROW = (Tile(64, 64, 32, 8, 2),)
 # BF16X6, whose pieces pass through registers: larger tiles spill, and so do four warps with element-by-element loads.
 PIECES_32 = (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2))
@@ -60,6 +66,8 @@ class Gemm(Family):
             return self.fma_narrow if access.narrow else FMA_32
         if access.itemsize == 4:
             return GEMM_32_NARROW if access.narrow else GEMM_32
+        if access.itemsize == 1:
+            return GEMM_8_NARROW if access.narrow else GEMM_8
         return GEMM_16_NARROW if access.narrow else fitting(GEMM_16, access)
 
     def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
@@ -68,6 +76,8 @@ class Gemm(Family):
         if access.precision == BF16X6:  # each warpgroup cuts the rows it reads; a step's sum is added
             shared = max(1, 16 * tile.warps // tile.m)
             products = self.cut * (shared * tile.m + tile.across) * tile.k / threads + tile.m * tile.across / threads
+        if access.itemsize == 1:  # a step's sum is added
+            products = tile.m * tile.across / threads
         return self.loads(p, tile, access) + products
 
     def loads(self, p: ConvProblem, tile: Tile, access: Access) -> float:
@@ -91,7 +101,8 @@ class Gemm(Family):
 
     def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
         pipeline = tile.stages * (tile.m + tile.across) * tile.k * access.itemsize  # bytes of shared memory
-        resident = min(device.shared_bytes // pipeline, self.warps(access) // tile.warps)
+        sums = access.itemsize == 1 and tile.m * tile.across >= 128 * 128  # and those of a step, which take as many registers
+        resident = min(device.shared_bytes // pipeline, (8 if sums else self.warps(access)) // tile.warps)
         length = self.length(p, pass_, tile, access) * (self.waiting if access.narrow and access.tensor_cores else 1)
         return Work(
             self.steps(p, pass_, tile, splits), 2 * tile.m * tile.across * tile.k, length,

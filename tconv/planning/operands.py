@@ -30,6 +30,7 @@ class Operands:
             as `narrow` says.
         epilogue: what is done with the result before it is written.
         along: vector width along the last dimension of the operand read, if its channels are not contiguous; for rows.
+        written: bytes of an element of the result; 0 if those are as many.
     """
 
     itemsize: int
@@ -40,11 +41,14 @@ class Operands:
     pack_narrow: Callable[[int], bool] | None = None
     epilogue: Epilogue = NONE
     along: int = 1
+    written: int = 0
 
     def access(self, narrow: bool, precision: str) -> Access:
         """Returns how a kernel accesses the operands in a precision, given whether it does so element by element."""
         cores = self.tensor_cores or precision == BF16X6
-        return Access(self.itemsize, cores, narrow, room=self.room, precision=precision, epilogue=self.epilogue)
+        return Access(
+            self.itemsize, cores, narrow, room=self.room, precision=precision, epilogue=self.epilogue, written=self.written
+        )  # fmt: skip
 
 
 class Pass:
@@ -158,7 +162,10 @@ class Pass:
         """Returns what the planner asks, given the least vector width of the accesses within a group."""
         narrow = (min(self.direct_x, self.direct_y) if self.p.depthwise else least) == 1
         strips = self.lanes_x.unit != "c", min(self.lanes_x.vec, self.lanes_y.vec) == 1
-        return Operands(self.itemsize, self.tensor_cores, narrow, room, strips, pack_narrow, self.epilogue, self.row_x)
+        written = self.y.itemsize if self.epilogue.result else 0
+        return Operands(
+            self.itemsize, self.tensor_cores, narrow, room, strips, pack_narrow, self.epilogue, self.row_x, written
+        )  # fmt: skip
 
     def integers(self, tile: Tile, splits: int) -> dict[str, int]:
         """Returns the integers that the kernels of this pass share, by the names of their parameters."""

@@ -205,7 +205,8 @@ def choose(
             raise ValueError(f"forced kernel {request.kernel!r} {unfit}, got {problem}")
     if device.interpreted:
         return _interpreter_plan(problem, pass_, operands, device, only, precision)
-    considered = [FAMILIES[only]] if only else [f for f in families(pass_) if f.considered(problem, pass_)]
+    takers = _takers(pass_, operands)
+    considered = [FAMILIES[only]] if only else [f for f in takers if f.considered(problem, pass_)]
     kernels = tuple(family.name for family in considered)
     plans, refused = [], None
     for family in considered:
@@ -226,6 +227,11 @@ def choose(
         return plan
     best = _fastest(plain, request)
     return replace(best, others=(*best.others, plan.barred()))
+
+
+def _takers(pass_: str, operands: Operands) -> list[Family]:
+    """Returns the families that compute a pass of operands of that size."""
+    return [f for f in families(pass_) if f.fp8 or operands.itemsize > 1]
 
 
 def _precisions(family: Family, operands: Operands, device: Device) -> tuple[str, ...]:
@@ -339,7 +345,7 @@ def _interpreter_plan(
 ) -> Plan:
     """Returns the plan for the interpreter: the first tile that is legal, since its time is per operation."""
     request = _request_for(pass_)
-    family = FAMILIES[only] if only else next(f for f in families(pass_) if f.interpreted(problem))
+    family = FAMILIES[only] if only else next(f for f in _takers(pass_, operands) if f.interpreted(problem))
     candidates = _legal_tiles(
         request, family.interpreter_tiles(problem, pass_),
         lambda tile: _why_illegal(family, problem, pass_, tile, operands.itemsize, device),

@@ -73,6 +73,7 @@ class Access:
         room: the most elements of a tile's accumulators for which the accesses leave enough registers.
         precision: BF16X6, or empty for the precision of the data type and torch's flag.
         epilogue: what is done with the result before it is written.
+        written: bytes of an element of the result; 0 if those are as many.
     """
 
     itemsize: int
@@ -82,6 +83,7 @@ class Access:
     room: int = 256 * 128
     precision: str = ""
     epilogue: Epilogue = NONE
+    written: int = 0
 
 
 def can_cut(device: Device) -> bool:

@@ -27,6 +27,8 @@ TMA_WGRAD_HALVES = (
     Tile(128, 256, 32, 8, 6), Tile(256, 128, 32, 8, 6), Tile(128, 128, 32, 8, 6), Tile(128, 64, 32, 4, 6),
     Tile(64, 64, 32, 4, 8),
 )  # fmt: skip
+# Beside the accumulators there are the partial sums of `product`.
+TMA_8 = (Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(128, 64, 64, 4, 4))
 TMA_32 = (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4))
 APART = "boxes need contiguous channels, and address and strides in multiples of 16 bytes"
 
@@ -47,10 +49,11 @@ class _Tma(Gemm):
 
     def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
         # Boxes are wide, however else the tensors are accessed.
-        return Access(operands.itemsize, operands.tensor_cores, epilogue=operands.epilogue)
+        return Access(operands.itemsize, operands.tensor_cores, epilogue=operands.epilogue, written=operands.written)
 
     def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
-        return 100.0  # one thread issues the loads
+        # One thread issues the loads. In fp8 a step's sum is added.
+        return 100.0 + (tile.m * tile.n / (32 * tile.warps) if access.itemsize == 1 else 0.0)
 
     def ineligible(self, c: Any, device: Device) -> str | None:
         """Returns why tensors cannot be given to the kernel as boxes, or None."""
@@ -82,11 +85,12 @@ class Tma(Stepping, _Tma):
 
     name = "tma"
     passes = ("fprop", "dgrad")
+    fp8 = True
     start = 1.9e-6
     instead: ClassVar[Instead] = {10: {Tile(128, 64, 32, 4, 4): Tile(128, 64, 32, 4, 4, 255)}}
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
-        found = TMA_32 if access.itemsize == 4 else TMA_16
+        found = {1: TMA_8, 4: TMA_32}.get(access.itemsize, TMA_16)
         # The largest tile has no registers for the addresses of a second result.
         return tuple(tile for tile in found if tile.m * tile.n <= 128 * 128) if access.epilogue.kept else found
 

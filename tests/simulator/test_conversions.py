@@ -6,7 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
+from simulator.arrays import E4M3
 from tests.simulator.exact import FORMATS, fraction, rounded
 from tests.simulator.execute import execute, one
 from tests.simulator.values import WIDTHS, floats, integers, packed, wrap
@@ -110,6 +112,18 @@ def test_pairs_have_the_first_source_above(kind):
     got = one(f"cvt.rn.{kind}x2.f32", ("u32", "u32"), "u32", [bits(high, "f32"), bits(low, "f32")])
     halves = [one(f"cvt.rn.{kind}.f32", ("u32",), "b16", [bits(v, "f32")]).tolist() for v in (high, low)]
     assert got.tolist() == [h << 16 | n for h, n in zip(*halves, strict=True)]
+
+
+def test_pairs_of_e4m3_are_rounded_as_torch_rounds_and_end_at_448():
+    beyond = np.float32([1e-4, 449, 1e9, math.inf, math.nan])
+    a = np.concatenate([E4M3, (E4M3[:126] + E4M3[1:127]) / 2, beyond, np.linspace(-9, 9, 99)])
+    a = a.astype(np.float32)
+    got = one("cvt.rn.satfinite.e4m3x2.f32", ("f32", "f32"), "b16", [a, -a])
+    right = [torch.from_numpy(v).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) for v in (a, -a)]
+    numbers = ~np.isnan(a)
+    assert (got >> 8)[numbers].tolist() == right[0][numbers].tolist()
+    assert (got & 255)[numbers].tolist() == right[1][numbers].tolist()
+    assert np.isnan(E4M3[got[~numbers] & 255]).all()
 
 
 @pytest.mark.parametrize(("how", "ties"), [("rna", "away"), ("rn", "even")])

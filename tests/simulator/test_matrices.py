@@ -8,6 +8,7 @@ from simulator import Fault, Options, Unsupported
 from tests.simulator.execute import execute
 
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16}
+SIZES = {"e4m3": 1, "bf16": 2, "f16": 2, "tf32": 4}
 LANES = range(32)
 
 
@@ -17,14 +18,19 @@ def random_numbers(shape, kind, seed):
     if kind in TORCH:
         t = values.to(TORCH[kind])
         return t.view(torch.int16).numpy().view(np.uint16), t.double().numpy()
+    if kind == "e4m3":
+        t = values.to(torch.float8_e4m3fn)
+        return t.view(torch.uint8).numpy(), t.double().numpy()
     if kind == "tf32":
         t = values.float()
         return t.view(torch.int32).numpy(), t.double().numpy()
     return values.numpy().view(np.int64), values.numpy()
 
 
-def pack(low, high):
-    return (low.astype(np.uint32) | high.astype(np.uint32) << 16).view(np.int32)
+def pack(*parts):
+    """Returns the registers whose parts, the lowest first, are those elements."""
+    width = 32 // len(parts)
+    return sum(part.astype(np.uint32) << np.uint32(width * i) for i, part in enumerate(parts)).view(np.int32)
 
 
 # Where element i of a thread's fragment lies: row and column of a, k and column of b, as PTX lists them for each shape.
@@ -35,6 +41,10 @@ def a_16_bits(lane, i):
 
 def b_16_bits(lane, i):
     return lane % 4 * 2 + i % 2 + (8 if i >= 2 else 0), lane // 4
+
+
+def a_8_bits(lane, i):
+    return lane // 4 + (8 if i % 8 >= 4 else 0), lane % 4 * 4 + i % 4 + i // 8 * 16
 
 
 def a_wide(lane, i):
@@ -188,7 +198,8 @@ def wgmma(
     n, kind, mode, in_registers=False, end="wgmma.wait_group.sync.aligned 0;", fence=FENCED, flags="1, 1", scale=None, c=None
 ):
     """Multiplies a [64, k] by b [k, n]; returns (result, right)."""
-    k, size = (8, 4) if kind == "tf32" else (16, 2)
+    size = SIZES[kind]
+    k = 32 // size
     (a, a_numbers), (b, b_numbers) = random_numbers((64, k), kind, 1), random_numbers((n, k), kind, 2)
     a_bytes, a_leading, a_stride = laid_out(a, mode, size)
     b_bytes, b_leading, b_stride = laid_out(b, mode, size)
@@ -202,14 +213,13 @@ def wgmma(
     first = "%rd1"
     if in_registers:
         first = "{%r200, %r201, %r202, %r203}"
-        where = a_wide if kind == "tf32" else a_16_bits
+        where, per = {1: a_8_bits, 2: a_16_bits, 4: a_wide}[size], 4 // size
         elements = [
-            np.array([a[16 * (t // 32) + where(t % 32, i)[0], where(t % 32, i)[1]] for t in range(128)])
-            for i in range(4 if kind == "tf32" else 8)
+            np.array([a[16 * (t // 32) + where(t % 32, i)[0], where(t % 32, i)[1]] for t in range(128)]) for i in range(4 * per)
         ]
-        held = elements if kind == "tf32" else [pack(*elements[i : i + 2]) for i in range(0, 8, 2)]
+        held = [pack(*elements[i : i + per]) for i in range(0, 4 * per, per)]
         given |= {f"%r{200 + i}": v for i, v in enumerate(held)}
-    more = "" if kind == "tf32" else ", 0" if in_registers else ", 0, 0"
+    more = "" if size != 2 else ", 0" if in_registers else ", 0, 0"
     shape = f"m64n{n}k{k}.f32.{kind}.{kind}"
     scale = "1" if scale is None else scale
     operands = f"{{{', '.join(d)}}}, {first}, %rd2, {scale}, {flags}{more}"
@@ -227,7 +237,7 @@ def wgmma(
     return got, a_numbers @ b_numbers.T
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("mode", SPANS)
 @pytest.mark.parametrize("n", [8, 24, 64])
 def test_wgmma_reads_what_descriptors_describe(n, mode, kind):
@@ -235,13 +245,13 @@ def test_wgmma_reads_what_descriptors_describe(n, mode, kind):
     assert (got == right).all()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("kind", SIZES)
 def test_wgmma_with_a_in_registers(kind):
     got, right = wgmma(16, kind, 1, in_registers=True)
     assert (got == right).all()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize("kind", SIZES)
 def test_every_width_of_wgmma(kind):
     for n in range(8, 257, 8):
         got, right = wgmma(n, kind, 3)

@@ -16,6 +16,7 @@ SOUND = {
     "a pair": "elect.sync %r1|%p2, -1; @%p2 add.s32 %r2, %r1, 1;",
     "loaded": "mov.b32 %r3, 1024; ld.shared.v2.b32 {%r1, %r4}, [%r3];" + READ,
     "where no way leads": f"bra $end; {READ} $end: mov.b32 %r5, 0;",
+    "a byte for another to replace": f"{SET} prmt.b32 %r2, %r1, %r7, 0x3340U; prmt.b32 %r2, %r2, %r1, 0x4010U;",
     "products that add to nothing": (
         "mov.b64 %rd1, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, %rd1, %rd1, 0, 1, 1, 0, 0;"
     ),
@@ -25,6 +26,7 @@ UNSOUND = {
     "on one way only": (f"{CHOOSE} @%p1 bra $end; {SET} $end: {READ}", "%r1"),
     "on the other way only": (f"{CHOOSE} @%p1 bra $other; {SET} bra $end; $other: mov.b32 %r5, 0; $end: {READ}", "%r1"),
     "in a loop, behind it": (f"{CHOOSE} $again: {READ} {SET} @%p1 bra $again;", "%r1"),
+    "a byte that is written later": (f"{SET} prmt.b32 %r2, %r1, %r7, 0x3340U; mov.b32 %r7, 1;", "%r7"),
     "a guard": (f"@%p7 {SET}", "%p7"),
     "a branch's guard": ("@%p7 bra $end; $end: mov.b32 %r5, 0;", "%p7"),
     "an address": ("ld.shared.b32 %r1, [%r6];", "%r6"),

@@ -7,6 +7,7 @@
     Conv2d etc., functional           layers and functions to call directly
     FusedConv2d etc.                  layers with an activation, a residual, a scale and a shift in the convolution's kernel
     CausalConv1d, CausalConv3d        layers that read no later time, padded without a copy
+    GroupNormSiLU, RMSNormSiLU        normalisation, activation and padding in one kernel, in either memory format
     last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
     precompile                        compiles ahead of time what a model will launch
     report                            where the time of a model's convolutions goes, measured or predicted
@@ -50,6 +51,7 @@ from tconv.modules import (
     LazyConvTranspose2d,
     LazyConvTranspose3d,
 )
+from tconv.normalise import GroupNormSiLU, RMSNormSiLU
 from tconv.override import disable, enable, enabled, is_enabled
 from tconv.planning.batch_invariance import batch_invariant, is_batch_invariant, use_batch_invariance
 from tconv.planning.plan import force
@@ -78,6 +80,7 @@ __all__ = [
     "FusedConvTranspose1d",
     "FusedConvTranspose2d",
     "FusedConvTranspose3d",
+    "GroupNormSiLU",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
@@ -85,6 +88,7 @@ __all__ = [
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
     "Precompiled",
+    "RMSNormSiLU",
     "Report",
     "Tile",
     "Tuned",

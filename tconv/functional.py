@@ -1,4 +1,4 @@
-"""torch.nn.functional's convolutions, with its signatures, results, gradients and errors, and an epilogue.
+"""torch.nn.functional's convolutions, with its signatures, results, gradients and errors, and an epilogue; normalisations.
 
 An epilogue is what often follows a convolution. The convolution's own kernel computes it, before it writes the result:
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tconv.dispatch import epilogues
+from tconv.dispatch import epilogues, norms
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.entry import PUBLIC, convolve
 from tconv.dispatch.sides import by_torch
@@ -139,3 +139,65 @@ conv1d, conv2d, conv3d = _public(1, False), _public(2, False), _public(3, False)
 conv_transpose1d, conv_transpose2d, conv_transpose3d = _public(1, True), _public(2, True), _public(3, True)
 PUBLIC[False].update({1: conv1d, 2: conv2d, 3: conv3d})
 PUBLIC[True].update({1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d})
+
+
+def group_norm_silu(
+    input: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+    pad: Any = None,
+) -> torch.Tensor:
+    """Group normalisation, then silu, as torch's two functions compute them, by tconv's kernels; x keeps its memory format.
+
+    Args:
+        input: (N, C, *spatial), of up to three spatial dimensions; fp16, bf16, fp32 or fp64; any strides. What is neither
+            contiguous nor channels_last is copied first.
+        num_groups: number of groups that the channels are divided into.
+        weight, bias: (C,), of the input's dtype or fp32, or None.
+        eps: added to the variance.
+        activation: "silu", or None.
+        pad: zeros around the result, which a convolution without padding may read next: a number, or one per spatial dimension,
+            or a pair (before, after) in place of a number. None for no padding.
+    Returns:
+        (N, C, *spatial), each extent larger by its padding; of the input's dtype and memory format, in autocast too.
+        Statistics, normalisation and activation are computed in fp32 (fp64 for fp64), and the result is rounded once. An
+        image's bits do not depend on the batch.
+    Raises:
+        ValueError: activation or pad does not fit.
+        Whatever torch.nn.functional.group_norm raises for the others.
+    """
+    return norms.normalise(norms.Asked("group_norm_silu", num_groups, eps, activation, pad), input, weight, bias)
+
+
+def rms_norm_silu(
+    input: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = "silu",
+    pad: Any = None,
+) -> torch.Tensor:
+    """RMS normalisation over the channels of each pixel, then silu: x / sqrt(mean(x^2) + eps) * weight + bias.
+
+    This is what the decoders of Wan and HunyuanVideo do, with eps=1e-24 / C and their gamma for the weight: they divide by
+    the norm of a pixel's channels, at least 1e-12, and multiply by the root of C.
+
+    Args:
+        input: (N, C, *spatial), of up to three spatial dimensions; fp16, bf16, fp32 or fp64; any strides. What is neither
+            contiguous nor channels_last is copied first.
+        weight, bias: (C,) or (C, 1, ..., 1), of the input's dtype or fp32, or None.
+        eps: added to the mean of squares.
+        activation, pad: as for `group_norm_silu`.
+    Returns:
+        As `group_norm_silu`. torch computes what has more than 2,048 channels.
+    Raises:
+        ValueError: activation or pad does not fit.
+        Whatever torch.nn.functional.rms_norm raises for the others.
+    """
+    return norms.normalise(norms.Asked("rms_norm_silu", None, eps, activation, pad), input, weight, bias)
+
+
+norms.PUBLIC.update({"group_norm_silu": group_norm_silu, "rms_norm_silu": rms_norm_silu})

@@ -29,7 +29,7 @@ FACE = [
     ("precompile", "distributed", "restored", "freeze"),
     ("explain", "swap"),
     ("subclasses",),
-    ("fused", "causal", "fp8"),
+    ("fused", "causal", "fp8", "normalise"),
     ("modules", "override", "decompositions"),
     ("functional",),
 ]
@@ -116,7 +116,7 @@ def test_folders_have_no_circle():
         assert not any(folder in BELOW[other] for other in below)
 
 
-HELPERS = {"common": (), "epilogue": ("tconv.kernels.common",)}
+HELPERS = {"common": (), "epilogue": ("tconv.kernels.common",), "normalise": ("tconv.kernels.common", "tconv.kernels.epilogue")}
 
 
 def test_kernels_import_triton_and_each_others_helpers_only():

@@ -23,6 +23,8 @@ order:
     fused         forward and backward of a convolution with an epilogue over launches
     entry         a call of one of the six functions
     epilogues     the same with an epilogue
+    normalised    forward and backward of a normalisation over launches
+    norms         a call of one of the two normalisations
     selection     which shapes and layers `enable()` takes
     aten          what `enable()` runs in place of aten's `_convolution` and `convolution_backward`
     scope         which modules `enable(model)` holds in

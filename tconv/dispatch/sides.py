@@ -11,19 +11,19 @@ from tconv.dispatch.check import by_side, paddings, per_dimension
 from tconv.launching.record import Fallback
 
 
-def pairs(padding: Any, rank: int) -> list[tuple[int, int]]:
-    """Returns a padding as (before, after) per dimension.
+def pairs(padding: Any, rank: int, name: str = "padding") -> list[tuple[int, int]]:
+    """Returns a padding, whose argument has that name, as (before, after) per dimension.
 
     Raises:
         ValueError: it is none: a number or a pair of numbers per dimension, none of them negative.
     """
     try:
-        found = [p if isinstance(p, tuple) else (p, p) for p in per_dimension(paddings(padding), rank, "padding")]
+        found = [p if isinstance(p, tuple) else (p, p) for p in per_dimension(paddings(padding), rank, name)]
         if min(map(min, found)) < 0:
             raise Fallback("negative")
     except Fallback:
         wanted = f"a number or a pair (before, after) for each of {rank} dimensions, none of them negative"
-        raise ValueError(f"padding must be {wanted}, got {padding!r}") from None
+        raise ValueError(f"{name} must be {wanted}, got {padding!r}") from None
     return found
 
 

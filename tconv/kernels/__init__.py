@@ -17,4 +17,5 @@ planning/ works out. In reading order:
     reduce      sums the parts of a split-K reduction, and computes the bias gradient
     copy        copies an operand to channels last
     quantize    rounds a tensor to fp8
+    normalise   group and RMS normalisation with an activation, and their gradients
 """

@@ -17,6 +17,7 @@ launch. In reading order:
     self_check     whether TMA, specialised warps, BF16X6 and dependent launches are right on a device, asked of the device
     frozen         the copies of frozen weights, which are kept between calls
     launch         fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
+    normalise      normalisations, forward and backward
     workers        compiles kernels in parallel, in other processes
     variants       every kernel variant that the planner can choose, for scripts/codegen.py
 """

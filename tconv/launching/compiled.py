@@ -18,7 +18,7 @@ import re
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -158,6 +158,17 @@ def require_launchable(launch: Prepared, missing: list[int], operands: Pointers,
     if launch.swapped:
         given.reverse()
     _require_launchable(device, *parts, (launch, _specialised(device, (*given, *more))), *_sum(launch, device))
+
+
+def require_all(parts: Sequence[tuple[Prepared, Pointers]]) -> None:
+    """Checks that several launches, each given with its pointers, can run, before the first one does.
+
+    Raises:
+        TransientFallback, Fallback: as for `require_launchable`.
+    """
+    device = parts[0][1][0].get_device()
+    if _failed or capturing(device):
+        _require_launchable(device, *((launch, _specialised(device, pointers)) for launch, pointers in parts))
 
 
 def fail(launch: Prepared, key: Any, error: Exception) -> NoReturn:

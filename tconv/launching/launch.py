@@ -350,11 +350,16 @@ def _collect(
         copy = launch.copies[i]
         if shared is not None and operands[i] is shared.tensor and copy:
             shared.copy = torch.empty_strided(copy.shape, copy.strides, device="meta")  # as if it had been made
-    for launches in _collections.get():
-        launches += launch.needed(missing)
+    collect(launch.needed(missing))
     for asked, where in _asked.get():
         bias = next((form_of(t) for t in more if t is not operands[0]), None)
         asked.append(Asked(launch, tuple(map(form_of, operands)), bias, where()))
+
+
+def collect(launches: Sequence[Prepared]) -> None:
+    """Adds the launches that a dry call would make to the lists of `collecting`."""
+    for found in _collections.get():
+        found += launches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -581,7 +581,7 @@ def _copied(
         return launch
     plan, problem = launch.call.plan, launch.call.problem
     assert plan is not None
-    assert problem is not None
+    assert isinstance(problem, ConvProblem)
     total, reason = plan.cost, plan.reason
     itemsize = operands[0].itemsize
     copied = [(t, shape) for t, shape in zip(operands, shapes, strict=True) if shape is not None]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tconv.planning.batch_invariance import is_batch_invariant
+from tconv.planning.normalise import Normalisation
 from tconv.planning.plan import Plan
 from tconv.planning.problem import ConvProblem
 
@@ -35,14 +36,15 @@ class Call:
     """One pass that tconv computed, or one call that fell back to torch.
 
     Attributes:
-        operation: "fprop", "dgrad", "wgrad" or "bias"; for a fallback, the name of torch's function.
-        problem: the convolution, or None if the call fell back before it was worked out.
+        operation: "fprop", "dgrad", "wgrad" or "bias", or of a normalisation the name of its function, with " gradient" behind
+            it for its backward pass; for a fallback, the name of the function.
+        problem: the convolution or normalisation, or None if the call fell back before it was worked out.
         plan: how tconv's kernels computed it, or None for a fallback.
         reason: why this plan was chosen, or why the call fell back.
     """
 
     operation: str
-    problem: ConvProblem | None
+    problem: ConvProblem | Normalisation | None
     plan: Plan | None
     reason: str
 

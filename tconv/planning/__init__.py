@@ -26,4 +26,5 @@ the plan with the least predicted time is chosen. In reading order:
     bias         the bias gradient and the copy to channels last
     families     all kernels by name
     plan         all plans of a pass, the chosen one, and plans forced by hand
+    normalise    what a normalisation computes, and the tiles and chunks of its kernels
 """

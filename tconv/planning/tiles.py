@@ -27,7 +27,7 @@ class Tile:
         strip               strips, channels, 1
         strip_wgrad         rows of the filter, channels, strips
         bias                1, channels, pixels
-        copy                pixels, channels, 1
+        copy, normalise     pixels, channels, 1
 
     Attributes:
         m, n, k: block extents.

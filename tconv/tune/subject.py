@@ -163,7 +163,7 @@ def passes_of(
 
     with _modules(model) as running, asking(lambda: running[-1] if running else "") as asked, set_aside():
         calls = rehearse(model, args, kwargs, device, backward)
-    layers: dict[ConvProblem | None, list[str]] = {}
+    layers: dict[Any, list[str]] = {}
     for one in asked:
         if one.where and one.where not in layers.setdefault(one.launch.call.problem, []):
             layers[one.launch.call.problem].append(one.where)
@@ -171,7 +171,7 @@ def passes_of(
     for one in asked:
         call = one.launch.call
         aligned = not any(form.offset for form in one.operands)
-        if call.operation in PASSES and call.problem is not None and aligned:
+        if call.operation in PASSES and isinstance(call.problem, ConvProblem) and aligned:
             form = Form(tuple(one.launch.shape), one.launch.strides, one.operands[0].dtype)
             subject = Subject(call.operation, call.problem, one.operands, one.bias, form)
             found.setdefault(subject, Asked(subject, layers.get(call.problem, []))).calls += 1

@@ -6,6 +6,7 @@
     is_enabled                        tells whether such an override is active
     Conv2d etc., functional           layers and functions to call directly
     FusedConv2d etc.                  layers with an activation, a residual, a scale and a shift in the convolution's kernel
+    fuse_                             computes what surrounds a model's convolutions in their kernels; restore_ undoes it
     CausalConv1d, CausalConv3d        layers that read no later time, padded without a copy
     GroupNormSiLU, RMSNormSiLU        normalisation, activation and padding in one kernel, in either memory format
     last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
@@ -28,6 +29,7 @@ from tconv.causal import CausalConv1d, CausalConv3d
 from tconv.decompositions import decompositions
 from tconv.explain import Explanation, explain
 from tconv.freeze import freeze, unfreeze
+from tconv.fuse import Fusion, fuse_
 from tconv.fused import (
     FusedConv1d,
     FusedConv2d,
@@ -81,6 +83,7 @@ __all__ = [
     "FusedConvTranspose2d",
     "FusedConvTranspose3d",
     "GroupNormSiLU",
+    "Fusion",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
@@ -102,6 +105,7 @@ __all__ = [
     "fp8",
     "freeze",
     "functional",
+    "fuse_",
     "is_batch_invariant",
     "is_enabled",
     "last_calls",

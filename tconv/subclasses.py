@@ -71,17 +71,28 @@ def derived(cls: type, base: type) -> type:
 
 def _refuse(cls: type, base: type) -> None:
     """Raises CannotReplace if deriving could change the behaviour of the user's class, or would have no effect."""
-    own = cls.__mro__[: cls.__mro__.index(base)]
     for name in COMPUTES:
         if getattr(cls, name) is not getattr(base, name):
             raise CannotReplace(f"it overrides {name} (tconv.enable() reaches what that calls)")
+    try:
+        refuse_deriving(cls, cls.__mro__[: cls.__mro__.index(base)])
+    except CannotReplace as why:
+        raise CannotReplace(f"{why} (tconv.enable() reaches it)") from None
+
+
+def refuse_deriving(cls: type, own: tuple[type, ...]) -> None:
+    """Raises CannotReplace if deriving could change the behaviour of a class.
+
+    Args:
+        own: itself, and those bases that are not torch's.
+    """
     if type(cls) is not type:
-        raise CannotReplace(f"its metaclass {type(cls).__name__} may mind a class derived from it (tconv.enable() reaches it)")
+        raise CannotReplace(f"its metaclass {type(cls).__name__} may mind a class derived from it")
     for c in cls.__mro__:
         if c is not object and "__init_subclass__" in c.__dict__:
-            raise CannotReplace(f"{c.__name__}.__init_subclass__ may mind a class derived from it (tconv.enable() reaches it)")
+            raise CannotReplace(f"{c.__name__}.__init_subclass__ may mind a class derived from it")
     if any(c.__dict__.get("__slots__") for c in own):
-        raise CannotReplace("it has __slots__ (tconv.enable() reaches it)")
+        raise CannotReplace("it has __slots__")
 
 
 def _derive(cls: type, base: type) -> type:
@@ -89,7 +100,7 @@ def _derive(cls: type, base: type) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "__reduce_ex__": _reduce,
+        "__reduce_ex__": reduce,
         USERS: cls,
     }
     becomes = getattr(cls, "cls_to_become", None)  # of a lazy layer
@@ -104,7 +115,7 @@ def _derive(cls: type, base: type) -> type:
         raise CannotReplace(f"no class can be derived from it, {e} (tconv.enable() reaches it)") from None
 
 
-def _reduce(self: Any, protocol: Any) -> Any:
+def reduce(self: Any, protocol: Any) -> Any:
     """The `__reduce_ex__` of a derived class: the result of the user's class, except for how the object is created."""
     cls: Any = next(c for c in type(self).__mro__ if USERS in c.__dict__)
     said = super(cls, self).__reduce_ex__(protocol)

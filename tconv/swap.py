@@ -93,12 +93,12 @@ def replace_(
 def restore_(
     model: torch.nn.Module, filter_fn: Filter | None = None, *, report: Report | bool | None = None
 ) -> torch.nn.Module:
-    """Undoes `replace_`, in place: each replaced layer gets its old class back. Layers created as tconv's stay tconv's.
+    """Undoes `replace_` and `fuse_`, in place: each module gets its old class back. Layers created as tconv's stay tconv's.
 
     Args:
-        model: a model on which `replace_` ran, or a copy of one.
-        filter_fn: called with (module, qualified name) of each replaced convolution; False leaves it alone.
-        report: called with one line of text per replaced convolution, which says what was done; True prints the lines.
+        model: a model on which `replace_` or `fuse_` ran, or a copy of one.
+        filter_fn: called with (module, qualified name) of each such module; False leaves it alone.
+        report: called with one line of text per such module, which says what was done; True prints the lines.
     Returns:
         The same model.
     Raises:
@@ -112,7 +112,7 @@ def restore_(
                 _change(f.module, f.name, f.target)
                 f.module.__dict__.pop(MARK, None)
                 f.module.__dict__.pop(POLICY, None)
-        _report(report, found, "no replaced convolution")
+        _report(report, found, "nothing replaced or fused")
     return model
 
 

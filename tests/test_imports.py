@@ -26,8 +26,9 @@ BELOW = {
 # lists the files in reading order, and a file imports earlier ones.
 FACE = [
     ("__init__",),
-    ("precompile", "distributed", "restored", "freeze"),
-    ("explain", "swap"),
+    ("precompile", "distributed", "restored", "freeze", "fuse"),
+    ("explain", "swap", "rewrite"),
+    ("chain",),
     ("subclasses",),
     ("fused", "causal", "fp8", "normalise"),
     ("modules", "override", "decompositions"),

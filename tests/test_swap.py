@@ -143,7 +143,7 @@ def test_a_model_without_convolutions():
     with pytest.warns(UserWarning, match=r"no convolution layer in this Sequential, and replaced nothing.*enable\(\)"):
         tconv.replace_(model, report=lines.append)
     assert classes(tconv.restore_(model, report=lines.append)) == original
-    assert lines == ["model: no convolution to replace", "model: no replaced convolution"]
+    assert lines == ["model: no convolution to replace", "model: nothing replaced or fused"]
 
 
 def test_the_filter_chooses_by_module_and_name():

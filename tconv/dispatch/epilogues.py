@@ -108,6 +108,24 @@ def _by_steps(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> tor
     return followed(y, steps, asked.rank)
 
 
+def check_context(x: Any, *others: Any) -> tuple[str, Any]:
+    """Returns the type of device for which a call is planned, and the fast_path module.
+
+    Raises:
+        Fallback: no kernel may run on these tensors in this context of PyTorch.
+    """
+    for t in (x, *others):
+        if type(t) not in PLAIN:
+            raise Fallback(f"a {type(t).__name__}")
+    dry = DRY.get()
+    device = "cuda" if dry and dry.device else x.device.type
+    fast_path = entry.kernels_for(device)
+    why = why_ineligible(x, *others)
+    if why and not (dry and dry.device):
+        raise Fallback(why)
+    return device, fast_path
+
+
 @opaque
 def _by_kernel(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, policy: str) -> torch.Tensor:
     """Computes a call by a kernel with an epilogue.
@@ -120,15 +138,8 @@ def _by_kernel(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: St
         ValueError: a tensor of the epilogue does not fit the result.
     """
     tensors = [t for t in (x, w, b, *steps.tensors.values()) if t is not None]
-    for t in tensors:
-        if type(t) not in PLAIN:
-            raise Fallback(f"a {type(t).__name__}")
+    device, fast_path = check_context(*tensors)
     dry = DRY.get()
-    device = "cuda" if dry and dry.device else x.device.type
-    fast_path = entry.kernels_for(device)
-    why = why_ineligible(*tensors)
-    if why and not (dry and dry.device):
-        raise Fallback(why)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (steps.scale, steps.shift)):
         raise Fallback("a gradient for scale or shift, which needs the convolution's own result")
     if torch.is_autocast_enabled(device):

@@ -65,6 +65,32 @@ def inside(i, extent):
 
 
 @triton.jit
+def found_at(i, extent, BORDER: tl.constexpr):
+    """Returns the coordinate in [0, extent) whose element stands at coordinate i of a dimension, as torch's padding modes say.
+
+    The reflected input is larger than its padding, and the circular one at least as large, so i is one step away from it.
+    """
+    if BORDER == "reflect":
+        return nearest_zero(i, -i, 2 * (extent - 1) - i)
+    elif BORDER == "replicate":
+        return tl.minimum(tl.maximum(i, 0), extent - 1)
+    elif BORDER == "circular":
+        return nearest_zero(i, i + extent, i - extent)
+    else:
+        return i
+
+
+@triton.jit
+def nearest_zero(a, b, c):
+    """Returns the least of three numbers that is not negative, of which there must be one.
+
+    Without a sign, negative numbers are the largest. So it takes two instructions, where comparing with the ends takes four.
+    """
+    least = tl.minimum(a.to(tl.uint32, bitcast=True), b.to(tl.uint32, bitcast=True))
+    return tl.minimum(least, c.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def outside_bits(h, step, extent, BACKWARD: tl.constexpr, FIELD: tl.constexpr):
     """Returns FIELD bits. Bit t is set if tap t falls outside the input: h + t*step (BACKWARD: h - t*step) not in [0, extent).
 
@@ -83,11 +109,15 @@ def outside_bits(h, step, extent, BACKWARD: tl.constexpr, FIELD: tl.constexpr):
 
 
 @triton.jit
-def outside_word(bits, h, X, D, gcds, TRANSPOSED: tl.constexpr, RANK: tl.constexpr, FIELD: tl.constexpr):
-    """Returns `bits` with the bits of `outside_bits` set: FIELD bits per dimension, the last dimension's lowest."""
+def outside_word(bits, h, X, D, gcds, BORDERS, TRANSPOSED: tl.constexpr, RANK: tl.constexpr, FIELD: tl.constexpr):
+    """Returns `bits` with the bits of `outside_bits` set: FIELD bits per dimension, the last dimension's lowest.
+
+    BORDERS: per dimension, what a read beyond x finds; if it is not zeros, no tap is outside.
+    """
     for d in tl.static_range(3 - RANK, 3):
-        step = D[d] // gcds[d] if TRANSPOSED else D[d]
-        bits |= outside_bits(h[d], step, X[d], TRANSPOSED, FIELD) << ((2 - d) * FIELD)
+        if BORDERS[d] == "zeros":
+            step = D[d] // gcds[d] if TRANSPOSED else D[d]
+            bits |= outside_bits(h[d], step, X[d], TRANSPOSED, FIELD) << ((2 - d) * FIELD)
     return bits
 
 

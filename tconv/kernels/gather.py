@@ -31,6 +31,7 @@ import triton.language as tl
 from tconv.kernels.common import (
     APART,
     flat_pixels,
+    found_at,
     inside,
     kernel,
     lead,
@@ -110,6 +111,7 @@ def gather(
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
     STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     FRAMES: tl.constexpr,  # of a 3-D dgrad: walk only the taps that meet a frame
+    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr,  # what reads beyond x find
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
@@ -122,6 +124,7 @@ def gather(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     gcds = (g0, g1, g2)
+    BORDERS: tl.constexpr = (BORDER0, BORDER1, BORDER2)
     X_FLIP: tl.constexpr = FLIP if X_UNIT else X_PIXELS > 1 or APART
     W_FLIP: tl.constexpr = FLIP if W_UNIT != "" else APART
     Y_FLIP: tl.constexpr = FLIP if Y_UNIT else Y_PIXELS > 1 or APART
@@ -156,8 +159,10 @@ def gather(
         x_tap = x_tap + (step,)
         if d >= FIRST:
             w_offset += t_first[d] * sw[d]
+            if BORDERS[d] != "zeros":  # the loop adds what it finds at each tap
+                x_offset -= h[d].to(OFFSET) * sx[d]
     if FIELD:
-        bits = outside_word(bits, h, X, D, gcds, TRANSPOSED, RANK, FIELD)
+        bits = outside_word(bits, h, X, D, gcds, BORDERS, TRANSPOSED, RANK, FIELD)
 
     # --- channels and pointers ---
     o = pid_n * (BLOCK_N + EXTRA) + tl.arange(0, BLOCK_N)
@@ -186,7 +191,7 @@ def gather(
     hop_w = BLOCK_K * w_step_i
     for d in tl.static_range(3):
         if d >= FIRST:
-            ax = x_tap[d] * sx[d] if X_PIXELS == 1 else 0
+            ax = x_tap[d] * sx[d] if X_PIXELS == 1 and BORDERS[d] == "zeros" else 0
             aw = (S[d] // gcds[d] if TRANSPOSED else 1) * sw[d]
             fx = fx + (ax,)
             fw = fw + (aw,)
@@ -230,12 +235,17 @@ def gather(
         else:
             ok = live
             for d in tl.static_range(FIRST, 3):
-                ok &= inside(h[d] + counter[d] * x_tap[d], X[d])
+                if BORDERS[d] == "zeros":
+                    ok &= inside(h[d] + counter[d] * x_tap[d], X[d])
+        at = dx
+        for d in tl.static_range(FIRST, 3):
+            if BORDERS[d] != "zeros":
+                at += lead(found_at(h[d] + counter[d] * x_tap[d], X[d], BORDERS[d]).to(OFFSET) * sx[d], X_FLIP)
         tail = c < reduced - done
         if EVEN:
-            xv = tl.load(xp + dx, mask=lead(ok, X_FLIP), other=0.0)
+            xv = tl.load(xp + at, mask=lead(ok, X_FLIP), other=0.0)
         else:
-            xv = tl.load(xp + dx, mask=lead(ok, X_FLIP) & trail(tail, X_FLIP), other=0.0)
+            xv = tl.load(xp + at, mask=lead(ok, X_FLIP) & trail(tail, X_FLIP), other=0.0)
         xv = turned(xv, X_FLIP, FLIP)  # [BLOCK_M, BLOCK_K], transposed if FLIP
         acc = multiply(acc, xv, wp + dw, o, tail, written, W_UNIT, EVEN, W_FLIP, FLIP, PRECISION, INTERPRET)
         if EXTRA:

@@ -103,7 +103,7 @@ def packed(
         if d >= FIRST:
             w_first += t_first[d] * sw[d]
     if FIELD:
-        bits = outside_word(bits, h, X, D, gcds, TRANSPOSED, RANK, FIELD)
+        bits = outside_word(bits, h, X, D, gcds, ("zeros", "zeros", "zeros"), TRANSPOSED, RANK, FIELD)
 
     # --- written channels: rows of the weight ---
     o = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)

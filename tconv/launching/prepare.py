@@ -350,7 +350,7 @@ def prepare_pass(
     Raises:
         Ineligible: the tensors are not eligible for the only kernel.
     """
-    reason = FAMILIES[only].ineligible(c, device) if only else None
+    reason = (FAMILIES[only].refused(c.p, c.pass_) or FAMILIES[only].ineligible(c, device)) if only else None
     if only and only not in KERNELS:
         reason = f"this version of Triton has another Gluon than {only} is written in"
     if reason:

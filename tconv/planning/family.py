@@ -38,6 +38,8 @@ class Family:
             an H200's times.
         columns: the most columns of its tiles.
         two_blocks: True if its tiles may have a second block of written channels.
+        borders: the passes in which the kernel reads x's own elements in place of padding (`ConvProblem.borders`); the others
+            know zeros only.
         any_rows: True if the first extent of its tiles need not be a power of two.
         spills: by generation of the device, tiles that spill registers there and must not be used. Before Hopper, tensor cores
             read their operands from registers, which leaves fewer for accumulators.
@@ -59,6 +61,7 @@ class Family:
     columns = 1
     two_blocks = False
     any_rows = False
+    borders: tuple[str, ...] = ()
     spills: ClassVar[Spills] = {}
     instead: ClassVar[Instead] = {}
 
@@ -76,6 +79,12 @@ class Family:
     def unfit(self, p: ConvProblem, pass_: str) -> str | None:
         """Returns why the kernel does not support a pass, or None."""
         return None
+
+    def refused(self, p: ConvProblem, pass_: str) -> str | None:
+        """Returns why the kernel is not for a pass, or None: `unfit`, or what it finds beyond x."""
+        if p.bordered and pass_ not in self.borders:
+            return "reads nothing but zeros beyond the input"
+        return self.unfit(p, pass_)
 
     def considered(self, p: ConvProblem, pass_: str) -> bool:
         """Returns True if the planner should compare this kernel with others where nothing is forced."""

@@ -10,7 +10,7 @@ from tconv.planning.cost import frames_met, phase_pixels, pixel_tiles
 from tconv.planning.device import Device
 from tconv.planning.family import Instead, Spills
 from tconv.planning.gemm import STEPS_OF_32, General, Stepping
-from tconv.planning.operands import GatherPass, Operands, chunk
+from tconv.planning.operands import GatherPass, Operands, borders, chunk
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Access, Tile
 
@@ -37,6 +37,7 @@ class Gather(Stepping, General):
     fp8 = True
     splittable = True
     two_blocks = True
+    borders = ("fprop",)
     hopper_16 = (*STEPS_OF_32, *TWO_BLOCKS, *MANY_PIXELS)
     base, copy, one = 50, 8, 4
     cut = 10
@@ -120,5 +121,6 @@ class Gather(Stepping, General):
             "EVEN": c.ci % tile.k == 0, "SPLIT": split, "EXTRA": tile.extra,
             # Whether a tile meets a frame depends on the other images in it.
             "FRAMES": c.transposed and c.p.rank == 3 and not c.batch_invariant,
-            "FIELD": FIELD[c.p.rank] if max(c.p.T) <= FIELD[c.p.rank] else 0,
+            "FIELD": 0 if max(c.p.T) > FIELD[c.p.rank] or "zeros" not in c.p.borders[-c.p.rank :] else FIELD[c.p.rank],
+            **borders(c.p),
         }  # fmt: skip

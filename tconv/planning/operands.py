@@ -426,3 +426,8 @@ def window(p: ConvProblem) -> dict[str, int]:
     """Returns filter extents T, stride S, dilation D, leading padding P and g = gcd(S, D) as kernel arguments."""
     common = [math.gcd(s, d) for s, d in zip(p.S, p.D, strict=True)]
     return triple("T", p.T) | triple("S", p.S) | triple("D", p.D) | triple("P", p.P) | triple("g", common)
+
+
+def borders(p: ConvProblem) -> dict[str, str]:
+    """Returns what reads beyond x find, as kernel constants: BORDER0, BORDER1 and BORDER2."""
+    return {f"BORDER{d}": border for d, border in enumerate(p.borders)}

@@ -200,12 +200,12 @@ def choose(
     request = _request_for(pass_)
     only = only or (request.kernel if request else None)
     if request and request.kernel:
-        unfit = FAMILIES[request.kernel].unfit(problem, pass_)
+        unfit = FAMILIES[request.kernel].refused(problem, pass_)
         if unfit:
             raise ValueError(f"forced kernel {request.kernel!r} {unfit}, got {problem}")
     if device.interpreted:
         return _interpreter_plan(problem, pass_, operands, device, only, precision)
-    takers = _takers(pass_, operands)
+    takers = _takers(problem, pass_, operands)
     considered = [FAMILIES[only]] if only else [f for f in takers if f.considered(problem, pass_)]
     kernels = tuple(family.name for family in considered)
     plans, refused = [], None
@@ -229,9 +229,9 @@ def choose(
     return replace(best, others=(*best.others, plan.barred()))
 
 
-def _takers(pass_: str, operands: Operands) -> list[Family]:
-    """Returns the families that compute a pass of operands of that size."""
-    return [f for f in families(pass_) if f.fp8 or operands.itemsize > 1]
+def _takers(problem: ConvProblem, pass_: str, operands: Operands) -> list[Family]:
+    """Returns the families that compute a pass of a problem on operands of that size."""
+    return [f for f in families(pass_) if not f.refused(problem, pass_) and (f.fp8 or operands.itemsize > 1)]
 
 
 def _precisions(family: Family, operands: Operands, device: Device) -> tuple[str, ...]:
@@ -345,7 +345,8 @@ def _interpreter_plan(
 ) -> Plan:
     """Returns the plan for the interpreter: the first tile that is legal, since its time is per operation."""
     request = _request_for(pass_)
-    family = FAMILIES[only] if only else next(f for f in _takers(pass_, operands) if f.interpreted(problem))
+    fit = (f for f in _takers(problem, pass_, operands) if f.interpreted(problem))
+    family = FAMILIES[only] if only else next(fit)
     candidates = _legal_tiles(
         request, family.interpreter_tiles(problem, pass_),
         lambda tile: _why_illegal(family, problem, pass_, tile, operands.itemsize, device),

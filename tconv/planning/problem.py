@@ -28,6 +28,8 @@ from tconv.planning.epilogue import NONE, Epilogue
 Triple = tuple[int, int, int]
 PASSES = ("fprop", "dgrad", "wgrad")
 POLICIES = ("auto", "always", "tune")
+MODES = ("zeros", "reflect", "replicate", "circular")  # what a read beyond x finds, as torch's padding_mode names it
+ZEROS = ("zeros", "zeros", "zeros")
 PREDICTED = "predicted"  # not one of the user's: plans by prediction alone, whatever was measured
 
 
@@ -52,6 +54,7 @@ class ConvProblem:
         N, C, K, G: batch, input channels, output channels, groups.
         X, Y, T: input, output and filter extents.
         S, P, D: stride, padding before the first element, dilation. The padding after the last element is implied by Y.
+        borders: per dimension, what a read beyond x finds, one of MODES. "zeros" where nothing beyond x is read.
     """
 
     rank: int
@@ -65,13 +68,19 @@ class ConvProblem:
     S: Triple
     P: Triple
     D: Triple
+    borders: tuple[str, str, str] = ZEROS
 
     def __post_init__(self) -> None:
-        fields = (self.rank, self.N, self.C, self.K, self.G, self.X, self.Y, self.T, self.S, self.P, self.D)
+        fields = (self.rank, self.N, self.C, self.K, self.G, self.X, self.Y, self.T, self.S, self.P, self.D, self.borders)
         object.__setattr__(self, "_hash", hash(fields))  # every call needs the hash, so it is computed once
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def bordered(self) -> bool:
+        """True if reads beyond x find something other than zeros."""
+        return self.borders != ZEROS
 
     @property
     def taps(self) -> int:
@@ -110,7 +119,7 @@ class ConvProblem:
     def __str__(self) -> str:
         skip = 3 - self.rank
 
-        def times(v: Sequence[int]) -> str:
+        def times(v: Sequence[object]) -> str:
             return "x".join(map(str, v[skip:]))
 
         extras = "".join(
@@ -119,7 +128,9 @@ class ConvProblem:
             if any(a != usual for a in v)
         )
         groups = f" groups {self.G}" if self.G > 1 else ""
-        return f"N{self.N} C{self.C} {times(self.X)} -> K{self.K} {times(self.Y)}, filter {times(self.T)}{extras}{groups}"
+        borders = f" borders {times(self.borders)}" if self.bordered else ""
+        found = f"N{self.N} C{self.C} {times(self.X)} -> K{self.K} {times(self.Y)}, filter {times(self.T)}"
+        return f"{found}{extras}{groups}{borders}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +169,7 @@ def forward_problem(
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int],
     groups: int,
+    mode: str = "zeros",
 ) -> ConvProblem:
     """Returns the problem of a batched convolution.
 
@@ -167,14 +179,20 @@ def forward_problem(
         stride, dilation: one number per spatial dimension.
         padding: (before, after) per spatial dimension.
         groups: number of groups.
+        mode: what the padding repeats, one of MODES.
     Returns:
         The problem, with Y = (X + before + after - D*(T - 1) - 1) // S + 1. Y is not positive if the filter does not fit.
     """
     rank = len(x) - 2
     y = [(x[2 + i] + sum(padding[i]) - dilation[i] * (w[2 + i] - 1) - 1) // stride[i] + 1 for i in range(rank)]
+    borders = ["zeros"] * 3
+    for i in range(rank) if mode != "zeros" else ():
+        last = (y[i] - 1) * stride[i] + dilation[i] * (w[2 + i] - 1) - padding[i][0]  # the last coordinate that is read
+        if padding[i][0] > 0 or last >= x[2 + i]:
+            borders[3 - rank + i] = mode
     return ConvProblem(
         rank, x[0], x[1], w[0], groups, lift(x[2:], 1), lift(y, 1), lift(w[2:], 1),
-        _useful(stride, x[2:], y), lift([p[0] for p in padding], 0), lift(dilation, 1),
+        _useful(stride, x[2:], y), lift([p[0] for p in padding], 0), lift(dilation, 1), (borders[0], borders[1], borders[2]),
     )  # fmt: skip
 
 

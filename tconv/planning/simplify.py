@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tconv.planning.problem import ConvProblem, Triple
 
@@ -56,6 +57,7 @@ class Form:
     rules: tuple[str, ...] = ()
 
 
+Entry = TypeVar("Entry")
 Rule = Callable[[Form, int, str], Form | None]
 
 
@@ -105,7 +107,7 @@ def _tiled(p: ConvProblem, d: int, pass_: str) -> bool:
 
     For dgrad the pieces must also cover the dimension exactly, because dgrad writes all of x.
     """
-    apart = p.T[d] > 1 and p.P[d] == 0 and p.D[d] == 1 and (p.S[d] == p.T[d] or p.Y[d] == 1)
+    apart = p.T[d] > 1 and p.P[d] == 0 and p.borders[d] == "zeros" and p.D[d] == 1 and (p.S[d] == p.T[d] or p.Y[d] == 1)
     return apart and (pass_ != "dgrad" or p.X[d] == p.Y[d] * p.T[d])
 
 
@@ -179,7 +181,7 @@ def _spread(f: Form, d: int, pass_: str) -> Form | None:
 def _merge(f: Form, d: int, pass_: str) -> Form | None:
     """Merges dimension d into the next outer one."""
     p, a = f.p, d - 1
-    if d == 0 or _trivial(p, a) or _trivial(p, d) or not _pointwise(p, d) or p.S[a] != 1:
+    if d == 0 or _trivial(p, a) or _trivial(p, d) or not _pointwise(p, d) or p.S[a] != 1 or p.borders[a] != "zeros":
         return None
     if p.depthwise and p.T[a] > 1:  # strip kernels need neighbouring columns, not taps a row apart
         return None
@@ -218,7 +220,7 @@ def _swap(f: Form, d: int, pass_: str) -> Form | None:
     """
     p = f.p
     few = p.K <= FEW and 2 * p.K <= p.C
-    if pass_ != "wgrad" or p.G > 1 or p.taps == 1 or max(p.S) > 1 or not few:
+    if pass_ != "wgrad" or p.G > 1 or p.taps == 1 or max(p.S) > 1 or not few or p.bordered:
         return None
     for x, y, t, before, dilation in zip(p.X, p.Y, p.T, p.P, p.D, strict=True):
         gaps = t > 1 and y < dilation
@@ -242,13 +244,14 @@ def _shifted(f: Form) -> Form:
     kept = [d for d in range(3) if not _trivial(f.p, d)]
     order = [d for d in range(3) if d not in kept] + kept
 
-    def moved(v: Triple) -> Triple:
+    def moved(v: tuple[Entry, Entry, Entry]) -> tuple[Entry, Entry, Entry]:
         return v[order[0]], v[order[1]], v[order[2]]
 
     p = f.p
     q = dataclasses.replace(
-        p, rank=max(1, len(kept)), X=moved(p.X), Y=moved(p.Y), T=moved(p.T), S=moved(p.S), P=moved(p.P), D=moved(p.D)
-    )
+        p, rank=max(1, len(kept)), X=moved(p.X), Y=moved(p.Y), T=moved(p.T), S=moved(p.S), P=moved(p.P), D=moved(p.D),
+        borders=moved(p.borders),
+    )  # fmt: skip
     x, w, y = (dataclasses.replace(t, spatial=moved(t.spatial)) for t in (f.x, f.w, f.y))
     return Form(q, x, w, y, f.rules)
 

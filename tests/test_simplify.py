@@ -64,6 +64,8 @@ def conv(x, k, kernel, stride=1, padding=0, dilation=1, groups=1):
 FEW_FRAMES = conv((2, 6, 3, 4, 5), 2, (3, 1, 1), padding=(1, 0, 0))
 FEW = conv((2, 6, 5, 5), 3, (3, 2), padding=1)
 FEW_APART = conv((2, 6, 9, 5), 2, (3, 2), dilation=(4, 1))
+OVERHANG = forward_problem((2, 3, 5), (4, 3, 2), [2], [(0, 1)], [1], 1)
+LONGER = forward_problem((2, 3, 5), (4, 3, 7), [1], [(0, 2)], [1], 1)
 # Problem, layout, pass, what must come out: rules, rank, (N, C, X).
 TEMPORAL = conv((2, 3, 4, 5, 6), 4, (3, 1, 1), padding=(1, 0, 0))
 FRAMES = conv((2, 3, 4, 5, 6), 4, (1, 3, 3), padding=(0, 1, 1))
@@ -84,6 +86,8 @@ KNOWN = [
     ("frames that lie beside the channels are channels", FRAME, "contiguous", "dgrad", {"fold"}, (1, 6, 144)),
     ("one frame out, few pixels", conv((1, 2, 3, 4, 4), 3, (3, 3, 3)), "channels_last", "dgrad", set(), (1, 2, 48)),
     ("one frame out, padded", ONE_PADDED, "contiguous", "dgrad", {"slice", "merge"}, (1, 2, 576)),
+    ("patches that overhang the end", OVERHANG, "channels_last", "fprop", set(), (2, 3, 5)),
+    ("a filter longer than the input", LONGER, "contiguous", "fprop", set(), (2, 3, 5)),
     ("leftover pixels stay unread", conv((1, 3, 9, 9), 4, (4, 4), 4), "channels_last", "fprop", {"fold"}, (1, 12, 18)),
     ("leftover pixels are written by dgrad", conv((1, 3, 9, 9), 4, (4, 4), 4), "channels_last", "dgrad", set(), (1, 3, 81)),
     ("a dense kernel stays", conv((2, 3, 6, 6), 4, (3, 3), padding=1), "channels_last", "fprop", set(), (2, 3, 36)),

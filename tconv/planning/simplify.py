@@ -103,12 +103,12 @@ def _of_images(form: Form, images: int) -> Form:
 
 
 def _tiled(p: ConvProblem, d: int, pass_: str) -> bool:
-    """Returns True if the filter's positions cut dimension d into pieces of T elements that do not overlap.
+    """Returns True if the filter's positions cut dimension d into pieces of T of its elements that do not overlap.
 
     For dgrad the pieces must also cover the dimension exactly, because dgrad writes all of x.
     """
-    apart = p.T[d] > 1 and p.P[d] == 0 and p.borders[d] == "zeros" and p.D[d] == 1 and (p.S[d] == p.T[d] or p.Y[d] == 1)
-    return apart and (pass_ != "dgrad" or p.X[d] == p.Y[d] * p.T[d])
+    apart = p.T[d] > 1 and p.P[d] == 0 and p.D[d] == 1 and (p.S[d] == p.T[d] or p.Y[d] == 1)
+    return apart and p.Y[d] * p.T[d] <= p.X[d] and (pass_ != "dgrad" or p.X[d] == p.Y[d] * p.T[d])
 
 
 def all_tiled(p: ConvProblem) -> bool:

@@ -14,6 +14,7 @@ from tconv.kernels.common import (
     APART,
     advance,
     decode,
+    found_at,
     inside,
     kernel,
     lead,
@@ -38,6 +39,7 @@ def depthwise(
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr,
     MULTIPLIED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr,  # what reads beyond x find
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
     STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -51,6 +53,7 @@ def depthwise(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     gcds = (g0, g1, g2)
+    BORDERS: tl.constexpr = (BORDER0, BORDER1, BORDER2)
     X_FLIP: tl.constexpr = FLIP if X_UNIT else APART
     Y_FLIP: tl.constexpr = FLIP if Y_UNIT else APART
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
@@ -91,8 +94,11 @@ def depthwise(
             wo = 0
         for d in tl.static_range(FIRST, 3):
             step = -(D[d] // gcds[d]) if TRANSPOSED else D[d]
-            ok &= inside(h[d] + tap[d] * step, X[d])
-            dx += (tap[d] * step).to(OFFSET) * sx[d]
+            if BORDERS[d] == "zeros":
+                ok &= inside(h[d] + tap[d] * step, X[d])
+                dx += (tap[d] * step).to(OFFSET) * sx[d]
+            else:
+                dx += lead((found_at(h[d] + tap[d] * step, X[d], BORDERS[d]) - h[d]).to(OFFSET) * sx[d], X_FLIP)
             wo += (t_first[d] + tap[d] * (S[d] // gcds[d] if TRANSPOSED else 1)) * sw[d]
         xv = tl.load(xp + dx, mask=lead(ok, X_FLIP) & trail(mask_o, X_FLIP), other=0.0)  # [BLOCK_M, BLOCK_C]
         wv = tl.load(w_ptr + w_row * swk + wo, mask=mask_o, other=0.0).to(ACC)  # [BLOCK_C]
@@ -119,6 +125,7 @@ def depthwise_wgrad(
     sxn, sxc, sx0, sx1, sx2, syn, syc, sy0, sy1, sy2, sws, swk, sw0, sw1, sw2,
     RANK: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr,
     MULTIPLIED: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program computes TAPS taps of a tile of channels over one split of the pixels. It loads dy once for all its taps."""
@@ -131,6 +138,7 @@ def depthwise_wgrad(
     S = (S0, S1, S2)
     D = (D0, D1, D2)
     B = (B0, B1, B2, Bn)
+    BORDERS: tl.constexpr = (BORDER0, BORDER1, BORDER2)
     first = (-P0, -P1, -P2)
     sx = (multiple(sx0, X_VEC).to(OFFSET), multiple(sx1, X_VEC).to(OFFSET), multiple(sx2, X_VEC).to(OFFSET))
     sy = (multiple(sy0, Y_VEC).to(OFFSET), multiple(sy1, Y_VEC).to(OFFSET), multiple(sy2, Y_VEC).to(OFFSET))
@@ -163,9 +171,13 @@ def depthwise_wgrad(
             ok = live
             dx = past * 0
             for d in tl.static_range(3 - RANK, 3):
-                extent = tl.where(past == 0, X[d], 0) if d == 2 else X[d]
-                ok &= inside(h[d] + tap[d] * D[d], extent)
-                dx += (tap[d] * D[d]).to(OFFSET) * sx[d]
+                if BORDERS[d] == "zeros":
+                    extent = tl.where(past == 0, X[d], 0) if d == 2 else X[d]
+                    ok &= inside(h[d] + tap[d] * D[d], extent)
+                    dx += (tap[d] * D[d]).to(OFFSET) * sx[d]
+                else:
+                    ok &= past == 0
+                    dx += lead((found_at(h[d] + tap[d] * D[d], X[d], BORDERS[d]) - h[d]).to(OFFSET) * sx[d], X_FLIP)
             xq = xp + (tl.multiple_of(lead(xo, X_FLIP), [X_VEC, X_VEC]) + dx)
             xv = tl.load(xq, mask=lead(ok, X_FLIP) & trail(mask_k, X_FLIP), other=0.0)
             accs = accs[:u] + (accs[u] + gv * turned(xv, X_FLIP, FLIP).to(ACC),) + accs[u + 1 :]

@@ -19,6 +19,7 @@ from tconv.kernels.common import (
     APART,
     advance,
     decode,
+    found_at,
     inside,
     kernel,
     lead,
@@ -60,6 +61,7 @@ def wgrad(
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr, X_PIXELS: tl.constexpr, Y_PIXELS: tl.constexpr,
     Y_FLAT: tl.constexpr,  # all of dy's pixels, over the images too, have one stride: its offsets then have no carries
     WIDE: tl.constexpr,
+    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr,  # what reads beyond x find
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +74,7 @@ def wgrad(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     B = (B0, B1, B2, Bn)
+    BORDERS: tl.constexpr = (BORDER0, BORDER1, BORDER2)
     X_FLIP: tl.constexpr = False if X_UNIT else X_PIXELS > 1 or APART
     Y_FLIP: tl.constexpr = False if Y_UNIT else Y_PIXELS > 1 or APART
     PIXELS: tl.constexpr = max(X_PIXELS, Y_PIXELS)  # above 1: pointwise, and so many neighbours are pixels of one image
@@ -96,11 +99,13 @@ def wgrad(
 
     dw_offset = split.to(tl.int64) * multiple(sws, W_VEC) + group * multiple(swg, W_VEC).to(tl.int64)
     first = ()
+    stepped = ()  # strides of x along which offsets advance; where it repeats beyond its borders, they follow the coordinate
     for d in tl.static_range(3):
         first = first + (tap[d] * D[d] - P[d],)
+        stepped = stepped + (sx[d] if BORDERS[d] == "zeros" else sx[d] * 0,)
         dw_offset += tap[d] * sw[d].to(tl.int64)
     left, xo, yo, h, x_step, y_step, end, carry_x, carry_y = split_pixels(
-        split, chunk, N, Y, S, B, first, multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, RANK, OFFSET, BLOCK_P
+        split, chunk, N, Y, S, B, first, multiple(sxn, X_VEC), stepped, multiple(syn, Y_VEC), sy, RANK, OFFSET, BLOCK_P
     )
     p = tl.arange(0, BLOCK_P)
     if Y_FLAT:
@@ -126,9 +131,14 @@ def wgrad(
         ok = live
         if PIXELS == 1:
             for d in tl.static_range(FIRST, 3):
-                ok &= inside(h[d], X[d])
+                if BORDERS[d] == "zeros":
+                    ok &= inside(h[d], X[d])
+        at = xo
+        for d in tl.static_range(FIRST, 3):
+            if BORDERS[d] != "zeros":
+                at += found_at(h[d], X[d], BORDERS[d]).to(OFFSET) * sx[d]
         yq = yp + told(yo, Y_FLIP, Y_VEC, Y_PIXELS)
-        xq = xp + told(xo, X_FLIP, X_VEC, X_PIXELS)
+        xq = xp + told(at, X_FLIP, X_VEC, X_PIXELS)
         gv = tl.load(yq, mask=lead(live, Y_FLIP) & trail(mask_k, Y_FLIP), other=0.0)  # [BLOCK_P, BLOCK_K]
         xv = tl.load(xq, mask=lead(ok, X_FLIP) & trail(mask_c, X_FLIP), other=0.0)  # [BLOCK_P, BLOCK_C]
         acc = product(turned(gv, Y_FLIP, True), turned(xv, X_FLIP, False), acc, PRECISION, INTERPRET)

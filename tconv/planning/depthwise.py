@@ -47,6 +47,7 @@ class Depthwise(_Direct):
 
     name = "depthwise"
     passes = ("fprop", "dgrad")
+    borders = ("fprop",)
     spills: ClassVar[Spills] = {
         8: (Tile(128, 16, 1, 4, 3),),
     }
@@ -83,6 +84,7 @@ class DepthwiseWgrad(_Direct):
     name = "depthwise_wgrad"
     passes = ("wgrad",)
     splittable = True
+    borders = ("wgrad",)
     any_rows = True
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:

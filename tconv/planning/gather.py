@@ -10,7 +10,7 @@ from tconv.planning.cost import frames_met, phase_pixels, pixel_tiles
 from tconv.planning.device import Device
 from tconv.planning.family import Instead, Spills
 from tconv.planning.gemm import STEPS_OF_32, General, Stepping
-from tconv.planning.operands import GatherPass, Operands, borders, chunk
+from tconv.planning.operands import GatherPass, Operands, chunk
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Access, Tile
 
@@ -122,5 +122,4 @@ class Gather(Stepping, General):
             # Whether a tile meets a frame depends on the other images in it.
             "FRAMES": c.transposed and c.p.rank == 3 and not c.batch_invariant,
             "FIELD": 0 if max(c.p.T) > FIELD[c.p.rank] or "zeros" not in c.p.borders[-c.p.rank :] else FIELD[c.p.rank],
-            **borders(c.p),
         }  # fmt: skip

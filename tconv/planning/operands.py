@@ -240,7 +240,7 @@ class GatherPass(Pass):
     def constants(self, tile: Tile, splits: int, dot: bool) -> dict[str, Any]:
         p = self.p
         return {
-            "TRANSPOSED": self.transposed, "RANK": p.rank, "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit,
+            "TRANSPOSED": self.transposed, "RANK": p.rank, **borders(p), "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit,
             "HAS_BIAS": self.bias is not None, "W_UNIT": self.inner, "W_VEC": self.w_vec,
             # Offsets may pass the ends of x by the halo: the first tap may be outside x while a later one is inside.
             "WIDE": max(self.x.reach + self.x.halo(p), self.y.reach, p.N * math.prod(self.extents) + tile.m) > LIMIT,
@@ -358,7 +358,7 @@ class WgradPass(Pass):
     def constants(self, tile: Tile, splits: int, dot: bool) -> dict[str, Any]:
         p, w = self.p, self.written(splits)
         return {
-            "RANK": p.rank, "X_UNIT": self.x.unit, "W_UNIT": w.unit, "Y_UNIT": self.y.unit, "WIDE": self.far(p.Y, tile),
+            "RANK": p.rank, **borders(p), "X_UNIT": self.x.unit, "W_UNIT": w.unit, "Y_UNIT": self.y.unit, "WIDE": self.far(p.Y, tile),
             "W_VEC": w.wide(self.stored[0]), "BLOCK_P": tile.k, "BLOCK_K": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip
 

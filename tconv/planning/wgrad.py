@@ -18,6 +18,7 @@ class Wgrad(Advancing, General):
     passes = ("wgrad",)
     start = 2.7e-6
     splittable = True
+    borders = ("wgrad",)
     apart, base, copy, one = 40, 110, 14, 4
     cut = 20
     spills: ClassVar[Spills] = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tconv.dispatch import epilogues, norms
+from tconv.dispatch import causal, epilogues, norms
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.entry import PUBLIC, convolve
 from tconv.dispatch.sides import by_torch
@@ -201,3 +201,73 @@ def rms_norm_silu(
 
 
 norms.PUBLIC.update({"group_norm_silu": group_norm_silu, "rms_norm_silu": rms_norm_silu})
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> Any:
+    """Depthwise 1-D convolution that reads nothing later, with SiLU, as state-space models have it.
+
+        y[n, c, j] = activation(bias[c] + sum over t of weight[c, t] * x[n, c, j - (taps - 1) + t])
+
+    Before a sequence there is its initial state, or zeros. Sequences of a batch have one length, unless they lie one after the
+    other along the time of x: `cu_seqlens` or `seq_idx` then tells where, and none reads its predecessor. Differentiable in x,
+    weight, bias and initial_states. An output has the same bits however a sequence is cut into calls.
+
+    Args:
+        x: (N, C, L), fp16, bf16, fp32 or fp64; any strides. Contiguous channels, as of a transposed (N, L, C), and contiguous
+            times are both read as they are.
+        weight: (C, taps) or (C, 1, taps); weight and bias are of x's dtype or fp32. More than 8 taps are left to torch.
+        bias: (C,) or None.
+        seq_idx: (N, L), int32 or int64: a number per time, the same for the times of one sequence. Without states.
+        initial_states: (N, C, taps - 1), of x's dtype: the inputs before each sequence; (sequences, C, taps - 1) with
+            cu_seqlens. None for zeros. They are not changed.
+        return_final_states: return the last taps - 1 of (initial state, inputs) of each sequence as well, new tensors that are
+            the initial states of what follows.
+        cu_seqlens: (sequences + 1,), int32 or int64, from 0 to L: where each sequence begins, and the end. N is 1 then.
+        activation: None, "silu" or "swish", which are one.
+    Returns:
+        y, (N, C, L), or (y, final_states). By tconv's kernels they lie in memory as x does.
+    Raises:
+        ValueError: an argument does not fit. Nothing has been launched then.
+    """
+    y, states = causal.convolve(x, weight, bias, seq_idx, initial_states, return_final_states, cu_seqlens, activation)
+    return (y, states) if return_final_states else y
+
+
+def causal_conv1d_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    conv_state_indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode step of `causal_conv1d`: the next outputs of sequences whose latest inputs are in a state.
+
+    It CHANGES conv_state in place, as no other function of tconv changes an argument: x enters it, and its oldest inputs leave.
+    There is no gradient.
+
+    Args:
+        x: (N, C), the next input of each sequence, or (N, C, L), the next L.
+        conv_state: (N, C, length), of x's dtype, the latest inputs of each sequence, oldest first; length is taps - 1 or more.
+        weight, bias, activation: as for `causal_conv1d`.
+        cache_seqlens: (N,), int32 or int64: how many inputs each sequence has had. The state is then a ring, in which input i
+            is at i % length.
+        conv_state_indices: (N,), int32 or int64: which of the states, (slots, C, length), belongs to each sequence; no two the
+            same. A negative one is a place without a sequence: its result is zero, and no state is changed for it.
+    Returns:
+        (N, C) or (N, C, L), like x.
+    Raises:
+        ValueError: an argument does not fit, or requires a gradient. Nothing has been launched then.
+    """
+    return causal.update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)

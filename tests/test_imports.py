@@ -117,7 +117,10 @@ def test_folders_have_no_circle():
         assert not any(folder in BELOW[other] for other in below)
 
 
-HELPERS = {"common": (), "epilogue": ("tconv.kernels.common",), "normalise": ("tconv.kernels.common", "tconv.kernels.epilogue")}
+HELPERS = {
+    "common": (), "epilogue": ("tconv.kernels.common",), "normalise": ("tconv.kernels.common", "tconv.kernels.epilogue"),
+    "causal": ("tconv.kernels.common", "tconv.kernels.epilogue.activated", "tconv.kernels.epilogue.gradient"),
+}  # fmt: skip
 
 
 def test_kernels_import_triton_and_each_others_helpers_only():

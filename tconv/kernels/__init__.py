@@ -14,6 +14,7 @@ planning/ works out. In reading order:
     strip       the same, several neighbouring outputs to a thread
     tma         fprop, dgrad and wgrad, operands brought by the tensor memory accelerator
     persistent  fprop and dgrad of unit stride, the same with programs that stay and a warp that only fetches, in Gluon
+    causal      causal depthwise convolutions of sequences, with states: forward, gradients and decode step
     reduce      sums the parts of a split-K reduction, and computes the bias gradient
     copy        copies an operand to channels last
     quantize    rounds a tensor to fp8

@@ -20,40 +20,20 @@ then separated into tensors without exchanging data between threads.
 import triton
 import triton.language as tl
 
-from tconv.kernels.common import advance, inside, kernel, lead, multiple, rounded, split_pixels, trail, written_pixels
+from tconv.kernels.common import (
+    advance,
+    apart,
+    inside,
+    kernel,
+    lead,
+    multiple,
+    rounded,
+    split_pixels,
+    together,
+    trail,
+    written_pixels,
+)
 from tconv.kernels.epilogue import finish
-
-
-@triton.jit
-def apart(t, A: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr):
-    """Returns the COUNT slices [A, B] of t [A, B, COUNT], where COUNT is a power of two up to 8."""
-    if COUNT == 1:
-        slices = (tl.reshape(t, (A, B)),)
-    elif COUNT == 2:
-        slices = tl.split(t)
-    else:
-        even, odd = tl.split(tl.reshape(t, (A, B, COUNT // 2, 2)))
-        evens = apart(even, A, B, COUNT // 2)
-        odds = apart(odd, A, B, COUNT // 2)
-        if COUNT == 4:
-            slices = (evens[0], odds[0], evens[1], odds[1])
-        else:
-            slices = (evens[0], odds[0], evens[1], odds[1], evens[2], odds[2], evens[3], odds[3])
-    return slices
-
-
-@triton.jit
-def together(slices, A: tl.constexpr, B: tl.constexpr, COUNT: tl.constexpr):
-    """Returns COUNT slices [A, B] stacked as [A, B, COUNT], the inverse of `apart`."""
-    if COUNT == 1:
-        t = tl.reshape(slices[0], (A, B, 1))
-    elif COUNT == 2:
-        t = tl.join(slices[0], slices[1])
-    else:
-        even = together(slices[0::2], A, B, COUNT // 2)
-        odd = together(slices[1::2], A, B, COUNT // 2)
-        t = tl.reshape(tl.join(even, odd), (A, B, COUNT))
-    return t
 
 
 @triton.jit

@@ -18,6 +18,7 @@ launch. In reading order:
     frozen         the copies of frozen weights, which are kept between calls
     launch         fprop, dgrad, wgrad and the bias gradient: allocates the result and the workspace, and launches
     normalise      normalisations, forward and backward
+    causal         the launches of kernels/causal.py
     workers        compiles kernels in parallel, in other processes
     variants       every kernel variant that the planner can choose, for scripts/codegen.py
 """

@@ -24,6 +24,7 @@ the plan with the least predicted time is chosen. In reading order:
     tma          answers for kernels/tma.py
     persistent   answers for kernels/persistent.py
     bias         the bias gradient and the copy to channels last
+    causal       tiles of kernels/causal.py
     families     all kernels by name
     plan         all plans of a pass, the chosen one, and plans forced by hand
     normalise    what a normalisation computes, and the tiles and chunks of its kernels

@@ -358,7 +358,8 @@ class WgradPass(Pass):
     def constants(self, tile: Tile, splits: int, dot: bool) -> dict[str, Any]:
         p, w = self.p, self.written(splits)
         return {
-            "RANK": p.rank, **borders(p), "X_UNIT": self.x.unit, "W_UNIT": w.unit, "Y_UNIT": self.y.unit, "WIDE": self.far(p.Y, tile),
+            "RANK": p.rank, **borders(p), "X_UNIT": self.x.unit, "W_UNIT": w.unit, "Y_UNIT": self.y.unit,
+            "WIDE": self.far(p.Y, tile),
             "W_VEC": w.wide(self.stored[0]), "BLOCK_P": tile.k, "BLOCK_K": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip
 

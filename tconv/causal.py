@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from tconv import modules
+import torch
+
+from tconv import functional, modules
 
 
 class CausalConv1d(modules.Conv1d):
@@ -30,6 +33,17 @@ class CausalConv1d(modules.Conv1d):
             in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias, padding_mode, device, dtype
         )  # fmt: skip
         _pad(self, 0)
+
+    def stream(self, input: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the outputs for the next steps of a stream, and the state for the call after it.
+
+        Args:
+            input: (N, C, W), the next steps, any number of them.
+            state: what the call before returned; None at the beginning of the stream. It is not changed.
+        Raises:
+            ValueError: the state does not fit, or the layer has another padding_mode than zeros.
+        """
+        return _stream(functional.conv1d_stream, self, input, state)
 
 
 class CausalConv3d(modules.Conv3d):
@@ -57,6 +71,25 @@ class CausalConv3d(modules.Conv3d):
             in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias, padding_mode, device, dtype
         )  # fmt: skip
         _pad(self, padding)
+
+    def stream(self, input: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the output frames for the next frames of a stream, and the state for the call after it.
+
+        Args:
+            input: (N, C, D, H, W), the next frames, any number of them.
+            state: what the call before returned; None at the beginning of the stream. It is not changed.
+        Raises:
+            ValueError: the state does not fit, or the layer has another padding_mode than zeros.
+        """
+        return _stream(functional.conv3d_stream, self, input, state)
+
+
+def _stream(
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]], layer: Any, x: torch.Tensor, state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"padding_mode must be 'zeros' for a stream, got {layer.padding_mode!r}")
+    return function(x, layer.weight, layer.bias, state, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def _pad(layer: Any, padding: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tconv.dispatch import causal, epilogues, norms
+from tconv.dispatch import causal, epilogues, norms, stream
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.entry import PUBLIC, convolve
 from tconv.dispatch.sides import by_torch
@@ -201,6 +201,53 @@ def rms_norm_silu(
 
 
 norms.PUBLIC.update({"group_norm_silu": group_norm_silu, "rms_norm_silu": rms_norm_silu})
+
+
+def _stream(rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the public function of a rank for a stream's chunks."""
+
+    def conv(
+        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, state: torch.Tensor | None = None,
+        stride: Any = 1, padding: Any = None, dilation: Any = 1, groups: int = 1,
+        *, activation: Any = None, negative_slope: Any = 0.01, residual: Any = None, residual_position: Any = "before",
+        scale: Any = None, shift: Any = None, stepwise: bool = False, recompute: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        steps = Steps(activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute)
+        return stream.convolve(rank, input, weight, bias, state, stride, padding, dilation, groups, steps)
+
+    conv.__name__ = conv.__qualname__ = f"conv{rank}d_stream"
+    shape, taps, out = (", ".join(letters[3 - rank :]) for letters in ("DHW", "TRS", "ZPQ"))
+    frames = "" if rank == 1 else ", H, W"
+    time = shape[0]
+    conv.__doc__ = f"""{rank}-D convolution of a stream, chunk by chunk; {time} is time, and no output reads a later one.
+
+    The state holds the inputs that the next output still needs, at most dilation*(taps - 1) times. The kernel reads (state,
+    input) as if concatenated, without a copy, and writes the next state in the same launch. However a stream is cut into
+    chunks, its outputs are those of one convolution that is padded by dilation*(taps - 1) zeros before the first time; inside
+    `tconv.batch_invariant()` also to the bit. A chunk may have any number of times, and may give no output.
+
+    Where a gradient is wanted, and where no kernel can run, the state and the chunk are concatenated.
+
+    Args:
+        input: (N, C, {shape}), the next times of the stream; fp16, bf16, fp32 or fp64; any strides.
+        weight: (K, C/groups, {taps}), of the input's dtype.
+        bias: (K,) or None.
+        state: (N, C, times{frames}), of the input's dtype, as the call for the chunk before returned it; None at the beginning.
+            times is dilation*(taps - 1), or up to stride - 1 less. It is read, and never changed.
+        stride, dilation: a number, or one per spatial dimension, in elements.
+        padding: by default ((dilation*(taps - 1), 0){", 0, 0" if rank == 3 else ""}), and nothing else in its first dimension.
+        groups: number of groups.
+        activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute: as in `conv{rank}d`.
+    Returns:
+        (y, state): (N, K, {out}), and a new tensor for the next chunk. By the kernel both lie channels last.
+    Raises:
+        ValueError: an argument does not fit, by its name. Nothing has been launched then.
+        Whatever torch raises for input, weight, bias and groups that do not fit together.
+    """
+    return conv
+
+
+conv1d_stream, conv3d_stream = _stream(1), _stream(3)
 
 
 def causal_conv1d(

@@ -25,6 +25,7 @@ order:
     epilogues     the same with an epilogue
     normalised    forward and backward of a normalisation over launches
     norms         a call of one of the two normalisations
+    stream        convolutions of a stream, chunk by chunk
     causal        causal depthwise convolutions of sequences, and their decode step
     selection     which shapes and layers `enable()` takes
     aten          what `enable()` runs in place of aten's `_convolution` and `convolution_backward`

@@ -88,16 +88,28 @@ class ForwardPass:
                 profiling.end(event)
 
     def run(
-        self, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, residual: MaybeTensor, scale: MaybeTensor, shift: MaybeTensor
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        b: MaybeTensor,
+        residual: MaybeTensor,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        beside: tuple[torch.Tensor, ...] = (),
     ) -> tuple[torch.Tensor, MaybeTensor]:
-        """Launches it. Returns its result, and the activation's argument if that is kept."""
+        """Launches it. Returns its result, and the activation's argument if that is kept.
+
+        Args:
+            beside: as in `launch.convolve`.
+        """
         shape, strides = self.prepared.shape, self.prepared.strides
         if residual is not None:
             residual = _laid_out(residual, strides)
         scale, shift = self.per_channel(scale, x.dtype), self.per_channel(shift, x.dtype)
         kept = x.new_empty_strided(shape, strides) if self.fused.epilogue.kept else None
         given = tuple([x if t is None else t for t in (scale, shift, residual, kept)])  # the kernel reads only what there is
-        return launch.convolve(self.prepared, x, w, b, self.fused.dry, after=given), kept
+        after = given if self.fused.epilogue else ()
+        return launch.convolve(self.prepared, x, w, b, self.fused.dry, after=after, beside=beside), kept
 
     def per_channel(self, t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
         """Returns the scale or shift as the kernels read it: contiguous, aligned, and both of one dtype."""

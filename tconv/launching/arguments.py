@@ -27,6 +27,7 @@ from tconv.planning.families import FAMILIES
 from tconv.planning.plan import Plan, forced
 from tconv.planning.tiles import Tile
 
+BESIDE = ("state_ptr", "next_ptr")  # pointers of a stream's kernel, after those of an epilogue
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 INTERPRET = isinstance(sum_splits, InterpretedFunction)  # Triton decides this when the kernels are imported
 # Lets the compiler fuse a multiply and an add. Set explicitly, because the default changes with Triton 3.10.
@@ -162,7 +163,8 @@ def prepared(
     """
     integers = tuple(named[n] for n in integers_of(kernel))
     dtype, splits, total = result.dtype, call.plan.splits if call.plan else 1, None
-    own = sum(name.endswith(("_ptr", "_desc")) and name not in POINTERS for name in kernel.arg_names)
+    beside = (*POINTERS, *BESIDE)
+    own = sum(name.endswith(("_ptr", "_desc")) and name not in beside for name in kernel.arg_names)
     pointers = *(operands or dtype,) * (own - 1), dtype
     if splits > 1:
         summed = accumulator(dtype)
@@ -174,6 +176,12 @@ def prepared(
     assert POINTERS[0] in kernel.arg_names or splits > 1 or not epilogue, "a kernel without an epilogue"
     if POINTERS[0] in kernel.arg_names:
         constants = constants | (epilogue if splits == 1 else NONE).constants()
+    if BESIDE[0] in kernel.arg_names:
+        if not constants["NEXT"]:
+            constants = constants | dict.fromkeys(BESIDE)
+        else:  # the pointers of an epilogue come before, whether there is one or not
+            constants = {k: v for k, v in constants.items() if k not in POINTERS}
+            pointers += (() if splits == 1 and epilogue else (dtype,) * len(POINTERS)) + (dtype,) * len(BESIDE)
     form = result.shape, result.stride(), dtype
     return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
 

@@ -239,7 +239,7 @@ def _launch(
     values = tuple(integers[name] for name in integers_of(kernel))
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names or k in options(tile)}
     call = Call(pass_, s.problem, plan, reason)
-    return Prepared(kernel, (programs,), values, constants, call, s.x.shape, s.x.stride())
+    return Prepared(kernel, (programs,), values, constants, call, s.x.shape, s.x.stride(), s.x.dtype)
 
 
 def _run(

@@ -25,6 +25,7 @@ from tconv.launching.prepare import (
     prepare_bias,
     prepare_gather,
     prepare_quantize,
+    prepare_stream,
     prepare_wgrad,
 )
 from tconv.launching.record import Fallback, Slower, record_call
@@ -32,6 +33,7 @@ from tconv.launching.self_check import undecided, works_on
 from tconv.planning import plan as planning
 from tconv.planning.addressing import LIMIT
 from tconv.planning.device import INTERPRETER, Device, cuda_device
+from tconv.planning.epilogue import POINTERS
 from tconv.planning.problem import Geometry
 
 Backward = tuple[Prepared | None, Prepared | None, Prepared | None]  # launches for the gradients of x, w and bias
@@ -64,6 +66,30 @@ def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tens
     return prepare_gather(pass_, g.problem, x, w, b, y, device, g.policy, g.epilogue, g.batch_invariant)
 
 
+def streaming(
+    g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, state: torch.Tensor | None, kept: int, first: int
+) -> Prepared:
+    """Returns the launch of fprop for a chunk of a stream; pass it to `convolve`.
+
+    Args:
+        state: [N, C, P, *frame], the P frames before the chunk; None at the beginning of the stream, where they are zeros.
+        kept, first: the frames of the next state, and the first of them, counted from that of the chunk.
+    """
+    key = (
+        "stream", g, x.stride(), w.stride(), b is not None and b.stride(), x.data_ptr() % 16, w.data_ptr() % 16,
+        tensor_cores(x.dtype), state is not None and (state.stride(), state.data_ptr() % 16), kept, first,
+    )  # fmt: skip
+
+    def make() -> Prepared:
+        if reach(w) > LIMIT:
+            raise Fallback("a weight that 32 bits cannot address")
+        y = shaped(g.problem.shape("y"), g.channels_last, x.dtype)
+        device = g.device or device_of(x)
+        return prepare_stream(g.problem, x, w, b, y, state, kept, first, device, g.epilogue, g.batch_invariant)
+
+    return _lookup(key, make)
+
+
 class SharedOperand:
     """A tensor that several launches read, and its channels_last copy, made when the first launch needs it."""
 
@@ -82,6 +108,7 @@ def convolve(
     dry: bool,
     shared: SharedOperand | None = None,
     after: tuple[torch.Tensor, ...] = (),
+    beside: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """Runs a launch of `convolution`: fprop, dgrad, or the forward pass of a transposed layer.
 
@@ -94,12 +121,13 @@ def convolve(
         dry: allocate and record, but launch nothing.
         shared: an operand whose channels_last copy other launches use too.
         after: tensors for an epilogue's pointers.
+        beside: of a stream, its state, or any tensor if it has none, and the next state, which is written.
 
     Returns:
         y [N, K, *Y] for fprop, dx [N, C, *X] for dgrad.
     """
     b = x if b is None else b  # without a bias the kernel does not read its pointer
-    return execute(launch, dry, shared, (x, w), b, after=after)
+    return execute(launch, dry, shared, (x, w), b, after=after, beside=beside)
 
 
 def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: SharedOperand | None = None) -> torch.Tensor:
@@ -261,6 +289,7 @@ def execute(
     operands: tuple[torch.Tensor, ...],
     *more: torch.Tensor,
     after: tuple[torch.Tensor, ...] = (),
+    beside: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """Allocates the result of a launch, runs it, records the call and returns the result.
 
@@ -273,6 +302,7 @@ def execute(
         more: other tensors that the kernel reads.
         after: tensors for an epilogue's pointers, which the kernel takes after the result's, or the sum of the splits does.
             Their addresses are multiples of 16 bytes.
+        beside: of a stream, its state, or any tensor if it has none, and the next state, which is written.
 
     Raises:
         TransientFallback: memory ran out for the result, a copy or the workspace, or a kernel cannot be launched this time.
@@ -293,10 +323,10 @@ def execute(
                 if launch.swapped:
                     operands = operands[::-1]
                 if launch.total is None:
-                    run(launch, (*operands, *more, out, *after))
+                    run(launch, (*operands, *more, out, *_before(beside, out, after), *beside))
                 else:
                     workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
-                    run(launch, (*operands, *more, workspace))
+                    run(launch, (*operands, *more, workspace, *_before(beside, out), *beside))
                     run(launch.total, (workspace, out, *after))
             finally:
                 if event is not None:
@@ -305,6 +335,13 @@ def execute(
         fail(launch, None, e)
     record_call(launch.call)
     return out
+
+
+def _before(
+    beside: tuple[torch.Tensor, ...], out: torch.Tensor, after: tuple[torch.Tensor, ...] = ()
+) -> tuple[torch.Tensor, ...]:
+    """Returns tensors for an epilogue's pointers, which a kernel takes before a stream's, also if it has no epilogue."""
+    return after or (out,) * len(POINTERS) if beside else after
 
 
 def _held(launch: Prepared, shared: SharedOperand | None, operands: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:

@@ -247,5 +247,5 @@ def _launch(
     call = Call(plan.pass_, n, plan, plan.reason)
     return Prepared(
         kernel, (programs,), tuple(named[i] for i in integers), constants | options(tile), call, result.shape,
-        result.stride(), pointers=pointers,
+        result.stride(), result.dtype, pointers=pointers,
     )  # fmt: skip

@@ -36,8 +36,8 @@ from tconv.planning.addressing import LIMIT, aligned_channels, flattened, vector
 from tconv.planning.device import Device
 from tconv.planning.epilogue import NONE, Epilogue
 from tconv.planning.families import FAMILIES
-from tconv.planning.operands import GatherPass, Pass, PatchPass, WgradPass, chunk, strides, triple
-from tconv.planning.problem import PREDICTED, ConvProblem, lift
+from tconv.planning.operands import GatherPass, Pass, PatchPass, Stream, WgradPass, chunk, strides, tails, triple
+from tconv.planning.problem import PREDICTED, ConvProblem, Triple, lift
 from tconv.planning.tiles import BF16X6
 from tconv.records.book import Measured, book, is_set_aside
 from tconv.records.key import Cell, cell_of, machine
@@ -127,6 +127,70 @@ def prepare_gather(
 
     by = invariant if batch_invariant else best
     return _as_measured(by, lambda: described(x, w), x.dtype, device, policy, not batch_invariant)
+
+
+def prepare_stream(
+    problem: ConvProblem,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    y: torch.Tensor,
+    state: torch.Tensor | None,
+    kept: int,
+    first: int,
+    device: Device,
+    epilogue: Epilogue = NONE,
+    batch_invariant: bool = False,
+) -> Prepared:
+    """Returns the launch of fprop for a chunk of a stream.
+
+    Args:
+        state, kept, first: as in planning/operands.py `Stream`.
+        batch_invariant: if True, the plan is the one for `planning.IMAGES` images of `planning.TIMES` times, whatever the chunk
+            has; only the prediction is the chunk's own.
+    """
+    bias, names = None if b is None else b.stride(0), ("x", "w")
+
+    def describing(problem: ConvProblem, y: torch.Tensor, stream: Stream) -> Describe:
+        def described(x: torch.Tensor, w: torch.Tensor) -> Pass:
+            return GatherPass(
+                "fprop", problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias, epilogue,
+                batch_invariant, stream,
+            )  # fmt: skip
+
+        return described
+
+    described = describing(problem, y, Stream(None if state is None else addressing(state), kept, first))
+
+    def preparing(described: Describe, problem: ConvProblem, y: torch.Tensor, plan: planning.Plan | None) -> Prepare:
+        def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
+            return prepare_pass(described(x, w), problem, y, device, "gather", plan=plan)
+
+        return prepare
+
+    prepare = preparing(described, problem, y, None)
+    if not batch_invariant:
+        return _staged(prepare, described, names, (x, w), problem, device, padded=False)
+    some = _of_times(problem)
+    # An x of one step lies in both formats. So x is taken to be channels last, and is copied where it is not.
+    images, result = (shaped(some.shape(which), True, x.dtype) for which in ("x", "y"))
+    of_some = describing(some, result, Stream(None, kept, first))
+    launch = _staged(preparing(of_some, some, result, None), of_some, names, (images, w), some, device, padded=False)
+    prepare, shapes = preparing(described, problem, y, launch.call.plan), _plain_shapes(names, (x, w))
+    return _copied(prepare, described, None, names, (x, w), device, shapes if launch.copies else (shapes[0], None))
+
+
+def _of_times(p: ConvProblem) -> ConvProblem:
+    """Returns the problem of `planning.IMAGES` images that write `planning.TIMES` times, of the same frames."""
+    time, times = 3 - p.rank, planning.TIMES[p.rank]
+
+    def put(extents: Triple, value: int) -> Triple:
+        found = *extents[:time], value, *extents[time + 1 :]
+        return found[0], found[1], found[2]
+
+    before = p.D[time] * (p.T[time] - 1)
+    read = (times - 1) * p.S[time] + 1
+    return dataclasses.replace(p, N=planning.IMAGES, X=put(p.X, read), Y=put(p.Y, times), P=put(p.P, before))
 
 
 def prepare_wgrad(
@@ -364,6 +428,7 @@ def prepare_pass(
     integers, constants = family.arguments(c, plan.tile, plan.splits)
     boxes = family.boxes(c, plan.tile)
     programs = family.grid(c.p, c.pass_, plan.tile, plan.splits, device)
+    integers = integers | {"programs": programs}
     shared = (
         c.constants(plan.tile, plan.splits, family.dot)
         | {"PRECISION": dot_precision(result.dtype, plan, c.tensor_cores)}
@@ -379,6 +444,7 @@ def prepare_pass(
         plan = dataclasses.replace(plan, reason=f"{plan.reason}; with {c.epilogue}")
     call = Call(c.pass_, problem, plan, plan.reason)
     integers = c.integers(plan.tile, plan.splits) | integers
+    programs += tails(c, plan.tile)
     operands = torch.float8_e4m3fn if c.itemsize == 1 else None
     launch = prepared(kernel, programs, integers, constants, call, result, c.swapped, c.slices(), c.epilogue, operands)
     return dataclasses.replace(launch, boxes=(*boxes, *[None] * (len(launch.pointers) - len(boxes))) if boxes else ())
@@ -497,16 +563,21 @@ def _staged(
     operands: tuple[torch.Tensor, torch.Tensor],
     problem: ConvProblem,
     device: Device,
+    padded: bool = True,
 ) -> Prepared:
     """Returns a launch on the operands as they are, or on copies of them if that is predicted to be faster, or forced.
 
     Operands of a depthwise problem are never copied.
+
+    Args:
+        padded: whether copies may have more channels than the operands.
     """
     native, request = prepare(*operands, None), planning.requested()
     forced = request.staged if request else None
     if forced is False or problem.depthwise or (device.interpreted and not forced):
         return native
-    launch = _copied(prepare, described, None, names, operands, device)
+    shapes = None if padded else _plain_shapes(names, operands)
+    launch = _copied(prepare, described, None, names, operands, device, shapes)
     if not launch.copies:
         return native
     before, after = native.call.plan, launch.call.plan
@@ -616,11 +687,7 @@ def _copy_shapes(
     its own, and what they would add to dw is not stored. Channels that the rewrites of planning/simplify.py align anyway, as
     those of a patch embedding, are not padded.
     """
-    # Kernels address a weight with 32-bit offsets. An expanded weight may fit these as it is, but not as a copy.
-    plain = tuple(
-        t.shape if _channels_apart(t) and (name != "w" or t.numel() <= LIMIT) else None
-        for name, t in zip(names, operands, strict=True)
-    )
+    plain = _plain_shapes(names, operands)
     first, second = (t if shape is None else shaped(shape, True, t.dtype) for t, shape in zip(operands, plain, strict=True))
     c = described(first, second)
     if c.p.G > 1:
@@ -635,6 +702,15 @@ def _copy_shapes(
     if any(name == "w" and math.prod(shape) > LIMIT for name, shape in zip(names, padded, strict=True)):
         return plain
     return tuple(p if p != t.shape else q for t, p, q in zip(operands, padded, plain, strict=True))
+
+
+def _plain_shapes(names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor]) -> tuple[Shape | None, ...]:
+    """Returns the shape of each operand whose channels are not contiguous, None for the others."""
+    # Kernels address a weight with 32-bit offsets. An expanded weight may fit these as it is, but not as a copy.
+    return tuple(
+        t.shape if _channels_apart(t) and (name != "w" or t.numel() <= LIMIT) else None
+        for name, t in zip(names, operands, strict=True)
+    )
 
 
 def _with_channels(t: torch.Tensor, dimension: int) -> Shape:

@@ -40,6 +40,7 @@ class Family:
         two_blocks: True if its tiles may have a second block of written channels.
         borders: the passes in which the kernel reads x's own elements in place of padding (`ConvProblem.borders`); the others
             know zeros only.
+        streams: True if the kernel reads the state of a stream and writes the next one, in fprop.
         any_rows: True if the first extent of its tiles need not be a power of two.
         spills: by generation of the device, tiles that spill registers there and must not be used. Before Hopper, tensor cores
             read their operands from registers, which leaves fewer for accumulators.
@@ -62,6 +63,7 @@ class Family:
     two_blocks = False
     any_rows = False
     borders: tuple[str, ...] = ()
+    streams = False
     spills: ClassVar[Spills] = {}
     instead: ClassVar[Instead] = {}
 
@@ -82,6 +84,8 @@ class Family:
 
     def refused(self, p: ConvProblem, pass_: str) -> str | None:
         """Returns why the kernel is not for a pass, or None: `unfit`, or what it finds beyond x."""
+        if p.streamed and not (self.streams and pass_ == "fprop"):
+            return "reads no state"
         if p.bordered and pass_ not in self.borders:
             return "reads nothing but zeros beyond the input"
         return self.unfit(p, pass_)

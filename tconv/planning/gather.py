@@ -10,7 +10,7 @@ from tconv.planning.cost import frames_met, phase_pixels, pixel_tiles
 from tconv.planning.device import Device
 from tconv.planning.family import Instead, Spills
 from tconv.planning.gemm import STEPS_OF_32, General, Stepping
-from tconv.planning.operands import GatherPass, Operands, chunk
+from tconv.planning.operands import GatherPass, Operands, chunk, streaming
 from tconv.planning.problem import ConvProblem, pow2
 from tconv.planning.tiles import Access, Tile
 
@@ -38,6 +38,7 @@ class Gather(Stepping, General):
     splittable = True
     two_blocks = True
     borders = ("fprop",)
+    streams = True
     hopper_16 = (*STEPS_OF_32, *TWO_BLOCKS, *MANY_PIXELS)
     base, copy, one = 50, 8, 4
     cut = 10
@@ -115,11 +116,13 @@ class Gather(Stepping, General):
     def arguments(self, c: GatherPass, tile: Tile, splits: int) -> tuple[dict[str, int], dict[str, Any]]:
         split = splits > 1
         # Without splits, "sys" is unused and set to 0: y.numel may exceed 32 bits, which would compile another kernel.
-        integers = {"chunk": chunk(c.ci, tile.k, splits), "sys": c.y.numel if split else 0}
+        beside, streams = streaming(c)
+        integers = {"chunk": chunk(c.ci, tile.k, splits), "sys": c.y.numel if split else 0, **beside}
         return integers, {
             "X_VEC": c.x_vec, "Y_VEC": c.y_vec, "X_PIXELS": c.pixels_x, "Y_PIXELS": c.pixels_y,
             "EVEN": c.ci % tile.k == 0, "SPLIT": split, "EXTRA": tile.extra,
             # Whether a tile meets a frame depends on the other images in it.
             "FRAMES": c.transposed and c.p.rank == 3 and not c.batch_invariant,
             "FIELD": 0 if max(c.p.T) > FIELD[c.p.rank] or "zeros" not in c.p.borders[-c.p.rank :] else FIELD[c.p.rank],
+            **streams,
         }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from tconv.planning.addressing import LIMIT, Addressing, merged, vector
 from tconv.planning.epilogue import NONE, Epilogue
-from tconv.planning.problem import ConvProblem
+from tconv.planning.problem import STATE, ConvProblem
 from tconv.planning.simplify import Form, Strides, all_tiled, simplify
 from tconv.planning.tiles import BF16X6, Access, Tile
 
@@ -49,6 +49,22 @@ class Operands:
         return Access(
             self.itemsize, cores, narrow, room=self.room, precision=precision, epilogue=self.epilogue, written=self.written
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a chunk of a stream has beside its operands.
+
+    Attributes:
+        state: addressing of the state [N, C, P, *frame], P frames that come before the chunk; None at the beginning, where the
+            P frames are zeros.
+        kept: the frames of the next state.
+        first: the first of them, counted from that of the chunk.
+    """
+
+    state: Addressing | None
+    kept: int
+    first: int
 
 
 class Pass:
@@ -102,7 +118,9 @@ class Pass:
         self.itemsize, self.tensor_cores = x.itemsize, tensor_cores
         before = [y, w, x] if self.transposed else [x, w, y]
         big, weight, small = (Strides(a.outer, a.channel, a.spatial) for a in before)
-        form = simplify(Form(problem, big, weight, small), pass_, channels_stay, batch_invariant)
+        form = Form(problem, big, weight, small)
+        if not problem.streamed:  # the rules would have to hold for the state's strides too
+            form = simplify(form, pass_, channels_stay, batch_invariant)
         self.rules, self.p = form.rules, form.p
         p = self.p
         if self.swapped:
@@ -189,6 +207,7 @@ class GatherPass(Pass):
     Attributes:
         bias: the bias's stride, None without a bias.
         reduced, written, group: strides of w along the reduced channels, the written channels and the groups.
+        stream: of a chunk of a stream, else None.
         inner: the contiguous channel axis of w: "i" (reduced), "o" (written) or "" for neither.
         w_vec: vector width along that axis within a group.
     """
@@ -204,7 +223,9 @@ class GatherPass(Pass):
         bias: int | None = None,
         epilogue: Epilogue = NONE,
         batch_invariant: bool = False,
+        stream: Stream | None = None,
     ) -> None:
+        self.stream = stream
         stay = pass_ == "dgrad" and (bias is not None or epilogue.per_channel)
         super().__init__(pass_, problem, x, w, y, tensor_cores, stay, batch_invariant)
         self.bias, self.epilogue, w = bias, epilogue, self.w
@@ -243,7 +264,10 @@ class GatherPass(Pass):
             "TRANSPOSED": self.transposed, "RANK": p.rank, **borders(p), "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit,
             "HAS_BIAS": self.bias is not None, "W_UNIT": self.inner, "W_VEC": self.w_vec,
             # Offsets may pass the ends of x by the halo: the first tap may be outside x while a later one is inside.
-            "WIDE": max(self.x.reach + self.x.halo(p), self.y.reach, p.N * math.prod(self.extents) + tile.m) > LIMIT,
+            "WIDE": max(
+                self.x.reach + self.x.halo(p), self.y.reach, p.N * math.prod(self.extents) + tile.m,
+                self.stream.state.reach + self.stream.state.halo(p) if self.stream and self.stream.state else 0,
+            ) > LIMIT,
             # If pixels are contiguous, they become the accumulator's columns. Its rows are channels, and wgmma needs 64 rows.
             "FLIP": not (self.x.unit and self.y.unit) and (self.itemsize > 2 or (tile.extra or tile.n) >= 64 or not dot),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_C": tile.n,
@@ -432,3 +456,26 @@ def window(p: ConvProblem) -> dict[str, int]:
 def borders(p: ConvProblem) -> dict[str, str]:
     """Returns what reads beyond x find, as kernel constants: BORDER0, BORDER1 and BORDER2."""
     return {f"BORDER{d}": border for d, border in enumerate(p.borders)}
+
+
+def streaming(c: GatherPass) -> tuple[dict[str, int], dict[str, Any]]:
+    """Returns the integers and constants of what a kernel reads and writes beside the operands of a chunk of a stream."""
+    stream, p = c.stream, c.p
+    state = stream.state if stream else None
+    integers = dict.fromkeys(("ssn", "ssc", "ss0", "ss1", "ss2"), 0) if state is None else strides("ss", state)
+    constants: dict[str, Any] = {
+        "STATE": state is not None, "NEXT": stream is not None, "S_UNIT": state is not None and state.unit,
+        "S_VEC": 1 if state is None else state.wide(c.ci),
+    }  # fmt: skip
+    if state is None:  # at its beginning a stream finds zeros
+        constants |= {name: "zeros" for name, border in borders(p).items() if border == STATE}
+    kept, first = (stream.kept, stream.first) if stream else (0, 0)
+    return {"kept": kept, "first": first, **integers}, constants
+
+
+def tails(c: Pass, tile: Tile) -> int:
+    """Returns the programs that write the next state of a stream; 0 without one."""
+    if not isinstance(c, GatherPass) or c.stream is None:
+        return 0
+    frame = math.prod(c.p.X[4 - c.p.rank :])
+    return math.ceil(c.p.N * c.stream.kept * frame / tile.m) * math.ceil(c.p.C / tile.k)

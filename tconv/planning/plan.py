@@ -22,6 +22,8 @@ WORKSPACE = 32 << 20  # the most bytes that the workspace of a split reduction m
 # Batch-invariant calls are planned for so many images, whatever their batch. Over the suite's layers this costs less, as
 # predicted, than fewer would in batches of 64, and than more would for a single image.
 IMAGES = 8
+# The same of a stream's chunk: by rank, the times that it writes.
+TIMES = {1: 1024, 3: 4}
 KERNELS = {pass_: tuple(f.name for f in families(pass_)) for pass_ in ("fprop", "dgrad", "wgrad", "bias")}
 
 

@@ -30,6 +30,7 @@ PASSES = ("fprop", "dgrad", "wgrad")
 POLICIES = ("auto", "always", "tune")
 MODES = ("zeros", "reflect", "replicate", "circular")  # what a read beyond x finds, as torch's padding_mode names it
 ZEROS = ("zeros", "zeros", "zeros")
+STATE = "state"  # what a stream finds before its chunk: the frames of its state, or zeros at its beginning
 PREDICTED = "predicted"  # not one of the user's: plans by prediction alone, whatever was measured
 
 
@@ -54,7 +55,8 @@ class ConvProblem:
         N, C, K, G: batch, input channels, output channels, groups.
         X, Y, T: input, output and filter extents.
         S, P, D: stride, padding before the first element, dilation. The padding after the last element is implied by Y.
-        borders: per dimension, what a read beyond x finds, one of MODES. "zeros" where nothing beyond x is read.
+        borders: per dimension, what a read beyond x finds, one of MODES. "zeros" where nothing beyond x is read. STATE in the
+            first dimension of a stream, which is time; P is then the length of the state.
     """
 
     rank: int
@@ -81,6 +83,11 @@ class ConvProblem:
     def bordered(self) -> bool:
         """True if reads beyond x find something other than zeros."""
         return self.borders != ZEROS
+
+    @property
+    def streamed(self) -> bool:
+        """True if the problem is a chunk of a stream."""
+        return STATE in self.borders
 
     @property
     def taps(self) -> int:

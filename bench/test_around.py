@@ -1,4 +1,4 @@
-"""What surrounds a convolution: padding before it, bias, activation and residual after it, by tconv in one kernel.
+"""What surrounds a convolution: padding before it, bias, activation and residual after it, normalisation, by tconv's kernels.
 
     python -m pytest -p bench.stage --record bench/results/DIR/around.jsonl bench/test_around.py
 
@@ -72,9 +72,43 @@ class Around:
         y: torch.Tensor = function(x, w, b, self.stride, padding, 1, self.groups, residual=r, **self.epilogue)
         return y
 
+    def operands(self, random: Any) -> list[torch.Tensor | None]:
+        """Returns x, w, b and the residual, or None in its place, of numbers by `random`."""
+        x, w, b = random(*self.x), random(*self.w) * (self.w[1] * len(self.w)) ** -0.5, random(self.w[0])
+        return [x, w, b, random(*self.sequence(x, w, b, None).shape) if self.residual else None]
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A normalisation with silu, as in the decoders of AutoencoderKL (groups) and of Wan (RMS, without groups)."""
+
+    name: str
+    x: tuple[int, ...]
+    groups: int | None = None
+
+    def tiny(self) -> Normalised:
+        """The same with extents that Triton's interpreter takes in a moment."""
+        return replace(self, x=(1, 8, *(6 for _ in self.x[2:])), groups=None if self.groups is None else 4)
+
+    def sequence(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        """Returns the result by torch's functions, as the models call them."""
+        if self.groups is not None:
+            return F.silu(F.group_norm(x, self.groups, w, b, 1e-6))
+        return F.silu(F.normalize(x, dim=1) * x.shape[1] ** 0.5 * w.view(-1, *(1,) * (x.dim() - 2)))
+
+    def ours(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        """Returns the result by tconv."""
+        if self.groups is not None:
+            return tconv.functional.group_norm_silu(x, self.groups, w, b, 1e-6)
+        return tconv.functional.rms_norm_silu(x, w, eps=1e-24 / x.shape[1])
+
+    def operands(self, random: Any) -> list[torch.Tensor | None]:
+        """Returns x, w and b, or None in its place, of numbers by `random`."""
+        return [random(*self.x), random(self.x[1]), None if self.groups is None else random(self.x[1])]
+
 
 CAUSAL = ((2, 0), 1, 1)
-AROUND = [
+AROUND: list[Around | Normalised] = [
     Around("resnet_relu", (64, 256, 14, 14), (256, 256, 3, 3), 1, epilogue={"activation": "relu"}, residual=True),
     Around("unet_silu", (8, 320, 64, 64), (320, 320, 3, 3), 1, epilogue={"activation": "silu"}),
     Around("unet_residual", (8, 320, 64, 64), (320, 320, 3, 3), 1, residual=True),
@@ -84,6 +118,11 @@ AROUND = [
     Around("style_reflect", (4, 128, 256, 256), (128, 128, 3, 3), 1, padding_mode="reflect", epilogue={"activation": "relu"}),
     Around("mamba_causal_k4", (1, 12288, 16384), (12288, 1, 4), ((3, 0),), groups=12288, epilogue={"activation": "silu"}),
     Around("seanet_causal_k7", (4, 64, 120000), (64, 64, 7), ((6, 0),), epilogue={"activation": "leaky_relu"}),
+    Normalised("sd_vae_norm_128_512", (1, 128, 512, 512), 32),
+    Normalised("sd_vae_norm_256_512", (1, 256, 512, 512), 32),
+    Normalised("sd_vae_norm_512_128", (1, 512, 128, 128), 32),
+    Normalised("wan_vae_norm_96", (1, 96, 5, 240, 416)),
+    Normalised("wan_vae_norm_384", (1, 384, 5, 60, 104)),
 ]
 PROVIDERS = ("sequence", "compile", "tconv")
 CELLS = [
@@ -131,15 +170,13 @@ def test_around(around, layout, pass_, provider, device, tiny, limits, timed, re
         pytest.fail(line["error"])
 
 
-def operands(shown: Around, device: str, layout: str) -> list[torch.Tensor | None]:
-    """Returns x, w, b and the residual, or None in its place."""
+def operands(shown: Around | Normalised, device: str, layout: str) -> list[torch.Tensor | None]:
+    """Returns the tensors that are given to its functions."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
-    x, w, b = random(*shown.x), random(*shown.w) * (shown.w[1] * len(shown.w)) ** -0.5, random(shown.w[0])
-    r = random(*shown.sequence(x, w, b, None).shape) if shown.residual else None
-    given = [x, w, b, r]
+    given = shown.operands(random)
     if layout == "channels_last":
         given = [to_channels_last(t) if t is not None and t.dim() > 2 else t for t in given]
     return given

@@ -82,6 +82,8 @@ LAYERS = {
     "strips": lambda: small(tconv.Conv2d, 16, 16, 3, padding=1, groups=16, shape=(4, 16, 64, 64), dtype=torch.float16),
     "patches": lambda: small(tconv.ConvTranspose2d, 64, 32, 2, stride=2, shape=(4, 64, 32, 32), dtype=torch.bfloat16),
     "epilogue": lambda: small(tconv.FusedConv2d, 16, 16, 3, shape=(2, 16, 20, 20), dtype=torch.bfloat16, activation="silu"),
+    "groups": lambda: small(tconv.GroupNormSiLU, 4, 16, shape=(2, 16, 20, 20), dtype=torch.bfloat16),
+    "RMS": lambda: small(tconv.RMSNormSiLU, 16, shape=(2, 16, 20, 20), pad=1),
     "transposed": lambda: small(tconv.ConvTranspose3d, 4, 6, 2, stride=2, shape=(2, 4, 5, 6, 7), dtype=torch.float64),
 }
 
@@ -109,6 +111,7 @@ def arguments() -> None:
         "gather", "packed", "depthwise", "strip",
         "wgrad", "packed_wgrad", "depthwise_wgrad", "strip_wgrad", "sum_pixels", "sum_splits",
         "copy_channels_last", "copy_both", "tma", "tma_wgrad", "persistent", "rows", "patch", "activation_gradient",
+        "channel_moments", "finish_moments", "normalise", "normalise_gradient", "finish_gradient",
     }, kernels  # fmt: skip
     # The same tensors, so that nothing at all may differ.
     layer, x = LAYERS["dense"]()

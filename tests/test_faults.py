@@ -200,7 +200,7 @@ class Scarce:
 
     def __init__(self, monkeypatch, kind):
         self.kind, self.none_left, self.asked = kind, False, 0
-        lookup, strided, empty = launch._lookup, torch.Tensor.new_empty_strided, torch.empty
+        lookup, strided, empty = launch.lookup, torch.Tensor.new_empty_strided, torch.empty
         self.empty = empty
 
         def planned(key, make):
@@ -209,7 +209,7 @@ class Scarce:
             with tconv.force(**PLANS[kind]):
                 return make()
 
-        monkeypatch.setattr(launch, "_lookup", planned)
+        monkeypatch.setattr(launch, "lookup", planned)
         monkeypatch.setattr(selection, "_choices", {})
         monkeypatch.setattr(operators, "_known", {})
         monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: self.allocate(strided, *args))

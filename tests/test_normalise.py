@@ -16,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import tconv
 from tconv import functional as TF
 from tconv.dispatch.sides import for_pad
-from tconv.launching import compiled
+from tconv.launching import compiled, launch
 from tconv.launching import normalise as launching
-from tconv.launching.launch import device_of
 from tconv.planning import normalise as planning
-from tconv.planning.device import DEVICES
+from tconv.planning.device import DEVICES, Device
 from tests import oracle, parity
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -110,11 +109,11 @@ def test_every_dtype(dtype, operation, channels_last, device, poisoned):
 @pytest.fixture
 def planned(monkeypatch):
     """A GPU's plans, also in the interpreter, of a device with few units: several tiles and chunks of small images."""
-    few = DEVICES["H100"].__class__("few", 2, 232448)
-    monkeypatch.setattr(launching, "device_of", lambda t: device_of(t) if oracle.compiled() else few)
-    launching.forget()
-    yield few
-    launching.forget()
+    if not oracle.compiled():
+        monkeypatch.setattr(launch, "device_of", lambda t: Device("few", 2, 232448))
+    launch.forget()
+    yield
+    launch.forget()
 
 
 @LAYOUTS
@@ -133,10 +132,10 @@ def test_tiles_and_chunks(shape, pad, operation, channels_last, planned, device,
 @OPERATIONS
 def test_offsets_of_64_bits(operation, channels_last, device, monkeypatch, poisoned):
     monkeypatch.setattr(launching, "LIMIT", 0)
-    launching.forget()
+    launch.forget()
     check(operation, (2, 8, 6, 5), 4, torch.float32, device, channels_last, pad=1)
-    assert all(p.constants.get("WIDE", True) for launches in launching._prepared.values() for p in launches)
-    launching.forget()
+    assert all(part.constants.get("WIDE", True) for one in launch._prepared.values() for part in one.parts)
+    launch.forget()
 
 
 @LAYOUTS

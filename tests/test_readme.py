@@ -21,6 +21,7 @@ PRINTED = {  # what the examples of a document print, among else
     "docs/explain.md": ("fprop: gather", "dgrad: gather", "wgrad: wgrad", "bias: bias"),
     "docs/fp8.md": ("body.0: fp8, input scale", "with scale, shift, in bfloat16"),
     "docs/kernels.md": ("fprop: gather",),
+    "docs/normalisation.md": ("group_norm_silu: normalise", "fprop: ", "group_norm_silu gradient: normalise", "True"),
     "docs/support.md": ("Conv2d(3, 8",),
     "docs/tuning.md": ("pass", "fprop", "total on ", "measured: tconv ", "PREDICTED", "wgrad"),
     "docs/swapping.md": ("fprop: ", "dgrad: ", "wgrad: ", "0: torch.nn.Conv1d -> tconv.Conv1d", "filter_fn"),

@@ -218,7 +218,7 @@ def test_a_plan_made_when_nothing_could_be_told_is_not_kept(monkeypatch):
         g.append(tells)
         return g
 
-    assert launch._lookup(key, lambda: make(False)) is launch._lookup(key, lambda: make(True)) is launch._lookup(key, None)
+    assert launch.lookup(key, lambda: make(False)) is launch.lookup(key, lambda: make(True)) is launch.lookup(key, None)
     assert g == [False, True]
 
 

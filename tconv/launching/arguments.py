@@ -74,6 +74,7 @@ class Prepared:
         boxes: for each pointer, the (shape, strides, box) of the tensor descriptor that replaces it, or None; empty if no
             pointer is replaced.
         both: the launch that makes both copies at once; None if there are not two.
+        then: launches of the same call that follow this one, of normalisations.
         ready: functions that repeat a launch that has succeeded once, by what it was specialised on (launching/compiled.py).
     """
 
@@ -92,12 +93,13 @@ class Prepared:
     total: Prepared | None = None
     boxes: tuple[Box | None, ...] = ()
     both: Prepared | None = None
+    then: tuple[Prepared, ...] = ()
     ready: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def parts(self) -> list[Prepared]:
-        """All launches that this one may make: copies of operands, each alone or both, itself, and the sum of the splits."""
-        return [part for part in (*self.copies, self.both, self, self.total) if part]
+        """All launches that this one may make: copies of operands, each alone or both, itself, and what follows."""
+        return [part for part in (*self.copies, self.both, self, self.total, *self.then) if part]
 
     def copying(self, missing: list[int]) -> list[Prepared]:
         """Returns the launches that copy the operands with these indices."""
@@ -106,7 +108,7 @@ class Prepared:
 
     def needed(self, missing: list[int]) -> list[Prepared]:
         """Returns the launches that are made if the operands with these indices have to be copied."""
-        return [part for part in (*self.copying(missing), self, self.total) if part]
+        return [part for part in (*self.copying(missing), self, self.total, *self.then) if part]
 
     @functools.cached_property
     def named(self) -> dict[str, Any]:

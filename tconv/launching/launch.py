@@ -53,7 +53,7 @@ def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor,
         "dgrad" if transposed else "fprop", g, x.stride(), w.stride(), b is not None and b.stride(),
         x.data_ptr() % 16, w.data_ptr() % 16, tensor_cores(x.dtype),
     )  # fmt: skip
-    return _lookup(key, lambda: _prepare_convolution(key[0], g, x, w, b))
+    return lookup(key, lambda: _prepare_convolution(key[0], g, x, w, b))
 
 
 def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
@@ -138,7 +138,7 @@ def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: SharedOperand 
 def weight_reduction(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
     """Returns the launch of `wgrad` for these tensors."""
     key = ("wgrad", g, dy.stride(), x.stride(), dy.data_ptr() % 16, x.data_ptr() % 16, tensor_cores(x.dtype))
-    return _lookup(key, lambda: _prepare_wgrad(g, dy, x))
+    return lookup(key, lambda: _prepare_wgrad(g, dy, x))
 
 
 def _prepare_wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor) -> Prepared:
@@ -177,7 +177,7 @@ def bias_grad(g: Geometry, dy: torch.Tensor) -> torch.Tensor:
 def bias_reduction(g: Geometry, dy: torch.Tensor) -> Prepared:
     """Returns the launch of `bias_grad` for this tensor."""
     key = ("bias", g, dy.shape, dy.stride(), dy.data_ptr() % 16)
-    return _lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy)))
+    return lookup(key, lambda: prepare_bias(g.problem, dy, g.device or device_of(dy)))
 
 
 def activation_grad(
@@ -196,7 +196,7 @@ def activation_grad(
     residual = residual and scale is not None
     key = ("activation", g, dy.shape, dy.stride(), dy.data_ptr() % 16, v.data_ptr() % 16, residual, summed)
     device = g.device or device_of(dy)
-    launch = _lookup(key, lambda: prepare_activation(g.problem, dy, g.epilogue, residual, summed, device))
+    launch = lookup(key, lambda: prepare_activation(g.problem, dy, g.epilogue, residual, summed, device))
     dv = torch.empty_strided(dy.shape, dy.stride(), dtype=dy.dtype, device=dy.device)
     dr = torch.empty_like(dv) if residual else None
     db = execute(launch, g.dry, None, (dy,), v, dv if scale is None else scale, dv, dv if dr is None else dr)
@@ -246,11 +246,11 @@ def checked_device(index: int) -> Device:
     return dataclasses.replace(planned, check=functools.partial(works_on, torch.device("cuda", index), planned))
 
 
-def _lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
+def lookup(key: Any, make: Callable[[], Prepared]) -> Prepared:
     """Returns the launch for this key from the cache, or makes and caches it.
 
-    key[1] is the call's `Geometry`. The cache is not used for dry calls, nor while plans are forced. Deterministic algorithms,
-    which torch's kernel need not be, have entries of their own.
+    key[1] is the call's `Geometry`, or the normalisation. The cache is not used for dry calls, nor while plans are forced.
+    Deterministic algorithms, which torch's kernel need not be, have entries of their own.
 
     Raises:
         Slower: torch's kernel was measured to be faster.

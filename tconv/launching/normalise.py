@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,11 +11,9 @@ from torch.autograd import profiler
 
 from tconv.kernels import normalise as kernels
 from tconv.kernels.common import integers as integers_of
-from tconv.launching import profiling
+from tconv.launching import launch, profiling
 from tconv.launching.arguments import Prepared, accumulator, numerics, options
-from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import fail, require_all, run
-from tconv.launching.launch import collect, device_of
 from tconv.launching.memory_format import shaped
 from tconv.launching.record import Call, record_call
 from tconv.planning.addressing import LIMIT, vector
@@ -25,12 +24,6 @@ from tconv.planning.plan import Plan
 
 MaybeTensor = torch.Tensor | None
 BLOCK = 1024  # partial sums that a program takes at a time
-_prepared: BoundedCache[Any, tuple[Prepared, ...]] = BoundedCache()
-
-
-def forget() -> None:
-    """Forgets all launches."""
-    _prepared.clear()
 
 
 def forward(n: Normalisation, x: torch.Tensor, w: MaybeTensor, b: MaybeTensor) -> tuple[torch.Tensor, MaybeTensor]:
@@ -98,14 +91,14 @@ def _execute(n: Normalisation, launches: tuple[Prepared, ...], pointers: tuple[t
     """Runs launches, all of them or none, and records the call, which is the last one's."""
     call = launches[-1].call
     if n.dry:
-        collect(launches)
+        launch.collect(launches)
     else:
         event = profiling.begin_launch(call) if profiler._is_profiler_enabled else None
         try:
             pairs = tuple(zip(launches, pointers, strict=True))
             require_all(pairs)
-            for launch, given in pairs:
-                run(launch, given)
+            for one, given in pairs:
+                run(one, given)
         finally:
             if event is not None:
                 profiling.end(event)
@@ -119,17 +112,17 @@ def _own(x: torch.Tensor, w: MaybeTensor, b: MaybeTensor) -> torch.dtype:
 
 def _find(n: Normalisation, x: torch.Tensor, own: torch.dtype, dx_needed: bool | None) -> tuple[Prepared, ...]:
     """Returns the launches of a forward pass, or of a backward pass if `dx_needed` is no None, prepared once per kind."""
-    key = n, x.dtype, own, x.device, dx_needed
-    found = None if n.dry else _prepared.get(key)
-    if found is None:
-        device = n.device or device_of(x)
+    device = n.device or launch.device_of(x)
+
+    def make() -> Prepared:
         if dx_needed is None:
-            found = prepare_forward(n, x.dtype, own, device)
+            first, *then = prepare_forward(n, x.dtype, own, device)
         else:
-            found = prepare_backward(n, x.dtype, own, device, dx_needed)
-        if not n.dry:
-            _prepared[key] = found
-    return found
+            first, *then = prepare_backward(n, x.dtype, own, device, dx_needed)
+        return dataclasses.replace(first, then=tuple(then))
+
+    first = launch.lookup(("normalisation", n, x.dtype, own, x.device, dx_needed), make)
+    return first, *first.then
 
 
 def prepare_forward(n: Normalisation, dtype: torch.dtype, own: torch.dtype, device: Device) -> tuple[Prepared, ...]:

@@ -16,10 +16,11 @@ import torch
 from torch.export.exported_program import ExportedProgram
 
 from tconv.dispatch.equivalents import IN_ATEN
+from tconv.dispatch.fused_operator import FUSED, GRAD, grad_by_formulas, in_aten
 from tconv.dispatch.operators import OPERATORS
 
 
-def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """Returns decompositions of tconv's operators into aten's: a convolution, with padding or cropping where needed.
 
     `ExportedProgram.run_decompositions()`, `torch.export.default_decompositions()` and `torch.onnx.export` use them already.
@@ -27,13 +28,15 @@ def decompositions() -> dict[Any, Callable[..., torch.Tensor]]:
     `ExportedProgram.run_decompositions(tconv.decompositions())`, which does not decompose aten's `conv2d` etc.
 
     Returns:
-        A new dictionary from `torch.ops.tconv.fprop.default`, `dgrad` and `wgrad` to functions of the same arguments.
+        A new dictionary from `torch.ops.tconv.fprop.default`, `dgrad`, `wgrad`, `fused` and `epilogue_grad` to functions of the
+        same arguments.
 
     Example:
-        >>> sorted(str(operator) for operator in decompositions())
-        ['tconv.dgrad.default', 'tconv.fprop.default', 'tconv.wgrad.default']
+        >>> sorted(operator._opname for operator in decompositions())
+        ['dgrad', 'epilogue_grad', 'fprop', 'fused', 'wgrad']
     """
-    return {operator: IN_ATEN[name] for name, operator in OPERATORS.items()}
+    convolutions: dict[Any, Callable[..., Any]] = {operator: IN_ATEN[name] for name, operator in OPERATORS.items()}
+    return convolutions | {FUSED: in_aten, GRAD: grad_by_formulas}
 
 
 def _extend_torchs_default_table() -> None:

@@ -77,8 +77,7 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
     epilogue = f"""activation: None, or one of {ACTIVATIONS}.
         negative_slope: leaky_relu's factor for negative numbers.
         residual: a tensor like the result, added "before" or "after" the activation, as residual_position says. It is read.
-        scale, shift: (K,), of the input's dtype or fp32. A call in which one of them requires a gradient is computed as a
-            sequence of PyTorch's functions.
+        scale, shift: (K,), of the input's dtype or fp32.
         stepwise: round to the result's dtype after each step, as a sequence of PyTorch's functions does. By default the steps
             are computed in the accumulator's dtype, and the result is rounded once.
         recompute: compute the activation's argument again in the backward pass, where the result is not enough for the

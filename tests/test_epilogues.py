@@ -286,15 +286,50 @@ def test_an_edited_result_is_noticed(device):
         y.sum().backward()
 
 
-def test_gradients_of_scale_and_shift(device):
-    x, w, b = oracle.tensors(PLAIN, torch.float64, device)
-    scale, shift = (torch.randn(6, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
-    with tconv.recording() as calls:
-        y = TF.conv2d(x, w, b, padding=1, scale=scale, shift=shift, activation="tanh")
-    assert "a gradient for scale or shift" in str(calls[-1])
-    right = torch.tanh(F.conv2d(x, w, b, padding=1) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1))
-    for got, expected in zip(*(torch.autograd.grad(t.sum(), (scale, shift)) for t in (y, right)), strict=True):
-        torch.testing.assert_close(got, expected)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("two groups", (2, 4, 5, 6), 6, (3, 3), padding=1, groups=2),
+        Case("two groups, transposed", (2, 4, 4, 3), 6, (3, 2), stride=2, groups=2, transposed=True),
+    ],
+    ids=str,
+)
+def test_gradients_of_scale_and_shift(case, device, poisoned):
+    x, w, b = (t.requires_grad_() for t in oracle.tensors(case, torch.float64, device))
+    ours, torchs = OURS[case.transposed][case.rank], (oracle.TRANSPOSED if case.transposed else oracle.FORWARD)[case.rank]
+    scale, shift = (torch.randn(6, dtype=torch.float64, device=device) for _ in range(2))
+    scale[0] = 0  # where the convolution's result cannot be told from what is kept
+    residual = torch.randn_like(torchs(x, w, b, **case.arguments)).requires_grad_()
+    for how, asked in (
+        ({}, (scale, shift)), ({"activation": "silu", "residual": residual}, (scale,)), ({"activation": "tanh"}, (shift,)),
+        ({"activation": "silu"}, (scale, shift)),
+    ):  # fmt: skip
+        for t in (scale, shift):
+            t.requires_grad_(any(t is a for a in asked))
+        leaves = [x, w, b, *asked, *((residual,) if "residual" in how else ())]
+        given = how | {"scale": scale, "shift": shift}
+        with tconv.recording() as calls:
+            y = ours(x, w, b, **case.arguments, **given)
+            dy = torch.randn_like(y)
+            first = torch.autograd.grad(y, leaves, dy)
+        assert sorted({c.operation for c in calls}) == ["bias", "dgrad", "fprop", "wgrad"]
+        assert len(calls) == 4
+        assert all(c.ours for c in calls)
+        right = followed(torchs(x, w, b, **case.arguments), Steps(**given), case.rank)
+        torch.testing.assert_close((y, *first), (right, *torch.autograd.grad(right, leaves, dy, retain_graph=True)))
+    twice = []
+    with_residual = given | {"residual": residual}  # and no bias before it
+    for y in (
+        ours(x, w, **case.arguments, **with_residual),
+        followed(torchs(x, w, **case.arguments), Steps(**with_residual), case.rank),
+    ):
+        twice.append(torch.autograd.grad(y.square().sum(), (x, residual, shift)))
+    torch.testing.assert_close(*twice)
+    twice = []
+    for y in (ours(x, w, b, **case.arguments, **given), right):
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        twice.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    torch.testing.assert_close(*twice)
 
 
 def test_scale_in_fp32_beside_bf16(device):

@@ -8,6 +8,7 @@ wgrad(dy, x)     fprop(x, g)                      dgrad(dy, g)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def gradients(op: Any, name: str, g: torch.Tensor, a: torch.Tensor, b: torch.Ten
     return da, db, op.bias_grad(g) if need_bias else None
 
 
-def wanted(ctx: Any, needs: Sequence[bool]) -> tuple[bool, ...]:
+def wanted(ctx: Any, needs: Sequence[bool], given: Sequence[bool] | None = None) -> tuple[bool, ...]:
     """Returns which gradients the running backward pass needs, of those that the forward pass expected.
 
     torch.autograd.grad(y, x), for example, does not need the weight's. The autograd engine knows, but it raises an exception
@@ -49,13 +50,15 @@ def wanted(ctx: Any, needs: Sequence[bool]) -> tuple[bool, ...]:
 
     Args:
         needs: ctx.needs_input_grad of the tensors among the arguments, from the first one on.
+        given: which of them are tensors, where one that is None stands before one that is not: None has no autograd node.
     """
     if is_dynamo_compiling():
         return tuple(needs)
     nodes, found = ctx.next_functions, [*needs]
+    places = range(len(found)) if given is None else [*itertools.accumulate(given, initial=0)]
     # The input is asked about last: if it is the only leaf asked for, its exception must not make the others count as needed.
     for i in reversed(range(len(found))):
-        found[i] = found[i] and _executes(nodes[i][0])
+        found[i] = found[i] and _executes(nodes[places[i]][0])
     return tuple(found)
 
 

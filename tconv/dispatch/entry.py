@@ -26,6 +26,7 @@ from tconv.dispatch.context import NOT_STRIDED, PLAIN, foreign_modes, why_inelig
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.flops import count_flops
 from tconv.dispatch.support import interpreted, unavailable
+from tconv.dispatch.window import Window
 from tconv.launching import profiling
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
@@ -190,12 +191,25 @@ def geometry(
 
 
 def _operator(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor | None:
-    """Computes a call by tconv's registered operator, which works in every context of PyTorch. None if torch must compute it.
+    """Computes a call by a registered operator, which works in every context of PyTorch. None if torch must compute it."""
+    h = operators_window(asked, x, w, b)
+    if h is None:
+        return None
+    run: Any = torch.ops.tconv.dgrad if asked.transposed else torch.ops.tconv.fprop
+    batched = x.dim() == asked.rank + 2
+    y: torch.Tensor = run(x if batched else x.unsqueeze(0), w, b, *h)
+    return y if batched else y.squeeze(0)
+
+
+def operators_window(asked: CallArguments, x: Any, w: Any, b: Any, *more: Any) -> Window | None:
+    """Returns the window with which a registered operator computes a call, or None if torch must compute it.
 
     torch.compile traces this function: it must not ask anything that would specialise a graph to one size.
+
+    Args:
+        more: other tensors that the operator gets.
     """
-    tensors = (x, w) if b is None else (x, w, b)
-    for t in tensors:
+    for t in (x, w, *[t for t in (b, *more) if t is not None]):
         if not isinstance(t, torch.Tensor) or not _understood(t):
             return None
     device = x.device.type
@@ -218,10 +232,7 @@ def _operator(asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor | No
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]  # not in torch's stubs
     if not is_dynamo_compiling() and torch._C._len_torch_dispatch_stack():
         count_flops()  # as the operator's autograd does, which inference_mode passes over
-    run: Any = torch.ops.tconv.dgrad if asked.transposed else torch.ops.tconv.fprop
-    batched = x.dim() == asked.rank + 2
-    y: torch.Tensor = run(x if batched else x.unsqueeze(0), w, b, *h)
-    return y if batched else y.squeeze(0)
+    return h
 
 
 def _exporting_to_onnx() -> bool:

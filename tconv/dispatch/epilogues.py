@@ -1,8 +1,9 @@
 """Convolutions with an epilogue: a per-channel scale and shift, a residual and an activation, in the convolution's own kernel.
 
-A call is computed by a kernel with an epilogue (fused.py) where kernels may run directly. Elsewhere, in torch.compile, under
-functorch's transforms, where a scale or shift needs a gradient, and where the convolution itself falls back to torch, it is
-computed as a sequence: the convolution as it always is, then PyTorch's functions. `tconv.last_calls()` gives the reason.
+A call is computed by a kernel with an epilogue (fused.py) where kernels may run directly, and by a registered operator
+(fused_operator.py) in torch.compile, in dispatch modes and for fake tensors. Elsewhere, under functorch's transforms, in
+forward-mode differentiation, and where the convolution itself falls back to torch, it is computed as a sequence: the
+convolution as it always is, then PyTorch's functions. `tconv.last_calls()` gives the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from tconv.dispatch.autocast import cast
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.context import PLAIN, why_ineligible
 from tconv.dispatch.dynamo import opaque
+from tconv.dispatch.fused_operator import taken_apart
 from tconv.dispatch.steps import Steps, followed
+from tconv.dispatch.window import result_shape
 from tconv.launching.cache import BoundedCache
 from tconv.launching.dry_run import DRY
 from tconv.launching.record import Call, Fallback, record_call
@@ -50,7 +53,8 @@ def convolve(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, policy:
     """
     if is_dynamo_compiling():
         steps.check_kinds()
-        return _by_steps(asked, x, w, b, steps)
+        found = _by_operator(asked, x, w, b, steps)
+        return _by_steps(asked, x, w, b, steps) if found is None else found
     key = None
     if type(x) in PLAIN and type(w) in PLAIN and DRY.get() is None:
         activation, slope, residual, position, scale, shift, *how = steps
@@ -126,6 +130,41 @@ def check_context(x: Any, *others: Any) -> tuple[str, Any]:
     return device, fast_path
 
 
+def _by_operator(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> torch.Tensor | None:
+    """Computes a call by tconv's registered operator. None if it must be computed as a sequence.
+
+    torch.compile traces this function, as `entry.operators_window`.
+
+    Raises:
+        ValueError: a tensor of the epilogue does not fit the result.
+    """
+    residual, scale, shift = steps.residual, steps.scale, steps.shift
+    if steps.activation is None and residual is None and scale is None and shift is None:
+        return None
+    h = entry.operators_window(asked, x, w, b, residual, scale, shift)
+    if h is None:
+        return None
+    batched = x.dim() == asked.rank + 2
+    image = x if batched else x.unsqueeze(0)
+    shape, device, dtype = result_shape("dgrad" if asked.transposed else "fprop", image, w, h), x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if is_dynamo_compiling() or not torch._C._get_tracing_state():  # torch.jit.trace's numbers are tensors; the operator checks
+        steps.check_tensors(shape if batched else shape[1:], shape[1], dtype, x.device)
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w, b, residual, scale, shift)
+    )
+    kept = differentiable and steps.activation is not None and not steps.recompute and not steps.epilogue.by_result
+    if residual is not None and not batched:
+        residual = residual.unsqueeze(0)
+    slope = float(steps.negative_slope) if steps.activation == "leaky_relu" else 0.0
+    y: torch.Tensor = torch.ops.tconv.fused(
+        image, w, b, residual, scale, shift, steps.activation or "", slope, steps.residual_position, steps.stepwise, kept,
+        asked.transposed, *h,
+    )[0]  # fmt: skip
+    return y if batched else y.squeeze(0)
+
+
 @opaque
 def _by_kernel(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps, policy: str) -> torch.Tensor:
     """Computes a call by a kernel with an epilogue.
@@ -138,10 +177,16 @@ def _by_kernel(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: St
         ValueError: a tensor of the epilogue does not fit the result.
     """
     tensors = [t for t in (x, w, b, *steps.tensors.values()) if t is not None]
-    device, fast_path = check_context(*tensors)
-    dry = DRY.get()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (steps.scale, steps.shift)):
-        raise Fallback("a gradient for scale or shift, which needs the convolution's own result")
+    dry, why = DRY.get(), None
+    try:
+        device, fast_path = check_context(*tensors)
+    except Fallback as e:
+        why = str(e)
+    if why:  # outside `except`: the exception's frames hold memory
+        found = None if taken_apart() else _by_operator(asked, x, w, b, steps)
+        if found is None:
+            raise Fallback(why)
+        return found
     if torch.is_autocast_enabled(device):
         key, (x, w, b) = None, cast(device, x, w, b)
     g = entry.geometry(asked, x, w, b, policy, is_batch_invariant())

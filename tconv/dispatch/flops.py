@@ -21,7 +21,7 @@ def count_flops() -> None:
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
         return
-    packets = {getattr(torch.ops.tconv, name): _FLOPS[name] for name in NAMES}
+    packets = {getattr(torch.ops.tconv, name): formula for name, formula in _FLOPS.items()}
     if not packets.keys() <= counter.flop_registry.keys():
         for packet, formula in packets.items():
             counter.register_flop_formula(packet)(formula)
@@ -42,4 +42,12 @@ def _flops(pass_: str) -> Any:
     return formula
 
 
-_FLOPS = {name: _flops(name) for name in NAMES}
+@opaque
+def _fused(x: Any, w: Any, b: Any, residual: Any, scale: Any, shift: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    """Returns the FLOPs of the convolution; an epilogue's are not counted, as torch does not count those functions'."""
+    transposed = rest[5]
+    count: int = _FLOPS["dgrad" if transposed else "fprop"](x, w, b, out_shape=out_shape[0])
+    return count
+
+
+_FLOPS = {name: _flops(name) for name in NAMES} | {"fused": _fused}

@@ -4,16 +4,17 @@ What is kept for the gradient of the activation is its result where that is enou
 argument, which the kernel writes beside the result. With `recompute` the argument is not kept but computed again.
 
 The backward pass first makes the gradient of the convolution's result, and the bias gradient, in one pass over memory. The
-rest is the backward pass of a convolution. Where gradients of gradients are wanted, PyTorch's own differentiable formulas take
-the place of that kernel.
+rest is the backward pass of a convolution (chain_rule.py). Where gradients of gradients are wanted, PyTorch's differentiable
+formulas take the place of that kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,36 +22,25 @@ from torch._C import _get_fp32_precision_getter as fp32_precision
 from torch.autograd import profiler
 
 from tconv.dispatch import autograd
+from tconv.dispatch.chain_rule import all_gradients
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.context import PLAIN, global_state_differs, plain, tensor_guard, why_ineligible
-from tconv.dispatch.derivatives import gradients, wanted
+from tconv.dispatch.derivatives import wanted
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.fast_path import alike
 from tconv.dispatch.steps import Steps, followed, with_epilogue
 from tconv.launching import launch, profiling
 from tconv.launching.arguments import Prepared
 from tconv.launching.record import Call, Fallback, record_call
+from tconv.planning.epilogue import Epilogue
 from tconv.planning.problem import Geometry
 
 MaybeTensor = torch.Tensor | None
-aten = torch.ops.aten
-# The gradient of an activation from g and its result or argument v, as PyTorch differentiates it.
-FORMULAS: dict[str, Callable[[torch.Tensor, torch.Tensor, float, bool], torch.Tensor]] = {
-    "": lambda g, *_: g,
-    "relu": lambda g, v, *_: aten.threshold_backward(g, v, 0),
-    "leaky_relu": lambda g, v, slope, result: aten.leaky_relu_backward(g, v, slope, result),
-    "silu": lambda g, v, *_: g * torch.sigmoid(v) * (1 + v * (1 - torch.sigmoid(v))),  # aten.silu_backward has no derivative
-    "gelu": lambda g, v, *_: aten.gelu_backward(g, v),
-    "gelu_tanh": lambda g, v, *_: aten.gelu_backward(g, v, approximate="tanh"),
-    "sigmoid": lambda g, v, _, result: aten.sigmoid_backward(g, v if result else torch.sigmoid(v)),
-    "tanh": lambda g, v, _, result: aten.tanh_backward(g, v if result else torch.tanh(v)),
-    "hardswish": lambda g, v, *_: aten.hardswish_backward(g, v),
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ForwardPass:
-    """A forward pass without its tensors. Differentiable in x, w, b and the residual.
+    """A forward pass without its tensors. Differentiable in all of them.
 
     Attributes:
         transposed: whether it is a transposed convolution.
@@ -104,16 +94,12 @@ class ForwardPass:
         """
         shape, strides = self.prepared.shape, self.prepared.strides
         if residual is not None:
-            residual = _laid_out(residual, strides)
-        scale, shift = self.per_channel(scale, x.dtype), self.per_channel(shift, x.dtype)
+            residual = laid_out(residual, strides)
+        scale, shift = (per_channel(self.fused.epilogue, t, x.dtype) for t in (scale, shift))
         kept = x.new_empty_strided(shape, strides) if self.fused.epilogue.kept else None
         given = tuple([x if t is None else t for t in (scale, shift, residual, kept)])  # the kernel reads only what there is
         after = given if self.fused.epilogue else ()
         return launch.convolve(self.prepared, x, w, b, self.fused.dry, after=after, beside=beside), kept
-
-    def per_channel(self, t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
-        """Returns the scale or shift as the kernels read it: contiguous, aligned, and both of one dtype."""
-        return None if t is None else _laid_out(t.detach().to(torch.float32 if self.fused.epilogue.wide else dtype), (1,))
 
 
 def forward_pass(transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, steps: Steps, g: Geometry) -> ForwardPass:
@@ -127,10 +113,25 @@ def forward_pass(transposed: bool, x: torch.Tensor, w: torch.Tensor, b: MaybeTen
         Fallback: no kernel can run it.
     """
     epilogue, again = steps.epilogue, False
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b, steps.residual))
+    tensors = (x, w, b, *steps.tensors.values())
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if differentiable and epilogue.activation and not epilogue.by_result:
         again = steps.recompute
         epilogue = dataclasses.replace(epilogue, kept=not again)
+    return prepared(transposed, x, w, b, epilogue, g, differentiable, again)
+
+
+def prepared(
+    transposed: bool,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: MaybeTensor,
+    epilogue: Epilogue,
+    g: Geometry,
+    differentiable: bool = False,
+    again: bool = False,
+) -> ForwardPass:
+    """Returns the forward pass with this epilogue. Raises as `forward_pass` does."""
     fused = with_epilogue(g, epilogue)
     return ForwardPass(transposed, launch.convolution(transposed, fused, x, w, b), fused, g, differentiable, again)
 
@@ -176,7 +177,16 @@ class FusedPath:
         return self.how(x, w, b, residual, scale, shift)
 
 
-def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+def per_channel(e: Epilogue, t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    """Returns a scale or shift as the kernels read it: contiguous, aligned, and both of one dtype.
+
+    Args:
+        dtype: the result's.
+    """
+    return None if t is None else laid_out(t.detach().to(torch.float32 if e.wide else dtype), (1,))
+
+
+def laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     """Returns a tensor with these strides and an aligned address: the tensor itself, or a copy."""
     same = all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), strides, strict=True))
     return t if same and not t.data_ptr() & 15 else t.new_empty_strided(t.shape, strides).copy_(t)
@@ -198,8 +208,9 @@ class _Fused(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, kept = how.run(x, w, b, residual, scale, shift)
         v = y if how.fused.epilogue.by_result else kept  # None without an activation, and if it is computed again
-        ctx.save_for_backward(x, w, v, scale, *((b, residual, shift) if how.again else (None,) * 3))
-        ctx.how = how
+        of_scale = b if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(x, w, v, scale, *((b, residual, shift) if how.again else (of_scale, None, None)))
+        ctx.how, ctx.given = how, [t is not None for t in (x, w, b, residual, scale, shift)]
         return y, kept
 
     @staticmethod
@@ -208,65 +219,46 @@ class _Fused(torch.autograd.Function):
         x, w, v, scale, b, residual, shift = ctx.saved_tensors  # read even if unused: this raises if they were edited in place
         if dy is None and dkept is None:
             return (None,) * 7
-        how, epilogue = ctx.how, ctx.how.fused.epilogue
-        needs = wanted(ctx, ctx.needs_input_grad[:4])
+        how = ctx.how
         if how.again:
             v = _again(how, x, w, b, residual, scale, shift)
         if dy is not None and type(dy) not in PLAIN:
             dy = plain(dy)
-        du = dr = db = None
-        if (
-            dy is not None
-            and dkept is None
-            and (epilogue.activation or epilogue.scale)
-            and not torch.is_grad_enabled()
-            and not why_ineligible(dy, x, w)
-        ):
-            try:
-                du, dr, db = _by_kernel(how, dy, v, scale, needs)
-            except Fallback as e:
-                record_call(Call(f"gradient of {epilogue}", how.g.problem, None, str(e)))
-        if du is None:
-            dr, du = _by_formulas(how, dy, dkept, v, scale)
-        more = gradients(
-            autograd.operations(how.g, du, x, w), "dgrad" if how.transposed else "fprop", du, x, w,
-            (*needs[:2], needs[2] and db is None),
+        possible = not torch.is_grad_enabled() and dy is not None and not why_ineligible(dy, x, w)
+        grads = all_gradients(
+            lambda du: autograd.operations(how.g, du, x, w), functools.partial(_one_pass, how) if possible else None,
+            how.transposed, how.g.problem.G, how.fused.epilogue, dy, dkept, v, x, w, b, scale,
+            wanted(ctx, ctx.needs_input_grad[:6], ctx.given),
         )  # fmt: skip
-        return more[0], more[1], db if more[2] is None else more[2], dr if needs[3] else None, None, None, None
+        return *grads, None
 
 
 _apply = autograd.apply_of(_Fused)
 
 
-def _by_kernel(
-    how: ForwardPass, dy: torch.Tensor, v: MaybeTensor, scale: MaybeTensor, needs: tuple[bool, ...]
+def _one_pass(how: ForwardPass, e: Epilogue, dy: torch.Tensor, *args: Any) -> launch.Gradients | None:
+    """Does what `one_pass` does for a forward pass, and returns None if no kernel can. It is a `chain_rule.OnePass`."""
+    try:
+        return one_pass(how.g, e, laid_out(dy, how.prepared.strides), *args)
+    except Fallback as err:
+        record_call(Call(f"gradient of {e}", how.g.problem, None, str(err)))
+    return None
+
+
+def one_pass(
+    g: Geometry, e: Epilogue, dy: torch.Tensor, v: MaybeTensor, scale: MaybeTensor, residual: bool, summed: bool
 ) -> launch.Gradients:
-    """Returns the gradients of the convolution's result, of the residual and of the bias, by tconv's kernel."""
-    dy, scale = _laid_out(dy, how.prepared.strides), how.per_channel(scale, dy.dtype)
-    before = needs[3] and how.fused.epilogue.residual == "before"
-    du, dr, db = launch.activation_grad(how.fused, dy, dy if v is None else v, scale, before, needs[2])
-    if how.fused.epilogue.residual == "after":
-        return du, dy, db
-    return du, du if dr is None else dr, db
-
-
-def _by_formulas(
-    how: ForwardPass, dy: MaybeTensor, dkept: MaybeTensor, v: MaybeTensor, scale: MaybeTensor
-) -> tuple[MaybeTensor, torch.Tensor]:
-    """Returns the gradients of the residual and of the convolution's result, by PyTorch's differentiable functions.
+    """Returns the gradients of the convolution's result, of the residual and of the bias by tconv's kernel.
 
     Args:
-        dkept: the gradient of the activation's argument, where that was differentiated itself.
+        dy, v: with the result's strides.
+        residual, summed: whether the gradients of the residual (where it differs) and of the bias are needed.
+    Raises:
+        Fallback: a kernel cannot be launched.
     """
-    e = how.fused.epilogue
-    if dy is None:
-        assert dkept is not None
-        dz = dkept
-    else:
-        dz = dy if v is None else FORMULAS[e.activation](dy, v, e.slope, e.by_result)
-        dz = dz if dkept is None else dz + dkept
-    du = dz if scale is None else (dz * scale.view(-1, *(1,) * (dz.dim() - 2))).to(dz.dtype)
-    return dy if e.residual == "after" else dz, du  # a residual after the activation is not in its argument
+    dy = laid_out(dy, dy.stride())  # aligned
+    v = dy if v is None else laid_out(v, dy.stride())
+    return launch.activation_grad(with_epilogue(g, e), dy, v, per_channel(e, scale, dy.dtype), residual, summed)
 
 
 def _again(

@@ -45,26 +45,47 @@ SCHEMAS = {
     "dgrad": f"(Tensor dy, Tensor w, Tensor? b, {WINDOW}) -> Tensor",
     "wgrad": f"(Tensor dy, Tensor x, Tensor? b, {WINDOW}) -> Tensor",
 }
-_library: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped-call]  # untyped in torch
+LIBRARY: Any = torch.library.Library("tconv", "DEF")  # type: ignore[no-untyped-call]  # untyped in torch
 _known: BoundedCache[Any, Geometry | str] = BoundedCache()
 
 
-def _format(a: torch.Tensor, b: torch.Tensor, h: Window) -> bool:
+def is_channels_last(a: torch.Tensor, b: torch.Tensor, h: Window) -> bool:
+    """Returns True if the result of an operator with these operands and window is channels_last."""
     return result_is_channels_last(a, b) if h.channels_last is None else h.channels_last
 
 
 # What the operators do
 
 
-def _fake(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
+def fake(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
+    """Returns an empty tensor like an operator's result."""
     h = Window(*rest)
-    like = shaped(result_shape(name, a, b, h), _format(a, b, h), a.dtype)
+    like = shaped(result_shape(name, a, b, h), is_channels_last(a, b, h), a.dtype)
     return a.new_empty_strided(like.shape, like.stride())
 
 
 def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: Any) -> torch.Tensor:
     """Runs an operator by tconv's kernels, or falls back to torch."""
     h, a, b, bias = Window(*rest), plain(a), plain(b), None if bias is None else plain(bias)
+    try:
+        g = geometry(name, a, b, bias, h)
+        from tconv.launching import launch
+
+        if name == "wgrad":
+            return launch.wgrad(g, a, b)
+        return launch.convolve(launch.convolution(name == "dgrad", g, a, b, bias), a, b, bias, g.dry)
+    except Fallback as e:
+        why = str(e)
+    return by_torch(name, a, b, bias, h, why)  # outside `except`: the exception's frames hold memory
+
+
+def geometry(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window) -> Geometry:
+    """Returns the geometry of an operator's call, which is examined once per kind of call.
+
+    Raises:
+        Fallback: the kernels do not support it.
+        ValueError: the tensors do not fit together.
+    """
     invariant = is_batch_invariant()
     key = (
         name, invariant, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device,
@@ -73,19 +94,9 @@ def _run(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, *rest: 
     known = _known.get(key)
     if known is None:
         known = _known[key] = _examine(name, a, b, bias, h, invariant)
-    try:
-        if isinstance(known, str):
-            raise Fallback(known)
-        if DRY.get():
-            known = dataclasses.replace(known, dry=True)
-        from tconv.launching import launch
-
-        if name == "wgrad":
-            return launch.wgrad(known, a, b)
-        return launch.convolve(launch.convolution(name == "dgrad", known, a, b, bias), a, b, bias, known.dry)
-    except Fallback as e:
-        why = str(e)
-    return by_torch(name, a, b, bias, h, why)  # outside `except`: the exception's frames hold memory
+    if isinstance(known, str):
+        raise Fallback(known)
+    return dataclasses.replace(known, dry=True) if DRY.get() else known
 
 
 def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, invariant: bool) -> Geometry | str:
@@ -110,22 +121,27 @@ def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: 
         raise ValueError(f"{name}: tensors of {[*a.shape]} and {[*b.shape]} do not fit {h}")
     if too_large(problem, None if name == "wgrad" else b, bias):
         return TOO_LARGE
-    return unavailable(a.device.type) or Geometry(problem, _format(a, b, h), batch_invariant=invariant)
+    return unavailable(a.device.type) or Geometry(problem, is_channels_last(a, b, h), batch_invariant=invariant)
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Leaves operands in their dtype, as torch's own backward does also where `backward` is called within autocast."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def by_torch(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, reason: str) -> torch.Tensor:
-    """Computes an operator by aten's operators and records the reason. The result has the strides that `_fake` promises."""
+    """Computes an operator by aten's operators and records the reason. The result has the strides that `fake` promises."""
     record_call(Call("aten::convolution" if name == "fprop" else "aten::convolution_backward", None, None, reason))
-    with _without_autocast(a.device.type):
+    with without_autocast(a.device.type):
         out = IN_ATEN[name](a, b, bias, *h)
-    strides = shaped(out.shape, _format(a, b, h), a.dtype).stride()
-    return out if out.stride() == strides else a.new_empty_strided(out.shape, strides).copy_(out)
+    return laid_out(out, is_channels_last(a, b, h))
+
+
+def laid_out(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """Returns a tensor of a result's shape with the strides that `fake` promises."""
+    strides = shaped(t.shape, channels_last, t.dtype).stride()
+    return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
 
 
 # Differentiation
@@ -185,7 +201,7 @@ class _Differentiable(torch.autograd.Function):
             g = plain(g)
         name, h = ctx.how
         x, y, w = {"fprop": (a, g, b), "dgrad": (g, a, b), "wgrad": (b, a, g)}[name]
-        h = exact(h, x.shape[2:], y.shape[2:], w.shape[2:])._replace(channels_last=_format(a, b, h))
+        h = exact(h, x.shape[2:], y.shape[2:], w.shape[2:])._replace(channels_last=is_channels_last(a, b, h))
         return None, None, *gradients(Operators(h), name, g, a, b, wanted(ctx, ctx.needs_input_grad[2:5])), None
 
     @staticmethod
@@ -248,18 +264,18 @@ def _autocast(name: str, device: str, key: Any, a: Any, b: Any, bias: Any, *rest
 
 def _register(name: str) -> Any:
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    _library.define(name + SCHEMAS[name], tags=tags)
+    LIBRARY.define(name + SCHEMAS[name], tags=tags)
 
     def bound(f: Any, *more: Any) -> Any:
         return opaque(lambda *args: f(name, *more, *args))
 
-    torch.library.register_fake(f"tconv::{name}", bound(_fake), lib=_library)
+    torch.library.register_fake(f"tconv::{name}", bound(fake), lib=LIBRARY)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, bound(_run), key)
-        _library.impl(name, bound(_autocast, key.lower(), getattr(torch._C.DispatchKey, f"Autocast{key}")), f"Autocast{key}")
-    _library.impl(name, bound(_autograd), "Autograd", with_keyset=True)
+        LIBRARY.impl(name, bound(_run), key)
+        LIBRARY.impl(name, bound(_autocast, key.lower(), getattr(torch._C.DispatchKey, f"Autocast{key}")), f"Autocast{key}")
+    LIBRARY.impl(name, bound(_autograd), "Autograd", with_keyset=True)
     operator = getattr(torch.ops.tconv, name).default
-    torch.library.register_vmap(f"tconv::{name}", bound(batched, operator), lib=_library)
+    torch.library.register_vmap(f"tconv::{name}", bound(batched, operator), lib=LIBRARY)
     return operator
 
 

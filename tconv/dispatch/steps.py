@@ -71,7 +71,7 @@ class Steps(NamedTuple):
         """Raises ValueError, with the argument's name, unless the tensors fit a result of this shape, dtype and device."""
         for name, t in self.tensors.items():
             wanted = shape if name == "residual" else (channels,)
-            if tuple(t.shape) != wanted:
+            if tuple(t.shape) != tuple(wanted):
                 raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(t.shape)}")
             dtypes = (dtype,) if name == "residual" else (dtype, torch.float32)
             if t.dtype not in dtypes:

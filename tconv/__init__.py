@@ -14,6 +14,7 @@
     report                            where the time of a model's convolutions goes, measured or predicted
     freeze, unfreeze                  keeps the copies of weights between calls, for inference
     tune, load_record                 measure a model's convolutions on the GPU here, and choose by what was measured
+    compile_options, fuse_epilogues   torch.compile puts what follows a convolution into its kernel
     decompositions                    tconv's operators in terms of aten's, for graphs that may only have aten's
     batch_invariant                   an image's results have the same bits in every batch, inside a block
     use_batch_invariance              the same for the whole process; is_batch_invariant tells whether it holds
@@ -38,6 +39,7 @@ from tconv.fused import (
     FusedConvTranspose2d,
     FusedConvTranspose3d,
 )
+from tconv.graph_pass import compile_options, fuse_epilogues
 from tconv.launching.record import Call, last_calls, recording
 from tconv.modules import (
     Conv1d,
@@ -96,6 +98,7 @@ __all__ = [
     "Tile",
     "Tuned",
     "batch_invariant",
+    "compile_options",
     "decompositions",
     "disable",
     "enable",
@@ -106,6 +109,7 @@ __all__ = [
     "freeze",
     "functional",
     "fuse_",
+    "fuse_epilogues",
     "is_batch_invariant",
     "is_enabled",
     "last_calls",

@@ -31,7 +31,7 @@ FACE = [
     ("chain",),
     ("subclasses",),
     ("fused", "causal", "fp8", "normalise"),
-    ("modules", "override", "decompositions"),
+    ("modules", "override", "decompositions", "graph_pass"),
     ("functional",),
 ]
 

@@ -87,7 +87,7 @@ def streaming(
         device = g.device or device_of(x)
         return prepare_stream(g.problem, x, w, b, y, state, kept, first, device, g.epilogue, g.batch_invariant)
 
-    return _lookup(key, make)
+    return lookup(key, make)
 
 
 class SharedOperand:

@@ -20,9 +20,9 @@ order:
     steps           the steps of an epilogue, one after the other
     chain_rule      gradients of a convolution with an epilogue
     fast_path       a call that repeats an earlier one
-    fp8             fprop of fp8 operands, and the rounding to fp8, as registered operators
     fused           forward and backward of a convolution with an epilogue over launches
     fused_operator  the same as a registered operator
+    fp8             fprop of fp8 operands, and the rounding to fp8, as registered operators
     entry           a call of one of the six functions
     epilogues       the same with an epilogue
     normalised      forward and backward of a normalisation over launches

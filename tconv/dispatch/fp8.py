@@ -66,6 +66,7 @@ def _fprop(
         if isinstance(known, str):
             raise Fallback(known)
         dry = DRY.get()
+        from tconv.dispatch.fused import laid_out
         from tconv.launching import launch
 
         if dry:
@@ -74,7 +75,7 @@ def _fprop(
         if not device.fp8:
             raise Fallback(f"{device.name} has no tensor cores for fp8")
         prepared = launch.convolution(False, known, x, w, None)
-        after = [scale, shift, None if residual is None else _laid_out(residual, prepared.strides), None]
+        after = [scale, shift, None if residual is None else laid_out(residual, prepared.strides), None]
         return launch.convolve(prepared, x, w, None, known.dry, after=tuple([x if t is None else t for t in after]))
     except Fallback as e:
         why = str(e)
@@ -83,11 +84,6 @@ def _fprop(
     y = followed(y, steps._replace(residual=None if residual is None else residual.float()), x.dim() - 2)
     like = _fake_fprop(x, w, scale, shift, residual, dtype, *rest)
     return like.copy_(y)
-
-
-def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    same = all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), strides, strict=True))
-    return t if same and not t.data_ptr() & 15 else t.new_empty_strided(t.shape, strides).copy_(t)
 
 
 def _examine(x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window, invariant: bool) -> Geometry | str:

@@ -155,7 +155,8 @@ def _run(x: Any, w: Any, b: Any, residual: Any, scale: Any, shift: Any, *rest: A
     """
     how, h = _parted(rest)
     tensors = [None if t is None else plain(t) for t in (x, w, b, residual, scale, shift)]
-    x, w, b, *after = tensors
+    (x, w, b), (residual, scale, shift) = tensors[:3], tensors[3:]
+    after = residual, scale, shift
     shape = result_shape(how.name, x, w, h)
     how.steps(*after).check_tensors(shape, shape[1], x.dtype, x.device)
     try:

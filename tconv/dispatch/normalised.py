@@ -13,10 +13,10 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from tconv.dispatch.autograd import apply_of
+from tconv.dispatch.chain_rule import FORMULAS
 from tconv.dispatch.context import PLAIN, plain, why_ineligible
 from tconv.dispatch.derivatives import wanted
 from tconv.dispatch.dynamo import opaque
-from tconv.dispatch.fused import FORMULAS
 from tconv.launching import normalise as launching
 from tconv.launching.arguments import accumulator
 from tconv.launching.record import Call, Fallback, record_call

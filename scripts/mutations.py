@@ -131,7 +131,7 @@ MUTATIONS = [
     Mutation("padding on the other side of a normalisation", "kernels/normalise.py", "h = j[d] - B[d]", "h = j[d] - (Y[d] - X[d] - B[d])", "test_values and by_side", "test_normalise.py"),
     Mutation("a gradient without the mean of g * w", "kernels/normalise.py", "g -= mean_g + h * mean_gh", "g -= h * mean_gh", "test_values and 2-D", "test_normalise.py"),
     Mutation("means of gradients without the weight", "kernels/normalise.py", "gh += tl.load(row + C, mask=mask, other=0.0) * w", "gh += tl.load(row + C, mask=mask, other=0.0)", "test_values and 2-D", "test_normalise.py"),
-    Mutation("NaN of what is not there in a sum", "kernels/normalise.py", "tl.where(mask, gradient(g, z, ACTIVATION, 0.0), 0.0)", "gradient(tl.where(mask, g, float('nan')), z, ACTIVATION, 0.0)", "test_values and odd", "test_normalise.py"),
+    Mutation("NaN of what is not there in a sum", "kernels/normalise.py", "tl.where(live, gradient(g, z, ACTIVATION, 0.0), 0.0)", "gradient(tl.where(mask, g, float('nan')), z, ACTIVATION, 0.0)", "test_values and odd", "test_normalise.py"),
     Mutation("chunks of the whole batch", "planning/normalise.py", "wanted = math.ceil(", "wanted = n.N * math.ceil(", "depend_on_the_batch or as_counted", "test_normalise.py"),
     Mutation("a kernel below that has gone not looked for", "dispatch/registration.py", "if VOID not in str(e):", "if True:", "any_order", "test_enable_others.py"),
     Mutation("a kernel taken out from under another", "override.py", "not _overrides[-1].inside and _overrides[-1].on_top()", "not _overrides[-1].inside", "any_order", "test_enable_others.py"),

@@ -110,15 +110,9 @@ def by_torch(asked: Asked, sides: Any, x: Any, w: Any, b: Any) -> torch.Tensor:
         y = y.to(x.dtype)
         if sides is not None:
             y = F.pad(y, [p for pair in reversed(sides) for p in pair])
-    if y.dim() in FORMATS and not _in_transform():
-        last = x.is_contiguous(memory_format=FORMATS[y.dim()]) and not x.is_contiguous()
-        return y.contiguous(memory_format=FORMATS[y.dim()] if last else torch.contiguous_format)
-    return y
-
-
-def _in_transform() -> bool:
-    """Returns True where tensors have dimensions that a memory format does not count."""
-    return not is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
+    if not is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
+        return y  # which may have dimensions that a memory format does not count
+    return _laid_out(y, _is_channels_last(x))
 
 
 def _without_autocast(device: str) -> Any:
@@ -164,10 +158,7 @@ def _by_kernels(asked: Asked, sides: Any, x: Any, w: Any, b: Any) -> torch.Tenso
 
     own = torch.float32 if any(_wider(x, t) for t in (w, b)) else x.dtype
     w, b = (None if t is None else t.to(own).contiguous() for t in (w, b))
-    form = FORMATS[x.dim()] if n.channels_last and x.dim() in FORMATS else torch.contiguous_format
-    if not (n.channels_last and x.dim() == 3):  # which is only said of what lies so already
-        x = x.contiguous(memory_format=form)
-    return normalised.normalise(n, x, w, b)
+    return normalised.normalise(n, _laid_out(x, n.channels_last), w, b)
 
 
 def _normalisation(asked: Asked, sides: Any, x: torch.Tensor, w: MaybeTensor, b: MaybeTensor) -> Normalisation:
@@ -223,6 +214,14 @@ def _examined(asked: Asked, sides: Any, x: torch.Tensor, w: MaybeTensor, b: Mayb
     if max(n.Q, n.N * n.C, math.prod(n.shape("y")) // n.C) > LIMIT // 2:
         raise Fallback("pixels, or channels of images, that 32 bits cannot count")
     return n
+
+
+def _laid_out(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """Returns t without gaps, with contiguous channels or with contiguous pixels: t itself, or a copy."""
+    if not channels_last:
+        return t.contiguous()
+    moved = t.movedim(1, -1)
+    return t if moved.is_contiguous() else moved.contiguous().movedim(-1, 1)
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:

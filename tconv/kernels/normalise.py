@@ -105,11 +105,11 @@ def channel_moments(
     seen = tl.zeros((1, 1), dtype=ACC)
     r = tl.arange(0, BLOCK_P)
     for start in tl.range(0, left, BLOCK_P):
-        mask = lead(start + r < left, FLIP) & trail(mask_c, FLIP)
+        live = lead(start + r < left, FLIP)
         tile = tile_at(image, low + start + r, c, C, P, UNIT, C_VEC, P_VEC, OFFSET)
-        v = tl.load(x_ptr + tile, mask=mask, other=0.0).to(ACC)
+        v = tl.load(x_ptr + tile, mask=live & trail(mask_c, FLIP), other=0.0).to(ACC)
         seen += 1
-        d = tl.where(mask, v - mean, 0.0)
+        d = tl.where(live, v - mean, 0.0)
         mean += d * (1 / seen)
         squares += d * (v - mean)
     count = lead(((left - r + BLOCK_P - 1) // BLOCK_P).to(ACC), FLIP)
@@ -237,7 +237,8 @@ def normalise_gradient(
         sum_gh = sum_g
     for start in tl.range(0, left, BLOCK_P):
         p = low + start + r
-        mask = lead(start + r < left, FLIP) & trail(mask_c, FLIP)
+        live = lead(start + r < left, FLIP)
+        mask = live & trail(mask_c, FLIP)
         tile = tile_at(image, p, c, C, P, UNIT, C_VEC, P_VEC, OFFSET)
         if PADDED:
             read = tile_at(image, padded(p, (X0, X1, X2), (Y0, Y1, Y2), (B0, B1, B2), RANK), c, C, Q, UNIT, C_VEC, 1, OFFSET)
@@ -255,7 +256,7 @@ def normalise_gradient(
             z *= w
         if BIAS:
             z += b
-        g = tl.where(mask, gradient(g, z, ACTIVATION, 0.0), 0.0)  # NaN where there is nothing would spoil the sums
+        g = tl.where(live, gradient(g, z, ACTIVATION, 0.0), 0.0)  # NaN where there is nothing would spoil the sums
         if SUMS:
             sum_g += g
             sum_gh += g * h

@@ -6,6 +6,7 @@ the machine code: registers, spills, shared memory, tensor-core instructions, wi
     python scripts/codegen.py --arch sm_80 --arch gfx942 --json out/codegen.json
     python scripts/codegen.py --check                  # against bench/codegen/; exit status 1 on a regression
     python scripts/codegen.py --update                 # rewrite the budgets of this Triton version and these architectures
+    python scripts/codegen.py --normalisations         # the kernels of group and RMS normalisation
     python scripts/codegen.py --compare 3.6            # what this Triton compiles differently from what 3.6 did
     python scripts/codegen.py --compare 3.6 3.9        # the same of two recorded ones, without compiling
     python scripts/codegen.py --run --only 'fprop gather 2d bf16 128x128x64 .* even$'    # also what they do, in the simulator
@@ -65,6 +66,24 @@ def collect(arch: str, quick: bool) -> dict[str, Any]:
                     for v in variants(problem, dtype, channels_last, ARCHS[arch][3]):
                         found.setdefault(v.name, v)
                         _settings.setdefault(v.name, (dtype, tf32, channels_last))
+    return found
+
+
+def collect_normalisations(arch: str) -> dict[str, Any]:
+    """The same of normalisations as the decoders of AutoencoderKL and Wan have them, in bf16; of these there is no budget."""
+    import torch
+
+    from tconv.launching.variants import normalisation_variants
+    from tconv.planning.normalise import Normalisation
+
+    found = {}
+    for channels_last in (True, False):
+        zero = (0, 0, 0)
+        for n in (
+            Normalisation("group_norm_silu", 2, 1, 128, 32, (1, 512, 512), zero, zero, channels_last, 1e-6, "silu", True, True),
+            Normalisation("rms_norm_silu", 3, 1, 384, 1, (5, 60, 104), zero, zero, channels_last, 0.0, "silu", True, False),
+        ):
+            found |= {v.name: v for v in normalisation_variants(n, torch.bfloat16, ARCHS[arch][3])}
     return found
 
 
@@ -169,10 +188,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="rewrite the budget; of what was compiled, if that is a part")
     parser.add_argument("--compare", nargs="+", metavar="VERSION", help="name what another Triton compiles differently")
     parser.add_argument("--run", action="store_true", help="also run them in the simulator on a small problem, and count")
+    parser.add_argument("--normalisations", action="store_true", help="the kernels of normalisations in place of the layers'")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.run and not {*(args.arch or ["sm_90"])} <= {"sm_80", "sm_90"}:
         parser.error("--run is for sm_80 and sm_90, which the simulator knows")
+    if args.normalisations and (args.run or args.check or args.update or args.compare):
+        parser.error("--normalisations have no budget, and are not run")
     if args.compare and len(args.compare) > 2:
         parser.error("--compare takes one version, or two to compare with each other")
     return args
@@ -220,7 +242,7 @@ def compile_and_judge(args: argparse.Namespace, archs: list[str]) -> int:
     if problem and any(ARCHS[arch][0] == "cuda" for arch in archs):
         raise budget.BudgetError(problem)
     for arch in archs:
-        _collected[arch] = collect(arch, args.quick)
+        _collected[arch] = collect_normalisations(arch) if args.normalisations else collect(arch, args.quick)
     only = {arch: args.only or (budget.scope(version, arch) if args.check else "") for arch in archs}
     tasks = [(arch, name) for arch in archs for name in sorted(_collected[arch]) if re.search(only[arch], name)]
     if args.list:

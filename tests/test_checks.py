@@ -15,7 +15,7 @@ import triton
 
 import tconv
 from tconv import functional as TF
-from tconv.kernels import common, copy, depthwise, gather, packed, patch, persistent, reduce, rows, strip, tma, wgrad
+from tconv.kernels import common, copy, depthwise, gather, normalise, packed, patch, persistent, reduce, rows, strip, tma, wgrad
 from tconv.launching import launch
 from tconv.planning.tiles import Tile
 from tests import oracle
@@ -60,6 +60,25 @@ class Call:
                 torch.autograd.grad(y, {"x": x, "w": w, "b": b}[self.of], torch.ones_like(y))
 
 
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """A call that launches a kernel of a normalisation, forward and backward, of groups or of each pixel's channels."""
+
+    kernel: object
+    groups: int = 0
+    channels_last: bool = True
+    pad: object = None
+
+    def run(self):
+        x = torch.randn(2, 20, 35, 33, dtype=torch.bfloat16)
+        x, w = (oracle.to_channels_last(x) if self.channels_last else x), torch.randn(20, dtype=torch.bfloat16)
+        x, w = x.requires_grad_(), w.requires_grad_()
+        how = {"pad": self.pad}
+        with tconv.force(kernel="gather"):  # then an error is raised, and no fallback made of it
+            y = TF.group_norm_silu(x, self.groups, w, w, **how) if self.groups else TF.rms_norm_silu(x, w, **how)
+            torch.autograd.grad(y, (x, w), torch.ones_like(y))
+
+
 CALLS = {
     "gather": Call(gather.gather, DENSE, {"kernel": "gather"}),
     "gather of a part of w": Call(gather.gather, SLICED, {"kernel": "gather"}, sliced=True),
@@ -85,6 +104,12 @@ CALLS = {
         persistent.persistent_wgrad, PIXELS, {"kernel": "persistent_wgrad", "tile": Tile(128, 128, 64, 8, 2), "splits": 2}, "w"
     ),
     "tma_wgrad": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad"}, "w"),
+    "moments": Normalisation(normalise.channel_moments, 4),
+    "moments of groups": Normalisation(normalise.finish_moments, 4),
+    "normalise": Normalisation(normalise.normalise, 4, channels_last=False, pad=1),
+    "normalise pixels": Normalisation(normalise.normalise),
+    "normalise_gradient": Normalisation(normalise.normalise_gradient, 4, pad=((0, 1), 2)),
+    "finish_gradient": Normalisation(normalise.finish_gradient, 4),
     "tma_wgrad in splits": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad", "splits": 2}, "w"),
 }
 OUTSIDE, MISALIGNED = "(reads|writes) .* out of bounds", "(reads|writes|copies) .* misaligned"
@@ -129,6 +154,22 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("depthwise", "pixels past the last are written", OUTSIDE, "tl.store", ("mask = lead(live, Y_FLIP) & ", "mask = ")),
     ("depthwise_wgrad", "channels share a place", OVERLAPPING, "tl.store", ("+ k * swk", "+ k * 0")),
     ("strip", "columns past the last are written", OUTSIDE, "tl.store", ("live & (h[2] * COLUMNS + v < Y2)", "live")),
+    ("moments", "pixels past the last are read", OUTSIDE, "v = tl.load",
+     ("mask=live & trail", "mask=trail")),
+    ("moments", "chunks share a place", OVERLAPPING, "tl.store",
+     ("out_ptr + part.to(tl.int64) * 2 * C", "out_ptr + part.to(tl.int64) * 0")),
+    ("moments of groups", "sums past the last are read", OUTSIDE, "tl.load",
+     ("at, mask=i < chunks, other=0.0) - origin", "at) - origin")),
+    ("normalise", "the padding is read", OUTSIDE, "v = tl.load",
+     ("RANK)\n        read = mask & lead(exists, FLIP)", "RANK)\n        read = mask")),
+    ("normalise", "pixels past the last are written", OVERLAPPING, "tl.store",
+     ("mask = lead(r < left, FLIP) & ", "mask = ")),
+    ("normalise pixels", "channels past the last are read", OUTSIDE, "v = tl.load",
+     (" & trail(mask_c, FLIP)", "")),
+    ("normalise_gradient", "padding on the other side", OUTSIDE, "g = tl.load",
+     ("(B0, B1, B2), RANK)", "(B0 + 2, B1 + 2, B2), RANK)")),
+    ("finish_gradient", "channels past the last are written", OUTSIDE, "tl.store",
+     ("INTERPRET), mask=c < C)", "INTERPRET), mask=c >= 0)")),
     ("tma_wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* multiple(sws, W_VEC)", "* 0")),
     ("persistent_wgrad", "splits share a slice", OVERLAPPING, "gl.store", ("* multiple(sws, W_VEC)", "* 0")),
     ("persistent_wgrad", "rows lie too far apart", OUTSIDE, "gl.store", ("k * multiple(swk", "k * 2 * multiple(swk")),
@@ -166,6 +207,8 @@ TEXTS = [  # call, mistake, words, on the line, pattern of which the first match
      r"(?s)(.*)@%p\d+ mbarrier\.arrive\.shared.*?;", r"\1"),
     ("tma_wgrad", "too few bytes expected", "waits for ever", "tl.range", r"(expect_tx.*, )\d+;", r"\1 64;"),
     ("sum_pixels", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
+    ("moments", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
+    ("normalise_gradient", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
     ("copy", "no barrier in a transposition", UNORDERED, "tl.store", r"^\tbar\.sync.*;", ""),
     ("depthwise_wgrad", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
     ("strip_wgrad", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),

@@ -169,6 +169,26 @@ def test_sums_and_copies_read_and_write_16_bytes_at_a_time():
         assert row["store_bytes"] == 16 or kind == "bias", row  # one number a channel
 
 
+def test_normalisations_read_and_write_16_bytes_at_a_time():
+    done = gate("--normalisations", "--only", "normalise|channel_moments", "--jobs", "1", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)["variants"]
+    assert {tuple(row["name"].split()[i] for i in (0, -1)) for row in rows} >= {
+        ("group_norm_silu", "inner=c"),
+        ("rms_norm_silu", "inner=p"),
+    }
+    assert len(rows) == 12
+    for row in rows:
+        words = row["name"].split()
+        assert row["spills"] == row["stack_bytes"] == 0, row
+        assert row["narrow_loads"] == 0 or "normalise" in words, row  # numbers per channel, of which there are few
+        if "normalise" not in words:
+            assert row["load_bytes"] == 16, row  # in the loop
+        if "normalise" in words or words[-1] == "dx":
+            assert row["store_bytes"] >= (16 if "sums" not in words else 8), row  # sums are one number a channel
+        assert set(row["lanes"]) == {1}, row
+
+
 def test_nothing_spills(rows):
     assert [row["name"] for row in rows if row["spills"] or row["stack_bytes"]] == []
 

@@ -15,10 +15,12 @@ from tconv.kernels.reduce import sum_splits
 from tconv.launching.arguments import Prepared, accumulator, sum_constants, tensor_cores
 from tconv.launching.descriptors import signature as descriptor_type
 from tconv.launching.memory_format import shaped
+from tconv.launching.normalise import prepare_backward, prepare_forward
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.launching.record import Call
 from tconv.planning.device import Device
 from tconv.planning.families import FAMILIES, families
+from tconv.planning.normalise import Normalisation
 from tconv.planning.plan import force
 from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, Tile, can_cut
@@ -193,6 +195,24 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
     options = {k: c[k] for k in OPTIONS if k in c}
     constants = {k: v for k, v in c.items() if k not in OPTIONS}
     return Variant(name, prepared.kernel, signature, constants, options, direct, prepared.call)
+
+
+def normalisation_variants(n: Normalisation, dtype: torch.dtype, device: Device) -> Iterator[Variant]:
+    """Yields the variants that the passes of a normalisation use on a device, with aligned tensors of one dtype."""
+    for prepared in (*prepare_forward(n, dtype, dtype, device), *prepare_backward(n, dtype, dtype, device, True)):
+        c, kernel = prepared.constants, prepared.kernel
+        behind = dict(zip((name for name in kernel.arg_names if name.endswith("_ptr")), prepared.pointers, strict=True))
+        signature = {
+            name: "constexpr" if name in c else f"*{NAMES[behind[name]]}" if name in behind else "i32"
+            for name in kernel.arg_names
+        }
+        blocks = f"{c['BLOCK_P']}x{c['BLOCK_C']}" if "BLOCK_P" in c else f"{c['BLOCK']}"
+        flags = [key.lower() for key in ("SUMS", "DX", "PADDED") if c.get(key)]
+        layout = [f"inner={'c' if c['UNIT'] else 'p'}"] if "UNIT" in c else []
+        what = [prepared.call.operation, kernel.__name__, NAMES[dtype], blocks, f"w{c['num_warps']}", *layout, *flags]
+        options = {k: c[k] for k in OPTIONS if k in c}
+        constants = {k: v for k, v in c.items() if k not in OPTIONS}
+        yield Variant(" ".join(what), kernel, signature, constants, options, True, prepared.call)
 
 
 def _sum_splits(dtype: torch.dtype, dims: int, vec: int, dependent: bool) -> Variant:

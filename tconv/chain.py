@@ -115,6 +115,7 @@ def _by_modules(conv: Any, x: Any, norm: Any, activation: Any, residual: Any, po
     y = conv(x)
     if norm is not None:
         y = norm(y)
+        activation = None if norm_act(norm) else activation
     if residual is not None and position == "before":
         y = y + residual
     if activation is not None:
@@ -192,11 +193,17 @@ def _kind(cls: type) -> tuple[bool, int] | None:
 
 def fit_norm(norm: Any, rank: int) -> None:
     """Raises Unfit unless a batch norm is a scale and a shift per channel of a convolution of this rank."""
-    if NORMS.get(type(norm), 0) not in (rank, None):
+    if NORMS.get(nn.BatchNorm2d if norm_act(norm) else type(norm), 0) not in (rank, None):
         raise Unfit(f"{type(norm).__name__} is no batch norm of rank {rank}")
     unhooked(norm, "the batch norm")
     if norm.training or norm.running_mean is None:
         raise Unfit("the batch norm is in training" if norm.training else "the batch norm keeps no statistics")
+
+
+def norm_act(module: Any) -> bool:
+    """Returns True for timm's BatchNormAct2d, a BatchNorm2d whose forward ends in its `act`, if it drops nothing between."""
+    cls = type(module)
+    return cls.__name__ == "BatchNormAct2d" and cls.__module__.startswith("timm.") and type(module.drop) is nn.Identity
 
 
 def fit_activation(activation: Any) -> Activation:

@@ -155,7 +155,7 @@ def _fuse(model: nn.Module, example: Any, stepwise: bool) -> Fusion:
         watch, errors = Watch(), Errors()
         watch.host = functools.partial(_compare, watch, errors)
         _run(model, example, watch=watch)
-        misfits = [(r, c) for r in found for c in r.fused if c.residual and r.host.get_submodule(c.conv) in watch.misfits]
+        misfits = [(r, c) for r in found for c in r.fused if c.added and r.host.get_submodule(c.conv) in watch.misfits]
         if not errors and not misfits:
             break
         _unfuse(model)

@@ -17,7 +17,7 @@ import random
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from tconv.chain import (
     fit_conv,
     fit_norm,
     fit_pad,
+    norm_act,
     unhooked,
 )
 from tconv.rehearsal.state import Place, exchanged, reach
@@ -106,7 +107,9 @@ class Chain:
         conv: the name of the convolution.
         nodes: from the padding or the convolution to the last one.
         steps: what the kernel computes beside the convolution, as text.
-        norm, activation, residual, position, pad: as in `chain.chained`; names and nodes.
+        norm, activation, position: as in `chain.chained`; names for modules.
+        added: the node that adds the residual.
+        pad: the padding's module; empty for a function, which is then the first node; None without a padding.
         passed: names of modules in it that do nothing.
         why: why it ends.
     """
@@ -116,9 +119,9 @@ class Chain:
     steps: list[str] = field(default_factory=list)
     norm: str | None = None
     activation: str | Activation | None = None
-    residual: fx.Node | None = None
+    added: fx.Node | None = None
     position: str = "before"
-    pad: Any = None
+    pad: str | None = None
     passed: list[str] = field(default_factory=list)
     why: str = ""
 
@@ -169,41 +172,45 @@ def _modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
+@contextlib.contextmanager
+def unchanged(host: nn.Module) -> Iterator[None]:
+    """Sets back what a module's forward changes in a block in which it is traced.
+
+    Raises:
+        Untraceable: the block does, or the forward sets attributes or draws random numbers.
+    """
+    before = [(m, dict(m.__dict__)) for m in host.modules()]
+    state, why = (torch.get_rng_state(), random.getstate()), ""
+    with exchanged(reach((host, Place.MODEL)), lambda t, _: t):
+        try:
+            yield
+        except Untraceable as e:
+            why = str(e)
+        changed = [
+            name for m, old in before for name in {*old, *m.__dict__} if m.__dict__.get(name) is not old.get(name, before)
+        ]
+    if not torch.equal(state[0], torch.get_rng_state()) or state[1] != random.getstate():
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        why = "it draws random numbers that do not depend on its input"
+    elif changed:
+        why = f"it sets its attribute {changed[0]}"
+    if why:
+        raise Untraceable(why)
+
+
 def traced(host: nn.Module, form: Form, inlined: set[str]) -> fx.Graph:
     """Returns the graph of a module's forward for calls of one form.
 
     Raises:
         Untraceable: it has none that is right for all such calls.
     """
-    modules = [host, *(host.get_submodule(name) for name in inlined)]
-    before = [dict(m.__dict__) for m in modules]
-    state = torch.get_rng_state(), random.getstate()
-    graphs = []
-    with exchanged(reach((host, Place.MODEL)), lambda t, _: t):  # sets back what the forward changes
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                try:
-                    graphs.append(_Tracer(form, inlined).trace(host))
-                except Untraceable:
-                    raise
-                except Exception as e:  # of any kind: the user's code was given proxies
-                    raise Untraceable(f"torch.fx cannot trace its forward: {_first_line(e)}") from None
-        changed = [
-            name
-            for m, old in zip(modules, before, strict=True)
-            for name in {*old, *m.__dict__}
-            if m.__dict__.get(name) is not old.get(name, m)
-        ]
-    drawn = not torch.equal(state[0], torch.get_rng_state()) or state[1] != random.getstate()
-    if drawn:
-        torch.set_rng_state(state[0])
-        random.setstate(state[1])
-        raise Untraceable("it draws random numbers that do not depend on its input")
-    if changed:
-        raise Untraceable(f"it sets its attribute {changed[0]}")
-    if str(graphs[0]) != str(graphs[1]):
-        raise Untraceable("it asks for the grad mode")
-    return graphs[0]
+    try:
+        return _Tracer(form, inlined).trace(host)
+    except Untraceable:
+        raise
+    except Exception as e:  # of any kind: the user's code was given proxies
+        raise Untraceable(f"torch.fx cannot trace its forward: {_first_line(e)}") from None
 
 
 def _first_line(e: BaseException) -> str:
@@ -270,13 +277,14 @@ def _take_pad(host: nn.Module, chain: Chain, node: fx.Node, rank: int) -> None:
         return
     if before.op == "call_module" and isinstance(module := host.get_submodule(str(before.target)), (*ZERO_PADS, *OTHER_PADS)):
         fit_pad(module, rank)
-        pad: Any = before.target
+        pad = str(before.target)
     elif before.op == "call_function" and before.target is F.pad:
-        _, pad, mode, value = _bound(before, ("input", "pad"), {"mode": "constant", "value": None})
+        _, amounts, mode, value = _bound(before, *PAD)
         if mode != "constant" or value not in (None, 0):
             raise Unfit(f"{mode} padding{' by another number' if mode == 'constant' else ''}: {NOT_YET}")
-        if not isinstance(pad, (tuple, list)) or len(pad) > 2 * rank:
+        if not isinstance(amounts, (tuple, list)) or len(amounts) > 2 * rank:
             raise Unfit("a padding of other dimensions")
+        pad = ""
     else:
         return
     fit_conv(host.get_submodule(chain.conv), padded=True)
@@ -298,17 +306,20 @@ def _bound(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> l
 
 def _take(host: nn.Module, chain: Chain, step: fx.Node, rank: int, without_residual: set[str]) -> None:
     """Adds what follows a chain to it. Raises Unfit if the kernel cannot compute that, or not in this place."""
-    last, module = chain.nodes[-1], None
+    last, module = chain.nodes[-1], cast(Any, None)
     if step.op == "call_module":
         module = host.get_submodule(str(step.target))
         if step.args != (last,) or step.kwargs:
             raise Unfit(f"its result is an argument of {type(module).__name__}")
-    if type(module) in NORMS:
+    if type(module) in NORMS or norm_act(module):
         fit_norm(module, rank)
-        if chain.norm or chain.activation or chain.residual:
+        if chain.norm or chain.activation or chain.added:
             raise Unfit("a batch norm after other steps")
         chain.norm = str(step.target)
         chain.steps.append("batch norm")
+        if norm_act(module) and type(module.act) is not nn.Identity:
+            chain.activation = f"{step.target}.act"
+            chain.steps.append(fit_activation(module.act)[0])
     elif _does_nothing(module):
         chain.passed.append(str(step.target))
     elif module is not None:
@@ -324,12 +335,12 @@ def _take(host: nn.Module, chain: Chain, step: fx.Node, rank: int, without_resid
         chain.activation = activation
         chain.steps.append(activation[0])
     else:
-        other = _added(step, last)
-        if chain.residual:
+        _added(step, last)
+        if chain.added:
             raise Unfit("a second residual")
         if chain.conv in without_residual:
             raise Unfit("the residual is of another shape, dtype or device than the result")
-        chain.residual, chain.position = other, "after" if chain.activation else "before"
+        chain.added, chain.position = step, "after" if chain.activation else "before"
         chain.steps.append("residual")
     chain.nodes.append(step)
 
@@ -406,6 +417,7 @@ def _writes(host: nn.Module, node: fx.Node) -> bool:
     return in_place or node.kwargs.get("inplace") is True or "out" in node.kwargs or node.target in IN_PLACE
 
 
+PAD: tuple[tuple[str, ...], dict[str, Any]] = ("input", "pad"), {"mode": "constant", "value": None}  # F.pad's arguments
 IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "and", "or")} | {operator.setitem}
 
 
@@ -443,20 +455,29 @@ def rewrite(name: str, host: nn.Module, form: Form, without_residual: set[str], 
     Raises:
         Untraceable: there is none.
     """
-    inlined = set[str]()
-    graph = traced(host, form, inlined)
-    chains = chains_of(host, graph, without_residual)
-    tried = set[str]()
-    while more := [m for m in _worth_entering(host, graph, chains) if m not in tried]:
-        tried.add(more[0])
-        with contextlib.suppress(Untraceable):
-            inside = traced(host, form, inlined | {more[0]})
-            inlined.add(more[0])
-            graph, chains = inside, chains_of(host, inside, without_residual)
-    crossed = {m for m in inlined if any({m in node.meta[INSIDE] for node in c.nodes} == {True, False} for c in chains)}
-    if crossed != inlined:
-        inlined, graph = crossed, traced(host, form, crossed)
+    with unchanged(host), torch.no_grad():
+        inlined = set[str]()
+        graph = traced(host, form, inlined)
         chains = chains_of(host, graph, without_residual)
+        tried = set[str]()
+        while more := {*_worth_entering(host, graph, chains)} - tried:
+            tried |= more
+            try:
+                graph = traced(host, form, inlined | more)
+                inlined |= more
+            except Untraceable:  # because of some of them
+                for one in sorted(more):
+                    with contextlib.suppress(Untraceable):
+                        graph = traced(host, form, inlined | {one})
+                        inlined.add(one)
+            chains = chains_of(host, graph, without_residual)
+        crossed = {m for m in inlined if any({m in node.meta[INSIDE] for node in c.nodes} == {True, False} for c in chains)}
+        if crossed != inlined:
+            inlined, graph = crossed, traced(host, form, crossed)
+            chains = chains_of(host, graph, without_residual)
+        with torch.enable_grad():
+            if str(traced(host, form, inlined)) != str(graph):
+                raise Untraceable("it asks for the grad mode")
     fused = [chain for chain in chains if chain.steps]
     forward = _compiled(graph, fused, stepwise, name or type(host).__name__) if fused else None
     return Rewritten(name, host, form, chains, frozenset(inlined), frozenset(n for c in fused for n in c.passed), forward)
@@ -477,7 +498,7 @@ def _worth_entering(host: nn.Module, graph: fx.Graph, chains: list[Chain]) -> It
             continue
         if any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
             followed = host.get_submodule(str(after.target)) if after.op == "call_module" else None
-            known = type(followed) in ACTIVATIONS or type(followed) in NORMS
+            known = type(followed) in ACTIVATIONS or type(followed) in NORMS or norm_act(followed)
             if known or after.target in ADDS or after.target in ADD_METHODS or _activation(after, node):
                 yield str(node.target)
         elif len(node.args) == 1 and node.args[0] in ends:
@@ -486,7 +507,7 @@ def _worth_entering(host: nn.Module, graph: fx.Graph, chains: list[Chain]) -> It
 
 def enterable(module: nn.Module) -> bool:
     """Returns True if a module's forward may be traced: it is the user's or a Sequential's, and nothing else is called."""
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, (torch.jit.ScriptModule, nn.modules.conv._ConvNd)):
         return False
     if type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential:
         return False
@@ -502,8 +523,9 @@ _numbers = itertools.count()
 
 def _compiled(graph: fx.Graph, chains: list[Chain], stepwise: bool, name: str) -> Callable[..., Any]:
     """Returns a graph with its chains fused, as a function."""
+    # What one chain reads another one may compute: nodes' arguments are up to date, those that were seen before are not.
     for chain in chains:
-        last, first = chain.nodes[-1], chain.nodes[0]
+        first, last = chain.nodes[0], chain.nodes[-1]
         with graph.inserting_after(last):
             fused = graph.call_function(chained, ())
         with graph.inserting_before(fused):
@@ -511,13 +533,16 @@ def _compiled(graph: fx.Graph, chains: list[Chain], stepwise: bool, name: str) -
             def module(target: Any) -> Any:
                 return graph.get_attr(target) if isinstance(target, str) else target
 
+            x, pad = first.args[0] if first.args else first.kwargs["input"], module(chain.pad or None)
+            if chain.pad == "":
+                x, pad, *_ = _bound(first, *PAD)
+            residual = chain.added and _added(chain.added, chain.nodes[chain.nodes.index(chain.added) - 1])
             kwargs = {
-                "norm": module(chain.norm), "activation": module(chain.activation), "residual": chain.residual,
-                "pad": module(chain.pad),
+                "norm": module(chain.norm), "activation": module(chain.activation), "residual": residual,
+                "position": None if chain.position == "before" else chain.position, "pad": pad, "stepwise": stepwise or None,
             }  # fmt: skip
-            fused.args = (module(chain.conv), first.args[0] if first.args else first.kwargs["input"])
-        kwargs |= {"position": "after"} if chain.position == "after" else {}
-        fused.kwargs = {k: v for k, v in kwargs.items() if v is not None} | ({"stepwise": True} if stepwise else {})
+            fused.args = (module(chain.conv), x)
+        fused.kwargs = {name: value for name, value in kwargs.items() if value is not None}
         last.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
             graph.erase_node(node)

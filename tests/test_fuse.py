@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tconv
+from bench import fusing
 
 D = torch.float64
 
@@ -123,10 +124,26 @@ def launches(model, *args):
     return calls
 
 
+class Residuals(nn.Module):
+    """Several chains in one forward, each of which reads the last one's result, also as its residual and in its padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleList(Causal(3, 3) for _ in range(2))
+        self.second = nn.ModuleList(nn.Conv1d(3, 3, 3) for _ in range(2))
+
+    def forward(self, x):
+        for first, second in zip(self.first, self.second, strict=True):
+            h = F.leaky_relu(first(x), 0.1)
+            x = second(F.pad(h, (h.shape[-1] - x.shape[-1] + 1, 1))) + x
+        return x
+
+
 MODELS = {
     "sequential": (lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 2, 0)), *block(), nn.MaxPool2d(2)), (2, 3, 7, 6)),
     "residual block": (Bottleneck, (2, 4, 5, 6)),
     "conditioned": (Conditioned, (2, 4, 7)),
+    "residuals": (Residuals, (2, 3, 5)),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 4, stride=2, padding=1), nn.BatchNorm1d(4), nn.LeakyReLU(0.2)),
         (2, 3, 5),
@@ -151,6 +168,10 @@ STEPS = {
         "conv1": ("batch norm", "relu"), "conv2": ("batch norm", "residual", "relu"), "downsample.0": ("batch norm",),
     },
     "conditioned": {"first.conv": ("pad", "gelu_tanh"), "second.conv": ("pad", "residual")},
+    "residuals": {
+        "first.0.conv": ("pad", "leaky_relu"), "first.1.conv": ("pad", "leaky_relu"),
+        "second.0": ("pad", "residual"), "second.1": ("pad", "residual"),
+    },
     "transposed": {"0": ("batch norm", "leaky_relu")},
     "three dimensions": {"1": ("pad", "hardswish")},
     "weight norm, old and new": {"0": ("silu",), "2": ("gelu",)},
@@ -199,7 +220,7 @@ def test_restore_undoes_replace_and_fuse_at_once(device):
     model = ready(Bottleneck()).to(device)
     x, was = torch.randn(1, 4, 4, 4, dtype=D, device=device), attributes(model)
     tconv.replace_(model)
-    tconv.fuse_(model, x)
+    assert fused_steps(tconv.fuse_(model, x)) == STEPS["residual block"]
     assert isinstance(model.conv1, tconv.Conv2d)
     with tconv.restored(model):  # tools that compare classes see the user's
         assert type(model) is Bottleneck
@@ -553,7 +574,7 @@ class Drawn(nn.Module):
         return x
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pieces=st.lists(st.sampled_from([*PIECES, "conv", "norm"]), min_size=2, max_size=6), keep=st.integers(0, 3),
     add=st.integers(0, 6), in_place=st.booleans(), seed=st.integers(0, 99),
@@ -584,3 +605,19 @@ def differentiated(model, x):
     leaf = x.detach().clone().requires_grad_()
     y = model(leaf * 1)
     return torch.autograd.grad(y.square().sum(), [leaf, *(p for p in model.parameters() if p.requires_grad)], allow_unused=True)
+
+
+@pytest.mark.parametrize("name", fusing.MODELS)
+def test_whole_models_launch_and_move_less(name):
+    # On meta tensors, planned for an H200. `python -m bench.fusing` compares their results too.
+    build, _, shape = fusing.MODELS[name]
+    model, x = build(True).eval().to("meta", torch.bfloat16), torch.empty(shape, device="meta", dtype=torch.bfloat16)
+    tconv.replace_(model)
+    fused = copy.deepcopy(model)
+    fusion = tconv.fuse_(fused, x)
+    left = [c.why for c in fusion.convolutions if not c.steps]
+    assert {*left} <= {"followed by SeanetBlock", "what follows belongs to another convolution"}  # of a sum of two, one has it
+    (before, _), (after, remain) = fusing.counted(model, x), fusing.counted(fused, x)
+    assert before.launches - after.launches == sum(len(c.steps) for c in fusion.fused)  # each step was an operator
+    assert after.bytes < before.bytes
+    assert not {"constant_pad_nd", "native_batch_norm", "add", "relu_"} & remain.keys()

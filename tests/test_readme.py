@@ -20,6 +20,7 @@ PRINTED = {  # what the examples of a document print, among else
     "docs/epilogues.md": ("with residual, silu", "gradient of residual, silu", "wgrad"),
     "docs/explain.md": ("fprop: gather", "dgrad: gather", "wgrad: wgrad", "bias: bias"),
     "docs/fp8.md": ("body.0: fp8, input scale", "with scale, shift, in bfloat16"),
+    "docs/fusing.md": ("3 of 3 convolutions fused", "batch norm, residual, relu", "no activation of the kernels"),
     "docs/kernels.md": ("fprop: gather",),
     "docs/normalisation.md": ("group_norm_silu: normalise", "fprop: ", "group_norm_silu gradient: normalise", "True"),
     "docs/support.md": ("Conv2d(3, 8",),

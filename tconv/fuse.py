@@ -20,7 +20,7 @@ from tconv.chain import WATCH, Unfit, Watch, unhooked
 from tconv.launching.record import Call, record_call
 from tconv.rehearsal.runner import StandIns
 from tconv.rehearsal.state import Place, exchanged, reach, tensors, thread_kept
-from tconv.rewrite import CONSTANTS, Form, Rewritten, Untraceable, rewrite
+from tconv.rewrite import Form, Rewritten, Untraceable, is_constant, is_same, rewrite
 from tconv.subclasses import USERS
 from tconv.swap import become, checked, plain_class
 
@@ -352,7 +352,7 @@ def _derived(r: Rewritten) -> type:
 
 def _constants(module: nn.Module) -> dict[str, Any]:
     """Returns the attributes of a module whose values its traced forward may hold."""
-    return {name: value for name, value in vars(module).items() if name not in OWN and type(value) in CONSTANTS}
+    return {name: copy.deepcopy(value) for name, value in vars(module).items() if name not in OWN and is_constant(value)}
 
 
 class _Guard(NamedTuple):
@@ -383,7 +383,7 @@ class _Guard(NamedTuple):
         own = m.__dict__
         for name, value in self.constants.items():
             now = own.get(name)
-            if now is not value and (type(now) is not type(value) or now != value):
+            if not is_same(now, value):
                 return f"{'.'.join((*self.path, name))} is {now!r}, was {value!r} in fuse_"
         return ""
 

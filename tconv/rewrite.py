@@ -43,7 +43,7 @@ from tconv.rehearsal.state import Place, exchanged, reach
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 TENSOR = object()  # stands for a tensor among the arguments of a call
-CONSTANTS = (types.NoneType, bool, int, float, str)  # arguments and attributes whose values a traced forward holds
+CONSTANTS = (types.NoneType, bool, int, float, str, torch.dtype, torch.device)
 INSIDE = "tconv_inside"  # in a node's meta: the modules traced into that it came from
 ADDS = {operator.add: False, operator.iadd: True, torch.add: False}  # whether it writes into its first argument
 ADD_METHODS = {"add": False, "add_": True}
@@ -53,6 +53,18 @@ FUNCTIONS: dict[Any, str] = {
     F.hardswish: "hardswish",
 }  # fmt: skip
 METHODS = {f"{name}{_}": name for name in ("relu", "sigmoid", "tanh") for _ in ("", "_")}
+
+
+def is_constant(value: Any) -> bool:
+    """Returns True for an argument or attribute whose value a traced forward may hold, because it can be compared."""
+    if type(value) in (tuple, list):
+        return all(map(is_constant, value))
+    return type(value) in CONSTANTS
+
+
+def is_same(now: Any, value: Any) -> bool:
+    """Returns True if something is equal to a constant, and of its type."""
+    return now is value or (type(now) is type(value) and now == value)
 
 
 class Untraceable(Exception):
@@ -74,9 +86,9 @@ class Form:
         """Raises Untraceable for an argument that is neither a tensor nor a constant."""
 
         def kind(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) and type(value) not in CONSTANTS:
+            if not isinstance(value, torch.Tensor) and not is_constant(value):
                 raise Untraceable(f"it is called with a {type(value).__name__}")
-            return TENSOR if isinstance(value, torch.Tensor) else value
+            return TENSOR if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
         return Form(tuple(map(kind, args)), {name: kind(value) for name, value in kwargs.items()})
 
@@ -86,7 +98,7 @@ class Form:
             return None
         pairs = [*zip(args, self.args, strict=True), *((kwargs[name], kind) for name, kind in self.kwargs.items())]
         for value, kind in pairs:
-            if not isinstance(value, torch.Tensor) if kind is TENSOR else type(value) is not type(kind) or value != kind:
+            if not (isinstance(value, torch.Tensor) if kind is TENSOR else is_same(value, kind)):
                 return None
         return [value for value, kind in pairs if kind is TENSOR]
 

@@ -39,10 +39,10 @@ class Causal(nn.Module):
     def __init__(self, c, k, taps=3):
         super().__init__()
         self.conv = nn.Conv1d(c, k, taps)
-        self.before = taps - 1
+        self.pads = [taps - 1, 0]
 
     def forward(self, x):
-        return self.conv(F.pad(x, (self.before, 0)))
+        return self.conv(F.pad(x, self.pads))
 
 
 class Conditioned(nn.Module):
@@ -464,11 +464,37 @@ def test_calls_of_another_form_run_the_old_forward(device):
     fusion = tconv.fuse_(model, {"x": x, "shift": s})
     assert fused_steps(fusion) == {"first.conv": ("pad", "gelu_tanh", "residual"), "second.conv": ("pad", "residual")}
     assert len(launches(model, x, s)) == 2
-    model.second.before = 1  # an attribute that the forward holds, of a module that it was traced into
-    before.second.before = 1
+    for m in (model, before):
+        m.second.pads[0] = 1  # an attribute that the forward holds, of a module that it was traced into
     model.second.conv, before.second.conv = (nn.Conv1d(4, 4, 2).to(device, D) for _ in range(2))
     before.second.conv.load_state_dict(model.second.conv.state_dict())
     assert torch.allclose(model(x=x, shift=s), before(x, s), rtol=1e-12)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As timm has it: a batch norm with its activation inside."""
+
+    __module__ = "timm.layers.norm_act"
+
+    def __init__(self, c, act):
+        super().__init__(c)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize(("act", "steps"), [("SiLU", ("batch norm", "silu")), ("Identity", ("batch norm", "residual"))])
+def test_a_batch_norm_with_its_activation_inside(act, steps, device):
+    def added(self, x):
+        return self.norm(self.conv(x)) + x
+
+    model = ready(Through(added, conv=nn.Conv2d(3, 3, 1), norm=BatchNormAct2d(3, getattr(nn, act)()))).to(device)
+    before, x = copy.deepcopy(model), torch.randn(1, 3, 4, 4, dtype=D, device=device)
+    assert fused_steps(tconv.fuse_(model, x))["conv"][:2] == steps
+    assert_as_before(model, before, x)
+    model.norm.requires_grad_()  # the modules run, and the activation once
+    torch.testing.assert_close(model(x), before(x))
 
 
 def adding(self, x):

@@ -253,7 +253,7 @@ def gather(
             multiple(ssn, S_VEC), ss, multiple(syn, Y_VEC), sy, TRANSPOSED, RANK, OFFSET, BLOCK_M,
         )  # fmt: skip
         s_offset += P[FIRST].to(OFFSET) * ss[FIRST]
-        sp = state_ptr + group * CI * s_step + (lead(s_offset, X_FLIP) + trail(c * s_step, X_FLIP))
+        sp = state_ptr + group * multiple(CI, S_VEC) * s_step + (lead(s_offset, X_FLIP) + trail(c * s_step, X_FLIP))
     else:
         sp = xp
 

@@ -95,7 +95,7 @@ def weight_gradients(s: Sequences, dy: torch.Tensor) -> tuple[torch.Tensor, torc
     Without an activation du is dy. The sums over images and times are split, and the parts added in a fixed order.
     """
     x = s.x
-    device = device_of(x)
+    device = _device(x)
     (images, channels, times), taps = x.shape, s.w.shape[1]
     du = torch.empty_strided(dy.shape, dy.stride(), dtype=dy.dtype, device=dy.device) if s.activation else dy
     lanes = _lanes(x, dy)
@@ -242,6 +242,12 @@ def _launch(
     return Prepared(kernel, (programs,), values, constants, call, s.x.shape, s.x.stride(), s.x.dtype)
 
 
+def _device(x: torch.Tensor) -> Device:
+    """Returns the device to plan for."""
+    dry = DRY.get()
+    return dry.device if dry and dry.device else device_of(x)
+
+
 def _run(
     what: tuple[Any, ...],
     s: Sequences,
@@ -261,7 +267,7 @@ def _run(
     key = (*what, s.activation, described, s.x.device)
     launch = None if dry else _prepared.get(key)
     if launch is None:
-        launch = make(dry.device if dry and dry.device else device_of(s.x))
+        launch = make(_device(s.x))
         launch = dataclasses.replace(launch, pointers=tuple(s.x.dtype if t is None else t.dtype for t in pointers))
         if not dry:
             _prepared[key] = launch

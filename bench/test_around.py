@@ -84,6 +84,8 @@ class Around:
 class InFp8(Around):
     """The same, by tconv in fp8, the rounding of x included: its scale is known, and the weight is rounded once."""
 
+    passes = ("fprop",)
+
     def tiny(self) -> Around:
         return replace(super().tiny(), x=(1, 16, 6, 6), w=(16, 16, 3, 3))
 
@@ -129,8 +131,73 @@ class Normalised:
         return [random(*self.x), random(self.x[1]), None if self.groups is None else random(self.x[1])]
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A chunk of a video, which a causal convolution reads after its cache of two frames, as decoders of videos run.
+
+    The result is the output and the next cache. There is no step, since a decoder is not trained so.
+    """
+
+    name: str
+    x: tuple[int, ...]
+    passes = ("fprop",)
+
+    def tiny(self) -> Streamed:
+        """The same with extents that Triton's interpreter takes in a moment."""
+        return replace(self, x=(1, 4, 3, 6, 6))
+
+    def sequence(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, cache: torch.Tensor) -> Any:
+        """Returns the result by torch's functions, as the models call them."""
+        whole = torch.cat((cache, x), 2)
+        return F.conv3d(whole, w, b, padding=(0, 1, 1)), whole[:, :, -2:].clone()
+
+    def ours(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, cache: torch.Tensor) -> Any:
+        """Returns the result by tconv."""
+        return tconv.functional.conv3d_stream(x, w, b, cache, padding=CAUSAL)
+
+    def operands(self, random: Any) -> list[torch.Tensor | None]:
+        """Returns x, w, b and the cache, of numbers by `random`."""
+        n, c, _, *frame = self.x
+        return [random(*self.x), random(c, c, 3, 3, 3) * (27 * c) ** -0.5, random(c), random(n, c, 2, *frame)]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The causal depthwise convolution of a state-space model, with SiLU, by `causal_conv1d`.
+
+    Attributes:
+        sequences: how many of equal length lie one after the other along the time of x.
+    """
+
+    name: str
+    x: tuple[int, ...]
+    sequences: int = 1
+
+    def tiny(self) -> Sequences:
+        """The same with extents that Triton's interpreter takes in a moment."""
+        return replace(self, x=(1, 4, 4 * self.sequences))
+
+    def sequence(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Returns the result by torch's functions."""
+        parts = x.unflatten(2, (self.sequences, -1)).squeeze(0).transpose(0, 1)
+        y = F.silu(F.conv1d(F.pad(parts, (3, 0)), w, b, groups=w.shape[0]))
+        return y.transpose(0, 1).flatten(1).unsqueeze(0)
+
+    def ours(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Returns the result by tconv."""
+        cu, length = None, x.shape[2] // self.sequences
+        if self.sequences > 1:
+            cu = torch.arange(self.sequences + 1, dtype=torch.int32, device=x.device) * length
+        y: torch.Tensor = tconv.functional.causal_conv1d(x, w, b, cu_seqlens=cu, activation="silu")
+        return y
+
+    def operands(self, random: Any) -> list[torch.Tensor | None]:
+        """Returns x, w and b, of numbers by `random`."""
+        return [random(*self.x), random(self.x[1], 1, 4) / 2, random(self.x[1])]
+
+
 CAUSAL = ((2, 0), 1, 1)
-AROUND: list[Around | Normalised] = [
+AROUND: list[Around | Normalised | Streamed | Sequences] = [
     Around("resnet_relu", (64, 256, 14, 14), (256, 256, 3, 3), 1, epilogue={"activation": "relu"}, residual=True),
     Around("unet_silu", (8, 320, 64, 64), (320, 320, 3, 3), 1, epilogue={"activation": "silu"}),
     Around("unet_residual", (8, 320, 64, 64), (320, 320, 3, 3), 1, residual=True),
@@ -147,13 +214,18 @@ AROUND: list[Around | Normalised] = [
     Normalised("sd_vae_norm_512_128", (1, 512, 128, 128), 32),
     Normalised("wan_vae_norm_96", (1, 96, 5, 240, 416)),
     Normalised("wan_vae_norm_384", (1, 384, 5, 60, 104)),
+    Streamed("wan_vae_stream_96", (1, 96, 4, 240, 416)),
+    Streamed("wan_vae_stream_384", (1, 384, 4, 60, 104)),
+    Streamed("hunyuan_vae_stream_128", (1, 128, 8, 128, 128)),
+    Sequences("mamba_sequences_1", (1, 12288, 16384)),
+    Sequences("mamba_sequences_8", (1, 12288, 16384), 8),
 ]
 PROVIDERS = ("sequence", "compile", "tconv")
 CELLS = [
     (around, layout, pass_, provider)
     for around in AROUND
     for layout in ("contiguous", "channels_last")
-    for pass_ in (("fprop",) if isinstance(around, InFp8) else ("fprop", "step"))
+    for pass_ in getattr(around, "passes", ("fprop", "step"))
     for provider in PROVIDERS
 ]
 
@@ -194,7 +266,7 @@ def test_around(around, layout, pass_, provider, device, tiny, limits, timed, re
         pytest.fail(line["error"])
 
 
-def operands(shown: Around | Normalised, device: str, layout: str) -> list[torch.Tensor | None]:
+def operands(shown: Around | Normalised | Streamed | Sequences, device: str, layout: str) -> list[torch.Tensor | None]:
     """Returns the tensors that are given to its functions."""
 
     def random(*shape: int) -> torch.Tensor:
@@ -210,7 +282,8 @@ def results(function: Any, tensors: list[torch.Tensor | None], pass_: str) -> tu
     """Returns the result of a forward pass, or of a step with the gradients of all tensors."""
     if pass_ == "fprop":
         with torch.no_grad():
-            return (function(*tensors),)
+            found = function(*tensors)
+            return found if isinstance(found, tuple) else (found,)
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     y = function(*leaves)
     return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], torch.ones_like(y))

@@ -155,6 +155,14 @@ MUTATIONS = [
     Mutation("fp8 without its end", "kernels/quantize.py", "tl.where(v > LARGEST, LARGEST, ", "tl.where(v > 2 * LARGEST, LARGEST, ", "ends_at_448", "test_fp8.py"),
     Mutation("fp8 rounded half up", "kernels/quantize.py", "0x7FFFF + ((bits >> 20) & 1)", "0x80000", "ends_at_448", "test_fp8.py"),
     Mutation("the scales of inputs forgotten", "fp8.py", "device=device) * of_weight", "device=device) * 0 + of_weight", "test_layers", "test_fp8.py"),
+    Mutation("a state read a frame too early", "kernels/gather.py", "s_offset += P[FIRST]", "s_offset += (P[FIRST] - 1)", "against_the_whole and 1-D", "test_stream.py"),
+    Mutation("a stream's zeros taken from its state", "planning/operands.py", 'constants |= {name: "zeros" for', 'constants |= {name: "replicate" for', "against_the_whole and 1-D", "test_stream.py"),
+    Mutation("a next state without the old one's end", "kernels/gather.py", "v = tl.where(lead(time >= 0, False), v, turned(before", "v = tl.where(lead(time >= 1, False), v, turned(before", "against_the_whole and 1-D", "test_stream.py"),
+    Mutation("a plan that knows the chunk's length", "launching/prepare.py", "X=put(p.X, read), Y=put(p.Y, times)", "X=p.X, Y=p.Y", "plans_do_not", "test_stream.py"),
+    Mutation("a sequence that reads its predecessor", "kernels/causal.py", "x = tl.where(lead(same, FLIP), x, 0.0)", "x = x + 0.0", "one_after_the_other", "test_causal.py"),
+    Mutation("a gradient from the next sequence", "kernels/causal.py", "u = tl.where(lead(qs[v + T - 1 - t] == qs[v], FLIP), u, 0.0)", "u = u + 0.0", "one_after_the_other", "test_causal.py"),
+    Mutation("a state's gradient without the next state's", "kernels/causal.py", "i - (end - first), live, c", "i - (end - first) - 8, live, c", "one_after_the_other", "test_causal.py"),
+    Mutation("a ring that turns the wrong way", "kernels/causal.py", "(past + L - 1 - i) % H", "(past + L - 2 - i) % H", "decoding", "test_causal.py"),
     Mutation("an fp8 result in fp16 for bf16", "launching/launch.py", "getattr(torch, g.epilogue.result) if", "torch.float16 if", "every_case and plain", "test_fp8.py"),
 ]  # fmt: skip
 

@@ -295,13 +295,15 @@ def test_layers_are_checked_then_timed(tmp_path):
 
 
 def test_what_surrounds_a_convolution_is_checked_then_timed(tmp_path):
-    chosen = "(resnet_relu or mamba or norm_128) and contiguous"
+    chosen = "(resnet_relu or mamba_causal or mamba_sequences_8 or norm_128 or stream_96) and contiguous"
     status, text, lines = stage(tmp_path / "around.jsonl", "--tiny", "--benchmark-quiet", "bench/test_around.py", "-k", chosen)
     assert status == 0, text
     cells = [line["cell"] for line in lines[1:] if "cell" in line]
     timed = {(c["layer"], c["provider"], c["pass"]) for c in cells if "ms" in c}
-    layers = ("resnet_relu", "mamba_causal_k4", "sd_vae_norm_128_512")
-    assert timed == {(n, p, q) for n in layers for p in ("sequence", "tconv") for q in ("fprop", "step")}
+    layers = ("resnet_relu", "mamba_causal_k4", "mamba_sequences_8", "sd_vae_norm_128_512")
+    both = ("sequence", "tconv")
+    streamed = {("wan_vae_stream_96", p, "fprop") for p in both}  # which has no step
+    assert timed == streamed | {(n, p, q) for n in layers for p in both for q in ("fprop", "step")}
     assert all(0 < c["error_norm"] < 1e-2 for c in cells if c["pass"] == "fprop")
 
 

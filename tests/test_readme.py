@@ -23,6 +23,7 @@ PRINTED = {  # what the examples of a document print, among else
     "docs/fusing.md": ("3 of 3 convolutions fused", "batch norm, residual, relu", "no activation of the kernels"),
     "docs/kernels.md": ("fprop: gather",),
     "docs/normalisation.md": ("group_norm_silu: normalise", "fprop: ", "group_norm_silu gradient: normalise", "True"),
+    "docs/streaming.md": ("equal: True (1, 4, 2, 6, 5) fprop: gather", "batch-invariant", "decoded: True", "apart: True"),
     "docs/support.md": ("Conv2d(3, 8",),
     "docs/tuning.md": ("pass", "fprop", "total on ", "measured: tconv ", "PREDICTED", "wgrad"),
     "docs/swapping.md": ("fprop: ", "dgrad: ", "wgrad: ", "0: torch.nn.Conv1d -> tconv.Conv1d", "filter_fn"),

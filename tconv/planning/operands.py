@@ -259,15 +259,13 @@ class GatherPass(Pass):
         }  # fmt: skip
 
     def constants(self, tile: Tile, splits: int, dot: bool) -> dict[str, Any]:
-        p = self.p
+        p, state = self.p, self.stream.state if self.stream else None
+        held = 0 if state is None else state.reach + state.halo(p)
         return {
             "TRANSPOSED": self.transposed, "RANK": p.rank, **borders(p), "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit,
             "HAS_BIAS": self.bias is not None, "W_UNIT": self.inner, "W_VEC": self.w_vec,
             # Offsets may pass the ends of x by the halo: the first tap may be outside x while a later one is inside.
-            "WIDE": max(
-                self.x.reach + self.x.halo(p), self.y.reach, p.N * math.prod(self.extents) + tile.m,
-                self.stream.state.reach + self.stream.state.halo(p) if self.stream and self.stream.state else 0,
-            ) > LIMIT,
+            "WIDE": max(self.x.reach + self.x.halo(p), held, self.y.reach, p.N * math.prod(self.extents) + tile.m) > LIMIT,
             # If pixels are contiguous, they become the accumulator's columns. Its rows are channels, and wgmma needs 64 rows.
             "FLIP": not (self.x.unit and self.y.unit) and (self.itemsize > 2 or (tile.extra or tile.n) >= 64 or not dot),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_C": tile.n,

@@ -36,7 +36,7 @@ COLUMNS = (
     ("registers", "regs"), ("spills", "spill"), ("loop_spills", "loopsp"), ("shared_bytes", "smem"), ("mma", "mma"),
     ("mma_kind", "kind"), ("register_detour", "detour"), ("async_copies", "async"), ("async_copy_bytes", "bytes"),
     ("load_bytes", "ldbyte"), ("narrow_loads", "narrow"), ("store_bytes", "stbyte"), ("tma_loads", "tma"),
-    ("loop_instructions", "loop"), ("loop_waits", "waits"), ("loop_fences", "fences"),
+    ("instructions", "code"), ("loop_instructions", "loop"), ("loop_waits", "waits"), ("loop_fences", "fences"),
 )  # fmt: skip
 
 
@@ -66,6 +66,36 @@ def collect(arch: str, quick: bool) -> dict[str, Any]:
                     for v in variants(problem, dtype, channels_last, ARCHS[arch][3]):
                         found.setdefault(v.name, v)
                         _settings.setdefault(v.name, (dtype, tf32, channels_last))
+    return found | (with_epilogues(arch) if arch == "sm_90" else {})
+
+
+# A layer of the suite for each kernel that takes an epilogue, and the epilogues that the gate has: a residual after an
+# activation, and all steps.
+EPILOGUES = {
+    "gather": "resnet50_l2_3x3", "tma": "resnet50_l2_3x3", "packed": "resnet50_stem_7x7s2", "strip": "convnext_b_dw7_128_56",
+    "rows": "sdxl_vae_conv_out_k3", "depthwise": "convnext_b_dw7_128_56",
+}  # fmt: skip
+
+
+def with_epilogues(arch: str) -> dict[str, Any]:
+    """name -> Variant of a forward pass with an epilogue, for a few layers: in bf16, channels_last, the planner's tile."""
+    import torch
+
+    from bench import layers
+    from tconv.launching.variants import launches, variant_of
+    from tconv.planning.epilogue import Epilogue
+    from tconv.planning.plan import force
+
+    found, dtype, device = {}, torch.bfloat16, ARCHS[arch][3]
+    problems = {layer.name: layer.problem for layer in layers.layers()}
+    for kernel, name in EPILOGUES.items():
+        for epilogue in (
+            Epilogue(activation="silu", residual="after"),
+            Epilogue(activation="relu", scale=True, shift=True, residual="before"),
+        ):
+            with force(kernel):
+                v = variant_of("fprop", launches(problems[name], dtype, True, device, epilogue)["fprop"](), dtype)
+            found[v.name], _settings[v.name] = v, (dtype, True, True)
     return found
 
 

@@ -80,6 +80,7 @@ def _nvidia(usage: str, sass: str) -> dict[str, Any]:
         "tma_loads": _count(lines, "UTMALDG"),
         "tma_stores": _count(lines, "UTMASTG"),
         **_accesses(copies, loads, stores),
+        "instructions": len(lines),
         "loop_instructions": len(inside),
         # If ptxas cannot keep accumulators in wgmma's hands it waits after every one of them, not once per iteration.
         "loop_waits": _count(inside, r"\bWARPGROUP\.DEPBAR"),
@@ -111,6 +112,7 @@ def _amd(text: str) -> dict[str, Any]:
             [_amd_bytes(m[1]) for line in where if (m := re.search(access % kind, line))]
             for where, kind in ((copied, "load"), (loads, "load"), (lines, "store"))
         )),
+        "instructions": len(lines),
         "loop_instructions": len(inside),
         "loop_waits": 0,
         "loop_fences": 0,

@@ -113,6 +113,43 @@ def test_a_larger_run_counts_what_is_extrapolated():
         assert read == pytest.approx(counted_read, rel=0.05)  # tails of tiles are another share
 
 
+EPILOGUE = """
+import dataclasses, json, torch
+import simulator
+from tests import compiled
+simulator.install("sm_90")
+compiled.install("sm_90")
+import tconv
+
+torch.set_num_threads(1)
+last = torch.channels_last
+rows = {}
+for kernel, x, w, stride in (
+    ("gather", (1, 64, 8, 8), (64, 64, 3, 3), 1), ("packed", (1, 4, 16, 16), (32, 4, 3, 3), 2),
+    ("strip", (1, 32, 8, 8), (32, 1, 3, 3), 1),
+):
+    x, w = (torch.randn(shape).bfloat16().to(memory_format=last) for shape in (x, w))
+    given = x, w, torch.randn(w.shape[0]).bfloat16(), stride, 1, 1, x.shape[1] // w.shape[1]
+    y = torch.nn.functional.conv2d(*given).to(memory_format=last)
+    for how in ({}, {"activation": "silu", "residual": torch.randn_like(y), "residual_position": "after"}):
+        with simulator.checking(simulator.Options(races=False)), simulator.profile() as counts, tconv.force(kernel):
+            tconv.functional.conv2d(*given, **how)
+        (launch,) = counts.launches
+        sides = {**launch.reads, **launch.writes}
+        rows.setdefault(kernel, [2 * y.numel()]).append({k.split("/")[0]: dataclasses.astuple(o) for k, o in sides.items()})
+print(json.dumps(rows))
+"""
+
+
+def test_an_epilogue_moves_the_residual_once_and_nothing_else():
+    """A convolution with bias, SiLU and residual, in bytes: what each operand is asked for, and what of it is touched."""
+    rows = json.loads(compiled("-c", EPILOGUE))
+    assert set(rows) == {"gather", "packed", "strip"}
+    for result, alone, fused in rows.values():
+        assert set(fused.pop("residual_ptr")) == {result}
+        assert fused == alone
+
+
 def test_the_page_has_the_records_table():
     assert counted.table(ROWS) in (ROOT / "docs" / "counted.md").read_text()
 

@@ -260,12 +260,20 @@ def test_decompositions_of_every_window(name, device):
         fprop: [(x, w, b, *window) for b in (None, torch.randn(w_shape[0], dtype=F64, device=device)) for window in (h, exact)],
         dgrad: [(y, w, b, *exact) for b in (None, torch.randn(shape[1], dtype=F64, device=device))],
         wgrad: [(y, x, None, *exact)],
+        torch.ops.tconv.fused.default: [
+            (x, w, None, y.sin(), y.sum([0, *range(2, y.dim())]), None, "silu", 0.0, where, False, True, False, *exact)
+            for where in ("before", "after")
+        ],
+        torch.ops.tconv.epilogue_grad.default: [
+            (y, x, w, y.cos(), y.sin().sum([0, *range(2, y.dim())]), "silu", 0.0, "before", True, True, False, *exact)
+        ],
     }
     for operator, decomposition in tconv.decompositions().items():
         for given in arguments[operator]:
             got, expected = decomposition(*given), operator(*given)
             torch.testing.assert_close(got, expected)
-            assert h.channels_last is None or got.stride() == expected.stride()
+            pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+            assert h.channels_last is None or all(a.stride() == e.stride() for a, e in pairs)
             graph = make_fx(operator, decomposition_table=tconv.decompositions())(*given)
             assert not any(str(node.target).startswith("tconv.") for node in graph.graph.nodes)
             torch.testing.assert_close(graph(*given), expected)

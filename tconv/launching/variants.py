@@ -19,6 +19,7 @@ from tconv.launching.normalise import prepare_backward, prepare_forward
 from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
 from tconv.launching.record import Call
 from tconv.planning.device import Device
+from tconv.planning.epilogue import NONE, Epilogue
 from tconv.planning.families import FAMILIES, families
 from tconv.planning.normalise import Normalisation
 from tconv.planning.plan import force
@@ -110,12 +111,16 @@ def _whole_and_split(
 
 
 def launches(
-    problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device
+    problem: ConvProblem, dtype: torch.dtype, channels_last: bool, device: Device, epilogue: Epilogue = NONE
 ) -> dict[str, Callable[[], Prepared]]:
-    """Returns, for each pass, a function that prepares its launch on tensors without storage."""
+    """Returns, for each pass, a function that prepares its launch on tensors without storage.
+
+    Args:
+        epilogue: of fprop.
+    """
     x, w, y = (shaped(problem.shape(which), channels_last, dtype) for which in "xwy")
     return {
-        "fprop": lambda: prepare_gather("fprop", problem, x, w, None, y, device),
+        "fprop": lambda: prepare_gather("fprop", problem, x, w, None, y, device, epilogue=epilogue),
         "dgrad": lambda: prepare_gather("dgrad", problem, y, w, None, x, device),
         "wgrad": lambda: prepare_wgrad(problem, y, x, w, device),
         "bias": lambda: prepare_bias(problem, y, device),
@@ -180,6 +185,14 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
         flags.append(c["PRECISION"])
     if split:
         flags.append("split")
+    if c.get("STEPWISE") is not None and pass_ != "bias":
+        residual = c["RESIDUAL"]
+        steps = (
+            ("scale", c["SCALE"]), ("shift", c["SHIFT"]), ("residual", residual == "before"), ("kept", c["KEPT"]),
+            (c["ACTIVATION"], c["ACTIVATION"]), ("residual", residual == "after"), ("stepwise", c["STEPWISE"]),
+        )  # fmt: skip
+        with_ = "+".join(name for name, there in steps if there)
+        flags += [f"with={with_}"] if with_ else []
     name = " ".join(
         [
             pass_,

@@ -66,7 +66,7 @@ def collect(arch: str, quick: bool) -> dict[str, Any]:
                     for v in variants(problem, dtype, channels_last, ARCHS[arch][3]):
                         found.setdefault(v.name, v)
                         _settings.setdefault(v.name, (dtype, tf32, channels_last))
-    return found | (with_epilogues(arch) if arch == "sm_90" else {})
+    return found | (with_epilogues(arch) | in_fp8(arch) if arch == "sm_90" else {})
 
 
 # A layer of the suite for each kernel that takes an epilogue, and the epilogues that the gate has: a residual after an
@@ -96,6 +96,26 @@ def with_epilogues(arch: str) -> dict[str, Any]:
             with force(kernel):
                 v = variant_of("fprop", launches(problems[name], dtype, True, device, epilogue)["fprop"](), dtype)
             found[v.name], _settings[v.name] = v, (dtype, True, True)
+    return found
+
+
+def in_fp8(arch: str) -> dict[str, Any]:
+    """name -> Variant of a forward pass in fp8 with every tile, of a layer in channels_last, with scale and bias."""
+    from bench import layers
+    from tconv.launching.variants import FP8, launches, variant_of
+    from tconv.planning.epilogue import Epilogue
+    from tconv.planning.families import families
+    from tconv.planning.plan import force
+    from tconv.planning.tiles import Access
+
+    found, device = {}, ARCHS[arch][3]
+    problem = next(layer.problem for layer in layers.layers() if layer.name == EPILOGUES["gather"])
+    prepare = launches(problem, FP8, True, device, Epilogue(scale=True, shift=True, wide=True, result="bfloat16"))["fprop"]
+    for family in (f for f in families("fprop") if f.fp8):
+        for tile in family.tiles_on(Access(1, True), device):
+            with force(family.name, tile):
+                v = variant_of("fprop", prepare(), FP8)
+            found[v.name], _settings[v.name] = v, (FP8, True, True)
     return found
 
 

@@ -97,7 +97,7 @@ def test_loop_lengths_are_near_those_compiled():
     rows = csv.DictReader((BUDGETS / "triton-3.7" / "sm_90.csv").read_text().splitlines()[1:])
     tile = r"(\d+)x\(?(\d+)(?:\+(\d+)\))?x(\d+) w(\d+) s(\d+)(?: r\d+)?(?: c(\d+))?"
     pattern = re.compile(rf"(\w+) (\w+) (\d)d (\w+) {tile} inner=(\S*) vec=(\S*)(.*)")
-    sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
+    sizes = {"fp8e4nv": 1, "bf16": 2, "fp16": 2, "fp32": 4}
     ratios = collections.defaultdict(list)
     for row in rows:
         found = pattern.fullmatch(row["variant"])

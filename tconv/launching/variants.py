@@ -27,6 +27,7 @@ from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, Tile, can_cut
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+FP8 = torch.float8_e4m3fn  # of fprop alone, whose result is then in bf16
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "ptx_options", "launch_pdl")
 VECTORS = ("X_VEC", "W_VEC", "Y_VEC")
 # The pointer that points to a workspace instead if the reduction is split.
@@ -119,6 +120,8 @@ def launches(
         epilogue: of fprop.
     """
     x, w, y = (shaped(problem.shape(which), channels_last, dtype) for which in "xwy")
+    if dtype == FP8:
+        y = y.to(torch.bfloat16)
     return {
         "fprop": lambda: prepare_gather("fprop", problem, x, w, None, y, device, epilogue=epilogue),
         "dgrad": lambda: prepare_gather("dgrad", problem, y, w, None, x, device),
@@ -153,15 +156,19 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
     # Of other dtypes the workspace has the result's dtype: what is not told that the reduction is split is the same kernel.
     split = prepared.splits > 1 and ("SPLIT" in c or dtype.itemsize == 2)
     summed = "*" + NAMES[accumulator(dtype)]
+    names, behind = NAMES | {FP8: "fp8e4nv"}, dict(zip(prepared.kernel.arg_names, prepared.pointers, strict=False))
+    if pass_ in RESULT:  # and not the workspace
+        behind[RESULT[pass_]] = prepared.dtype
     signature = {}
     boxes = dict(zip(prepared.kernel.arg_names, prepared.boxes, strict=False))
     for argument in prepared.kernel.arg_names:
         if argument in c:
             signature[argument] = "constexpr"
         elif box := boxes.get(argument):
-            signature[argument] = descriptor_type(prepared.kernel, dtype, NAMES[dtype], box)
+            behind_it = behind[argument]
+            signature[argument] = descriptor_type(prepared.kernel, behind_it, names[behind_it], box)
         elif argument.endswith("_ptr"):
-            signature[argument] = summed if split and argument == RESULT[pass_] else "*" + NAMES[dtype]
+            signature[argument] = summed if split and argument == RESULT[pass_] else "*" + names[behind.get(argument, dtype)]
         else:
             signature[argument] = "i32"
     plan = prepared.call.plan
@@ -198,7 +205,7 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
             pass_,
             plan.kernel,
             f"{c.get('RANK', 3)}d",  # a kernel that is not told the rank takes every problem as one of three dimensions
-            NAMES[dtype],
+            names[dtype],
             str(plan.tile),
             "inner=" + "".join(marks),
             "vec=" + "/".join(vectors),

@@ -33,7 +33,7 @@ class Around:
     """A convolution with what surrounds it. Shapes are torch's; padding may differ by side.
 
     Attributes:
-        padding_mode: of torch.nn.functional.pad if not "zeros"; such padding is a copy in tconv too.
+        padding_mode: of torch.nn.functional.pad if not "zeros".
     """
 
     name: str
@@ -67,11 +67,9 @@ class Around:
 
     def ours(self, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
         """Returns the result by tconv."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, for_pad(padding, self.rank), mode=self.padding_mode), 0
         function = getattr(tconv.functional, f"conv{self.rank}d")
-        y: torch.Tensor = function(x, w, b, self.stride, padding, 1, self.groups, residual=r, **self.epilogue)
+        more = self.epilogue | {"padding_mode": self.padding_mode, "residual": r}
+        y: torch.Tensor = function(x, w, b, self.stride, self.padding, 1, self.groups, **more)
         return y
 
     def operands(self, random: Any) -> list[torch.Tensor | None]:
@@ -205,6 +203,8 @@ AROUND: list[Around | Normalised | Streamed | Sequences] = [
     Around("wan_vae_causal_silu", (1, 192, 5, 120, 208), (192, 192, 3, 3, 3), CAUSAL, epilogue={"activation": "silu"}),
     Around("hunyuan_vae_replicate", (1, 128, 9, 128, 128), (128, 128, 3, 3, 3), CAUSAL, padding_mode="replicate"),
     Around("style_reflect", (4, 128, 256, 256), (128, 128, 3, 3), 1, padding_mode="reflect", epilogue={"activation": "relu"}),
+    Around("cyclegan_residual_reflect", (8, 256, 64, 64), (256, 256, 3, 3), 1, padding_mode="reflect"),
+    Around("cyclegan_stem_reflect", (8, 3, 256, 256), (64, 3, 7, 7), 3, padding_mode="reflect"),
     Around("mamba_causal_k4", (1, 12288, 16384), (12288, 1, 4), ((3, 0),), groups=12288, epilogue={"activation": "silu"}),
     Around("seanet_causal_k7", (4, 64, 120000), (64, 64, 7), ((6, 0),), epilogue={"activation": "leaky_relu"}),
     InFp8("resnet_relu_fp8", (64, 256, 14, 14), (256, 256, 3, 3), 1, epilogue={"activation": "relu"}, residual=True),

@@ -49,8 +49,7 @@ class CausalConv1d(modules.Conv1d):
 class CausalConv3d(modules.Conv3d):
     """`tconv.Conv3d`, padded before the first frame and around each frame: (N, C, D, H, W) -> (N, K, Z, P, Q).
 
-    Output frame j reads frames j*stride - dilation*(kernel_size - 1) to j*stride. Nothing is copied for the padding, except
-    for a padding_mode other than zeros.
+    Output frame j reads frames j*stride - dilation*(kernel_size - 1) to j*stride. Nothing is copied for the padding.
 
     Args:
         padding: of the two dimensions of a frame: a number, or two, or a pair (before, after) in place of each.

@@ -34,14 +34,15 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
 
     def forward(
         input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1,
-        *, activation: Any = None, negative_slope: Any = 0.01, residual: Any = None, residual_position: Any = "before",
-        scale: Any = None, shift: Any = None, stepwise: bool = False, recompute: bool = False,
+        *, padding_mode: Any = "zeros", activation: Any = None, negative_slope: Any = 0.01, residual: Any = None,
+        residual_position: Any = "before", scale: Any = None, shift: Any = None, stepwise: bool = False,
+        recompute: bool = False,
     ) -> Any:  # fmt: skip
         if activation is None and residual is None and scale is None and shift is None:
             call = (False, rank, input, weight, bias, stride, padding, 0, groups, dilation)
-            y = convolve(*call)
-            return by_torch(*call) if y is None else y
-        asked = CallArguments(False, rank, stride, padding, 0, groups, dilation)
+            y = convolve(*call, mode=padding_mode)
+            return by_torch(*call, padding_mode) if y is None else y
+        asked = CallArguments(False, rank, stride, padding, 0, groups, dilation, padding_mode)
         steps = Steps(activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute)
         return epilogues.convolve(asked, input, weight, bias, steps)
 
@@ -62,12 +63,15 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
     parse = backward if transposed else forward
 
     def conv(*args: Any, **kwargs: Any) -> torch.Tensor:
+        y: torch.Tensor | None
         try:
             y = parse(*args, **kwargs)
         except TypeError:
             if _parses(parse, args, kwargs):
                 raise
             y = None
+        if y is None and not transposed:
+            kwargs.pop("padding_mode", None)  # zeros, which torch's function has no name for
         return torchs(*args, **kwargs) if y is None else y
 
     conv.__name__ = conv.__qualname__ = torchs.__name__
@@ -113,6 +117,8 @@ def _public(rank: int, transposed: bool) -> Callable[..., torch.Tensor]:
         padding: the same, or "same" (stride 1 only) or "valid"; or, beyond torch, a pair (before, after) in place of a number,
             such as ((2, 0), 1, 1) for frames that read no later ones. Nothing is copied for it.
         groups: number of groups.
+        padding_mode: what the padding repeats, beyond torch: "zeros", "reflect", "replicate" or "circular", as
+            torch.nn.Conv{rank}d has it. Nothing is copied for it.
         {epilogue}
     Returns:
         (N, K, {out}), in the memory format torch would give; each extent is

@@ -58,10 +58,9 @@ class _Forward(_Fused):
         shift: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the result. `residual`, `scale` and `shift` are as in `tconv.functional`."""
-        rank, padding = self._tconv_rank, self.padding
-        if self.padding_mode != "zeros":
-            input, padding = modules.padded(self, input), modules.ZERO[rank]
-        asked = CallArguments(False, rank, self.stride, padding, 0, self.groups, self.dilation)
+        mode = self.padding_mode
+        padding = self.padding if mode == "zeros" else modules.pads(self)
+        asked = CallArguments(False, self._tconv_rank, self.stride, padding, 0, self.groups, self.dilation, mode)
         return epilogues.convolve(
             asked, input, self.weight, self.bias, self._steps(residual, scale, shift), self._tconv_policy
         )  # fmt: skip

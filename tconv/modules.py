@@ -72,14 +72,16 @@ class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not isinstance(self, _Forward):  # a tool kept this bound method past `restore_`
             return _torchs(self)._conv_forward(self, input, weight, bias)  # type: ignore[no-any-return]
-        rank, padding = self._tconv_rank, self.padding
-        if self.padding_mode != "zeros":
-            input, padding = padded(self, input), ZERO[rank]
+        rank, padding, mode = self._tconv_rank, self.padding, self.padding_mode
+        if mode != "zeros":
+            padding = pads(self)
         call = (False, rank, input, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
-        y = convolve(*call, self._tconv_policy)
-        if y is None:
+        y = convolve(*call, self._tconv_policy, mode)
+        if y is None and mode != "zeros":  # by torch, as its `_conv_forward` does it
+            input, padding = padded(self, input), ZERO[rank]
+        elif y is None:
             y = by_torch(*call)
-        if y is None:  # what torch's `_conv_forward` calls, which would pad once more
+        if y is None:
             y = getattr(F, f"conv{rank}d")(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y
 
@@ -107,10 +109,21 @@ class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
         return _torchs(self).forward(self, input, output_size) if y is None else y  # type: ignore[no-any-return]
 
 
+def pads(layer: Any) -> Any:
+    """Returns the padding (before, after) of each dimension of a layer whose padding_mode is not zeros.
+
+    Like torch's layers it has a padding of its own then, which does not follow if `layer.padding` is changed.
+    """
+    if by_side(layer.padding):
+        return layer.padding
+    ends = layer._reversed_padding_repeated_twice  # (before, after) of the last dimension first
+    return tuple(zip(ends[-2::-2], ends[::-2], strict=False)) if len(ends) == 2 * layer._tconv_rank else None
+
+
 def padded(layer: Any, input: torch.Tensor) -> torch.Tensor:
     """Returns a layer's input with its padding, in its padding_mode."""
-    pads = layer._reversed_padding_repeated_twice
-    return F.pad(input, for_pad(layer.padding, layer._tconv_rank) if by_side(layer.padding) else pads, mode=layer.padding_mode)
+    ends = layer._reversed_padding_repeated_twice
+    return F.pad(input, for_pad(layer.padding, layer._tconv_rank) if by_side(layer.padding) else ends, mode=layer.padding_mode)
 
 
 def _torchs(layer: Any) -> Any:

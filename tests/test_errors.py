@@ -93,7 +93,7 @@ BAD = [
     Row("unknown name", "conv2d", more={"strides": 1}),
     Row("a result tensor", "conv2d", more={"out": None}),
     Row("output_padding where there is none", "conv2d", more={"output_padding": 1}),
-    Row("padding_mode is the layers'", "conv2d", more={"padding_mode": "zeros"}),
+    Row("padding_mode is the layers'", "conv_transpose2d", more={"padding_mode": "zeros"}),
     Row("weight twice", "conv2d", more={"weight": None}),
     # stride, padding, dilation, output_padding: types.
     Row("stride a float", "conv2d", more={"stride": 1.0}),

@@ -17,7 +17,7 @@ from tconv.dispatch.window import Window
 from tconv.launching.memory_format import result_is_channels_last, weight_format
 from tconv.launching.record import Fallback
 from tconv.planning.addressing import LIMIT
-from tconv.planning.problem import Geometry
+from tconv.planning.problem import MODES, Geometry
 
 
 class CallArguments(NamedTuple):
@@ -30,6 +30,7 @@ class CallArguments(NamedTuple):
     output_padding: Any
     groups: Any
     dilation: Any
+    mode: Any = "zeros"  # torch's padding_mode
 
 
 def parameter(value: Any) -> int | tuple[int, ...]:
@@ -98,7 +99,7 @@ def accepted(
     Raises:
         Fallback: torch would refuse the call.
     """
-    transposed, rank, stride, padding, output_padding, groups, dilation = asked
+    transposed, rank, stride, padding, output_padding, groups, dilation, mode = asked
     if type(groups) is not int:
         raise Fallback("groups that are no int")
     if x.dtype not in dtypes:
@@ -121,12 +122,14 @@ def accepted(
         raise Fallback("channels, groups and weight that do not fit together")
     pads = pads_of(padding, rank, transposed, w.shape[2:], s, d)
     before, after = [p for p, _ in pads], [p for _, p in pads]
+    if mode != "zeros":
+        _check_mode(mode, transposed, pads, x.shape[-rank:])
     if transposed:
         for o, si, di in zip(op, s, d, strict=True):
             if o >= max(si, di):
                 raise Fallback("output_padding not smaller than stride or dilation")
         after = [p - o for p, o in zip(after, op, strict=True)]
-    h = Window(s, before, after, d, groups)
+    h = Window(s, before, after, d, groups, None, mode)
     for e, t, si, p, q, di in zip(x.shape[-rank:], w.shape[2:], s, before, after, d, strict=True):
         if ((e - 1) * si + di * (t - 1) + 1 - p - q if transposed else e + p + q - di * (t - 1)) < 1:
             raise Fallback("an output without elements")
@@ -146,6 +149,15 @@ def examine(asked: CallArguments, x: Any, w: Any, b: Any) -> Geometry:
         raise Fallback(TOO_LARGE)
     channels_last = result_is_channels_last(x, w)
     return Geometry(problem, channels_last, dw_channels_last=weight_format(w, channels_last))
+
+
+def _check_mode(mode: Any, transposed: bool, pads: Sequence[tuple[int, int]], extents: Sequence[int]) -> None:
+    """Raises Fallback where torch.nn.functional.pad would refuse a mode."""
+    if mode not in MODES or transposed:
+        raise Fallback(f"padding_mode={mode!r}")
+    room = {"reflect": -1, "circular": 0}.get(mode)
+    if room is not None and any(max(pair) > extent + room for pair, extent in zip(pads, extents, strict=True)):
+        raise Fallback(f"padding that a {mode} input has too few elements for")
 
 
 def pads_of(

@@ -75,6 +75,7 @@ def convolve(
     groups: Any,
     dilation: Any,
     policy: str = "auto",
+    mode: Any = "zeros",
 ) -> torch.Tensor | None:
     """Computes one of the six convolutions, or records why not and returns None: the caller then calls torch.
 
@@ -83,9 +84,10 @@ def convolve(
         x, w, b: input, weight and bias.
         stride, padding, output_padding, groups, dilation: in any form that torch accepts.
         policy: as in `Geometry`; registered operators have "auto".
+        mode: torch's padding_mode.
     """
     if is_dynamo_compiling():
-        return _operator(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation), x, w, b)
+        return _operator(CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation, mode), x, w, b)
     key, invariant = None, is_batch_invariant()  # read once: another thread may change it
     try:
         if type(x) in PLAIN and type(w) in PLAIN and DRY.get() is None:
@@ -98,11 +100,11 @@ def convolve(
                 raise Fallback(NOT_STRIDED) from None
             if seen is not None:
                 y: torch.Tensor | None = seen.again(
-                    transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation
+                    transposed, rank, x, w, b, stride, padding, output_padding, groups, dilation, mode
                 )
                 if y is not None:
                     return y
-        asked = CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation)
+        asked = CallArguments(transposed, rank, stride, padding, output_padding, groups, dilation, mode)
         return _convolve(key, asked, x, w, b, policy, invariant)
     except Fallback as e:
         record_call(Call(f"conv{'_transpose' if transposed else ''}{rank}d", None, None, str(e)))
@@ -165,16 +167,18 @@ def geometry(
     Raises:
         Fallback: torch would refuse the call, or tconv's kernels do not support it.
     """
-    transposed, rank, stride, padding, output_padding, groups, dilation = asked
+    transposed, rank, stride, padding, output_padding, groups, dilation, mode = asked
     if type(groups) is not int:  # True and 1.0 equal 1, as keys too
         raise Fallback(f"groups={groups!r}")
+    if type(mode) is not str:
+        raise Fallback(f"padding_mode={mode!r}")
     stride, output_padding, dilation = parameter(stride), parameter(output_padding), parameter(dilation)
     padding = padding if type(padding) is str else paddings(padding)
     try:
         key = (
             transposed, x.shape, x.stride(), x.dtype, x.device, w.shape, w.stride(), w.dtype, w.device,
             None if b is None else (b.shape, b.stride(), b.dtype, b.device),
-            stride, padding, output_padding, groups, dilation, rank, policy, invariant,
+            stride, padding, output_padding, groups, dilation, mode, rank, policy, invariant,
         )  # fmt: skip
     except RuntimeError:  # one of them is nested
         raise Fallback(NOT_STRIDED) from None
@@ -242,9 +246,10 @@ def _exporting_to_onnx() -> bool:
 
 def _traced(tracer: Any, asked: CallArguments, x: Any, w: Any, b: Any) -> torch.Tensor:
     """Returns the proxy that torch.fx records: a call of the public function."""
-    transposed, rank, stride, padding, output_padding, groups, dilation = asked
+    transposed, rank, stride, padding, output_padding, groups, dilation, mode = asked
     how = (stride, padding, output_padding, groups, dilation) if transposed else (stride, padding, dilation, groups)
-    call: torch.Tensor = tracer.create_proxy("call_function", PUBLIC[transposed][rank], (x, w, b, *how), {})
+    more = {} if mode == "zeros" else {"padding_mode": mode}
+    call: torch.Tensor = tracer.create_proxy("call_function", PUBLIC[transposed][rank], (x, w, b, *how), more)
     return call
 
 

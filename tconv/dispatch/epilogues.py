@@ -97,17 +97,22 @@ def _how(asked: CallArguments) -> tuple[Any, ...]:
     return asked.stride, asked.padding, asked.dilation, asked.groups
 
 
+def _mode(asked: CallArguments) -> dict[str, Any]:
+    """Returns the keyword of the public function that torch's functions do not have, if it is needed."""
+    return {} if asked.mode == "zeros" else {"padding_mode": asked.mode}
+
+
 def _traced(tracer: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> torch.Tensor:
     """Returns the proxy that torch.fx records: a call of the public function."""
     defaults = Steps._field_defaults
-    given = {name: value for name, value in steps._asdict().items() if value is not defaults[name]}
+    given = {name: value for name, value in steps._asdict().items() if value is not defaults[name]} | _mode(asked)
     call: torch.Tensor = tracer.create_proxy("call_function", _public(asked), (x, w, b, *_how(asked)), given)
     return call
 
 
 def _by_steps(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> torch.Tensor:
     """Computes a call as a sequence: the convolution, then PyTorch's functions."""
-    y = _public(asked)(x, w, b, *_how(asked))
+    y = _public(asked)(x, w, b, *_how(asked), **_mode(asked))
     steps.check_tensors(tuple(y.shape), y.shape[-1 - asked.rank], y.dtype, y.device)
     return followed(y, steps, asked.rank)
 

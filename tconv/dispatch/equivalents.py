@@ -2,7 +2,7 @@
 
 Used by decompositions.py in graphs, where sizes may be symbolic, and by operators.py when an operator falls back to torch.
 Padding and cropping are needed because torch pads both ends alike and derives the output's extents from x. A window may pad
-its two ends differently or leave the end of x unread.
+its two ends differently or leave the end of x unread. Nor do torch's functions have a padding that repeats x.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from tconv.dispatch.window import Window, result_shape
 from tconv.launching.memory_format import FORMATS
@@ -21,7 +22,7 @@ TRANSPOSED = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.con
 
 
 def fprop(x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, *rest: Any) -> torch.Tensor:
-    h = Window(*rest)
+    x, h = _repeated(x, Window(*rest))
     padding = h.before
     if not _all_ints(h.before, h.after):
         x, padding = _pad(x, h.before, h.after), [0] * len(h.before)
@@ -35,6 +36,11 @@ def fprop(x: torch.Tensor, w: torch.Tensor, b: MaybeTensor, *rest: Any) -> torch
 def dgrad(dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, *rest: Any) -> torch.Tensor:
     h = Window(*rest)
     rank = len(h.stride)
+    if h.mode != "zeros":
+        padded = dgrad(dy, w, None, *h._replace(before=[0] * rank, after=[0] * rank, mode="zeros"))
+        for d, (before, after) in enumerate(zip(h.before, h.after, strict=True), 2):
+            padded = _folded(padded, d, before, after, h.mode)
+        return _laid_out(padded, h)
     transposed = TRANSPOSED[rank]
     if _all_ints(h.before, h.after) and min(h.before) >= 0:
         more = _less(h.before, h.after)  # what torch calls output_padding
@@ -51,7 +57,7 @@ def dgrad(dy: torch.Tensor, w: torch.Tensor, b: MaybeTensor, *rest: Any) -> torc
 
 
 def wgrad(dy: torch.Tensor, x: torch.Tensor, b: MaybeTensor, *rest: Any) -> torch.Tensor:
-    h = Window(*rest)
+    x, h = _repeated(x, Window(*rest))
     rank = len(h.stride)
     like = x.new_zeros(()).expand(result_shape("wgrad", dy, x, h))  # torch reads its shape only
     padding = h.before
@@ -83,6 +89,39 @@ def _pad(t: torch.Tensor, before: Sequence[Any], after: Sequence[Any]) -> torch.
     """Pads each spatial dimension with zeros before and after; negative numbers crop."""
     ends = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
     return t if _all_ints(ends) and not any(ends) else torch.constant_pad_nd(t, ends)
+
+
+def _repeated(x: torch.Tensor, h: Window) -> tuple[torch.Tensor, Window]:
+    """Returns x padded by its own elements, as a window's mode has it, and the window of the padded x."""
+    if h.mode == "zeros":
+        return x, h
+    ends = [max(n, 0) for pair in zip(reversed(h.before), reversed(h.after), strict=True) for n in pair]
+    before, after = ([min(n, 0) for n in side] for side in (h.before, h.after))
+    return F.pad(x, ends, mode=h.mode), h._replace(before=before, after=after, mode="zeros")
+
+
+def _folded(g: torch.Tensor, d: int, before: Any, after: Any, mode: str) -> torch.Tensor:
+    """Returns the gradient of x from that of x padded by its own elements in dimension d; negative numbers cropped x."""
+    if _all_ints([before, after]) and before == after == 0:
+        return g
+
+    def placed(part: torch.Tensor, start: Any, end: Any) -> torch.Tensor:
+        return torch.constant_pad_nd(part, [0, 0] * (g.dim() - 1 - d) + [start, end])
+
+    left, right = max(before, 0), max(after, 0)
+    g = placed(g, left - before, right - after)
+    extent = g.shape[d] - left - right
+    parts, found = (g.narrow(d, 0, left), g.narrow(d, left + extent, right)), g.narrow(d, left, extent)
+    if mode == "reflect":
+        first, last = (part.flip(d) for part in parts)
+        start, end = 1, extent - 1 - right
+    elif mode == "circular":
+        first, last = parts
+        start, end = extent - left, 0
+    else:
+        first, last = (part.sum(d, keepdim=True) for part in parts)
+        start, end, left, right = 0, extent - 1, 1, 1
+    return found + placed(first, start, extent - start - left) + placed(last, end, extent - end - right)
 
 
 def _laid_out(t: torch.Tensor, h: Window) -> torch.Tensor:

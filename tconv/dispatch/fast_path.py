@@ -41,7 +41,7 @@ class FastPath:
     """An accepted call, prepared so that the next one like it only has to be compared and launched.
 
     Args:
-        call: transposed, rank, stride, padding, output_padding, groups, dilation, as they were given.
+        call: transposed, rank, stride, padding, output_padding, groups, dilation, mode, as they were given.
         g: the call's geometry.
         x, w, b: input, weight and bias.
 
@@ -78,13 +78,14 @@ class FastPath:
         output_padding: Any,
         groups: Any,
         dilation: Any,
+        mode: Any,
     ) -> torch.Tensor | None:
         """Returns the result, or None if the call differs from the accepted one.
 
         Raises:
             Slower: torch's kernel was measured to be faster.
         """
-        transposed_, rank_, stride_, padding_, output_padding_, groups_, dilation_ = self.call
+        transposed_, rank_, stride_, padding_, output_padding_, groups_, dilation_, mode_ = self.call
         same = (  # a layer passes the same objects again
             stride is stride_
             and padding is padding_
@@ -93,9 +94,10 @@ class FastPath:
             and output_padding is output_padding_
             and transposed is transposed_
             and rank is rank_
+            and mode is mode_
         )
         if (
-            not (same or alike((transposed, rank, stride, padding, output_padding, groups, dilation), self.call))
+            not (same or alike((transposed, rank, stride, padding, output_padding, groups, dilation, mode), self.call))
             or not (self.tensor_guard(x, w) if b is None else self.tensor_guard(x, w, b))
             or (x.data_ptr() | w.data_ptr()) & 15
             or global_state_differs(self.precision)

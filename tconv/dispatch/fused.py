@@ -142,7 +142,7 @@ class FusedPath:
     It compares what fast_path.FastPath compares.
 
     Args:
-        call: transposed, rank, stride, padding, output_padding, groups, dilation, as they were given.
+        call: transposed, rank, stride, padding, output_padding, groups, dilation, mode, as they were given.
         how: the call's forward pass.
         tensors: the call's tensors, in the order of `again`.
     """

@@ -3,8 +3,8 @@ torch.compile and export, functorch transforms, forward-mode AD, dispatch modes,
 
 The gradient of every operator is made of the three operators (derivatives.py), and so is its vmap (batching.py).
 
-All three take the same window of ints or SymInts: stride, the padding `before` the first element of x and `after` its last,
-dilation, groups. dgrad and wgrad derive the extent that their tensors do not have (X or T) from
+All three take the same window: ints or SymInts for stride, the padding `before` the first element of x and `after` its last,
+dilation, groups; and what the padding repeats. dgrad and wgrad derive the extent that their tensors do not have (X or T) from
 X = (Y - 1)*S + D*(T - 1) + 1 - before - after. So their `after` must be exact: the padding minus the elements that the last
 step leaves unread. It may be negative.
 
@@ -39,7 +39,10 @@ from tconv.planning.batch_invariance import is_batch_invariant
 from tconv.planning.problem import Geometry
 
 MaybeTensor = torch.Tensor | None
-WINDOW = "int[] stride, SymInt[] before, SymInt[] after, int[] dilation, SymInt groups, bool? channels_last=None"
+WINDOW = (
+    "int[] stride, SymInt[] before, SymInt[] after, int[] dilation, SymInt groups, bool? channels_last=None, "
+    "str padding_mode='zeros'"
+)
 SCHEMAS = {
     "fprop": f"(Tensor x, Tensor w, Tensor? b, {WINDOW}) -> Tensor",
     "dgrad": f"(Tensor dy, Tensor w, Tensor? b, {WINDOW}) -> Tensor",

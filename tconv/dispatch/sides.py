@@ -1,4 +1,4 @@
-"""Padding that differs by side, where torch computes a call: torch's functions take one number per dimension."""
+"""Padding that differs by side or repeats the input, where torch computes a call: torch's functions pad both sides by zeros."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tconv.dispatch.check import by_side, paddings, per_dimension
+from tconv.dispatch.check import by_side, paddings, pads_of, parameter, per_dimension
 from tconv.launching.record import Fallback
+from tconv.planning.problem import MODES
 
 
 def pairs(padding: Any, rank: int, name: str = "padding") -> list[tuple[int, int]]:
@@ -43,17 +44,33 @@ def by_torch(
     output_padding: Any,
     groups: Any,
     dilation: Any,
+    mode: Any = "zeros",
 ) -> torch.Tensor | None:
-    """Computes a convolution whose padding differs by side by torch: of a padded copy, or cropping what is too much.
+    """Computes a convolution whose padding torch's functions do not have: of a padded copy, or cropping what is too much.
 
     Returns None if the padding is torch's.
+
+    Raises:
+        ValueError: the padding or its mode is none.
+        Whatever torch raises for the convolution or for padding in that mode.
     """
-    if not by_side(padding):
+    if mode not in MODES:
+        raise ValueError(f"padding_mode must be one of {MODES}, got {mode!r}")
+    function = getattr(F, f"conv{'_transpose' if transposed else ''}{rank}d")
+    if mode != "zeros" and isinstance(padding, str):
+        try:
+            steps, dilations = (per_dimension(parameter(v), rank, "") for v in (stride, dilation))
+            padding = tuple(pads_of(padding, rank, transposed, w.shape[2:], steps, dilations))
+        except Fallback:
+            return function(x, w, b, stride, padding, dilation, groups)  # type: ignore[no-any-return]  # which raises
+    if not by_side(padding) and mode == "zeros":
         return None
     if not transposed:
-        y: torch.Tensor = getattr(F, f"conv{rank}d")(F.pad(x, for_pad(padding, rank)), w, b, stride, 0, dilation, groups)
+        pads = for_pad(padding, rank)
+        x = F.pad(x, pads, mode="constant" if mode == "zeros" else mode) if any(pads) else x
+        y: torch.Tensor = function(x, w, b, stride, 0, dilation, groups)
         return y
-    y = getattr(F, f"conv_transpose{rank}d")(x, w, b, stride, 0, output_padding, groups, dilation)
+    y = function(x, w, b, stride, 0, output_padding, groups, dilation)
     for d, (before, after) in enumerate(pairs(padding, rank), y.dim() - rank):
         y = y.narrow(d, before, max(0, y.shape[d] - before - after))
     return y

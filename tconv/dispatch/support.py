@@ -42,7 +42,7 @@ def interpreted() -> bool:
 def problem_of(name: str, a: torch.Tensor, b: torch.Tensor, h: Window) -> ConvProblem:
     """Returns the problem of an operator, given by name, of its operands and window."""
     x, w = extents(name, a, b, h)
-    return forward_problem(x, w, h.stride, list(zip(h.before, h.after, strict=True)), h.dilation, h.groups)
+    return forward_problem(x, w, h.stride, list(zip(h.before, h.after, strict=True)), h.dilation, h.groups, h.mode)
 
 
 def too_large(p: ConvProblem, w: torch.Tensor | None, b: torch.Tensor | None) -> bool:

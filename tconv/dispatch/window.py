@@ -17,6 +17,7 @@ class Window(NamedTuple):
         stride, dilation, groups: as in torch.
         before, after: padding before the first element of x and after its last one, in elements; negative numbers crop.
         channels_last: whether the result is channels_last; None for the memory format that torch would give a layer's result.
+        mode: what padding repeats, as torch's padding_mode.
     """
 
     stride: Sequence[int]
@@ -25,12 +26,14 @@ class Window(NamedTuple):
     dilation: Sequence[int]
     groups: int
     channels_last: bool | None = None
+    mode: str = "zeros"
 
 
 def window(g: Geometry) -> Window:
     """Returns the exact window of a problem (see `exact`)."""
     p, skip = g.problem, 3 - g.problem.rank
-    loose = Window(p.S[skip:], p.P[skip:], p.P[skip:], p.D[skip:], p.G, g.channels_last)
+    mode = next((border for border in p.borders if border != "zeros"), "zeros")
+    loose = Window(p.S[skip:], p.P[skip:], p.P[skip:], p.D[skip:], p.G, g.channels_last, mode)
     return exact(loose, p.X[skip:], p.Y[skip:], p.T[skip:])
 
 

@@ -19,4 +19,5 @@ planning/ works out. In reading order:
     copy        copies an operand to channels last
     quantize    rounds a tensor to fp8
     normalise   group and RMS normalisation with an activation, and their gradients
+    borders     adds to an input's gradient what belongs to padding that repeats the input
 """

@@ -75,6 +75,7 @@ class Prepared:
             pointer is replaced.
         both: the launch that makes both copies at once; None if there are not two.
         then: launches of the same call that follow this one, of normalisations.
+        borders: of a dgrad whose problem repeats x beyond its borders, what it adds at them; None if it does not.
         ready: functions that repeat a launch that has succeeded once, by what it was specialised on (launching/compiled.py).
     """
 
@@ -94,6 +95,7 @@ class Prepared:
     boxes: tuple[Box | None, ...] = ()
     both: Prepared | None = None
     then: tuple[Prepared, ...] = ()
+    borders: Borders | None = None
     ready: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
@@ -119,6 +121,24 @@ class Prepared:
     def tail(self) -> tuple[Any, ...]:
         """All kernel arguments after the pointers, in the kernel's order."""
         return tuple(self.named[name] for name in self.kernel.arg_names[len(self.pointers) :])
+
+
+@dataclass(frozen=True)
+class Borders:
+    """The launches that add to dx what belongs to padding that repeats x (planning/borders.py).
+
+    Attributes:
+        slabs: each slab's dgrad, the dimension of dy along which it reads a part, that part's first element and length, and
+            where the slab begins in the workspace.
+        numel: elements of the workspace.
+        total: the launch that adds the slabs to dx, from the workspace.
+        call: the record of the whole.
+    """
+
+    slabs: tuple[tuple[Prepared, int, int, int, int], ...]
+    numel: int
+    total: Prepared
+    call: Call
 
 
 def interpreted() -> bool:

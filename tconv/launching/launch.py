@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,25 +17,27 @@ import torch
 from torch.autograd import profiler
 
 from tconv.launching import first_sight, frozen, profiling
-from tconv.launching.arguments import INTERPRET, Prepared, tensor_cores
+from tconv.launching.arguments import INTERPRET, Borders, Prepared, tensor_cores
 from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import capturing, fail, require_launchable, run
 from tconv.launching.memory_format import reach, shaped
 from tconv.launching.prepare import (
     prepare_activation,
     prepare_bias,
+    prepare_borders,
     prepare_gather,
     prepare_quantize,
     prepare_stream,
     prepare_wgrad,
 )
-from tconv.launching.record import Fallback, Slower, record_call
+from tconv.launching.record import Call, Fallback, Slower, record_call
 from tconv.launching.self_check import undecided, works_on
+from tconv.planning import borders
 from tconv.planning import plan as planning
 from tconv.planning.addressing import LIMIT
 from tconv.planning.device import INTERPRETER, Device, cuda_device
 from tconv.planning.epilogue import POINTERS
-from tconv.planning.problem import Geometry
+from tconv.planning.problem import PREDICTED, Geometry
 
 Backward = tuple[Prepared | None, Prepared | None, Prepared | None]  # launches for the gradients of x, w and bias
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -57,6 +60,8 @@ def convolution(transposed: bool, g: Geometry, x: torch.Tensor, w: torch.Tensor,
 
 
 def _prepare_convolution(pass_: str, g: Geometry, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Prepared:
+    if pass_ == "dgrad" and g.problem.repeated:
+        return _prepare_bordered(g, x, w)
     if reach(w) > LIMIT:  # kernels address weights in 32 bits
         raise Fallback("a weight that 32 bits cannot address")
     dtype = getattr(torch, g.epilogue.result) if g.epilogue.result else x.dtype
@@ -88,6 +93,30 @@ def streaming(
         return prepare_stream(g.problem, x, w, b, y, state, kept, first, device, g.epilogue, g.batch_invariant)
 
     return lookup(key, make)
+
+
+def _prepare_bordered(g: Geometry, dy: torch.Tensor, w: torch.Tensor) -> Prepared:
+    """Returns the launch of a dgrad whose padding repeats x: one for x alone, and what is added to that at its borders."""
+    p, aligned = g.problem, 16 // dy.itemsize
+    parts, begin, numel = [], [], 0
+    for pair in borders.slabs(p):
+        for slab in pair:
+            begin.append(numel)
+            if slab is None:
+                continue
+            part, size = slab.dimension + p.rank - 1, slab.p.Y[slab.dimension]  # of dy's dimensions, and how much of it
+            how = dataclasses.replace(g, problem=slab.p, policy=PREDICTED)
+            launch = _prepare_convolution("dgrad", how, dy.narrow(part, slab.first, size), w, None)
+            launch = dataclasses.replace(launch, call=dataclasses.replace(launch.call, operation="borders"))  # none to measure
+            parts.append((launch, part, slab.first, size, numel))
+            numel += -(-math.prod(launch.shape) // aligned) * aligned
+    dx = shaped(p.shape("x"), g.channels_last, dy.dtype)
+    total = prepare_borders(p, dx, g.channels_last, begin, g.device or device_of(dy))
+    whole = _prepare_convolution("dgrad", dataclasses.replace(g, problem=borders.within(p)), dy, w, None)
+    assert whole.call.plan is not None
+    reason = f"{whole.call.plan.reason}; without the padding, which {len(parts)} more launches compute and one adds"
+    call = Call("dgrad", p, dataclasses.replace(whole.call.plan, reason=reason), reason)
+    return dataclasses.replace(whole, borders=Borders(tuple(parts), numel, total, call))
 
 
 class SharedOperand:
@@ -127,7 +156,19 @@ def convolve(
         y [N, K, *Y] for fprop, dx [N, C, *X] for dgrad.
     """
     b = x if b is None else b  # without a bias the kernel does not read its pointer
-    return execute(launch, dry, shared, (x, w), b, after=after, beside=beside)
+    out = execute(launch, dry, shared, (x, w), b, after=after, beside=beside, recorded=launch.borders is None)
+    return out if launch.borders is None else _with_borders(launch.borders, out, x, w, dry)
+
+
+def _with_borders(by: Borders, dx: torch.Tensor, dy: torch.Tensor, w: torch.Tensor, dry: bool) -> torch.Tensor:
+    """Adds to dx what belongs to the padding, and returns it. The workspace is as large as the padding."""
+    workspace = dy.new_empty(by.numel)
+    for launch, dimension, first, size, begin in by.slabs:
+        part, slab = dy.narrow(dimension, first, size), workspace.as_strided(launch.shape, launch.strides, begin)
+        execute(launch, dry, None, (part, w), part, out=slab, recorded=False)
+    execute(by.total, dry, None, (workspace,), out=dx, recorded=False)
+    record_call(by.call)
+    return dx
 
 
 def wgrad(g: Geometry, dy: torch.Tensor, x: torch.Tensor, shared: SharedOperand | None = None) -> torch.Tensor:
@@ -290,6 +331,8 @@ def execute(
     *more: torch.Tensor,
     after: tuple[torch.Tensor, ...] = (),
     beside: tuple[torch.Tensor, ...] = (),
+    out: torch.Tensor | None = None,
+    recorded: bool = True,
 ) -> torch.Tensor:
     """Allocates the result of a launch, runs it, records the call and returns the result.
 
@@ -303,13 +346,16 @@ def execute(
         after: tensors for an epilogue's pointers, which the kernel takes after the result's, or the sum of the splits does.
             Their addresses are multiples of 16 bytes.
         beside: of a stream, its state, or any tensor if it has none, and the next state, which is written.
+        out: the result, with the launch's shape and strides, if it is there already.
+        recorded: whether the call is recorded here.
 
     Raises:
         TransientFallback: memory ran out for the result, a copy or the workspace, or a kernel cannot be launched this time.
         Fallback: a kernel fails every time.
     """
     try:
-        out = operands[0].new_empty_strided(launch.shape, launch.strides, dtype=launch.dtype)
+        if out is None:
+            out = operands[0].new_empty_strided(launch.shape, launch.strides, dtype=launch.dtype)
         if dry:
             _collect(launch, shared, operands, more)
         else:
@@ -333,7 +379,8 @@ def execute(
                     profiling.end(event)
     except RuntimeError as e:  # an allocation failed: fall back, since torch may need less memory
         fail(launch, None, e)
-    record_call(launch.call)
+    if recorded:
+        record_call(launch.call)
     return out
 
 

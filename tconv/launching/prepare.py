@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tconv.kernels.borders import add_borders
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.copy import copy_both, copy_channels_last
 from tconv.kernels.epilogue import activation_gradient
@@ -30,13 +31,24 @@ from tconv.launching.arguments import (
 from tconv.launching.fences import marked
 from tconv.launching.memory_format import addressing, reach, shaped
 from tconv.launching.record import Call, Slower
-from tconv.planning import cost
+from tconv.planning import borders, cost
 from tconv.planning import plan as planning
 from tconv.planning.addressing import LIMIT, aligned_channels, flattened, vector
 from tconv.planning.device import Device
 from tconv.planning.epilogue import NONE, Epilogue
 from tconv.planning.families import FAMILIES
-from tconv.planning.operands import GatherPass, Pass, PatchPass, Stream, WgradPass, chunk, strides, tails, triple
+from tconv.planning.operands import (
+    GatherPass,
+    Pass,
+    PatchPass,
+    Stream,
+    WgradPass,
+    border_constants,
+    chunk,
+    strides,
+    tails,
+    triple,
+)
 from tconv.planning.problem import PREDICTED, ConvProblem, Triple, lift
 from tconv.planning.tiles import BF16X6
 from tconv.records.book import Measured, book, is_set_aside
@@ -364,6 +376,30 @@ def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device, s
     programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n)
     call = Call("copy", problem, plan, plan.reason)
     return prepared(copy_channels_last, programs, integers, constants, call, shaped(shape, True, t.dtype))
+
+
+def prepare_borders(problem: ConvProblem, dx: torch.Tensor, channels_last: bool, begin: list[int], device: Device) -> Prepared:
+    """Returns the launch that adds to dx, of a problem that repeats x beyond its borders, the slabs of its padding.
+
+    Args:
+        channels_last: whether dx and the slabs are.
+        begin: where the slabs before and after x begin in the workspace, for each dimension in turn.
+    """
+    plan, a, (before, after) = borders.choose_borders(problem, device), addressing(dx), borders.padding(problem)
+    low, every, choices = borders.shown(problem)
+    tile, pixels, unit = plan.tile, borders.pixels(problem), channels_last and problem.C > 1
+    integers = {
+        "N": problem.N, "C": problem.C, **triple("X", problem.X), **triple("A", before), **triple("E", after),
+        **triple("low", low), **triple("n", every), **triple("m", choices), **triple("a", begin[::2]),
+        **triple("e", begin[1::2]), **strides("sx", a),
+    }  # fmt: skip
+    constants = {
+        **border_constants(problem), "X_UNIT": unit, "X_VEC": vector(0, dx.itemsize, problem.C) if unit else 1,
+        "WIDE": max(a.reach, begin[-1], pixels + tile.m) > LIMIT, **numerics(dx.dtype), "BLOCK_M": tile.m, "BLOCK_C": tile.n,
+        **options(tile),
+    }  # fmt: skip
+    programs = math.ceil(pixels / tile.m) * math.ceil(problem.C / tile.n)
+    return prepared(add_borders, programs, integers, constants, Call("borders", problem, plan, plan.reason), dx)
 
 
 def prepare_both(first: Prepared, second: Prepared) -> Prepared:

@@ -28,4 +28,5 @@ the plan with the least predicted time is chosen. In reading order:
     families     all kernels by name
     plan         all plans of a pass, the chosen one, and plans forced by hand
     normalise    what a normalisation computes, and the tiles and chunks of its kernels
+    borders      the gradient of an input that is padded with its own elements
 """

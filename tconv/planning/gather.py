@@ -25,6 +25,7 @@ TWO_BLOCKS = (
 )  # fmt: skip
 # For 32 written channels: the loop's instructions serve twice as many pixels as in 128x32x32.
 MANY_PIXELS = (Tile(256, 32, 64, 8, 3), Tile(256, 32, 32, 8, 4))
+REPEATED = 4  # instructions per pixel and dimension for the coordinate of an element that stands beyond x
 NARROW = Tile(64, 32, 16, 8, 2, 128)  # for true fp32 with element-by-element loads, where four warps spill
 
 
@@ -85,6 +86,15 @@ class Gather(Stepping, General):
             sharing = () if access.epilogue.tensors else (replace(SHARING, registers=128),)
             return (*(tile for tile in found if tile.n <= 128), *sharing)
         return (*found, NARROW_APART) if access.flip else found
+
+    def tiles_for(self, operands: Operands, p: ConvProblem, pass_: str, device: Device, precision: str) -> tuple[Tile, ...]:
+        found = super().tiles_for(operands, p, pass_, device, precision)
+        # With coordinates that repeat x, two programs no longer have the registers that they need to share a multiprocessor.
+        return tuple(tile for tile in found if replace(tile, registers=0) != SHARING) if p.repeated else found
+
+    def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
+        pixels = tile.m * tile.k * access.itemsize / 16 / (32 * tile.warps)  # whose address a thread works out
+        return super().length(p, pass_, tile, access) + REPEATED * pixels * p.repeated
 
     def why_unsupported(self, tile: Tile, itemsize: int, device: Device) -> str | None:
         if tile.extra and itemsize != 2 and not device.interpreted:

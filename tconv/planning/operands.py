@@ -262,7 +262,7 @@ class GatherPass(Pass):
         p, state = self.p, self.stream.state if self.stream else None
         held = 0 if state is None else state.reach + state.halo(p)
         return {
-            "TRANSPOSED": self.transposed, "RANK": p.rank, **borders(p), "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit,
+            "TRANSPOSED": self.transposed, "RANK": p.rank, **border_constants(p), "X_UNIT": self.x.unit, "Y_UNIT": self.y.unit,
             "HAS_BIAS": self.bias is not None, "W_UNIT": self.inner, "W_VEC": self.w_vec,
             # Offsets may pass the ends of x by the halo: the first tap may be outside x while a later one is inside.
             "WIDE": max(self.x.reach + self.x.halo(p), held, self.y.reach, p.N * math.prod(self.extents) + tile.m) > LIMIT,
@@ -380,9 +380,8 @@ class WgradPass(Pass):
     def constants(self, tile: Tile, splits: int, dot: bool) -> dict[str, Any]:
         p, w = self.p, self.written(splits)
         return {
-            "RANK": p.rank, **borders(p), "X_UNIT": self.x.unit, "W_UNIT": w.unit, "Y_UNIT": self.y.unit,
-            "WIDE": self.far(p.Y, tile),
-            "W_VEC": w.wide(self.stored[0]), "BLOCK_P": tile.k, "BLOCK_K": tile.m, "BLOCK_C": tile.n,
+            "RANK": p.rank, "X_UNIT": self.x.unit, "W_UNIT": w.unit, "Y_UNIT": self.y.unit, "WIDE": self.far(p.Y, tile),
+            **border_constants(p), "W_VEC": w.wide(self.stored[0]), "BLOCK_P": tile.k, "BLOCK_K": tile.m, "BLOCK_C": tile.n,
         }  # fmt: skip
 
     def written(self, splits: int) -> Addressing:
@@ -451,7 +450,7 @@ def window(p: ConvProblem) -> dict[str, int]:
     return triple("T", p.T) | triple("S", p.S) | triple("D", p.D) | triple("P", p.P) | triple("g", common)
 
 
-def borders(p: ConvProblem) -> dict[str, str]:
+def border_constants(p: ConvProblem) -> dict[str, str]:
     """Returns what reads beyond x find, as kernel constants: BORDER0, BORDER1 and BORDER2."""
     return {f"BORDER{d}": border for d, border in enumerate(p.borders)}
 
@@ -466,7 +465,7 @@ def streaming(c: GatherPass) -> tuple[dict[str, int], dict[str, Any]]:
         "S_VEC": 1 if state is None else state.wide(c.ci),
     }  # fmt: skip
     if state is None:  # at its beginning a stream finds zeros
-        constants |= {name: "zeros" for name, border in borders(p).items() if border == STATE}
+        constants |= {name: "zeros" for name, border in border_constants(p).items() if border == STATE}
     kept, first = (stream.kept, stream.first) if stream else (0, 0)
     return {"kept": kept, "first": first, **integers}, constants
 

@@ -36,8 +36,9 @@ class Plan:
     """How one pass of a problem is run.
 
     Attributes:
-        pass_: "fprop", "dgrad", "wgrad", "bias" (the bias gradient) or "copy" (an operand's copy to channels last).
-        kernel: one of KERNELS, or "copy".
+        pass_: "fprop", "dgrad", "wgrad", "bias" (the bias gradient) "copy" (an operand's copy to channels last) or "borders"
+            (the sum of what padding that repeats x adds to dx).
+        kernel: one of KERNELS, "copy" or "borders".
         tile: block extents and launch options.
         splits: parts into which the reduction is cut. Their sums are added in a fixed order afterwards.
         reason: one line for `explain`.

@@ -90,6 +90,11 @@ class ConvProblem:
         return STATE in self.borders
 
     @property
+    def repeated(self) -> int:
+        """The number of dimensions in which reads beyond x find x's own elements."""
+        return sum(border not in ("zeros", STATE) for border in self.borders)
+
+    @property
     def taps(self) -> int:
         return math.prod(self.T)
 

@@ -73,7 +73,8 @@ class Cell:
 
     Attributes:
         kind: what must be equal: the pass, the dtype with "tf32" where it is allowed, memory formats and vector widths of the
-            operands, and of the simplified problem the rank, channels, groups, taps, stride and dilation.
+            operands, and of the simplified problem the rank, channels, groups, taps, stride, dilation, and borders unless they
+            are zeros.
         images, pixels: of the simplified problem, in quarters of an octave (`bucket`).
     """
 
@@ -108,7 +109,9 @@ def cell_of(c: Pass, dtype: str) -> Cell:
     x = f"c{c.x_vec}" if c.x.unit else f"{c.lanes_x.unit or '-'}{c.lanes_x.vec}"
     y = f"c{c.y_vec}" if c.y.unit else f"{c.lanes_y.unit or '-'}{c.lanes_y.vec}"
     precision = f"{dtype} tf32" if dtype == "float32" and c.tensor_cores else dtype
-    kind = c.pass_, precision, (x, weight, y), p.rank, p.C, p.K, p.G, p.T, p.S, p.D
+    kind: tuple[Any, ...] = c.pass_, precision, (x, weight, y), p.rank, p.C, p.K, p.G, p.T, p.S, p.D
+    if p.bordered:
+        kind = *kind, p.borders
     return Cell(kind, bucket(p.N), bucket(math.prod(p.Y)))
 
 

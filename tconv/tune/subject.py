@@ -59,10 +59,13 @@ class Subject:
 
     def to_line(self) -> dict[str, Any]:
         """Returns the pass for a line of a record."""
+        problem = dataclasses.asdict(self.problem)
+        if not self.problem.bordered:
+            del problem["borders"]
         forms = [None if f is None else [f.shape, f.strides] for f in (*self.operands, self.bias, self.result)]
         return {
             "pass": self.pass_,
-            "problem": dataclasses.asdict(self.problem),
+            "problem": problem,
             "forms": forms,
             "dtype": str(self.result.dtype)[6:],
         }

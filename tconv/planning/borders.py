@@ -1,0 +1,110 @@
+"""The gradient of an input that is padded with its own elements: of x alone, and of its padding, which is added at its borders.
+
+The padding of x [X] has up to two slabs per dimension, before x and after it. The gradient of a slab is a dgrad with extents
+of its own, of the outputs that read it. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from tconv.planning.device import Device
+from tconv.planning.plan import INTERPRETED, Plan
+from tconv.planning.problem import ZEROS, ConvProblem, Triple, pow2
+from tconv.planning.tiles import Tile
+
+TILE = Tile(64, 64, 1, 4, 1)  # pixels, channels
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A part of the padding, before x or after it in one dimension.
+
+    Attributes:
+        p: the problem whose dgrad is the slab's gradient.
+        dimension: the dimension, of three.
+        first: the first output along it that the dgrad reads. It reads `p.Y[dimension]` of them.
+    """
+
+    p: ConvProblem
+    dimension: int
+    first: int
+
+
+def within(p: ConvProblem) -> ConvProblem:
+    """Returns the problem whose dgrad is the gradient of x, without what its padding adds to it."""
+    return dataclasses.replace(p, borders=ZEROS)
+
+
+def padding(p: ConvProblem) -> tuple[Triple, Triple]:
+    """Returns the padding that repeats elements, before and after x, as far as it is read."""
+    before, after = [0, 0, 0], [0, 0, 0]
+    for d in range(3):
+        if p.borders[d] != "zeros":
+            last = (p.Y[d] - 1) * p.S[d] + (p.T[d] - 1) * p.D[d] - p.P[d]
+            before[d], after[d] = max(0, p.P[d]), max(0, last + 1 - p.X[d])
+    return _three(before), _three(after)
+
+
+def slabs(p: ConvProblem) -> list[tuple[Slab | None, Slab | None]]:
+    """Returns the slabs (before, after) of each dimension, None where there is no padding.
+
+    That of dimension d has x's extent in the dimensions before d, and the padded one in those after d.
+    """
+    before, after = padding(p)
+    found = []
+    for d in range(3):
+        X, P = list(p.X), list(p.P)
+        for e in range(d + 1, 3):
+            X[e], P[e] = p.X[e] + before[e] + after[e], p.P[e] - before[e]
+        pair = []
+        for extent, start in ((before[d], -before[d]), (after[d], p.X[d])):
+            # Output j reads coordinates j*S - P to j*S - P + D*(T - 1). Those of the slab begin at `start`.
+            reach, start = p.D[d] * (p.T[d] - 1), start + p.P[d]
+            first = max(0, min(-((reach - start) // p.S[d]), start // p.S[d]))
+            end = min(p.Y[d], (start + extent - 1) // p.S[d] + 1)
+            Y = list(p.Y)
+            X[d], Y[d], P[d] = extent, end - first, start - first * p.S[d]
+            q = dataclasses.replace(p, X=_three(X), Y=_three(Y), P=_three(P), borders=ZEROS)
+            pair.append(Slab(q, d, first) if extent else None)
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def shown(p: ConvProblem) -> tuple[Triple, Triple, Triple]:
+    """Returns, per dimension, how many elements positions of the padding show: at the start, and in all; and the most choices.
+
+    The others are at the end. A choice is the element's own position, or one of the padding that may show it.
+    """
+    low, every, choices = [0, 0, 0], [0, 0, 0], [1, 1, 1]
+    for d, (border, extent, before, after) in enumerate(zip(p.borders, p.X, *padding(p), strict=True)):
+        if border == "reflect":
+            start, end = before and before + 1, after and after + 1
+        elif border == "circular":
+            start, end = after, before
+        else:
+            start, end = min(before, 1), min(after, 1)
+        low[d], every[d] = min(start, extent), min(start + end, extent)
+        if border != "zeros":
+            choices[d] = 1 + before + after if border == "replicate" else 3
+    return _three(low), _three(every), _three(choices)
+
+
+def choose_borders(p: ConvProblem, device: Device) -> Plan:
+    """Returns the plan for adding the padding's gradient to that of x."""
+    if device.interpreted:
+        n = pow2(p.C, 1, 1024)
+        return Plan("borders", "borders", Tile(pow2(pixels(p), 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
+    return Plan("borders", "borders", TILE, 1, f"for {pixels(p)} pixels", kernels=("borders",), tiles=(TILE,))
+
+
+def pixels(p: ConvProblem) -> int:
+    """Returns the elements per channel, over all images, that positions of the padding show."""
+    _, every, _ = shown(p)
+    return p.N * (math.prod(p.X) - math.prod(x - n for x, n in zip(p.X, every, strict=True)))
+
+
+def _three(v: list[int]) -> Triple:
+    return v[0], v[1], v[2]

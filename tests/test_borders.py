@@ -149,7 +149,7 @@ def padded(draw):
     return Case("random", (2, groups * per_group, *extents), k, kernel, stride, 0, dilation, groups), padding, mode
 
 
-@settings(max_examples=10, **COMMON)
+@settings(max_examples=8, **COMMON)
 @given(padded(), st.booleans())
 def test_random(device, case, channels_last):
     case, padding, mode = case
@@ -161,6 +161,7 @@ def test_random(device, case, channels_last):
     agree((y, *found), (right, *rights), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize(("odd", "mode"), [(math.nan, "reflect"), (math.inf, "replicate"), (math.nan, "circular")])
 def test_what_is_not_finite_stays_where_torch_has_it(odd, mode, device):
     case, padding, _ = CASES["2-D, sides differ"]

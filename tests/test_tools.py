@@ -185,7 +185,9 @@ def test_the_default_decompositions_give_torchs_graph(pair, strict):
         program.run_decompositions(torch.export.default_decompositions()),
         program.run_decompositions(decompose_custom_triton_ops=True),
     ):
-        assert calls_of(decomposed) == calls_of(expected)
+        if torchs.padding_mode == "zeros":  # F.pad writes a circle in place, into a new tensor
+            assert calls_of(decomposed) == calls_of(expected)
+        assert not holds_ours(decomposed)
         torch.testing.assert_close(decomposed.module()(x), torchs(x))
 
 
@@ -398,6 +400,8 @@ def test_the_profiler_counts_flops_and_names_launches(pair, grad):
     x.requires_grad_(grad)
     with torch.set_grad_enabled(grad):
         expected = rows(profiled(lambda: torchs(x)))
+        if torchs.padding_mode != "zeros":  # torch's convolution reads a padded copy
+            expected = [(name, flops, [[*x.shape], *others]) for name, flops, (_, *others) in expected]
         ours(x)
         for call in (lambda: ours(x), lambda: tconv.replace_(copy.deepcopy(torchs))(x)):  # a repeated call, and a first one
             events = profiled(call)

@@ -95,9 +95,13 @@ def _repeated(x: torch.Tensor, h: Window) -> tuple[torch.Tensor, Window]:
     """Returns x padded by its own elements, as a window's mode has it, and the window of the padded x."""
     if h.mode == "zeros":
         return x, h
-    ends = [max(n, 0) for pair in zip(reversed(h.before), reversed(h.after), strict=True) for n in pair]
-    before, after = ([min(n, 0) for n in side] for side in (h.before, h.after))
-    return F.pad(x, ends, mode=h.mode), h._replace(before=before, after=after, mode="zeros")
+    before, after = ([max(n, 0) for n in side] for side in (h.before, h.after))
+    if h.mode == "circular":  # not by F.pad, which writes in place, as no graph of aten's operators may
+        for d, (left, right) in enumerate(zip(before, after, strict=True), 2):
+            x = torch.cat([x.narrow(d, x.shape[d] - left, left), x, x.narrow(d, 0, right)], d)
+    else:
+        x = F.pad(x, [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair], mode=h.mode)
+    return x, h._replace(before=_less(h.before, before), after=_less(h.after, after), mode="zeros")
 
 
 def _folded(g: torch.Tensor, d: int, before: Any, after: Any, mode: str) -> torch.Tensor:

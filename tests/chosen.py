@@ -37,6 +37,7 @@ ROWS = [
     ("test_split_precision", r"test_sums_of_any_length\[(1|33|576)\]|test_few_channels", "fp32 by six products"),
     ("test_split_precision", r"test_infinity|test_cancellation", "their edges"),
     ("test_copy", r"test_a_copy_is_the_same.*(bfloat16-32 bits|float64-64 bits)", "copies"),
+    ("test_normalise", r"test_tiles_and_chunks|test_values.*(one-g|by-side,-3)", "normalisations in both layouts"),
     ("test_checks", r"", "mistakes in every kernel, each of which a check of the simulator names"),
     ("test_self_check", r"works_and_is_asked_once|(tma|bf16x6)-.*one element", "mechanisms beside plain kernels"),
     ("test_random", r"by_one_kernel\[packed\]", "random problems"),

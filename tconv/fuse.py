@@ -372,7 +372,7 @@ class _Guard(NamedTuple):
         """Returns what is different in a host; empty if nothing is."""
         m = host
         for part in self.path:
-            m = m._modules.get(part)
+            m = getattr(m, "_modules", {}).get(part)
         if self.path:
             if _users(m) is not self.cls:
                 return f"{'.'.join(self.path)} is a {type(m).__name__}, was a {self.cls.__name__} in fuse_"

@@ -122,7 +122,7 @@ class Chain:
         norm, activation, position: as in `chain.chained`; names for modules.
         added: the node that adds the residual.
         pad: the padding's module; empty for a function, which is then the first node; None without a padding.
-        passed: names of modules in it that do nothing.
+        passed: names of modules in it that do nothing, and of those with another one inside: they must stay what they are.
         why: why it ends.
     """
 
@@ -329,9 +329,11 @@ def _take(host: nn.Module, chain: Chain, step: fx.Node, rank: int, without_resid
             raise Unfit("a batch norm after other steps")
         chain.norm = str(step.target)
         chain.steps.append("batch norm")
-        if norm_act(module) and type(module.act) is not nn.Identity:
-            chain.activation = f"{step.target}.act"
-            chain.steps.append(fit_activation(module.act)[0])
+        if norm_act(module):
+            chain.passed += [str(step.target), f"{step.target}.drop"]
+            if type(module.act) is not nn.Identity:
+                chain.activation = f"{step.target}.act"
+                chain.steps.append(fit_activation(module.act)[0])
     elif _does_nothing(module):
         chain.passed.append(str(step.target))
     elif module is not None:
@@ -444,7 +446,7 @@ class Rewritten:
         name, host: the module.
         chains: one for each convolution that it calls, fused or not.
         inlined: names of modules that it calls no more, since their forward is in the new one.
-        passed: names of modules that it calls no more, since they do nothing.
+        passed: names of other modules that must stay what they are; see `Chain`.
         forward: (module, tensors) -> result; None if there is nothing to fuse.
     """
 

@@ -495,6 +495,12 @@ def test_a_batch_norm_with_its_activation_inside(act, steps, device):
     assert_as_before(model, before, x)
     model.norm.requires_grad_()  # the modules run, and the activation once
     torch.testing.assert_close(model(x), before(x))
+    for m in (model, before):
+        m.norm.drop = nn.ReLU()
+    torch.testing.assert_close(model(x), before(x))
+    for m in (model, before):
+        m.norm = nn.BatchNorm2d(3).to(device, D).eval()
+    torch.testing.assert_close(model(x), before(x))
 
 
 def adding(self, x):

@@ -7,7 +7,7 @@
     Conv2d etc., functional           layers and functions to call directly
     FusedConv2d etc.                  layers with an activation, a residual, a scale and a shift in the convolution's kernel
     fuse_                             computes what surrounds a model's convolutions in their kernels; restore_ undoes it
-    CausalConv1d, CausalConv3d        layers that read no later time, padded without a copy
+    CausalConv1d, CausalConv3d        layers that read no later time, padded without a copy; a stream chunk by chunk
     GroupNormSiLU, RMSNormSiLU        normalisation, activation and padding in one kernel, in either memory format
     last_calls, recording, explain    which plan ran, or would run, and why; which calls fell back to torch, and why
     precompile                        compiles ahead of time what a model will launch

@@ -244,7 +244,8 @@ def _stream(rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         groups: number of groups.
         activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute: as in `conv{rank}d`.
     Returns:
-        (y, state): (N, K, {out}), and a new tensor for the next chunk. By the kernel both lie channels last.
+        (y, state): (N, K, {out}), and a new tensor for the next chunk. By the kernel the state lies channels last, and so does
+        y{"" if rank == 1 else " if its channels are a multiple of four"}.
     Raises:
         ValueError: an argument does not fit, by its name. Nothing has been launched then.
         Whatever torch raises for input, weight, bias and groups that do not fit together.

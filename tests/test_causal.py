@@ -119,7 +119,7 @@ def test_a_sequence_index(how, device):
         torch.testing.assert_close(y[n : n + 1], causal_conv1d(x[n : n + 1], w, b, cu_seqlens=cu, activation="silu"))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(chunks=st.lists(st.integers(1, 9), min_size=1, max_size=5), channels_last=st.booleans(), decode=st.booleans())
 def test_any_chunks_have_the_bits_of_the_whole(device, chunks, channels_last, decode):
     """Also where the last chunk is decoded, and whatever else is in the batch."""
@@ -174,7 +174,7 @@ def test_gradients_of_gradients_and_contexts(device):
         return causal_conv1d(x, w, initial_states=states, return_final_states=True, activation="silu")
 
     leaves = [t.clone().requires_grad_() for t in (x, w, states)]
-    assert torch.autograd.gradgradcheck(step, leaves)
+    assert torch.autograd.gradgradcheck(step, leaves, fast_mode=True)
     y, final = step(x, w, states)
     for others in (
         torch.compile(step, fullgraph=True, backend="aot_eager")(x, w, states),

@@ -25,6 +25,7 @@ from tconv.planning.batch_invariance import is_batch_invariant
 from tconv.planning.problem import STATE, ZEROS, Geometry
 
 MaybeTensor = torch.Tensor | None
+VECTOR = 4  # channels of a result that is written channels last
 _streamed: BoundedCache[Geometry, Geometry] = BoundedCache()
 
 
@@ -151,7 +152,9 @@ def _geometry(g: Geometry, stride: int) -> Geometry:
         borders[time], strides[time] = STATE, stride
         (a, b, c), (r, s, t) = borders, strides
         problem = dataclasses.replace(g.problem, borders=(a, b, c), S=(r, s, t))
-        found = dataclasses.replace(g, problem=problem, channels_last=True)
+        # Few channels are no vectors. Written channels last, they would make the planner take all accesses for narrow ones.
+        channels_last = time == 2 or problem.K % VECTOR == 0  # a single step lies in both formats
+        found = dataclasses.replace(g, problem=problem, channels_last=channels_last)
         if not g.dry:
             _streamed[g] = found
     return found

@@ -92,18 +92,31 @@ def of_state(
     T: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """Returns element i of the state of sequence q, both per strip; zero where the state has no such element."""
-    p = state_ptr + (lead(q.to(OFFSET) * ssn + i.to(OFFSET) * sst, FLIP) + trail(c.to(OFFSET) * ssc, FLIP))
+    p = state_ptr + (lead(q.to(OFFSET) * ssn + i.to(OFFSET) * sst, FLIP) + trail(c * ssc, FLIP))
     mask = lead(exists & inside(i, T - 1), FLIP) & trail(mask_c, FLIP)
     return tl.load(p, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def filter_taps(w_ptr, c, mask_c, swc, swt, T: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr):
-    """Returns the taps of the channels, each as a tensor that broadcasts over strips."""
-    found = ()
-    for t in tl.static_range(T):
-        found = found + (trail(tl.load(w_ptr + c * swc + t * swt, mask=mask_c, other=0.0).to(ACC), FLIP),)
-    return found
+def filter_taps(
+    w_ptr, c, mask_c, swc, swt, T: tl.constexpr, W_VEC: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+    FLIP: tl.constexpr,
+):  # fmt: skip
+    """Returns the taps of the channels, each as a tensor that broadcasts over strips.
+
+    They are loaded as one tile, since they mostly lie one after the other, and then separated. WIDTH is T rounded up to a power
+    of two. W_VEC is the vector width along the taps, and 0 if their stride is not one.
+    """
+    t = tl.arange(0, WIDTH)
+    BLOCK_C: tl.constexpr = c.shape[0]
+    step = 1 if W_VEC else swt
+    p = w_ptr + (c[:, None] * multiple(swc, max(W_VEC, 1)) + t[None, :] * step)
+    tile = tl.load(p, mask=mask_c[:, None] & (t < T)[None, :], other=0.0).to(ACC)
+    if FLIP:
+        taps = apart(tl.reshape(tile, (BLOCK_C, 1, WIDTH)), BLOCK_C, 1, WIDTH)
+    else:
+        taps = apart(tl.reshape(tile, (1, BLOCK_C, WIDTH)), 1, BLOCK_C, WIDTH)
+    return taps
 
 
 @triton.jit
@@ -169,12 +182,12 @@ def write_outputs(
     pid, x_ptr, w_ptr, b_ptr, state_ptr, index_ptr, starts_ptr, y_ptr, N, C, L, sequences,
     sxn, sxc, sxt, swc, swt, sb, syn, syc, syt, ssn, ssc, sst,
     T: tl.constexpr, STATE: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    READ: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    READ: tl.constexpr, W_VEC: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
+    INTERPRET: tl.constexpr, FLIP: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Writes tile `pid` of y."""
     live, n, j, c, mask_c = place(pid, N, C, L, COLUMNS, OFFSET, BLOCK_M, BLOCK_C)
-    taps = filter_taps(w_ptr, c, mask_c, swc, swt, T, ACC, FLIP)
+    taps = filter_taps(w_ptr, c, mask_c, swc, swt, T, W_VEC, WIDTH, ACC, FLIP)
     p = x_ptr + (lead(n.to(OFFSET) * sxn + j.to(OFFSET) * sxt, FLIP) + trail(c * sxc, FLIP))
     xs = columns(p, j, live, mask_c, L, sxt, 1 - T, T - 1 + COLUMNS, READ, ACC, FLIP)
     qs = ()
@@ -218,7 +231,7 @@ def write_next_states(
             state_ptr, q, at - first + T - 1, live & (at < first), c, mask_c, ssn, ssc, sst, T, OFFSET, element, FLIP
         )
         v = tl.where(lead(at >= first, FLIP), v, before)
-    out = next_ptr + (lead(n.to(OFFSET) * snn + i * snt, FLIP) + trail(c.to(OFFSET) * snc, FLIP))
+    out = next_ptr + (lead(n.to(OFFSET) * snn + i * snt, FLIP) + trail(c * snc, FLIP))
     tl.store(out, v, mask=lead(live, FLIP) & trail(mask_c, FLIP))
 
 
@@ -230,6 +243,7 @@ def causal(
     T: tl.constexpr, STATE: tl.constexpr, NEXT: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr, VEC: tl.constexpr, READ: tl.constexpr,  # of x and y: contiguous axis ("c", "p", ""), vector width
+    W_VEC: tl.constexpr, WIDTH: tl.constexpr, S_UNIT: tl.constexpr, S_VEC: tl.constexpr,  # of w (`filter_taps`); of the state
     WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     COLUMNS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -242,6 +256,11 @@ def causal(
         next_ptr: [sequences, C, T - 1], if NEXT. WINDOW is T - 1 rounded up to a power of two.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    if S_UNIT:
+        C = multiple(C, S_VEC)
+    ssn = multiple(ssn, S_VEC)
+    ssc = 1 if S_UNIT else ssc.to(OFFSET)
+    sst = multiple(sst, S_VEC)
     if UNIT == "c":
         C = multiple(C, VEC)
     elif UNIT == "p":
@@ -252,11 +271,16 @@ def causal(
     syc = 1 if UNIT == "c" else multiple(syc, VEC).to(OFFSET)
     sxt = 1 if UNIT == "p" else multiple(sxt, VEC).to(OFFSET)
     syt = 1 if UNIT == "p" else multiple(syt, VEC).to(OFFSET)
+    if UNIT == "c":  # the next states lie as x does
+        snn = multiple(snn, VEC)
+        snt = multiple(snt, VEC)
+    snc = 1 if UNIT == "c" else snc.to(OFFSET)
     if tl.program_id(0) < tiles:
         write_outputs(
             tl.program_id(0), x_ptr, w_ptr, b_ptr, state_ptr, index_ptr, starts_ptr, y_ptr, N, C, L, sequences,
             sxn, sxc, sxt, swc, swt, sb, syn, syc, syt, ssn, ssc, sst,
-            T, STATE, INDEXED, HAS_BIAS, ACTIVATION, READ, OFFSET, ACC, INTERPRET, FLIP, COLUMNS, BLOCK_M, BLOCK_C,
+            T, STATE, INDEXED, HAS_BIAS, ACTIVATION, READ, W_VEC, WIDTH, OFFSET, ACC, INTERPRET, FLIP,
+            COLUMNS, BLOCK_M, BLOCK_C,
         )  # fmt: skip
     elif NEXT:
         write_next_states(
@@ -271,7 +295,8 @@ def causal_wgrad(
     N, C, L, sequences, chunk,  # chunk: tiles of strips per split
     sxn, sxc, sxt, swc, swt, sb, syn, syc, syt, ssn, ssc, sst,
     T: tl.constexpr, STATE: tl.constexpr, INDEXED: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    UNIT: tl.constexpr, VEC: tl.constexpr, READ: tl.constexpr,
+    UNIT: tl.constexpr, VEC: tl.constexpr, READ: tl.constexpr, W_VEC: tl.constexpr, WIDTH: tl.constexpr,
+    S_UNIT: tl.constexpr, S_VEC: tl.constexpr,
     WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -282,6 +307,11 @@ def causal_wgrad(
         sums_ptr: [splits, T + 1, C]: the products of du and what each tap reads, and du itself.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    if S_UNIT:
+        C = multiple(C, S_VEC)
+    ssn = multiple(ssn, S_VEC)
+    ssc = 1 if S_UNIT else ssc.to(OFFSET)
+    sst = multiple(sst, S_VEC)
     if UNIT == "c":
         C = multiple(C, VEC)
     elif UNIT == "p":
@@ -295,7 +325,7 @@ def causal_wgrad(
     tiles_c = tl.cdiv(C, BLOCK_C)
     split = tl.program_id(0) // tiles_c
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    taps = filter_taps(w_ptr, c, c < C, swc, swt, T, ACC, FLIP)
+    taps = filter_taps(w_ptr, c, c < C, swc, swt, T, W_VEC, WIDTH, ACC, FLIP)
     if FLIP:
         zero = tl.zeros((BLOCK_C, BLOCK_M), dtype=ACC)
     else:
@@ -339,13 +369,13 @@ def causal_wgrad(
 def write_input_gradients(
     pid, du_ptr, w_ptr, index_ptr, starts_ptr, dnext_ptr, dx_ptr, N, C, L, sequences,
     syn, syc, syt, swc, swt, sxn, sxc, sxt, snn, snc, snt,
-    T: tl.constexpr, DNEXT: tl.constexpr, INDEXED: tl.constexpr, READ: tl.constexpr, OFFSET: tl.constexpr,
-    ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
+    T: tl.constexpr, DNEXT: tl.constexpr, INDEXED: tl.constexpr, READ: tl.constexpr, W_VEC: tl.constexpr,
+    WIDTH: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Writes tile `pid` of dx."""
     live, n, j, c, mask_c = place(pid, N, C, L, COLUMNS, OFFSET, BLOCK_M, BLOCK_C)
-    taps = filter_taps(w_ptr, c, mask_c, swc, swt, T, ACC, FLIP)
+    taps = filter_taps(w_ptr, c, mask_c, swc, swt, T, W_VEC, WIDTH, ACC, FLIP)
     p = du_ptr + (lead(n.to(OFFSET) * syn + j.to(OFFSET) * syt, FLIP) + trail(c * syc, FLIP))
     us = columns(p, j, live, mask_c, L, syt, 0, T - 1 + COLUMNS, READ, ACC, FLIP)
     qs = ()
@@ -372,7 +402,7 @@ def write_input_gradients(
 def write_state_gradients(
     pid, du_ptr, w_ptr, starts_ptr, dnext_ptr, dstate_ptr, C, L, sequences,
     syn, syc, syt, swc, swt, ssn, ssc, sst, snn, snc, snt,
-    T: tl.constexpr, DNEXT: tl.constexpr, INDEXED: tl.constexpr, OFFSET: tl.constexpr,
+    T: tl.constexpr, DNEXT: tl.constexpr, INDEXED: tl.constexpr, W_VEC: tl.constexpr, WIDTH: tl.constexpr, OFFSET: tl.constexpr,
     ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of one sequence's state, for the channels of tile `pid`."""
@@ -384,7 +414,7 @@ def write_state_gradients(
     live = i < T - 1
     q, first, end, _known = limits(starts_ptr, n, n, live, L, sequences, INDEXED)
     image = 0 if INDEXED else n.to(OFFSET)
-    taps = filter_taps(w_ptr, c, mask_c, swc, swt, T, ACC, FLIP)
+    taps = filter_taps(w_ptr, c, mask_c, swc, swt, T, W_VEC, WIDTH, ACC, FLIP)
     if FLIP:
         acc = tl.zeros((BLOCK_C, WINDOW), dtype=ACC)
     else:
@@ -408,7 +438,7 @@ def causal_dgrad(
     N, C, L, sequences, tiles,
     syn, syc, syt, swc, swt, sxn, sxc, sxt, ssn, ssc, sst, snn, snc, snt,
     T: tl.constexpr, DSTATE: tl.constexpr, DNEXT: tl.constexpr, INDEXED: tl.constexpr,
-    UNIT: tl.constexpr, VEC: tl.constexpr, READ: tl.constexpr,
+    UNIT: tl.constexpr, VEC: tl.constexpr, READ: tl.constexpr, W_VEC: tl.constexpr, WIDTH: tl.constexpr,
     WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     COLUMNS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -420,6 +450,7 @@ def causal_dgrad(
         dnext_ptr: if DNEXT, the gradient of the next states, which is added to that of what they are a copy of.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    snc = snc.to(OFFSET)
     if UNIT == "c":
         C = multiple(C, VEC)
     elif UNIT == "p":
@@ -434,13 +465,13 @@ def causal_dgrad(
         write_input_gradients(
             tl.program_id(0), du_ptr, w_ptr, index_ptr, starts_ptr, dnext_ptr, dx_ptr, N, C, L, sequences,
             syn, syc, syt, swc, swt, sxn, sxc, sxt, snn, snc, snt,
-            T, DNEXT, INDEXED, READ, OFFSET, ACC, INTERPRET, FLIP, COLUMNS, BLOCK_M, BLOCK_C,
+            T, DNEXT, INDEXED, READ, W_VEC, WIDTH, OFFSET, ACC, INTERPRET, FLIP, COLUMNS, BLOCK_M, BLOCK_C,
         )  # fmt: skip
     elif DSTATE:
         write_state_gradients(
             tl.program_id(0) - tiles, du_ptr, w_ptr, starts_ptr, dnext_ptr, dstate_ptr, C, L, sequences,
             syn, syc, syt, swc, swt, ssn, ssc, sst, snn, snc, snt,
-            T, DNEXT, INDEXED, OFFSET, ACC, INTERPRET, FLIP, WINDOW, BLOCK_C,
+            T, DNEXT, INDEXED, W_VEC, WIDTH, OFFSET, ACC, INTERPRET, FLIP, WINDOW, BLOCK_C,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from tconv.launching.dry_run import DRY
 from tconv.launching.launch import device_of
 from tconv.launching.memory_format import addressing, reach
 from tconv.launching.record import Call, record_call
-from tconv.planning.addressing import LIMIT, Lanes
+from tconv.planning.addressing import LIMIT, Lanes, vector
 from tconv.planning.causal import choose_causal, choose_step, split, strips
 from tconv.planning.device import Device
 from tconv.planning.plan import Plan
@@ -205,9 +205,17 @@ def _strides(s: Sequences) -> dict[str, int]:
     return found | _triple("sx", s.x) | _triple("ss", s.state)
 
 
-def _window(s: Sequences) -> dict[str, int]:
-    taps = s.w.shape[1]
-    return {"T": taps, "WINDOW": pow2(taps - 1, 1, 1 << 16)}
+def _window(s: Sequences) -> dict[str, Any]:
+    """Returns the constants of the taps, and of how they and the states are accessed."""
+    taps, w, channels = s.w.shape[1], s.w, s.x.shape[1]
+    width = pow2(taps, 1, 1 << 16)
+    along = taps == 1 or w.stride(1) == 1
+    aligned = vector(w.data_ptr(), w.element_size(), w.stride(0) if channels > 1 else 0)
+    state = None if s.state is None else addressing(s.state)
+    return {
+        "T": taps, "WINDOW": pow2(taps - 1, 1, 1 << 16), "WIDTH": width, "W_VEC": min(aligned, width) if along else 0,
+        "S_UNIT": state is not None and state.unit, "S_VEC": 1 if state is None else state.wide(channels),
+    }  # fmt: skip
 
 
 def _access(lanes: Lanes, tile: Tile, *tensors: MaybeTensor) -> dict[str, Any]:

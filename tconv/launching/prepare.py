@@ -185,7 +185,8 @@ def prepare_stream(
         return _staged(prepare, described, names, (x, w), problem, device, padded=False)
     some = _of_times(problem)
     # An x of one step lies in both formats. So x is taken to be channels last, and is copied where it is not.
-    images, result = (shaped(some.shape(which), True, x.dtype) for which in ("x", "y"))
+    images = shaped(some.shape("x"), True, x.dtype)
+    result = shaped(some.shape("y"), y.shape[1] == 1 or y.stride(1) == 1, x.dtype)
     of_some = describing(some, result, Stream(None, kept, first))
     launch = _staged(preparing(of_some, some, result, None), of_some, names, (images, w), some, device, padded=False)
     prepare, shapes = preparing(described, problem, y, launch.call.plan), _plain_shapes(names, (x, w))

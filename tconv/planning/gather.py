@@ -73,7 +73,8 @@ class Gather(Stepping, General):
 
     def access(self, operands: Operands, p: ConvProblem, pass_: str, tile: Tile | None = None, precision: str = "") -> Access:
         access = super().access(operands, p, pass_, tile, precision)
-        return replace(access, flip=operands.strips is not None and operands.strips[0])
+        # With a state's pointers beside those of x, the tile for such tensors spills.
+        return replace(access, flip=operands.strips is not None and operands.strips[0] and not p.streamed)
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
         found = super().tiles(access)

@@ -130,7 +130,7 @@ MUTATIONS = [
     Mutation("a decomposition not cropped", "dispatch/equivalents.py", "dx = _pad(dx, [-n for n in h.before], [-n for n in h.after])", "pass", "every_window", "test_tools.py"),
     Mutation("gradients that were needed before", "dispatch/autograd.py", "needs != self.needs", "needs is None", "backward", "test_repeat.py"),
     Mutation("a gradient that lay otherwise before", "dispatch/autograd.py", "or not self.tensor_guard(dy, x, w)", "", "backward", "test_repeat.py"),
-    Mutation("gradients that nobody asks for", "dispatch/derivatives.py", "found[i] and _executes(nodes[i][0])", "found[i]", "asked_for", "test_autograd.py"),
+    Mutation("gradients that nobody asks for", "dispatch/derivatives.py", "found[i] and _executes(nodes[places[i]][0])", "found[i]", "asked_for", "test_autograd.py"),
     Mutation("halo gradients kept where they arose", "distributed.py", "take[r].add_(piece)", "pass", "test_space and not dtype", "test_distributed.py"),
     Mutation("a halo one element short", "distributed.py", "(b - 1) * stride - before + span + 1", "(b - 1) * stride - before + max(span, 1)", "test_space and not dtype", "test_distributed.py"),
     Mutation("a weight's gradient of one rank alone", "distributed.py", "return _total(grad, ctx.group), None", "return grad, None", "test_space and not dtype", "test_distributed.py"),

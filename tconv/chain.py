@@ -270,22 +270,19 @@ _kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDi
 
 
 def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns a batch norm in evaluation mode as a scale and a shift, in fp32 or fp64. They are kept until it changes.
+    """Returns a batch norm in evaluation mode as a scale and a shift, in fp32 or fp64.
 
-    Raises:
-        Unfit: a gradient is wanted for its parameters.
+    They are kept until it changes, except where gradients are wanted for its parameters.
     """
     tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise Unfit("the batch norm's parameters require gradients")
-    kept = _kept.get(norm)
-    if any(t is not None and t.is_inference() for t in tensors):
-        state = None  # it has no versions, so its changes would not be seen
-    else:
-        state = [(t._version, t.data_ptr(), t.dtype) for t in tensors if t is not None]
+    given = [t for t in tensors if t is not None]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    state, kept = None, _kept.get(norm)
+    if not differentiable and not any(t.is_inference() for t in given):  # whose changes have no versions to be seen by
+        state = [(t._version, t.data_ptr(), t.dtype) for t in given]
         if kept and kept[1] == state and kept[2] == norm.eps and all(a is b for a, b in zip(tensors, kept[0], strict=True)):
             return kept[3], kept[4]
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable):
         wide = torch.promote_types(norm.running_var.dtype, torch.float32)
         scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
         scale = scale if norm.weight is None else scale * norm.weight.to(wide)

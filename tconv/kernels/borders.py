@@ -93,7 +93,7 @@ def add_borders(
     acc = tl.load(xp, mask=mask, other=0.0).to(ACC)
     for choice in tl.range(1, m0 * m1 * m2):
         choices = (choice // m2 // m1, choice // m2 % m1, choice % m2)
-        d = tl.where(choices[0] > 0, 0, tl.where(choices[1] > 0, 1, 2))  # whose slab it is
+        along = tl.where(choices[0] > 0, 0, tl.where(choices[1] > 0, 1, 2))  # whose slab it is
         ok = m >= 0
         slab = starts[0]
         pixel = image * 0
@@ -102,9 +102,9 @@ def add_borders(
             u, found = shown_at(i[e], choices[e], X[e], A[e], E[e], BORDERS[e])
             ok &= found
             before = choices[e] <= (A[e] if BORDERS[e] == "replicate" else 1)
-            extent = tl.where(e < d, X[e], tl.where(e > d, A[e] + X[e] + E[e], tl.where(before, A[e], E[e])))
-            u += tl.where(e < d, 0, tl.where((e > d) | before, A[e], -X[e]))
-            slab = tl.where(e == d, tl.where(before, starts[e], ends[e]), slab)
+            extent = tl.where(e < along, X[e], tl.where(e > along, A[e] + X[e] + E[e], tl.where(before, A[e], E[e])))
+            u += tl.where(e < along, 0, tl.where((e > along) | before, A[e], -X[e]))
+            slab = tl.where(e == along, tl.where(before, starts[e], ends[e]), slab)
             pixel = pixel * extent + u
             pixels *= extent
         if X_UNIT:

@@ -111,7 +111,7 @@ def _prepare_bordered(g: Geometry, dy: torch.Tensor, w: torch.Tensor) -> Prepare
             parts.append((launch, part, slab.first, size, numel))
             numel += -(-math.prod(launch.shape) // aligned) * aligned
     dx = shaped(p.shape("x"), g.channels_last, dy.dtype)
-    total = prepare_borders(p, dx, g.channels_last, begin, g.device or device_of(dy))
+    total = prepare_borders(p, dx, g.channels_last, [*begin, numel], g.device or device_of(dy))
     whole = _prepare_convolution("dgrad", dataclasses.replace(g, problem=borders.within(p)), dy, w, None)
     assert whole.call.plan is not None
     reason = f"{whole.call.plan.reason}; without the padding, which {len(parts)} more launches compute and one adds"

@@ -84,17 +84,19 @@ def images(p, n):
     ids=str,
 )
 def test_every_batch_has_the_same_plan(device, channels_last, dtype):
-    differ = 0
+    differ, first = 0, (device, dtype) == ("H200", torch.bfloat16)
     for p in PROBLEMS:
         for pass_ in ("fprop", "dgrad"):
-            one, *more = (prepared(pass_, images(p, n), DEVICES[device], channels_last, dtype) for n in (1, 2, 3, 9, 64))
+            batches = (1, 2, 3, 9, 64) if first else (1, 3, 64)
+            one, *more = (prepared(pass_, images(p, n), DEVICES[device], channels_last, dtype) for n in batches)
             for launch in more:
                 assert order(launch) == order(one), (p, pass_)
                 assert launch.call.plan.staged == one.call.plan.staged
                 assert [copy and copy.shape[1:] for copy in launch.copies] == [copy and copy.shape[1:] for copy in one.copies]
-            free = [prepared(pass_, images(p, n), DEVICES[device], channels_last, dtype, False) for n in (1, 64)]
-            differ += order(free[0]) != order(free[1])
-    assert differ > 20, "the plans of this test do not depend on the batch anyway"
+            if first:
+                free = [prepared(pass_, images(p, n), DEVICES[device], channels_last, dtype, False) for n in (1, 64)]
+                differ += order(free[0]) != order(free[1])
+    assert not first or differ > 20, "the plans of this test do not depend on the batch anyway"
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -243,6 +245,8 @@ SOME = [
 
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_with_the_plans_of_a_gpu(case, planned, device):
+    if planned == "here" and case in cases.ALL and not oracle.compiled():
+        pytest.skip("the test before has it")
     dtype = torch.float32 if "groups" in case.reason else torch.bfloat16
     with tconv.batch_invariant():
         assert differing(*batch_of(case, 3, dtype, planned != "A100", device), [(0, 1), (1, 3)]) == []
@@ -253,7 +257,7 @@ DEEP = oracle.Case("many channels, few pixels, which are split", (1, 512, 4, 4),
 
 def test_batches_of_one_to_nine(planned, device):
     given = batch_of(DEEP, 9, torch.float32, True, device)
-    every = [(9 - n, 9) for n in range(1, 9)]
+    every = [(9 - n, 9) for n in (range(1, 9) if planned == "A100" else (1, 4, 8))]
     with tconv.batch_invariant():
         assert differing(*given, every) == []
     if planned == "A100":

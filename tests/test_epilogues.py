@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import tconv
 from tconv import functional as TF
 from tconv.dispatch.steps import SEQUENCE, Steps, followed
-from tconv.planning.epilogue import ACTIVATIONS
+from tconv.planning.epilogue import ACTIVATIONS, BY_RESULT
 from tconv.planning.tiles import Tile
 from tests import cases, oracle
 from tests.oracle import Case
@@ -78,8 +78,13 @@ def check(case, how, dtype, device, channels_last=False, plan=None, **more):
     return calls
 
 
-@pytest.mark.parametrize("how", SOME.values(), ids=SOME)
-@pytest.mark.parametrize("case", cases.FEW, ids=str)
+# Each case with two of the epilogues, each epilogue with cases of several kernels and ranks.
+PAIRS = {f"{c}-{n}": (c, SOME[n]) for i, c in enumerate(cases.FEW) for n in ([*SOME] * 3)[2 * i % len(SOME) :][:2]} | {
+    f"{c}-{n}": (c, SOME[n]) for c in cases.FEW if "groups" in c.reason for n in ("batch norm, residual, relu",)
+}
+
+
+@pytest.mark.parametrize(("case", "how"), PAIRS.values(), ids=PAIRS)
 def test_values_and_gradients(case, how, device, poisoned):
     calls = check(case, how, torch.float32, device)
     assert sum(c.operation in ("fprop", "dgrad") for c in calls) == 2  # the forward pass is one launch
@@ -88,9 +93,11 @@ def test_values_and_gradients(case, how, device, poisoned):
 @pytest.mark.parametrize("position", ["before", "after"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, position, device, poisoned):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    # The formulas are others in fp64 than in fp32. After the activation its argument is kept, else for some the result is.
+    for dtype in (torch.float64, torch.float32):
         check(PLAIN, {"activation": activation, "residual": position, "shift": True}, dtype, device)
-        check(PLAIN, {"activation": activation}, dtype, device, channels_last=True)
+    if position == "before":
+        check(PLAIN, {"activation": activation}, torch.bfloat16, device, channels_last=True)
 
 
 # With TF32 a relu may see a number near zero with the other sign, so a smooth function takes its place.
@@ -117,8 +124,14 @@ FORCED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("how", [BEFORE, SOME["a residual after gelu"]], ids=["before", "after"])
+# A layout is about the addresses of the residual and the orientation of a tile, which both epilogues share.
+@pytest.mark.parametrize(
+    ("how", "channels_last"),
+    [
+        pytest.param(BEFORE, False, id="before-contiguous"), pytest.param(BEFORE, True, id="before-channels_last"),
+        pytest.param(SOME["a residual after gelu"], True, id="after-channels_last"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("forced", FORCED.values(), ids=FORCED)
 def test_every_kernel(forced, how, channels_last, device, poisoned):
     case, plan = forced
@@ -144,7 +157,8 @@ def combinations(draw):
     groups, transposed = draw(st.sampled_from([1, 1, 2, 3])), draw(st.booleans())
     kernel = tuple(draw(st.integers(1, 3)) for _ in range(rank))
     stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    x = (draw(st.integers(1, 2)), groups * draw(st.integers(1, 3)), *(draw(st.integers(5, 7)) for _ in range(rank)))
+    extents = st.integers(5, 7) if rank < 3 else st.integers(5, 5)  # 3-D takes longest
+    x = (draw(st.integers(1, 2)), groups * draw(st.integers(1, 3)), *(draw(extents) for _ in range(rank)))
     case = Case(
         "drawn", x, groups * draw(st.integers(1, 3)), kernel, stride, draw(st.integers(0, 1)), dilation, groups, transposed
     )
@@ -159,7 +173,7 @@ def combinations(draw):
     return case, how, draw(st.booleans()), draw(st.booleans())
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(combinations())
 def test_combinations(device, poisoned, drawn):
     case, how, recompute, channels_last = drawn
@@ -176,9 +190,18 @@ def test_an_unbatched_input(how, device):
     ))[0])  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [*SOME.values(), *({"activation": a} for a in ACTIVATIONS)], ids=[*SOME, *ACTIVATIONS])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_second_derivatives(how, recompute, device):
+TWICE = SOME | {a: {"activation": a} for a in ACTIVATIONS}
+ARGUMENT = [
+    n for n, how in TWICE.items() if how.get("activation") in (*set(ACTIVATIONS) - BY_RESULT,)
+]  # what is not the result
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"), [*((n, False) for n in TWICE), *((n, True) for n in ARGUMENT)],
+    ids=[*(f"kept-{n}" for n in TWICE), *(f"recomputed-{n}" for n in ARGUMENT)],
+)  # fmt: skip
+def test_second_derivatives(name, recompute, device):
+    how = TWICE[name]
     x, w, b = (t.requires_grad_() for t in oracle.tensors(PLAIN, torch.float64, device))
     given = arguments(how, F.conv2d(x, w, b, padding=1).detach(), leaf=True)
     leaves = [x, w, b] + ([given["residual"]] if "residual" in given else [])
@@ -289,8 +312,8 @@ def test_an_edited_result_is_noticed(device):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("two groups", (2, 4, 5, 6), 6, (3, 3), padding=1, groups=2),
-        Case("two groups, transposed", (2, 4, 4, 3), 6, (3, 2), stride=2, groups=2, transposed=True),
+        Case("two groups", (2, 4, 3, 4), 6, (2, 2), groups=2),
+        Case("two groups, transposed", (2, 4, 3), 6, (3,), stride=2, groups=2, transposed=True),
     ],
     ids=str,
 )

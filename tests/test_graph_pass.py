@@ -76,7 +76,7 @@ def compiler(seen, **how):
     return run
 
 
-@pytest.mark.parametrize(("table", "dtype"), zip(TABLES, (torch.float64, torch.bfloat16), strict=True), ids=TABLES)
+@pytest.mark.parametrize(("table", "dtype"), [*zip(TABLES, (torch.float64, torch.bfloat16), strict=True)], ids=TABLES)
 def test_a_model_in_evaluation(table, dtype, device):
     torch._dynamo.reset()
     net, x, seen = Net().to(device, dtype).eval(), torch.randn(2, 2, 4, 5, device=device, dtype=dtype), []

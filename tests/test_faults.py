@@ -212,7 +212,7 @@ class Scarce:
         monkeypatch.setattr(launch, "lookup", planned)
         monkeypatch.setattr(selection, "_choices", {})
         monkeypatch.setattr(operators, "_known", {})
-        monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: self.allocate(strided, *args))
+        monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args, **more: self.allocate(strided, *args, **more))
         monkeypatch.setattr(torch, "empty", lambda *args, **more: self.allocate(empty, *args, **more))
 
     def allocate(self, by, *args, **more):

@@ -106,6 +106,16 @@ def test_values_and_gradients(name, mode, device, poisoned, monkeypatch):
     agree((y, *grads), (right, *rights), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["2-D, sides differ", "groups", "3-D", "more taps than bits"])
+def test_several_taps_in_one_product(name, device, poisoned):
+    case, padding, modes = CASES[name]
+    for mode in modes:
+        x, w, b = (t.detach() for t in tensors(name, device, channels_last=mode == "circular"))
+        with tconv.force(kernel="packed"):
+            y = ours(case, padding, mode, x, w, b)
+        torch.testing.assert_close(y, by_copy(case, padding, mode, x, w, b), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype, channels_last, device, poisoned):
@@ -347,7 +357,7 @@ def test_an_empty_batch(device):
 
 def test_other_kernels_refuse_it(device):
     x, w = torch.randn(2, 4, 6, 5, device=device), torch.randn(6, 4, 3, 3, device=device)
-    for kernel in ("packed", "rows", "tma"):
+    for kernel in ("rows", "tma"):
         with (
             tconv.force(kernel=kernel),
             warnings.catch_warnings(),

@@ -21,6 +21,7 @@ from tconv.kernels.common import (
     APART,
     advance,
     flat_pixels,
+    found_at,
     inside,
     kernel,
     lead,
@@ -55,6 +56,7 @@ def packed(
     PACKED: tl.constexpr, FIELD: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
     STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
+    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr,  # what reads beyond x find
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -69,6 +71,7 @@ def packed(
     D = (D0, D1, D2)
     P = (P0, P1, P2)
     gcds = (g0, g1, g2)
+    BORDERS: tl.constexpr = (BORDER0, BORDER1, BORDER2)
     X_FLIP: tl.constexpr = FLIP if X_UNIT else APART
     W_FLIP: tl.constexpr = FLIP if W_UNIT != "" else APART
     Y_FLIP: tl.constexpr = FLIP if Y_UNIT else Y_PIXELS > 1 or APART
@@ -98,12 +101,14 @@ def packed(
     for d in tl.static_range(3):
         step = -(D[d] // gcds[d]) if TRANSPOSED else D[d]
         x_tap = x_tap + (step,)
-        ax = ax + (step * sx[d],)
+        ax = ax + (step * sx[d] if BORDERS[d] == "zeros" else 0,)
+        if BORDERS[d] != "zeros":  # the loop adds what it finds at each tap
+            x_offset -= h[d].to(OFFSET) * sx[d]
         aw = aw + ((S[d] // gcds[d] if TRANSPOSED else 1) * sw[d],)
         if d >= FIRST:
             w_first += t_first[d] * sw[d]
     if FIELD:
-        bits = outside_word(bits, h, X, D, gcds, ("zeros", "zeros", "zeros"), TRANSPOSED, RANK, FIELD)
+        bits = outside_word(bits, h, X, D, gcds, BORDERS, TRANSPOSED, RANK, FIELD)
 
     # --- written channels: rows of the weight ---
     o = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -156,14 +161,20 @@ def packed(
         if RANK == 3:
             dx += t0 * ax[0]
             dw += t0 * aw[0]
+        tap = (t0, t1, t2)
         if FIELD:
-            select = tl.where(within, tap_word((t0, t1, t2), RANK, FIELD), PAST)
+            select = tl.where(within, tap_word(tap, RANK, FIELD), PAST)
             ok = (lead(bits, X_FLIP) & trail(select, X_FLIP)) == 0
         else:
-            tap = (t0, t1, t2)
             ok = lead(live, X_FLIP) & trail(within, X_FLIP)
             for d in tl.static_range(FIRST, 3):
-                ok &= inside(lead(h[d], X_FLIP) + trail(tap[d] * x_tap[d], X_FLIP), X[d])
+                if BORDERS[d] == "zeros":
+                    ok &= inside(lead(h[d], X_FLIP) + trail(tap[d] * x_tap[d], X_FLIP), X[d])
+        at = trail(dx, X_FLIP)
+        for d in tl.static_range(FIRST, 3):
+            if BORDERS[d] != "zeros":
+                i = lead(h[d], X_FLIP) + trail(tap[d] * x_tap[d], X_FLIP)
+                at += found_at(i, X[d], BORDERS[d]).to(OFFSET) * sx[d]
         if PACKED:
             keep = inside(lead(c, W_FLIP) - trail(low, W_FLIP), diagonal) & lead(k < total, W_FLIP)
         elif W_UNIT == "o":
@@ -171,7 +182,7 @@ def packed(
         else:
             keep = lead(within, W_FLIP)
         # [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N], transposed if FLIP
-        xv = turned(tl.load(xp + trail(dx, X_FLIP), mask=ok, other=0.0), X_FLIP, FLIP)
+        xv = turned(tl.load(xp + at, mask=ok, other=0.0), X_FLIP, FLIP)
         wv = turned(tl.load(wp + lead(dw, W_FLIP), mask=keep, other=0.0), W_FLIP, FLIP)
         if FLIP:
             acc = product(wv, xv, acc, PRECISION, INTERPRET)

@@ -25,6 +25,7 @@ PACKED_WGRAD_16 = (
 PACKED_WGRAD_16_NARROW = (Tile(64, 64, 64, 8, 3), Tile(16, 64, 64, 8, 3))
 PACKED_32 = (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2))
 PACKED_64 = (Tile(32, 32, 16, 8, 2, 255),)
+REPEATED = 5  # instructions per address and dimension for the coordinate of an element that stands beyond x
 
 
 class _Packed(Gemm):
@@ -68,6 +69,7 @@ class Packed(_Packed):
 
     name = "packed"
     passes = ("fprop", "dgrad")
+    borders = ("fprop",)
     start = 3.2e-6
     base, copy = 120, 10
     cut = 10
@@ -89,6 +91,10 @@ class Packed(_Packed):
         # channels none.
         grouped = p.G > 1 < p.taps and FEW < self.channels(p, pass_)[1] < 2 * FEW
         return super().considered(p, pass_) or (grouped and not self.unfit(p, pass_))
+
+    def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
+        pixels = tile.m * tile.k * access.itemsize / 8 / (32 * tile.warps)  # whose address a thread works out
+        return super().length(p, pass_, tile, access) + REPEATED * pixels * p.repeated
 
     def unfit(self, p: ConvProblem, pass_: str) -> str | None:
         return self._uncountable(p, pass_, 1)
@@ -125,7 +131,7 @@ class Packed(_Packed):
         x_vec, y_vec = c.pack_vectors(groups)
         return {"PACK": groups}, {
             "X_VEC": x_vec, "Y_VEC": y_vec, "Y_PIXELS": c.pixels_y, "PACKED": groups > 1,
-            "FIELD": FIELD[p.rank] if max(p.T) <= FIELD[p.rank] else 0,
+            "FIELD": 0 if max(p.T) > FIELD[p.rank] or "zeros" not in p.borders[-p.rank :] else FIELD[p.rank],
         }  # fmt: skip
 
 

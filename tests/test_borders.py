@@ -159,7 +159,7 @@ def padded(draw):
     return Case("random", (2, groups * per_group, *extents), k, kernel, stride, 0, dilation, groups), padding, mode
 
 
-@settings(max_examples=8, **COMMON)
+@settings(max_examples=6, **COMMON)
 @given(padded(), st.booleans())
 def test_random(device, case, channels_last):
     case, padding, mode = case
@@ -264,6 +264,11 @@ def test_with_an_epilogue(device, no_copy):
         grads = torch.autograd.grad(z.sum(), (x, w))
     assert all(call.ours for call in calls)
     agree((z, *grads), (F.silu(y + skip), *torch.autograd.grad(F.silu(y + skip).sum(), (x, w))))
+
+    def step(x):
+        return TF.conv1d(x, w, b, padding=padding, padding_mode="circular", activation="silu", residual=skip)
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), z)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular"])

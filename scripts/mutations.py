@@ -45,7 +45,7 @@ MUTATIONS = [
     Mutation("the bias of another tap", "kernels/patch.py", "channel = o // b_each % b_all", "channel = o % b_all", "transposed", "test_patch.py"),
     Mutation("pixels that no patch covers", "planning/simplify.py", 'pass_ != "dgrad" or p.X[d] == p.Y[d] * p.T[d]', 'True', "does_not_take", "test_patch.py"),
     Mutation("the halo read", "kernels/gather.py", "mask=lead(ok, X_FLIP), other", "mask=lead(live, X_FLIP), other", "16_byte"),
-    Mutation("pixels said to be contiguous that are not", "kernels/packed.py", "xv = turned(tl.load(xp + trail(dx, X_FLIP),", "xv = turned(tl.load(tl.max_contiguous(xp + trail(dx, X_FLIP), [1, 2] if X_FLIP else [2, 1]),", "by_the_packed_kernels and transposed"),
+    Mutation("pixels said to be contiguous that are not", "kernels/packed.py", "xv = turned(tl.load(xp + at,", "xv = turned(tl.load(tl.max_contiguous(xp + at, [1, 2] if X_FLIP else [2, 1]),", "by_the_packed_kernels and transposed"),
     Mutation("offsets said to be multiples that are not", "kernels/wgrad.py", "tl.multiple_of(lead(offset, FLIP), [VEC, VEC])", "tl.multiple_of(lead(offset, FLIP), [2, 2])", EVERY),
     Mutation("pixels of the next image taken for neighbours", "kernels/common.py", "m // plane * multiple(sn, PIXELS) + m % plane", "m", "vectors_along"),
     Mutation("channels of zeros that are not", "kernels/copy.py", "trail(c < C, X_FLIP), other=0.0)", "trail(c < K, X_FLIP), other=0.0)", "padded"),

@@ -143,7 +143,7 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("patch", "pixels past the last are read", OUTSIDE, "xv = tl.load", ("lead(live, X_FLIP) & trail(tail", "trail(tail")),
     ("patch by lines", "pixels past the last are written", OUTSIDE, "tl.store", ("(e < pixels * JOINED)", "(e >= 0)")),
     ("patch by lines", "lines overlap", OVERLAPPING, "tl.store", ("multiple(sy1, Y_VEC)", "multiple(sy1 // 2, Y_VEC)")),
-    ("packed", "the padding is read", OUTSIDE, "xv = turned", ("X_FLIP), mask=ok", "X_FLIP), mask=ok | True")),
+    ("packed", "the padding is read", OUTSIDE, "xv = turned", ("xp + at, mask=ok", "xp + at, mask=ok | True")),
     ("packed", "taps past the last are read", OUTSIDE, "wv = turned", ("keep = lead(within,", "keep = lead(c >= 0,")),
     ("packed_wgrad", "the padding is read", OUTSIDE, "xv = tl.load", ("xq, mask=ok", "xq, mask=ok | True")),
     ("rows", "the padding is read", OUTSIDE, "xv = tl.load", ("(xp + dx, mask=ok, ", "(xp + dx, mask=ok | True, ")),

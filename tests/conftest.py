@@ -30,6 +30,9 @@ def pytest_configure(config):
         compiled.install(config.getoption("--compiled"))
     elif not HAS_GPU:
         os.environ["TRITON_INTERPRET"] = "1"
+        from tests import interpreter
+
+        interpreter.look_up_once()
 
         from tests import hints
 

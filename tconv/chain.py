@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextvars
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from tconv.dispatch.check import CallArguments
 from tconv.dispatch.sides import pairs
 from tconv.dispatch.steps import SEQUENCE, Steps
 from tconv.launching.record import Call, Fallback, record_call, recording
-from tconv.modules import ZERO, padded
+from tconv.modules import pads
 from tconv.subclasses import COMPUTES, OURS, TORCHS
 
 Activation = tuple[str, float]  # one of planning.epilogue's ACTIVATIONS, and leaky_relu's slope
@@ -39,10 +39,15 @@ ACTIVATIONS: dict[type, Callable[[Any], Activation]] = {
     nn.Hardswish: lambda m: ("hardswish", 0.0),
 }
 NORMS: dict[type, int | None] = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}  # rank
-ZERO_PADS = tuple(getattr(nn, f"{kind}Pad{rank}d") for kind in ("Zero", "Constant") for rank in (1, 2, 3))
-OTHER_PADS = tuple(
-    getattr(nn, f"{kind}Pad{rank}d") for kind in ("Reflection", "Replication", "Circular") for rank in (1, 2, 3)
-)  # fmt: skip
+Pad = tuple[str, Sequence[int]]  # the mode and the amounts that torch.nn.functional.pad gets
+PADS: dict[type, str] = {
+    getattr(nn, f"{kind}Pad{rank}d"): mode
+    for kind, mode in (
+        ("Zero", "constant"), ("Constant", "constant"), ("Reflection", "reflect"), ("Replication", "replicate"),
+        ("Circular", "circular"),
+    )
+    for rank in (1, 2, 3)
+}  # fmt: skip
 
 
 class Unfit(Exception):
@@ -85,7 +90,7 @@ def chained(
         norm: the batch norm.
         activation: a module, or an `Activation` for a function.
         residual: a tensor, added "before" or "after" the activation, as `position` says.
-        pad: a module, or what torch.nn.functional.pad gets.
+        pad: a module, or a `Pad` for a function.
         stepwise: as in `tconv.functional`.
     """
     watch = WATCH.get()
@@ -111,7 +116,7 @@ def chained(
 def _by_modules(conv: Any, x: Any, norm: Any, activation: Any, residual: Any, position: str, pad: Any) -> torch.Tensor:
     """Computes a chain by its modules."""
     if pad is not None:
-        x = pad(x) if isinstance(pad, nn.Module) else F.pad(x, pad)
+        x = pad(x) if isinstance(pad, nn.Module) else F.pad(x, pad[1], mode=pad[0])
     y = conv(x)
     if norm is not None:
         y = norm(y)
@@ -141,11 +146,7 @@ def _by_kernel(
     epilogues.check_context(x, w)
     if x.dim() != rank + 2:
         raise Unfit("an input without a batch")
-    padding = conv.padding
-    if conv.padding_mode != "zeros":
-        x, padding = padded(conv, x), ZERO[rank]
-    if pad is not None:
-        padding = _more_padding(padding, fit_pad(pad, rank) if isinstance(pad, nn.Module) else zero_pad(pad, rank), rank)
+    padding, mode = fit_padding(conv, pad, rank)
     scale = shift = None
     if norm is not None:
         fit_norm(norm, rank)
@@ -154,7 +155,7 @@ def _by_kernel(
     if activation is not None:
         name, slope = fit_activation(activation) if isinstance(activation, nn.Module) else activation
     asked = CallArguments(
-        transposed, rank, conv.stride, padding, conv.output_padding if transposed else 0, conv.groups, conv.dilation
+        transposed, rank, conv.stride, padding, conv.output_padding if transposed else 0, conv.groups, conv.dilation, mode
     )  # fmt: skip
     steps = Steps(name, slope, residual, position, scale, shift, stepwise)
     return epilogues.convolve(asked, x, w, b, steps, getattr(conv, "_tconv_policy", "auto"))
@@ -215,27 +216,49 @@ def fit_activation(activation: Any) -> Activation:
     return of(activation)
 
 
-def fit_pad(pad: Any, rank: int) -> list[tuple[int, int]]:
-    """Returns what a padding module adds, as `zero_pad` does. Raises Unfit if that is no padding by zeros."""
-    if type(pad) not in ZERO_PADS or getattr(pad, "value", 0) != 0:
-        raise Unfit(f"{type(pad).__name__}{' of other numbers than zero' if type(pad) in ZERO_PADS else ''}: {NOT_YET}")
-    unhooked(pad, "the padding")
-    return zero_pad(pad.padding, rank)
+def fit_pad(pad: nn.Module | Pad, rank: int) -> tuple[str, list[tuple[int, int]]]:
+    """Returns the mode of a padding, as a layer's padding_mode, and (before, after) per spatial dimension.
+
+    Args:
+        pad: a module of a type in PADS, or a `Pad`.
+    Raises:
+        Unfit: it pads by other numbers than zero, crops, or pads other dimensions too.
+    """
+    if isinstance(pad, nn.Module):
+        if getattr(pad, "value", 0) != 0:
+            raise Unfit(OTHER_NUMBERS)
+        unhooked(pad, "the padding")
+        mode, amounts = PADS[type(pad)], cast(Any, pad).padding
+    else:
+        mode, amounts = pad
+    if len(amounts) > 2 * rank or len(amounts) % 2 or not all(type(n) is int and n >= 0 for n in amounts):
+        raise Unfit(f"a padding of {tuple(amounts)}")
+    given = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
+    return "zeros" if mode == "constant" else mode, [(0, 0)] * (rank - len(given)) + given[::-1]
 
 
-NOT_YET = "not yet, kernels pad by zeros only"
-
-
-def zero_pad(pad: Any, rank: int) -> list[tuple[int, int]]:
-    """Returns what torch.nn.functional.pad gets as (before, after) per spatial dimension, the first one first.
+def fit_padding(conv: Any, pad: nn.Module | Pad | None, rank: int) -> tuple[Any, str]:
+    """Returns a layer's padding and one before it as one: in pairs if there is one before, and its mode.
 
     Raises:
-        Unfit: it crops, or pads other dimensions too.
+        Unfit: they are not one, or not the kernels'.
     """
-    if len(pad) > 2 * rank or len(pad) % 2 or not all(type(n) is int and n >= 0 for n in pad):
-        raise Unfit(f"a padding of {tuple(pad)}")
-    given = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]
-    return [(0, 0)] * (rank - len(given)) + given[::-1]
+    mode = conv.padding_mode
+    padding = conv.padding if mode == "zeros" else pads(conv, rank)
+    if pad is None:
+        return padding, mode
+    before, more = fit_pad(pad, rank)
+    if padding == "same":
+        raise Unfit('padding="same" after a padding')
+    own = pairs(0 if padding == "valid" else padding, rank)
+    if not any(map(any, own)):
+        return tuple(more), before
+    if (mode, before) != ("zeros", "zeros") and any(map(any, more)):
+        raise Unfit("a padding in another mode than the convolution's own, or a repeated one of a repeated one")
+    return tuple([(p + m, q + n) for (p, q), (m, n) in zip(own, more, strict=True)]), mode
+
+
+OTHER_NUMBERS = "a padding by other numbers than zero"
 
 
 def unhooked(module: Any, what: str, but: str = "-") -> None:
@@ -253,14 +276,6 @@ def unhooked(module: Any, what: str, but: str = "-") -> None:
         raise Unfit(f"{what} has a forward of its own, set on the module")
     if _has_any_global_hook():  # type: ignore[no-untyped-call]  # untyped in torch
         raise Unfit("a hook on every module")
-
-
-def _more_padding(padding: Any, more: list[tuple[int, int]], rank: int) -> tuple[tuple[int, int], ...]:
-    """Returns a layer's padding and a padding before it as one, in pairs."""
-    if padding == "same":
-        raise Unfit('padding="same" after a padding')
-    own = pairs(0 if padding == "valid" else padding, rank)
-    return tuple([(p + m, q + n) for (p, q), (m, n) in zip(own, more, strict=True)])
 
 
 # --- batch norm ---

@@ -59,7 +59,7 @@ class _Forward(_Fused):
     ) -> torch.Tensor:
         """Returns the result. `residual`, `scale` and `shift` are as in `tconv.functional`."""
         mode = self.padding_mode
-        padding = self.padding if mode == "zeros" else modules.pads(self)
+        padding = self.padding if mode == "zeros" else modules.pads(self, self._tconv_rank)
         asked = CallArguments(False, self._tconv_rank, self.stride, padding, 0, self.groups, self.dilation, mode)
         return epilogues.convolve(
             asked, input, self.weight, self.bias, self._steps(residual, scale, shift), self._tconv_policy

@@ -74,7 +74,7 @@ class _Forward(_Layer, torch.nn.modules.conv._ConvNd):
             return _torchs(self)._conv_forward(self, input, weight, bias)  # type: ignore[no-any-return]
         rank, padding, mode = self._tconv_rank, self.padding, self.padding_mode
         if mode != "zeros":
-            padding = pads(self)
+            padding = pads(self, rank)
         call = (False, rank, input, weight, bias, self.stride, padding, 0, self.groups, self.dilation)
         y = convolve(*call, self._tconv_policy, mode)
         if y is None and mode != "zeros":  # by torch, as its `_conv_forward` does it
@@ -109,15 +109,15 @@ class _Transposed(_Layer, torch.nn.modules.conv._ConvTransposeNd):
         return _torchs(self).forward(self, input, output_size) if y is None else y  # type: ignore[no-any-return]
 
 
-def pads(layer: Any) -> Any:
-    """Returns the padding (before, after) of each dimension of a layer whose padding_mode is not zeros.
+def pads(layer: Any, rank: int) -> Any:
+    """Returns the padding (before, after) of each dimension of a layer of that rank whose padding_mode is not zeros.
 
     Like torch's layers it has a padding of its own then, which does not follow if `layer.padding` is changed.
     """
     if by_side(layer.padding):
         return layer.padding
     ends = layer._reversed_padding_repeated_twice  # (before, after) of the last dimension first
-    return tuple(zip(ends[-2::-2], ends[::-2], strict=False)) if len(ends) == 2 * layer._tconv_rank else None
+    return tuple(zip(ends[-2::-2], ends[::-2], strict=False)) if len(ends) == 2 * rank else None
 
 
 def padded(layer: Any, input: torch.Tensor) -> torch.Tensor:

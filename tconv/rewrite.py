@@ -26,16 +26,15 @@ from torch import fx, nn
 from tconv.chain import (
     ACTIVATIONS,
     NORMS,
-    NOT_YET,
-    OTHER_PADS,
-    ZERO_PADS,
+    OTHER_NUMBERS,
+    PADS,
     Activation,
     Unfit,
     chained,
     fit_activation,
     fit_conv,
     fit_norm,
-    fit_pad,
+    fit_padding,
     norm_act,
     unhooked,
 )
@@ -284,22 +283,25 @@ def _chain(host: nn.Module, graph: fx.Graph, node: fx.Node, taken: set[fx.Node],
 
 def _take_pad(host: nn.Module, chain: Chain, node: fx.Node, rank: int) -> None:
     """Adds a padding before a convolution to its chain. Raises Unfit if there is one that its kernel cannot compute."""
-    before = node.args[0]
+    before, known = node.args[0], cast(Any, None)
     if not isinstance(before, fx.Node):
         return
-    if before.op == "call_module" and isinstance(module := host.get_submodule(str(before.target)), (*ZERO_PADS, *OTHER_PADS)):
-        fit_pad(module, rank)
-        pad = str(before.target)
+    if before.op == "call_module" and type(module := host.get_submodule(str(before.target))) in PADS:
+        pad, known = str(before.target), module
     elif before.op == "call_function" and before.target is F.pad:
         _, amounts, mode, value = _bound(before, *PAD)
-        if mode != "constant" or value not in (None, 0):
-            raise Unfit(f"{mode} padding{' by another number' if mode == 'constant' else ''}: {NOT_YET}")
+        if value not in (None, 0):
+            raise Unfit(OTHER_NUMBERS)
+        if mode not in PADS.values():
+            raise Unfit(f"a padding in mode {mode!r}")
         if not isinstance(amounts, (tuple, list)) or len(amounts) > 2 * rank:
             raise Unfit("a padding of other dimensions")
-        pad = ""
+        pad, known = "", (mode, amounts) if all(type(n) is int for n in amounts) else None
     else:
         return
-    fit_conv(host.get_submodule(chain.conv), padded=True)
+    conv = host.get_submodule(chain.conv)
+    fit_conv(conv, padded=True)
+    fit_padding(conv, known, rank)
     if len(before.users) != 1:
         raise Unfit(f"a padding that is used {len(before.users)} times")
     chain.nodes.insert(0, before)
@@ -549,7 +551,8 @@ def _compiled(graph: fx.Graph, chains: list[Chain], stepwise: bool, name: str) -
 
             x, pad = first.args[0] if first.args else first.kwargs["input"], module(chain.pad or None)
             if chain.pad == "":
-                x, pad, *_ = _bound(first, *PAD)
+                x, amounts, mode, _ = _bound(first, *PAD)
+                pad = mode, amounts
             residual = chain.added and _added(chain.added, chain.nodes[chain.nodes.index(chain.added) - 1])
             kwargs = {
                 "norm": module(chain.norm), "activation": module(chain.activation), "residual": residual,

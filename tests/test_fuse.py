@@ -139,6 +139,17 @@ class Residuals(nn.Module):
         return x
 
 
+class Clamped(nn.Module):
+    """Two paddings before a convolution, the second one, which is the kernel's, by a function and without an amount."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return F.leaky_relu(self.conv(F.pad(x, (0, 0, 0, 0), mode="replicate")), 0.3)
+
+
 MODELS = {
     "sequential": (lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 2, 0)), *block(), nn.MaxPool2d(2)), (2, 3, 7, 6)),
     "residual block": (Bottleneck, (2, 4, 5, 6)),
@@ -156,6 +167,12 @@ MODELS = {
             torch.nn.utils.weight_norm(nn.Conv1d(3, 4, 3)), nn.SiLU(),
             torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 3, 3)), nn.GELU(),
         ), (2, 3, 8),
+    ),
+    "padding that repeats the input": (
+        lambda: nn.Sequential(
+            nn.ReflectionPad2d((1, 2, 0, 1)), nn.Conv2d(3, 4, 3), nn.ReLU(),
+            nn.ReplicationPad2d(1), nn.Conv2d(4, 4, 3, padding="valid"), nn.SiLU(), nn.CircularPad2d((1, 1, 1, 1)), Clamped(4),
+        ), (2, 3, 6, 5),
     ),
     "other padding modes, no affine": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1, padding_mode="circular"), nn.BatchNorm2d(4, affine=False), nn.Tanh()),
@@ -175,6 +192,7 @@ STEPS = {
     "transposed": {"0": ("batch norm", "leaky_relu")},
     "three dimensions": {"1": ("pad", "hardswish")},
     "weight norm, old and new": {"0": ("silu",), "2": ("gelu",)},
+    "padding that repeats the input": {"1": ("pad", "relu"), "4": ("pad", "silu"), "7.conv": ("pad", "leaky_relu")},
     "other padding modes, no affine": {"0": ("batch norm", "tanh")},
 }  # fmt: skip
 
@@ -357,17 +375,17 @@ REFUSED = {  # a model, and why nothing of its convolution is fused
         "followed by an addition of another kind than of two tensors",
     ),
     "added to itself": (through(lambda self, x: (y := self.conv(x)) + y), "its result is added to itself"),
-    "reflection": (
-        lambda: nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(3, 4, 3)),
-        "after ReflectionPad2d: not yet, kernels pad by zeros only; its result is the module's",
+    "reflection before zeros": (
+        lambda: nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(3, 4, 3, padding=1)),
+        "after a padding in another mode than the convolution's own",
     ),
-    "replication, by a function": (
-        through(lambda self, x: self.conv(F.pad(x, (1, 1, 0, 0), mode="replicate"))),
-        "after replicate padding: not yet, kernels pad by zeros only; its result is the module's",
+    "ones, by a function": (
+        through(lambda self, x: self.conv(F.pad(x, (1, 1, 0, 0), value=1.0))),
+        "after a padding by other numbers than zero; its result is the module's",
     ),
     "ones": (
         lambda: nn.Sequential(nn.ConstantPad2d(1, 1.0), nn.Conv2d(3, 4, 3)),
-        "after ConstantPad2d of other numbers than zero: not yet, kernels pad by zeros only; its result is the module's",
+        "after a padding by other numbers than zero; its result is the module's",
     ),
     "cropping": (
         lambda: nn.Sequential(nn.ZeroPad2d(-1), nn.Conv2d(3, 4, 3)),

@@ -119,6 +119,8 @@ FORCED = {
     ),
     "tma": (LARGE, {"kernel": "tma"}),
     "tma of a strided dgrad": (STRIDED, {"kernel": "tma"}),
+    "patch": (Case("patches", (2, 8, 3, 8), 8, (2, 2), stride=2, transposed=True), {"kernel": "patch"}),
+    "patch groups": (Case("groups", (2, 16, 3, 8), 16, (2, 4), stride=(2, 4), groups=2, transposed=True), {"kernel": "patch"}),
     "depthwise": (Case("depthwise", (2, 6, 7, 9), 12, (3, 3), padding=1, groups=6), {"kernel": "depthwise"}),
     "strip": (Case("strips", (2, 8, 6, 16), 8, (3, 3), padding=1, groups=8), {"kernel": "strip"}),
 }  # fmt: skip

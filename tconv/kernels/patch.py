@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from tconv.kernels.common import APART, decode, flat_pixels, kernel, lead, multiple, product, rounded, trail, turned
+from tconv.kernels.epilogue import finish
 
 
 @triton.jit
@@ -32,6 +33,7 @@ def row_offset(row, R1, R2, r0, r1, r2, Y_VEC: tl.constexpr, OFFSET: tl.constexp
 @kernel
 def patch(
     x_ptr, w_ptr, b_ptr, y_ptr,
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
     N, CI, CO, G, X0, X1, X2,  # X: extents of x
     L, R1, R2, r0, r1, r2,  # columns: the run, inner extents of rows, strides of rows
     b_each, b_all,  # the channel of column o is o // b_each % b_all, of a group
@@ -40,6 +42,8 @@ def patch(
     RANK: tl.constexpr, X_UNIT: tl.constexpr,
     X_VEC: tl.constexpr, W_VEC: tl.constexpr, Y_VEC: tl.constexpr, X_PIXELS: tl.constexpr, JOINED: tl.constexpr,
     EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +96,10 @@ def patch(
         channel = o // b_each % b_all
         acc += tl.load(b_ptr + (group * b_all + channel) * sb, mask=o < CO, other=0.0).to(ACC)[None, :]
 
-    y = rounded(acc, y_ptr.dtype.element_ty, INTERPRET)
-    y_ptr += group * multiple(syg, Y_VEC).to(OFFSET)
+    # With an epilogue, sums are rounded after its steps; else before they are rearranged, so that half as much is.
+    FUSED: tl.constexpr = ACTIVATION != "" or SCALE or SHIFT or RESIDUAL != ""
+    y = acc if FUSED else rounded(acc, y_ptr.dtype.element_ty, INTERPRET)
+    base = group * multiple(syg, Y_VEC).to(OFFSET)
     sy = (multiple(sy0, Y_VEC), multiple(sy1, Y_VEC), 1 if JOINED > 1 else multiple(sy2, Y_VEC))
     if JOINED > 1:
         y = y.reshape(BLOCK_M, BLOCK_N // JOINED, JOINED).permute(1, 0, 2).reshape(BLOCK_N // JOINED, BLOCK_M * JOINED)
@@ -111,6 +117,18 @@ def patch(
         offset += j[d].to(OFFSET) * sy[d]
     rows = row_offset(row, R1, R2, r0, r1, r2, Y_VEC, OFFSET)
     if JOINED > 1:
-        tl.store(y_ptr + (rows[:, None] + offset[None, :]), y, mask=mask)
+        tile = rows[:, None] + offset[None, :]
     else:
-        tl.store(y_ptr + (offset[:, None] + (rows + o % run)[None, :]), y, mask=mask)
+        tile = offset[:, None] + (rows + o % run)[None, :]
+    if FUSED:
+        if JOINED > 1:
+            column = row[:, None] * JOINED + (e % JOINED).to(tl.int32)[None, :]
+        else:
+            column = o[None, :]
+        y = finish(
+            y, base + tile, mask, group * b_all + column // b_each % b_all, column < CO,
+            scale_ptr, shift_ptr, residual_ptr, kept_ptr, y_ptr.dtype.element_ty,
+            ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, None, None,
+        )  # fmt: skip
+        y = rounded(y, y_ptr.dtype.element_ty, INTERPRET)
+    tl.store(y_ptr + base + tile, y, mask=mask)

@@ -107,10 +107,8 @@ def prepare_gather(
     described = describing(problem, y)
 
     def columns(x: torch.Tensor, w: torch.Tensor) -> Pass:
-        if epilogue:
-            raise Ineligible("it adds a bias, and no other epilogue")
         try:
-            return PatchPass(problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias)
+            return PatchPass(problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias, epilogue)
         except ValueError as e:
             raise Ineligible(str(e)) from None
 

@@ -26,7 +26,13 @@ class Patch(Gemm):
     spills: ClassVar[Spills] = {8: (Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3))}
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
-        return () if access.narrow else super().tiles(access)
+        found = () if access.narrow else super().tiles(access)
+        if not access.epilogue:
+            return found
+        # An epilogue's steps take registers. Of numbers per channel there is one for each element, since a channel's columns
+        # may lie anywhere in a tile.
+        most = 64 * 64 if access.epilogue.per_channel or access.epilogue.tensors > 1 else 128 * 128
+        return tuple(tile for tile in found if tile.m * tile.n <= most)
 
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         columns, reduced = self.channels(p, pass_)

@@ -163,7 +163,7 @@ def _fuse(graph: Graph, node: Node, activations: dict[Node, _Activation], stepwi
     shift: Node | None = None
     with graph.inserting_before(chain.end), torch.no_grad():
         for kind, factor in chain.factors:
-            t = emit(aten.reshape.default, factor, [value.shape[1]])
+            t = emit(aten.reshape.default, factor, [-1])
             if len(chain.factors) > 1:
                 t = emit(prims.convert_element_type.default, t, torch.promote_types(value.dtype, torch.float32))
             if kind == "mul":
@@ -204,7 +204,7 @@ def _step(chain: _Chain, value: torch.Tensor, activations: dict[Node, _Activatio
     if user is None or len(v.users) > 1 or not isinstance(user.meta.get("val"), torch.Tensor):
         return None
     result = user.meta["val"]
-    if not _same(result.shape, value.shape) or result.dtype not in _dtypes(value.dtype):
+    if not _same(result.shape, value.shape) or result.dtype not in _dtypes(value.dtype) or result.device != value.device:
         return None
     if user.target in CASTS:
         return dataclasses.replace(chain, end=user)
@@ -217,9 +217,10 @@ def _step(chain: _Chain, value: torch.Tensor, activations: dict[Node, _Activatio
     t = other.meta["val"]
     if not (chain.residual or chain.activation) and t.dtype in _dtypes(value.dtype) and _per_channel(t.shape, value.shape):
         return dataclasses.replace(chain, end=user, factors=(*chain.factors, (kind, other)))
-    if other.target in CASTS and other.all_input_nodes[0].meta["val"].dtype == value.dtype and t.dtype in _dtypes(value.dtype):
-        (other,) = other.all_input_nodes  # the kernel widens it itself
-        t = other.meta["val"]
+    if other.target in CASTS and t.dtype in _dtypes(value.dtype):
+        (narrow,) = other.all_input_nodes
+        if (narrow.meta["val"].dtype, narrow.meta["val"].device) == (value.dtype, value.device):
+            other, t = narrow, narrow.meta["val"]  # the kernel widens it itself
     if kind == "add" and chain.residual is None and t.dtype == value.dtype and _same(t.shape, value.shape):
         return dataclasses.replace(chain, end=user, residual=other, position="after" if chain.activation else "before")
     return None

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tconv
@@ -183,3 +184,25 @@ def test_stepwise_has_the_bits_of_the_graph(device):
             y = torch.compile(lambda x, r: F.relu(layer(x) + r), backend=backend, fullgraph=True)(x, r)
             assert torch.equal(y, right) is stepwise
     assert seen == [["residual relu"]] * 2
+
+
+def test_a_copy_to_another_device_stays():
+    with FakeTensorMode():
+        x, w, r = torch.empty(2, 3, 4, 4, device="cuda:0"), torch.empty(4, 3, 2, 2, device="cuda:0"), torch.empty(2, 4, 3, 3)
+        for after, found in ((lambda y, r: y + r.to("cuda:0"), "residual"), (lambda y, r: F.relu(y).cpu() + r, "relu")):
+            graph = traced(convolved(after), x, w, r).graph
+            assert tconv.fuse_epilogues(graph) == 1
+            assert fused(graph) == [found]
+            assert [n.target for n in graph.nodes].count(torch.ops.aten._to_copy.default) == 1
+
+
+def test_symbolic_numbers_of_channels(device):
+    def f(x, w, c, r):
+        return F.silu((TF.conv2d(x, w) - c) * c + r)
+
+    tensors = [torch.randn(shape, device=device) for shape in ((2, 3, 4, 5), (6, 3, 2, 2), (6, 1, 1), (2, 6, 3, 4))]
+    module = make_fx(f, tracing_mode="symbolic")(*tensors)
+    assert tconv.fuse_epilogues(module.graph) == 1
+    assert fused(module.graph) == ["scale shift residual silu"]
+    module.recompile()
+    torch.testing.assert_close(module(*tensors), f(*tensors))

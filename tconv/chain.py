@@ -120,7 +120,7 @@ def _by_modules(conv: Any, x: Any, norm: Any, activation: Any, residual: Any, po
     y = conv(x)
     if norm is not None:
         y = norm(y)
-        activation = None if norm_act(norm) else activation
+        activation = None if norm_act(norm) and activation is norm.act else activation
     if residual is not None and position == "before":
         y = y + residual
     if activation is not None:
@@ -150,6 +150,8 @@ def _by_kernel(
     scale = shift = None
     if norm is not None:
         fit_norm(norm, rank)
+        if norm_act(norm) and type(norm.act) is not nn.Identity and activation is not norm.act:
+            raise Unfit("the batch norm has an activation of its own now")
         scale, shift = _scale_and_shift(norm)
     name, slope = None, 0.0
     if activation is not None:
@@ -220,14 +222,16 @@ def fit_pad(pad: nn.Module | Pad, rank: int) -> tuple[str, list[tuple[int, int]]
     """Returns the mode of a padding, as a layer's padding_mode, and (before, after) per spatial dimension.
 
     Args:
-        pad: a module of a type in PADS, or a `Pad`.
+        pad: a module, or a `Pad`.
     Raises:
-        Unfit: it pads by other numbers than zero, crops, or pads other dimensions too.
+        Unfit: it is no padding, pads by other numbers than zero, crops, or pads other dimensions too.
     """
     if isinstance(pad, nn.Module):
         if getattr(pad, "value", 0) != 0:
             raise Unfit(OTHER_NUMBERS)
         unhooked(pad, "the padding")
+        if type(pad) not in PADS:
+            raise Unfit(f"{type(pad).__name__} is no padding of the kernels")
         mode, amounts = PADS[type(pad)], cast(Any, pad).padding
     else:
         mode, amounts = pad
@@ -297,7 +301,8 @@ def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
         state = [(t._version, t.data_ptr(), t.dtype) for t in given]
         if kept and kept[1] == state and kept[2] == norm.eps and all(a is b for a, b in zip(tensors, kept[0], strict=True)):
             return kept[3], kept[4]
-    with torch.set_grad_enabled(differentiable):
+    # Not as inference mode's own tensors, which no later call with gradients could save.
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
         wide = torch.promote_types(norm.running_var.dtype, torch.float32)
         scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
         scale = scale if norm.weight is None else scale * norm.weight.to(wide)

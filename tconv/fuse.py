@@ -326,15 +326,14 @@ def _derived(r: Rewritten) -> type:
     """Returns the class of a module with its new forward."""
     users: Any = plain_class(r.host)
     new, form = r.forward, r.form
-    inside = [(name, r.host.get_submodule(name)) for name in sorted(r.inlined | r.passed)]
-    guards = [_Guard((), users, _constants(r.host))]
-    guards += [_Guard(tuple(name.split(".")), _users(m), _constants(m)) for name, m in inside]
+    guards = [_guard("", r.host), *(_guard(name, r.host.get_submodule(name)) for name in sorted(r.held))]
+    shared = _shared({name: r.host.get_submodule(name) for name in ("", *sorted(r.held))})
 
     @functools.wraps(users.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():  # a compiler fuses by itself, and wants torch's own operators for it
             found = form.tensors(args, kwargs)
-            if found is not None and _unchanged(self, guards):
+            if found is not None and _unchanged(self, guards, shared):
                 watch = WATCH.get()
                 if watch is not None and watch.host is not None:
                     return watch.host(self, users.forward, new, form, found)
@@ -350,6 +349,34 @@ def _derived(r: Rewritten) -> type:
     return type(users.__name__, (users,), members)
 
 
+def _guard(name: str, module: nn.Module) -> _Guard:
+    return _Guard(tuple(name.split(".")) if name else (), _users(module), _constants(module), _members(module))
+
+
+def _members(module: nn.Module) -> dict[str, bool]:
+    """Returns the names of what is registered in a module, and whether it is None."""
+    registered = module._modules, module._parameters, module._buffers
+    return {name: value is None for members in registered for name, value in members.items()}
+
+
+def _shared(modules: dict[str, nn.Module]) -> list[list[tuple[str, ...]]]:
+    """Returns the paths of each module that some modules have under several names: a trace knows it by the first."""
+    found = defaultdict[nn.Module, list[tuple[str, ...]]](list)
+    for name, module in modules.items():
+        for child, inside in module._modules.items():
+            if inside is not None:
+                found[inside].append((*(name.split(".") if name else ()), child))
+    return [paths for paths in found.values() if len(paths) > 1]
+
+
+def _at(host: nn.Module, path: tuple[str, ...]) -> Any:
+    """Returns the module at a path; None if there is none."""
+    m: Any = host
+    for part in path:
+        m = getattr(m, "_modules", {}).get(part)
+    return m
+
+
 def _constants(module: nn.Module) -> dict[str, Any]:
     """Returns the attributes of a module whose values its traced forward may hold."""
     return {name: copy.deepcopy(value) for name, value in vars(module).items() if name not in OWN and is_constant(value)}
@@ -362,17 +389,17 @@ class _Guard(NamedTuple):
         path: from the host to it; empty for the host itself.
         cls: its class, of the user's.
         constants: its attributes that the traced forward may hold.
+        members: what is registered in it, and whether that is None.
     """
 
     path: tuple[str, ...]
     cls: type
     constants: dict[str, Any]
+    members: dict[str, bool]
 
     def broken(self, host: Any) -> str:
         """Returns what is different in a host; empty if nothing is."""
-        m = host
-        for part in self.path:
-            m = getattr(m, "_modules", {}).get(part)
+        m = _at(host, self.path)
         if self.path:
             if _users(m) is not self.cls:
                 return f"{'.'.join(self.path)} is a {type(m).__name__}, was a {self.cls.__name__} in fuse_"
@@ -385,6 +412,9 @@ class _Guard(NamedTuple):
             now = own.get(name)
             if not is_same(now, value):
                 return f"{'.'.join((*self.path, name))} is {now!r}, was {value!r} in fuse_"
+        if (members := _members(m)) != self.members:
+            name = next(n for n in {**self.members, **members} if members.get(n) != self.members.get(n))
+            return f"{'.'.join((*self.path, name))} is there where it was not in fuse_, or the other way round"
         return ""
 
 
@@ -394,13 +424,16 @@ def _users(module: nn.Module | None) -> type:
     return cls.__dict__.get(USERS, cls)  # type: ignore[no-any-return]
 
 
-def _unchanged(host: nn.Module, guards: list[_Guard]) -> bool:
+def _unchanged(host: nn.Module, guards: list[_Guard], shared: list[list[tuple[str, ...]]]) -> bool:
     """Returns True if a module and those inside that its forward holds are as they were traced; else records why not."""
-    for guard in guards:
-        if why := guard.broken(host):
-            record_call(Call(f"fused forward of {type(host).__name__}", None, None, why))
-            return False
-    return True
+    why = next(filter(None, (guard.broken(host) for guard in guards)), "")
+    for first, *others in shared if not why else ():
+        for path in others:
+            if _at(host, path) is not _at(host, first):
+                why = f"{'.'.join(path)} and {'.'.join(first)} were the same module in fuse_"
+    if why:
+        record_call(Call(f"fused forward of {type(host).__name__}", None, None, why))
+    return not why
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:

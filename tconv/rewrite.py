@@ -144,6 +144,8 @@ class _Tracer(fx.Tracer):
         inlined: names of the modules inside that are traced into.
     """
 
+    proxy_buffer_attributes = True  # else a forward may compute with a buffer's values, and the trace hold them
+
     def __init__(self, form: Form, inlined: set[str]) -> None:
         super().__init__()
         self.form, self.inlined = form, inlined
@@ -304,6 +306,10 @@ def _take_pad(host: nn.Module, chain: Chain, node: fx.Node, rank: int) -> None:
     fit_padding(conv, known, rank)
     if len(before.users) != 1:
         raise Unfit(f"a padding that is used {len(before.users)} times")
+    x = before.args[0] if before.args else before.kwargs["input"]
+    for user in cast(fx.Node, x).users:
+        if _writes(host, user):
+            raise Unfit(f"a padding whose input {user.name} writes in place")  # autograd would keep that, not the padded copy
     chain.nodes.insert(0, before)
     chain.pad = pad
     chain.steps.append("pad")
@@ -448,7 +454,8 @@ class Rewritten:
         name, host: the module.
         chains: one for each convolution that it calls, fused or not.
         inlined: names of modules that it calls no more, since their forward is in the new one.
-        passed: names of other modules that must stay what they are; see `Chain`.
+        held: names of all modules that must stay what they are: those inlined, those of `Chain.passed`, and those that it
+            never calls, of whose modules it calls some, such as a ModuleList.
         forward: (module, tensors) -> result; None if there is nothing to fuse.
     """
 
@@ -457,7 +464,7 @@ class Rewritten:
     form: Form
     chains: list[Chain]
     inlined: frozenset[str]
-    passed: frozenset[str]
+    held: frozenset[str]
     forward: Callable[..., Any] | None
 
     @property
@@ -495,8 +502,18 @@ def rewrite(name: str, host: nn.Module, form: Form, without_residual: set[str], 
             if str(traced(host, form, inlined)) != str(graph):
                 raise Untraceable("it asks for the grad mode")
     fused = [chain for chain in chains if chain.steps]
+    held = {*inlined, *_not_called(host, graph), *(n for c in fused for n in c.passed)}
     forward = _compiled(graph, fused, stepwise, name or type(host).__name__) if fused else None
-    return Rewritten(name, host, form, chains, frozenset(inlined), frozenset(n for c in fused for n in c.passed), forward)
+    return Rewritten(name, host, form, chains, frozenset(inlined), frozenset(held), forward)
+
+
+def _not_called(host: nn.Module, graph: fx.Graph) -> Iterator[str]:
+    """Yields the names of modules in a host that a graph does not call, without those inside modules that it calls."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for name, _ in host.named_modules():
+        parts = name.split(".")
+        if name and not any(".".join(parts[: i + 1]) in called for i in range(len(parts))):
+            yield name
 
 
 def _worth_entering(host: nn.Module, graph: fx.Graph, chains: list[Chain]) -> Iterator[str]:

@@ -285,6 +285,11 @@ def test_a_batch_norm_that_changes_is_seen(device):
             change(model[1])
             y = model(x)
             torch.testing.assert_close(y, model[2](model[1](model[0](x))))
+    # What is kept from a call in inference mode must be good for later gradients of others.
+    model[1].weight, model[1].bias = (nn.Parameter(p.detach().clone(), requires_grad=False) for p in model[1].parameters())
+    with torch.inference_mode():
+        model(x)
+    assert_as_before(model, nn.Sequential(*model), x)
     for p in (model[1].weight, model[1].bias):  # with gradients of its parameters they are computed each time
         p.requires_grad_()
     with tconv.recording() as calls:
@@ -344,6 +349,21 @@ def writes_between(self, x):
     return y + x
 
 
+def writes_what_was_padded(self, x):
+    x = x * 1
+    y = self.conv(F.pad(x, (1, 1)))
+    return y.sin() + x.mul_(2).sum()
+
+
+class Gated(Control):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("on", torch.tensor(True))
+
+    def forward(self, x):
+        return self.relu(self.conv(x)) if self.on else x
+
+
 REFUSED = {  # a model, and why nothing of its convolution is fused
     "a hook on the activation": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), with_hook(nn.ReLU(), "register_forward_hook")),
@@ -392,6 +412,10 @@ REFUSED = {  # a model, and why nothing of its convolution is fused
         "after a padding of (-1, -1, -1, -1); its result is the module's",
     ),
     "control flow": (Control, "model: torch.fx cannot trace its forward: TraceError: symbolically traced variables"),
+    "a buffer's value": (Gated, "model: torch.fx cannot trace its forward: TraceError: symbolically traced variables"),
+    "an input that is written after it was padded": (
+        through(writes_what_was_padded), "after a padding whose input mul_ writes in place; followed by sin",
+    ),
     "an attribute that is set": (Counts, "model: it sets its attribute calls"),
     "a class of the user's": (
         lambda: nn.Sequential(OwnForward(3, 4, 3), nn.ReLU()), "OwnForward has a forward of its own",
@@ -462,6 +486,48 @@ def test_hooks_and_modules_that_come_later_are_called(device):
         torch.testing.assert_close(model(x), by_modules(model, x))
 
 
+class Built(nn.Module):
+    """Modules in a list, under two names, and perhaps."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs, self.last = nn.ModuleList([nn.Conv2d(3, 3, 1)]), nn.Conv2d(3, 3, 3, padding=1)
+        self.act = self.last_act = nn.ReLU()
+        self.skip, self.gain = None, nn.ParameterDict({"a": torch.ones(3, 1, 1)})
+
+    def forward(self, x):
+        y = x
+        for conv in self.convs:
+            y = self.act(conv(y))
+        if self.skip is not None:
+            x = self.skip(x)
+        for gain in self.gain.values():
+            y = y * gain
+        return self.last_act(self.last(y) + x)
+
+
+def test_modules_that_come_and_go_are_seen(device):
+    model = ready(nn.Sequential(nn.ZeroPad2d(1), *block(3, 3), Built())).to(device)
+    before, x = copy.deepcopy(model), torch.randn(1, 3, 4, 4, dtype=D, device=device)
+    assert fused_steps(tconv.fuse_(model, x)) == {
+        "1": ("pad", "batch norm", "relu"), "4.convs.0": ("relu",), "4.last": ("residual", "relu"),
+    }  # fmt: skip
+    conv = nn.Conv2d(3, 3, 1).to(device, D)
+    for change in (
+        lambda m: m.__setitem__(0, nn.Identity()),
+        lambda m: m[4].convs.append(copy.deepcopy(conv)),
+        lambda m: setattr(m[4], "skip", copy.deepcopy(conv)),
+        lambda m: setattr(m[4], "skip", None),
+        lambda m: m[4].gain.update({"b": torch.full((3, 1, 1), 2.0, dtype=D, device=device)}),
+        lambda m: setattr(m[4], "act", nn.Tanh()),
+        lambda m: m.append(nn.Tanh()),
+        lambda m: m.__delitem__(3),
+    ):
+        for m in (model, before):
+            change(m)
+        assert_as_before(model, before, x)
+
+
 def test_modules_that_are_shared_and_called_twice(device):
     def twice(self, x):
         return self.act(self.norm(self.conv(self.act(self.norm(self.conv(x))))))
@@ -507,19 +573,24 @@ class BatchNormAct2d(nn.BatchNorm2d):
 @pytest.mark.parametrize(("act", "steps"), [("SiLU", ("batch norm", "silu")), ("Identity", ("batch norm", "residual"))])
 def test_a_batch_norm_with_its_activation_inside(act, steps, device):
     def added(self, x):
-        return self.norm(self.conv(x)) + x
+        return self.last(self.norm(self.conv(x)) + x)
 
-    model = ready(Through(added, conv=nn.Conv2d(3, 3, 1), norm=BatchNormAct2d(3, getattr(nn, act)()))).to(device)
+    norm = BatchNormAct2d(3, getattr(nn, act)())
+    model = ready(Through(added, conv=nn.Conv2d(3, 3, 1), last=nn.ReLU(), norm=norm)).to(device)
     before, x = copy.deepcopy(model), torch.randn(1, 3, 4, 4, dtype=D, device=device)
     assert fused_steps(tconv.fuse_(model, x))["conv"][:2] == steps
     assert_as_before(model, before, x)
-    with model.conv.register_forward_hook(hook):  # the modules run, and the activation once
+    with model.conv.register_forward_hook(hook):  # the modules run, and each activation once
         torch.testing.assert_close(model(x), before(x))
     for m in (model, before):
         m.norm.drop = nn.ReLU()
     torch.testing.assert_close(model(x), before(x))
     for m in (model, before):
         m.norm = nn.BatchNorm2d(3).to(device, D).eval()
+    torch.testing.assert_close(model(x), before(x))
+    tconv.fuse_(model, x)
+    for m in (model, before):
+        m.norm = BatchNormAct2d(3, nn.Tanh()).to(device, D).eval()
     torch.testing.assert_close(model(x), before(x))
 
 

@@ -350,7 +350,9 @@ def _derived(r: Rewritten) -> type:
 
 
 def _guard(name: str, module: nn.Module) -> _Guard:
-    return _Guard(tuple(name.split(".")) if name else (), _users(module), _constants(module), _members(module))
+    return _Guard(
+        tuple(name.split(".")) if name else (), _users(module), _constants(module), frozenset(vars(module)), _members(module)
+    )
 
 
 def _members(module: nn.Module) -> dict[str, bool]:
@@ -389,12 +391,14 @@ class _Guard(NamedTuple):
         path: from the host to it; empty for the host itself.
         cls: its class, of the user's.
         constants: its attributes that the traced forward may hold.
+        attributes: the names of all of them. A new one may hide an attribute of the class.
         members: what is registered in it, and whether that is None.
     """
 
     path: tuple[str, ...]
     cls: type
     constants: dict[str, Any]
+    attributes: frozenset[str]
     members: dict[str, bool]
 
     def broken(self, host: Any) -> str:
@@ -412,6 +416,9 @@ class _Guard(NamedTuple):
             now = own.get(name)
             if not is_same(now, value):
                 return f"{'.'.join((*self.path, name))} is {now!r}, was {value!r} in fuse_"
+        for name in own.keys() - self.attributes:
+            if is_constant(own[name]):
+                return f"{'.'.join((*self.path, name))} is {own[name]!r}, was not set in fuse_"
         if (members := _members(m)) != self.members:
             name = next(n for n in {**self.members, **members} if members.get(n) != self.members.get(n))
             return f"{'.'.join((*self.path, name))} is there where it was not in fuse_, or the other way round"

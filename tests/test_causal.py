@@ -1,8 +1,11 @@
 """Causal depthwise convolutions of sequences: against torch's convolution of each sequence by itself in fp64."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,6 +185,57 @@ def test_gradients_of_gradients_and_contexts(device):
     ):
         torch.testing.assert_close([t.reshape(s.shape) for t, s in zip(others, (y, final), strict=True)], [y, final])
     torch.func.jvp(lambda x: step(x, w, states)[0], (x,), (x,))
+    assert step(*(t.to("meta") for t in (x, w, states)))[0].shape == x.shape
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("over", [(0,), (1,), (2,), (0, 1)], ids=str)
+def test_gradients_of_a_sum(over, channels_last, device, poisoned):
+    """A sum's gradient repeats its elements by strides of zero, and the gradient of SiLU's argument does not."""
+    x, w = random(3, 6, 9, device=device, channels_last=channels_last), random(6, 4, device=device)
+    leaves = [t.requires_grad_() for t in (x, w)]
+    wides = [t.detach().double().requires_grad_() for t in leaves]
+    y = causal_conv1d(*leaves, activation="silu").sum(over)
+    right = F.silu(F.conv1d(F.pad(wides[0], (3, 0)), wides[1][:, None], groups=6)).sum(over)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(right, wides, dy.double())
+    for got, of in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        close(got, of, x.dtype)
+
+
+def test_gradients_of_gradients_where_the_input_depends_on_the_filter(device):
+    x, w = random(1, 2, 5, dtype=torch.float64, device=device), random(2, 3, dtype=torch.float64, device=device)
+    assert torch.autograd.gradgradcheck(lambda w: causal_conv1d(x * w.sum(), w, activation="silu"), (w.requires_grad_(),))
+    right = F.silu(F.conv1d(F.pad(x * w.sum(), (2, 0)), w[:, None], groups=2)).sin().sum()
+    y = causal_conv1d(x * w.sum(), w, activation="silu").sin().sum()
+    torch.testing.assert_close(*(torch.autograd.grad(t, w, create_graph=True)[0] for t in (y, right)))
+
+
+def test_a_gradient_whose_kernel_fails_is_torchs(device, monkeypatch):
+    from tconv.launching import causal as launching
+
+    def failing(*_):
+        raise Fallback("for a test")
+
+    x, w = random(2, 4, 6, device=device).requires_grad_(), random(4, 3, device=device).requires_grad_()
+    y, dy = causal_conv1d(x, w, activation="silu"), torch.randn(2, 4, 6, device=device)
+    expected = torch.autograd.grad(y, (x, w), dy, retain_graph=True)
+    monkeypatch.setattr(launching, "run", failing)
+    with tconv.recording() as calls:
+        got = torch.autograd.grad(y, (x, w), dy)
+    assert "for a test" in calls[0].reason
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_checkpoint(how, device):
+    """Which lets the saved tensors be read once."""
+    x, w = random(2, 4, 6, device=device).requires_grad_(), random(4, 3, device=device)
+    step = functools.partial(causal_conv1d, activation="silu")
+    y = torch.utils.checkpoint.checkpoint(step, x, w, use_reentrant=False)
+    again = how == "torch"
+    dy = torch.randn(2, 4, 6, device=device)
+    got, expected = (torch.autograd.grad(t, x, dy, create_graph=again)[0] for t in (y, step(x, w)))
+    torch.testing.assert_close(got, expected)
 
 
 def test_filters_that_no_kernel_has(device):

@@ -147,6 +147,20 @@ def test_layers_and_contexts(device):
         tconv.CausalConv3d(4, 6, 3, padding_mode="replicate").stream(x)
 
 
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_autocast(differentiable, device):
+    """A state is what the convolution has read, so it is of autocast's dtype, and the next chunk takes it."""
+    layer, x = tconv.CausalConv1d(4, 6, 3).to(device), torch.randn(2, 4, 6, device=device)
+    with torch.set_grad_enabled(differentiable), torch.autocast(device, torch.bfloat16):
+        y, state = layer.stream(x[..., :1])
+        z, state = layer.stream(x[..., 1:], state)
+        _, state = layer.stream(x[..., :0], state)
+        whole = layer(x)
+    assert y.dtype == z.dtype == state.dtype == torch.bfloat16
+    assert torch.equal(state, x[..., 4:].bfloat16())
+    torch.testing.assert_close(torch.cat((y, z), 2), whole, rtol=1e-2, atol=1e-2)
+
+
 X, W = torch.zeros(2, 4, 5, 6, 7), torch.zeros(3, 4, 3, 3, 3)
 BAD = {
     "input": [(X[0], W, None, {})],

@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from tconv.dispatch import entry
 from tconv.dispatch.context import PLAIN, why_ineligible
 from tconv.dispatch.dynamo import opaque
+from tconv.dispatch.norms import without_autocast
 from tconv.dispatch.support import DTYPES
 from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.causal import TAPS
@@ -244,37 +245,54 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     @opaque
     def backward(ctx: Any, dy: MaybeTensor, dnext: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, w, b, state, index, starts = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once, as checkpoints want it; it raises if they were edited in place
         needs, nothing = ctx.needs_input_grad[:4], (None,) * 4
         if dy is None and dnext is None:
             return (None,) * 8
         given = [t for t in (dy, dnext) if t is not None]
-        if torch.is_grad_enabled() or any(type(t) not in PLAIN for t in given) or why_ineligible(x, w, *given):
-            return *_gradients_by_torch(ctx, dy, dnext, needs), *nothing
-        from tconv.launching import causal as kernels
-
-        s = kernels.Sequences(x, w, b, state, index, starts, ctx.activation)
-        dy = torch.zeros_like(x) if dy is None else dy
-        dy = kernels.laid_out(dy, x)
-        dx = dw = db = dstate = None
-        du = dy
-        if needs[1] or needs[2] or ctx.activation:
-            du, dw, db = kernels.weight_gradients(s, dy)
-            dw = dw.to(w.dtype) if needs[1] else None
-            db = db.to(b.dtype) if b is not None and needs[2] else None
-        if needs[0] or needs[3]:
-            dx, dstate = kernels.input_gradients(s, du, dnext, needs[3])
-        return dx if needs[0] else None, dw, db, dstate, *nothing
+        if not (torch.is_grad_enabled() or any(type(t) not in PLAIN for t in given) or why_ineligible(*saved[:2], *given)):
+            try:
+                return *_gradients_by_kernels(ctx, saved, dy, dnext, needs), *nothing
+            except Fallback as e:
+                record_call(Call("causal_conv1d gradient", None, None, str(e)))
+        return *_gradients_by_torch(ctx, saved, dy, dnext, needs), *nothing
 
 
-def _gradients_by_torch(ctx: Any, dy: MaybeTensor, dnext: MaybeTensor, needs: tuple[bool, ...]) -> list[MaybeTensor]:
+def _gradients_by_kernels(
+    ctx: Any, saved: Any, dy: MaybeTensor, dnext: MaybeTensor, needs: tuple[bool, ...]
+) -> list[MaybeTensor]:
+    """Returns the gradients of x, w, b and the states.
+
+    Raises:
+        Fallback: a kernel cannot be launched.
+    """
+    from tconv.launching import causal as kernels
+
+    x, w, b, state, index, starts = saved
+    s = kernels.Sequences(x, w, b, state, index, starts, ctx.activation)
+    du = dy = kernels.laid_out(torch.zeros_like(x) if dy is None else dy, x)
+    dx = dw = db = dstate = None
+    if needs[1] or needs[2] or ctx.activation:
+        du, dw, db = kernels.weight_gradients(s, dy)
+        dw = dw.to(w.dtype) if needs[1] else None
+        db = db.to(b.dtype) if b is not None and needs[2] else None
+    if needs[0] or needs[3]:
+        dx, dstate = kernels.input_gradients(s, du, dnext, needs[3])
+    return [dx if needs[0] else None, dw, db, dstate]
+
+
+def _gradients_by_torch(
+    ctx: Any, saved: Any, dy: MaybeTensor, dnext: MaybeTensor, needs: tuple[bool, ...]
+) -> list[MaybeTensor]:
     """Returns the gradients of x, w, b and the states, differentiable themselves, of the same computed by torch's functions."""
-    x, w, b, state, index, starts = ctx.saved_tensors
+    *leaves, index, starts = saved
     again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Views, since one of them may have been computed from another, and what they were computed from is not followed.
+        x, w, b, state = leaves = [t if t is None else t.view_as(t) for t in leaves]
         y, after = by_torch(x, w, b, state, index, starts, ctx.activation, ctx.with_next)
         pairs = [(out, g) for out, g in ((y, dy), (after, dnext)) if out is not None and g is not None]
-        wanted = [t for t, needed in zip((x, w, b, state), needs, strict=True) if needed]
+        wanted = [t for t, needed in zip(leaves, needs, strict=True) if needed]
         outs, gs = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outs, wanted, gs, create_graph=again, allow_unused=True))
     return [next(found) if needed else None for needed in needs]
@@ -332,7 +350,7 @@ def by_torch(
 
 
 def _conv1d(x: torch.Tensor, w: torch.Tensor, b: MaybeTensor) -> torch.Tensor:
-    with torch.autocast(x.device.type, enabled=False) if not is_dynamo_compiling() else contextlib.nullcontext():
+    with contextlib.nullcontext() if is_dynamo_compiling() else without_autocast(x.device.type):
         w = w.to(x.dtype).unsqueeze(1)
         y: torch.Tensor = F.conv1d(x, w, None if b is None else b.to(x.dtype), groups=x.shape[1])
     return y

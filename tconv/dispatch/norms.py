@@ -95,7 +95,7 @@ def by_torch(asked: Asked, sides: Any, x: Any, w: Any, b: Any) -> torch.Tensor:
     With a weight or bias in fp32 beside x in 16 bits, the steps are computed in fp32, and the result is rounded once.
     """
     device = x.device.type if isinstance(x, torch.Tensor) else ""
-    with _without_autocast(device):
+    with without_autocast(device):
         v = x
         if any(_wider(x, t) for t in (w, b)):
             v, w, b = (None if t is None else t.float() for t in (x, w, b))
@@ -115,7 +115,7 @@ def by_torch(asked: Asked, sides: Any, x: Any, w: Any, b: Any) -> torch.Tensor:
     return _laid_out(y, _is_channels_last(x))
 
 
-def _without_autocast(device: str) -> Any:
+def without_autocast(device: str) -> Any:
     if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

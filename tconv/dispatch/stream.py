@@ -63,6 +63,7 @@ def convolve(
     Raises:
         ValueError: an argument does not fit.
     """
+    x, state = _in_autocast(x, state)
     stride, padding, dilation = _check(rank, x, w, b, state, stride, padding, dilation, groups)
     steps.check_kinds()
     t, times = w.shape[2], x.shape[2]
@@ -78,6 +79,18 @@ def convolve(
             why = str(e)
         record_call(Call(f"conv{rank}d_stream", None, None, f"(state, chunk) concatenated: {why}"))
     return _concatenated(rank, x, w, b, state, chunk, asked, steps)
+
+
+def _in_autocast(x: Any, state: Any) -> tuple[Any, Any]:
+    """Returns input and state in autocast's dtype, where it is enabled: what is handed on is what the convolution reads."""
+    if not isinstance(x, torch.Tensor) or not (state is None or isinstance(state, torch.Tensor)):
+        return x, state
+    dry = None if is_dynamo_compiling() else DRY.get()
+    device = "cuda" if dry and dry.device else x.device.type
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
+        return x, state
+    x, state = cast(device, x, state)
+    return x, state
 
 
 def _check(
@@ -180,8 +193,7 @@ def _by_kernel(
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise Fallback("a gradient is wanted")
     if torch.is_autocast_enabled(device):
-        x, w, b = cast(device, x, w, b)
-        state = None if state is None else state.to(x.dtype)
+        w, b = cast(device, w, b)
     g = entry.geometry(asked, x, w, b, "always", is_batch_invariant())
     shape = g.problem.shape("y")
     steps.check_tensors(shape, shape[1], x.dtype, x.device)

@@ -164,9 +164,22 @@ def step(s: Sequences, seen: MaybeTensor, slots: MaybeTensor) -> torch.Tensor:
 
 
 def laid_out(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Returns t as the kernels read it beside x, a tensor that lies in memory as x does: itself, or a copy."""
+    """Returns t as the kernels read it beside x, a tensor that lies in memory as x does: itself, or a copy.
+
+    One whose elements share memory, as the gradient of a sum's argument does, is copied, since another is written like it.
+    """
     same = (t.stride(1) == 1) if _channels_last(x) else (t.stride(2) == 1)
-    return t if same else _like(x, tuple(t.shape)).copy_(t)
+    return t if same and apart(t) else _like(x, tuple(t.shape)).copy_(t)
+
+
+def apart(t: torch.Tensor) -> bool:
+    """Returns True if each element has memory of its own: every stride steps over all that the smaller ones reach."""
+    reached = 0
+    for stride, extent in sorted(pair for pair in zip(t.stride(), t.shape, strict=True) if pair[1] > 1):
+        if stride <= reached:
+            return False
+        reached += stride * (extent - 1)
+    return True
 
 
 def _like(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -39,12 +39,14 @@ def quantize(t: torch.Tensor, scale: Scale | None = None, dim: int | None = None
     Returns:
         (fp8 tensor with t's memory format, fp32 scale of shape (), or (t.shape[dim],)).
     Raises:
-        ValueError: t is of another dtype, or both scale and dim are given.
+        ValueError: t is of another dtype, scale has several elements, or both scale and dim are given.
     """
     if t.dtype not in (*RESULTS, torch.float32):
         raise ValueError(f"t must be of torch.bfloat16, torch.float16 or torch.float32, got {t.dtype}")
     if scale is not None and dim is not None:
         raise ValueError("scale and dim cannot both be given")
+    if isinstance(scale, torch.Tensor) and scale.numel() != 1:
+        raise ValueError(f"scale must be a number, or a tensor with one, got shape {tuple(scale.shape)}")
     if dim is None:
         found = _largest(t) / LARGEST if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=t.device)
         found = found.reshape(())
@@ -184,7 +186,18 @@ class _Layer(torch.nn.Module):
         self.register_buffer("input_scale", None if given is None else given.reshape(()).clone())
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Rounds the input, bf16 or fp16, to fp8 and returns the result in its dtype."""
+        """Rounds the input, bf16 or fp16, to fp8 and returns the result in its dtype.
+
+        In autocast an input in fp32 is first cast to autocast's dtype.
+
+        Raises:
+            ValueError: the input is of another dtype.
+        """
+        device = input.device.type
+        if input.dtype == torch.float32 and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        if input.dtype not in RESULTS:
+            raise ValueError(f"input must be of torch.bfloat16 or torch.float16, got {input.dtype}")
         x, scale = quantize(input, self.input_scale)
         return type(self)._conv(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, input_scale=scale,
@@ -261,7 +274,7 @@ def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) 
     Raises:
         ValueError: `skip` names no module.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # a layer may be in several places
     unknown = [name for name in skip if name not in modules]
     if unknown:
         raise ValueError(f"skip names no module of the model: {unknown}")
@@ -276,6 +289,7 @@ def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) 
                 found[name] = layer
     largest = _observed(model, example, found) if example else {}
     scales: dict[str, float | None] = {}
+    made: dict[torch.nn.Module, torch.nn.Module] = {}
     for name, layer in found.items():
         if example and name not in largest:
             kept[name] = "the example did not reach it"
@@ -283,7 +297,9 @@ def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) 
         scales[name] = largest[name] / LARGEST if example else None
         kind = next(ours for torchs, ours in LAYERS if isinstance(layer, torchs))
         parent, _, own = name.rpartition(".")
-        setattr(modules[parent], own, kind(layer, scales[name]).train(layer.training))
+        if layer not in made:
+            made[layer] = kind(layer, scales[name]).train(layer.training)
+        setattr(modules[parent], own, made[layer])
     return Converted(scales, kept)
 
 

@@ -302,6 +302,27 @@ def test_convert(device):
         assert free(x).isfinite().all()
 
 
+def test_a_layer_in_two_places_is_converted_in_both(device):
+    layer = torch.nn.Conv1d(16, 16, 3, padding=1)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), layer).to(device).bfloat16()
+    done = fp8.convert_(model, torch.randn(1, 16, 5, device=device, dtype=torch.bfloat16))
+    assert set(done.scales) == {"0", "2"}
+    assert isinstance(model[0], fp8.Conv1d)
+    assert model[0] is model[2]
+
+
+def test_a_layers_input_in_fp32(device):
+    layer, x = fp8.Conv1d(torch.nn.Conv1d(16, 16, 3)).to(device), torch.randn(1, 16, 5, device=device)
+    with torch.no_grad():
+        with torch.autocast(device, torch.bfloat16):
+            y = layer(x)
+        assert torch.equal(y, layer(x.bfloat16()))
+        with pytest.raises(ValueError, match=r"input must be of .*, got torch.float32"):
+            layer(x)
+    with pytest.raises(ValueError, match=r"scale must be .*, got shape \(3,\)"):
+        fp8.quantize(x, torch.ones(3, device=device))
+
+
 def test_an_images_bits_do_not_depend_on_the_batch(device):
     case = Case("a batch", (5, 32, 7, 6), 32, (3, 3), padding=1)
     x, sx, w, sw, b = operands(case, device)

@@ -490,3 +490,13 @@ def test_layers(device):
     for cls, size in ((tconv.GroupNormSiLU, (2, 8)), (tconv.RMSNormSiLU, (8,))):
         with pytest.raises(ValueError, match="activation must be 'silu' or None"):
             cls(*size, activation="gelu")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_jit_trace(device):
+    x = torch.randn(2, 4, 3, 5, device=device)
+
+    def both(x):
+        return TF.rms_norm_silu(TF.group_norm_silu(x, 2, pad=1))
+
+    torch.testing.assert_close(torch.jit.trace(both, (x,))(x), both(x))

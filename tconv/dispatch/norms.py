@@ -110,8 +110,9 @@ def by_torch(asked: Asked, sides: Any, x: Any, w: Any, b: Any) -> torch.Tensor:
         y = y.to(x.dtype)
         if sides is not None:
             y = F.pad(y, [p for pair in reversed(sides) for p in pair])
-    if not is_dynamo_compiling() and torch._C._are_functorch_transforms_active():
-        return y  # which may have dimensions that a memory format does not count
+    # A transform may have dimensions that a memory format does not count, and torch.jit.trace extents that are no numbers.
+    if not is_dynamo_compiling() and (torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state()):
+        return y
     return _laid_out(y, _is_channels_last(x))
 
 

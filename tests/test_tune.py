@@ -506,9 +506,10 @@ def test_torchs_newer_setting_of_true_fp32_is_measured_too(timed):
     try:
         tconv.tune(layer, x, backward=False)
         assert "measured" in ran(layer, x).plan.reason
+        conv.fp32_precision = "tf32"
+        assert "measured" not in ran(layer, x).plan.reason  # another cell
     finally:
         conv.fp32_precision = before
-    assert "measured" not in ran(layer, x).plan.reason  # TF32 is another cell
 
 
 def test_a_candidate_that_hangs_is_barred(own, timed):

@@ -4,9 +4,12 @@ tconv plans for the device that is simulated, and launches as on that device, di
 for a device of CUDA's is answered here.
 """
 
+import importlib
+import pkgutil
 import sys
 
 import simulator
+from tconv import kernels
 from tconv.dispatch import entry, support
 from tconv.launching import compiled, launch
 from tconv.planning.device import ARCHITECTURES
@@ -23,6 +26,9 @@ def replace(old, new):
 
 def install(arch):
     """Makes tconv take CPU tensors for those of a GPU of an architecture. The simulator is Triton's driver already."""
+    # Triton decides when a kernel is defined whether it is interpreted, and a file of tests may set the variable that says so.
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(module.name)
     planned = ARCHITECTURES[arch][-1]
     run = compiled.run
 

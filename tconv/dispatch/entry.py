@@ -37,7 +37,7 @@ from tconv.planning.problem import Geometry
 opaque(is_batch_invariant)  # which planning, where it is, cannot mark: it knows no torch
 INTERPRETED = interpreted()  # a plain flag, for torch.compile to read
 # The functions of tconv.functional by rank, forward and transposed, which put themselves here: torch.fx's graphs call them.
-PUBLIC: tuple[dict[int, Callable[..., torch.Tensor]], dict[int, Callable[..., torch.Tensor]]] = ({}, {})
+PUBLIC: dict[bool, dict[int, Callable[..., torch.Tensor]]] = {False: {}, True: {}}
 geometries: BoundedCache[Any, Geometry | str] = BoundedCache()  # of calls that were checked, or why they fall back
 # What tells most calls apart -> a fast_path.FastPath, which checks all (ids may be used again), or None after the first call.
 fast_paths: BoundedCache[Any, Any] = BoundedCache()

@@ -153,18 +153,18 @@ conv1d, conv2d, conv3d = _public(1), _public(2), _public(3)
 
 
 class _Layer(torch.nn.Module):
-    """Base of the layers, which `from_float` makes.
+    """Base of the layers.
 
     Attributes:
         weight: (K, C/groups, *taps) in fp8, channels_last.
-        weight_scale: (K,) in fp32.
+        scale: (K,) in fp32: the weight's scales, times the input's if that is fixed.
         bias: (K,) in fp32, or None.
         input_scale: () in fp32, or None to take the largest element of each input, which costs a pass over it.
     """
 
     _conv: Callable[..., torch.Tensor]
     weight: torch.Tensor
-    weight_scale: torch.Tensor
+    scale: torch.Tensor
     bias: torch.Tensor | None
     input_scale: torch.Tensor | None
 
@@ -179,11 +179,14 @@ class _Layer(torch.nn.Module):
             if weight.dim() > 3:
                 weight = weight.contiguous(memory_format=(torch.channels_last, torch.channels_last_3d)[weight.dim() - 4])
             bias = None if layer.bias is None else layer.bias.detach().float().clone()
-            given = None if input_scale is None else torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device)
+            fixed = None
+            if input_scale is not None:
+                fixed = torch.as_tensor(input_scale, dtype=torch.float32, device=weight.device).reshape(()).clone()
+                scale = scale * fixed
         self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
+        self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        self.register_buffer("input_scale", None if given is None else given.reshape(()).clone())
+        self.register_buffer("input_scale", fixed)
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Rounds the input, bf16 or fp16, to fp8 and returns the result in its dtype.
@@ -198,16 +201,17 @@ class _Layer(torch.nn.Module):
             input = input.to(torch.get_autocast_dtype(device))
         if input.dtype not in RESULTS:
             raise ValueError(f"input must be of torch.bfloat16 or torch.float16, got {input.dtype}")
-        x, scale = quantize(input, self.input_scale)
+        x, own = quantize(input, self.input_scale)
         return type(self)._conv(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, input_scale=scale,
-            weight_scale=self.weight_scale, out_dtype=input.dtype, residual=residual,
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
+            input_scale=own if self.input_scale is None else 1.0, weight_scale=self.scale, out_dtype=input.dtype,
+            residual=residual,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         k, c, *taps = self.weight.shape
-        how = "each input's own scale" if self.input_scale is None else f"input_scale={self.input_scale.item():.3g}"
-        return f"{c * self.groups}, {k}, kernel_size={tuple(taps)}, stride={self.stride}, {how}"
+        how = "of each input" if self.input_scale is None else "fixed"
+        return f"{c * self.groups}, {k}, kernel_size={tuple(taps)}, stride={self.stride}, scale {how}"
 
 
 class Conv1d(_Layer):

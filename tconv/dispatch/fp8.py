@@ -105,7 +105,6 @@ def _fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Rounds x / scale to fp8, by one kernel where one can run."""
-    inverse = scale.reciprocal()
     q = torch.empty_like(x, dtype=FP8)
     dry = DRY.get()
     if dry or not x.numel():
@@ -117,12 +116,12 @@ def _quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         try:
             if not launch.device_of(x).fp8:
                 raise Fallback("the device converts no fp8")
-            launch.quantize(x if x.stride() == q.stride() else torch.empty_like(x).copy_(x), inverse, q)
+            launch.quantize(x if x.stride() == q.stride() else torch.empty_like(x).copy_(x), scale, q)
             return q
         except Fallback as e:
             why = str(e)
     record_call(Call("rounding to fp8", None, None, why))
-    return q.copy_((x.float() * inverse).clamp(-LARGEST, LARGEST))
+    return q.copy_((x.float() * scale.reciprocal()).clamp(-LARGEST, LARGEST))
 
 
 def _refuse_gradients(name: str, keys: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rounds a tensor to fp8 (e4m3): q = nearest(x * inverse), where numbers beyond +-448 become +-448, and NaN stays NaN.
+"""Rounds a tensor to fp8 (e4m3): q = nearest(x * (1 / divisor)), where numbers beyond +-448 become +-448, and NaN stays NaN.
 
 Elements are taken in the order in which they lie in memory, so x may have any strides without gaps, and q has the same.
 """
@@ -25,14 +25,15 @@ def nearest_fp8(v):
 
 @kernel
 def quantize(
-    x_ptr, inverse_ptr, q_ptr,
+    x_ptr, divisor_ptr, q_ptr,
     numel,
     VEC: tl.constexpr,  # divides numel
     WIDE: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
     mask = i < multiple(numel, VEC)
-    v = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32) * tl.load(inverse_ptr)
+    inverse = tl.div_rn(1.0, tl.load(divisor_ptr))
+    v = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32) * inverse
     v = tl.where(v > LARGEST, LARGEST, tl.where(v < -LARGEST, -LARGEST, v))  # comparisons with NaN are false
     if INTERPRET:
         q = tl.where(v == v, nearest_fp8(v), v).to(tl.float8e4nv)

@@ -244,13 +244,13 @@ def activation_grad(
     return dv, dr, db if summed else None
 
 
-def quantize(x: torch.Tensor, inverse: torch.Tensor, q: torch.Tensor) -> None:
-    """Writes x * inverse, rounded to fp8, to q, which has x's strides, without gaps.
+def quantize(x: torch.Tensor, scale: torch.Tensor, q: torch.Tensor) -> None:
+    """Writes x over the scale, one number in fp32, rounded to fp8, to q, which has x's strides, without gaps.
 
     Raises:
         Fallback: the kernel cannot be launched.
     """
-    run(prepare_quantize(x.numel(), x.dtype), (x, inverse, q))
+    run(prepare_quantize(x.numel(), x.dtype), (x, scale, q))
 
 
 def backward(

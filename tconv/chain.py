@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
-from tconv.dispatch import epilogues
+from tconv.dispatch import entry, epilogues
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.sides import pairs
 from tconv.dispatch.steps import SEQUENCE, Steps
@@ -143,7 +143,7 @@ def _by_kernel(
     for hook in conv._forward_pre_hooks.values():
         hook(conv, (x,))  # torch.nn.utils' own, which compute the weight
     w, b = conv.weight, conv.bias
-    epilogues.check_context(x, w)
+    entry.check_context(x, w)
     if x.dim() != rank + 2:
         raise Unfit("an input without a batch")
     padding, mode = fit_padding(conv, pad, rank)

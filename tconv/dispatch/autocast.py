@@ -8,6 +8,7 @@ node is deleted, and they with it.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -86,3 +87,9 @@ def _attached(device: str) -> _Casts:
     casts: _Casts = node.next_functions[0][0].metadata.setdefault(KEY, _Casts())
     _current[device] = weakref.ref(casts)
     return casts
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Leaves operands in their dtype, as torch's own backward does also where `backward` is called within autocast."""
+    on = device in ("cuda", "cpu") and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch.compiler import is_dynamo_compiling
 
 from tconv.dispatch import entry
+from tconv.dispatch.autocast import without_autocast
+from tconv.dispatch.check import require
 from tconv.dispatch.context import PLAIN, why_ineligible
 from tconv.dispatch.dynamo import opaque
-from tconv.dispatch.norms import without_autocast
 from tconv.dispatch.support import DTYPES
 from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.causal import TAPS
@@ -45,11 +46,11 @@ def convolve(
     if seq_idx is not None:
         _check_integers("seq_idx", seq_idx, x, (n, times))
         for name, asked in (("initial_states", initial_states is not None), ("return_final_states", return_final_states)):
-            _require(not asked, name, "not be given with seq_idx, which does not tell where a sequence begins", "both")
+            require(not asked, name, "not be given with seq_idx, which does not tell where a sequence begins", "both")
     count = n
     if cu_seqlens is not None:
-        _require(seq_idx is None, "cu_seqlens", "not be given with seq_idx", "both")
-        _require(n == 1, "x", "have one image, (1, C, L), with cu_seqlens", tuple(x.shape))
+        require(seq_idx is None, "cu_seqlens", "not be given with seq_idx", "both")
+        require(n == 1, "x", "have one image, (1, C, L), with cu_seqlens", tuple(x.shape))
         _check_integers("cu_seqlens", cu_seqlens, x, None)
         count = cu_seqlens.shape[0] - 1
     if initial_states is not None:
@@ -93,7 +94,7 @@ def update(
     least = max(1, w.shape[1] - 1)
     fits = len(shape) == 3 and shape[1] == channels and shape[2] >= least and (conv_state_indices is not None or shape[0] == n)
     slots = n if conv_state_indices is None else "slots"
-    _require(fits, "conv_state", f"have shape ({slots}, {channels}, {least} or more)", shape)
+    require(fits, "conv_state", f"have shape ({slots}, {channels}, {least} or more)", shape)
     _check_like("conv_state", conv_state, x, shape)
     for name, t in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
         if t is not None:
@@ -112,50 +113,45 @@ def update(
     return y if x.dim() == 3 else y.squeeze(2)
 
 
-def _require(holds: bool, name: str, what: str, got: Any) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {what}, got {got}")
-
-
 def _check_filter(x: Any, w: Any, b: Any, activation: Any, dims: tuple[int, ...]) -> torch.Tensor:
     """Checks what both functions take, and returns the weight as (C, T). x may have so many dimensions."""
     for name, t in (("x", x), ("weight", w), ("bias", b)):
         if not (name == "bias" and t is None):
-            _require(isinstance(t, torch.Tensor), name, "be a tensor", type(t).__name__)
-    _require(x.dtype in DTYPES, "x", f"be of one of {DTYPES}", x.dtype)
-    _require(x.dim() in dims, "x", "have shape (N, C, L)" + " or (N, C)" * (2 in dims), tuple(x.shape))
+            require(isinstance(t, torch.Tensor), name, "be a tensor", type(t).__name__)
+    require(x.dtype in DTYPES, "x", f"be of one of {DTYPES}", x.dtype)
+    require(x.dim() in dims, "x", "have shape (N, C, L)" + " or (N, C)" * (2 in dims), tuple(x.shape))
     channels = x.shape[1]
     plain: torch.Tensor = w.squeeze(1) if w.dim() == 3 and w.shape[1] == 1 else w
     fits = plain.dim() == 2 and plain.shape[0] == channels and plain.shape[1] > 0
-    _require(fits, "weight", f"have shape ({channels}, taps) or ({channels}, 1, taps)", tuple(w.shape))
-    _require(
+    require(fits, "weight", f"have shape ({channels}, taps) or ({channels}, 1, taps)", tuple(w.shape))
+    require(
         b is None or tuple(b.shape) == (channels,), "bias", f"have shape ({channels},)", None if b is None else tuple(b.shape)
     )
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, t in (("weight", w), ("bias", b)):
         if t is not None:
-            _require(t.dtype in (x.dtype, wide), name, f"be of x's dtype, {x.dtype}, or {wide}", t.dtype)
-            _require(t.device == x.device, name, f"be on x's device, {x.device}", t.device)
-    _require(activation in ACTIVATIONS, "activation", f"be one of {tuple(ACTIVATIONS)}", repr(activation))
+            require(t.dtype in (x.dtype, wide), name, f"be of x's dtype, {x.dtype}, or {wide}", t.dtype)
+            require(t.device == x.device, name, f"be on x's device, {x.device}", t.device)
+    require(activation in ACTIVATIONS, "activation", f"be one of {tuple(ACTIVATIONS)}", repr(activation))
     return plain
 
 
 def _check_like(name: str, t: Any, x: torch.Tensor, shape: tuple[int, ...]) -> None:
-    _require(isinstance(t, torch.Tensor), name, "be a tensor", type(t).__name__)
-    _require(tuple(t.shape) == shape, name, f"have shape {shape}", tuple(t.shape))
-    _require(t.dtype == x.dtype, name, f"be of x's dtype, {x.dtype}", t.dtype)
-    _require(t.device == x.device, name, f"be on x's device, {x.device}", t.device)
+    require(isinstance(t, torch.Tensor), name, "be a tensor", type(t).__name__)
+    require(tuple(t.shape) == shape, name, f"have shape {shape}", tuple(t.shape))
+    require(t.dtype == x.dtype, name, f"be of x's dtype, {x.dtype}", t.dtype)
+    require(t.device == x.device, name, f"be on x's device, {x.device}", t.device)
 
 
 def _check_integers(name: str, t: Any, x: torch.Tensor, shape: tuple[int, ...] | None) -> None:
     """Checks a tensor of 32- or 64-bit integers of this shape; by default of one dimension with two elements or more."""
-    _require(isinstance(t, torch.Tensor), name, "be a tensor", type(t).__name__)
+    require(isinstance(t, torch.Tensor), name, "be a tensor", type(t).__name__)
     if shape is None:
-        _require(t.dim() == 1 and t.shape[0] > 1, name, "have shape (sequences + 1,)", tuple(t.shape))
+        require(t.dim() == 1 and t.shape[0] > 1, name, "have shape (sequences + 1,)", tuple(t.shape))
     else:
-        _require(tuple(t.shape) == shape, name, f"have shape {shape}", tuple(t.shape))
-    _require(t.dtype in (torch.int32, torch.int64), name, "be of torch.int32 or torch.int64", t.dtype)
-    _require(t.device == x.device, name, f"be on x's device, {x.device}", t.device)
+        require(tuple(t.shape) == shape, name, f"have shape {shape}", tuple(t.shape))
+    require(t.dtype in (torch.int32, torch.int64), name, "be of torch.int32 or torch.int64", t.dtype)
+    require(t.device == x.device, name, f"be on x's device, {x.device}", t.device)
 
 
 def _kernels(x: torch.Tensor, w: torch.Tensor, *more: MaybeTensor) -> Any:
@@ -164,10 +160,7 @@ def _kernels(x: torch.Tensor, w: torch.Tensor, *more: MaybeTensor) -> Any:
     Raises:
         Fallback: they cannot run on these tensors here.
     """
-    entry.kernels_for(x.device.type)
-    why = why_ineligible(x, w, *[t for t in more if t is not None])
-    if why:
-        raise Fallback(why)
+    entry.check_context(x, w, *[t for t in more if t is not None])
     if not x.numel():
         raise Fallback("a tensor without elements")
     if w.shape[1] > TAPS:

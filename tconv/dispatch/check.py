@@ -33,6 +33,12 @@ class CallArguments(NamedTuple):
     mode: Any = "zeros"  # torch's padding_mode
 
 
+def require(holds: bool, name: str, what: str, got: Any) -> None:
+    """Raises ValueError unless a condition holds: the argument of that name must do `what`, and was `got`."""
+    if not holds:
+        raise ValueError(f"{name} must {what}, got {got}")
+
+
 def parameter(value: Any) -> int | tuple[int, ...]:
     """Returns a stride, padding or dilation as an int or a tuple of ints.
 

@@ -63,6 +63,24 @@ def kernels_for(device: str) -> Any:
     return fast_path
 
 
+def check_context(x: Any, *others: Any) -> tuple[str, Any]:
+    """Returns the type of device for which a call is planned, and the fast_path module.
+
+    Raises:
+        Fallback: no kernel may run on these tensors in this context of PyTorch.
+    """
+    for t in (x, *others):
+        if type(t) not in PLAIN:
+            raise Fallback(f"a {type(t).__name__}")
+    dry = DRY.get()
+    device = "cuda" if dry and dry.device else x.device.type
+    fast_path = kernels_for(device)
+    why = why_ineligible(x, *others)
+    if why and not (dry and dry.device):
+        raise Fallback(why)
+    return device, fast_path
+
+
 def convolve(
     transposed: bool,
     rank: int,

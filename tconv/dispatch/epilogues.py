@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from tconv.dispatch import entry
 from tconv.dispatch.autocast import cast
 from tconv.dispatch.check import CallArguments
-from tconv.dispatch.context import PLAIN, why_ineligible
+from tconv.dispatch.context import PLAIN
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.fused_operator import taken_apart
 from tconv.dispatch.steps import Steps, followed
@@ -117,24 +117,6 @@ def _by_steps(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> tor
     return followed(y, steps, asked.rank)
 
 
-def check_context(x: Any, *others: Any) -> tuple[str, Any]:
-    """Returns the type of device for which a call is planned, and the fast_path module.
-
-    Raises:
-        Fallback: no kernel may run on these tensors in this context of PyTorch.
-    """
-    for t in (x, *others):
-        if type(t) not in PLAIN:
-            raise Fallback(f"a {type(t).__name__}")
-    dry = DRY.get()
-    device = "cuda" if dry and dry.device else x.device.type
-    fast_path = entry.kernels_for(device)
-    why = why_ineligible(x, *others)
-    if why and not (dry and dry.device):
-        raise Fallback(why)
-    return device, fast_path
-
-
 def _by_operator(asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> torch.Tensor | None:
     """Computes a call by tconv's registered operator. None if it must be computed as a sequence.
 
@@ -184,7 +166,7 @@ def _by_kernel(key: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: St
     tensors = [t for t in (x, w, b, *steps.tensors.values()) if t is not None]
     dry, why = DRY.get(), None
     try:
-        device, fast_path = check_context(*tensors)
+        device, fast_path = entry.check_context(*tensors)
     except Fallback as e:
         why = str(e)
     if why:  # outside `except`: the exception's frames hold memory

@@ -14,6 +14,7 @@ import torch
 
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.equivalents import IN_ATEN
+from tconv.dispatch.operators import LIBRARY
 from tconv.dispatch.steps import Steps, followed
 from tconv.dispatch.support import TOO_LARGE, problem_of, too_large, unavailable
 from tconv.dispatch.window import Window, result_shape
@@ -35,7 +36,6 @@ SCHEMAS = {
     " -> Tensor",
     "quantize_fp8": "(Tensor x, Tensor scale) -> Tensor",
 }
-_library: Any = torch.library.Library("tconv", "FRAGMENT")  # type: ignore[no-untyped-call]  # untyped in torch
 _known: BoundedCache[Any, Geometry | str] = BoundedCache()
 
 
@@ -132,11 +132,11 @@ def _refuse_gradients(name: str, keys: Any, *args: Any) -> Any:
 
 
 def _register(name: str, run: Any, fake: Any) -> Any:
-    _library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    torch.library.register_fake(f"tconv::{name}", opaque(fake), lib=_library)
+    LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    torch.library.register_fake(f"tconv::{name}", opaque(fake), lib=LIBRARY)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, opaque(run), key)
-    _library.impl(name, functools.partial(opaque(_refuse_gradients), name), "Autograd", with_keyset=True)
+        LIBRARY.impl(name, opaque(run), key)
+    LIBRARY.impl(name, functools.partial(opaque(_refuse_gradients), name), "Autograd", with_keyset=True)
     return getattr(torch.ops.tconv, name).default
 
 

@@ -168,7 +168,7 @@ def _run(x: Any, w: Any, b: Any, residual: Any, scale: Any, shift: Any, *rest: A
     except Fallback as e:
         why = str(e)
     record_call(Call(f"epilogue of {how.name}", None, None, why))  # outside `except`: the exception's frames hold memory
-    with operators.without_autocast(x.device.type):
+    with autocast.without_autocast(x.device.type):
         y, v = in_aten(x, w, b, *after, *rest)
     channels_last = operators.is_channels_last(x, w, h)
     return operators.laid_out(y, channels_last), operators.laid_out(v, channels_last) if how.kept else v

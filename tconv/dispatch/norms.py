@@ -7,7 +7,6 @@ differentiation, and for what the kernels do not take, PyTorch's functions compu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
 from tconv.dispatch import entry
-from tconv.dispatch.context import PLAIN, why_ineligible
+from tconv.dispatch.autocast import without_autocast
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.sides import pairs
 from tconv.dispatch.support import DTYPES
@@ -116,12 +115,6 @@ def by_torch(asked: Asked, sides: Any, x: Any, w: Any, b: Any) -> torch.Tensor:
     return _laid_out(y, _is_channels_last(x))
 
 
-def without_autocast(device: str) -> Any:
-    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _wider(x: Any, t: Any) -> bool:
     """Returns True if a weight or bias t is fp32, and x of 16 bits."""
     tensors = isinstance(x, torch.Tensor) and isinstance(t, torch.Tensor)
@@ -141,15 +134,8 @@ def _by_kernels(asked: Asked, sides: Any, x: Any, w: Any, b: Any) -> torch.Tenso
     Raises:
         Fallback: it cannot, and nothing has been launched.
     """
-    tensors = [t for t in (x, w, b) if t is not None]
-    for t in tensors:
-        if type(t) not in PLAIN:
-            raise Fallback(f"a {type(t).__name__}")
     dry = DRY.get()
-    entry.kernels_for("cuda" if dry and dry.device else x.device.type)
-    why = why_ineligible(*tensors)
-    if why and not (dry and dry.device):
-        raise Fallback(why)
+    entry.check_context(*[t for t in (x, w, b) if t is not None])
     if asked.operation == "rms_norm_silu" and x.dim() > 1:
         w, b = _flat(x, w), _flat(x, b)
     n = _normalisation(asked, sides, x, w, b)

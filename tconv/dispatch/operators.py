@@ -127,16 +127,10 @@ def _examine(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: 
     return unavailable(a.device.type) or Geometry(problem, is_channels_last(a, b, h), batch_invariant=invariant)
 
 
-def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Leaves operands in their dtype, as torch's own backward does also where `backward` is called within autocast."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
-
-
 def by_torch(name: str, a: torch.Tensor, b: torch.Tensor, bias: MaybeTensor, h: Window, reason: str) -> torch.Tensor:
     """Computes an operator by aten's operators and records the reason. The result has the strides that `fake` promises."""
     record_call(Call("aten::convolution" if name == "fprop" else "aten::convolution_backward", None, None, reason))
-    with without_autocast(a.device.type):
+    with autocast.without_autocast(a.device.type):
         out = IN_ATEN[name](a, b, bias, *h)
     return laid_out(out, is_channels_last(a, b, h))
 

@@ -14,8 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from tconv.dispatch import entry
 from tconv.dispatch.autocast import cast
-from tconv.dispatch.check import CallArguments, paddings, parameter, per_dimension
-from tconv.dispatch.context import why_ineligible
+from tconv.dispatch.check import CallArguments, paddings, parameter, per_dimension, require
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.steps import Steps, with_epilogue
 from tconv.launching.cache import BoundedCache
@@ -99,8 +98,8 @@ def _check(
     """Returns stride, padding by side and dilation, one per dimension, after checking them and the state."""
     frame = ", ".join("DHW"[3 - rank :])
     for name, t in (("input", x), ("weight", w)):
-        _require(isinstance(t, torch.Tensor) and t.dim() == rank + 2, name, f"be a tensor of {rank + 2} dimensions", _seen(t))
-    _require(b is None or isinstance(b, torch.Tensor), "bias", "be a tensor or None", _seen(b))
+        require(isinstance(t, torch.Tensor) and t.dim() == rank + 2, name, f"be a tensor of {rank + 2} dimensions", _seen(t))
+    require(b is None or isinstance(b, torch.Tensor), "bias", "be a tensor or None", _seen(b))
     try:
         s, d = (per_dimension(parameter(v), rank, "") for v in (stride, dilation))
         before = d[0] * (w.shape[2] - 1)
@@ -109,31 +108,26 @@ def _check(
     except Fallback:
         given = f"stride {stride!r}, padding {padding!r}, dilation {dilation!r}"
         raise ValueError(f"stride, padding and dilation must be numbers, or one for each of ({frame}), got {given}") from None
-    _require(min(s) > 0, "stride", "be positive", stride)
-    _require(min(d) > 0, "dilation", "be positive", dilation)
+    require(min(s) > 0, "stride", "be positive", stride)
+    require(min(d) > 0, "dilation", "be positive", dilation)
     wanted = f"be ({before}, 0) in its first dimension, dilation*(taps - 1) before the first time and nothing after"
-    _require(p[0] == (before, 0), "padding", wanted, padding)
-    _require(min(map(min, p)) >= 0, "padding", "not be negative", padding)
+    require(p[0] == (before, 0), "padding", wanted, padding)
+    require(min(map(min, p)) >= 0, "padding", "not be negative", padding)
     if state is not None:
         least = max(0, before + 1 - s[0])
         fits = isinstance(state, torch.Tensor) and state.dim() == x.dim()
-        _require(fits, "state", f"be a tensor of {rank + 2} dimensions, or None", _seen(state))
+        require(fits, "state", f"be a tensor of {rank + 2} dimensions, or None", _seen(state))
         length = f"{before}" if least == before else f"{least} to {before}"
         shape = (*x.shape[:2], length, *x.shape[3:])
         fits = least <= state.shape[2] <= before and (*state.shape[:2], *state.shape[3:]) == (*x.shape[:2], *x.shape[3:])
-        _require(fits, "state", f"have shape ({', '.join(map(str, shape))})", tuple(state.shape))
-        _require(state.dtype == x.dtype, "state", f"be of the input's dtype, {x.dtype}", state.dtype)
-        _require(state.device == x.device, "state", f"be on the input's device, {x.device}", state.device)
+        require(fits, "state", f"have shape ({', '.join(map(str, shape))})", tuple(state.shape))
+        require(state.dtype == x.dtype, "state", f"be of the input's dtype, {x.dtype}", state.dtype)
+        require(state.device == x.device, "state", f"be on the input's device, {x.device}", state.device)
     return s, p, d
 
 
 def _seen(t: Any) -> Any:
     return tuple(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__
-
-
-def _require(holds: bool, name: str, what: str, got: Any) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {what}, got {got}")
 
 
 def _chunk(held: int | None, times: int, taps: int, stride: int, dilation: int) -> Chunk:
@@ -184,12 +178,7 @@ def _by_kernel(
         ValueError: a tensor of the epilogue does not fit the result.
     """
     tensors = [t for t in (x, w, b, state, *steps.tensors.values()) if t is not None]
-    dry = DRY.get()
-    device = "cuda" if dry and dry.device else x.device.type
-    entry.kernels_for(device)
-    why = why_ineligible(*tensors)
-    if why and not (dry and dry.device):
-        raise Fallback(why)
+    dry, (device, _) = DRY.get(), entry.check_context(*tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise Fallback("a gradient is wanted")
     if torch.is_autocast_enabled(device):

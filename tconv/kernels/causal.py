@@ -178,6 +178,15 @@ def products(read, taps, T: tl.constexpr):
 
 
 @triton.jit
+def hinted(sn, sc, st, UNIT: tl.constexpr, VEC: tl.constexpr, OFFSET: tl.constexpr):
+    """Returns the strides of images, channels and times so that the compiler can tell that VEC elements lie in one piece."""
+    n = multiple(sn, VEC).to(OFFSET)
+    c = 1 if UNIT == "c" else multiple(sc, VEC).to(OFFSET)
+    t = 1 if UNIT == "p" else multiple(st, VEC).to(OFFSET)
+    return n, c, t
+
+
+@triton.jit
 def write_outputs(
     pid, x_ptr, w_ptr, b_ptr, state_ptr, index_ptr, starts_ptr, y_ptr, N, C, L, sequences,
     sxn, sxc, sxt, swc, swt, sb, syn, syc, syt, ssn, ssc, sst,
@@ -258,19 +267,13 @@ def causal(
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     if S_UNIT:
         C = multiple(C, S_VEC)
-    ssn = multiple(ssn, S_VEC)
-    ssc = 1 if S_UNIT else ssc.to(OFFSET)
-    sst = multiple(sst, S_VEC)
+    ssn, ssc, sst = hinted(ssn, ssc, sst, "c" if S_UNIT else "", S_VEC, OFFSET)
     if UNIT == "c":
         C = multiple(C, VEC)
     elif UNIT == "p":
         L = multiple(L, VEC)
-    sxn = multiple(sxn, VEC).to(OFFSET)
-    syn = multiple(syn, VEC).to(OFFSET)
-    sxc = 1 if UNIT == "c" else multiple(sxc, VEC).to(OFFSET)
-    syc = 1 if UNIT == "c" else multiple(syc, VEC).to(OFFSET)
-    sxt = 1 if UNIT == "p" else multiple(sxt, VEC).to(OFFSET)
-    syt = 1 if UNIT == "p" else multiple(syt, VEC).to(OFFSET)
+    sxn, sxc, sxt = hinted(sxn, sxc, sxt, UNIT, VEC, OFFSET)
+    syn, syc, syt = hinted(syn, syc, syt, UNIT, VEC, OFFSET)
     if UNIT == "c":  # the next states lie as x does
         snn = multiple(snn, VEC)
         snt = multiple(snt, VEC)
@@ -309,19 +312,13 @@ def causal_wgrad(
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     if S_UNIT:
         C = multiple(C, S_VEC)
-    ssn = multiple(ssn, S_VEC)
-    ssc = 1 if S_UNIT else ssc.to(OFFSET)
-    sst = multiple(sst, S_VEC)
+    ssn, ssc, sst = hinted(ssn, ssc, sst, "c" if S_UNIT else "", S_VEC, OFFSET)
     if UNIT == "c":
         C = multiple(C, VEC)
     elif UNIT == "p":
         L = multiple(L, VEC)
-    sxn = multiple(sxn, VEC).to(OFFSET)
-    syn = multiple(syn, VEC).to(OFFSET)
-    sxc = 1 if UNIT == "c" else multiple(sxc, VEC).to(OFFSET)
-    syc = 1 if UNIT == "c" else multiple(syc, VEC).to(OFFSET)
-    sxt = 1 if UNIT == "p" else multiple(sxt, VEC).to(OFFSET)
-    syt = 1 if UNIT == "p" else multiple(syt, VEC).to(OFFSET)
+    sxn, sxc, sxt = hinted(sxn, sxc, sxt, UNIT, VEC, OFFSET)
+    syn, syc, syt = hinted(syn, syc, syt, UNIT, VEC, OFFSET)
     tiles_c = tl.cdiv(C, BLOCK_C)
     split = tl.program_id(0) // tiles_c
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -455,12 +452,8 @@ def causal_dgrad(
         C = multiple(C, VEC)
     elif UNIT == "p":
         L = multiple(L, VEC)
-    sxn = multiple(sxn, VEC).to(OFFSET)
-    syn = multiple(syn, VEC).to(OFFSET)
-    sxc = 1 if UNIT == "c" else multiple(sxc, VEC).to(OFFSET)
-    syc = 1 if UNIT == "c" else multiple(syc, VEC).to(OFFSET)
-    sxt = 1 if UNIT == "p" else multiple(sxt, VEC).to(OFFSET)
-    syt = 1 if UNIT == "p" else multiple(syt, VEC).to(OFFSET)
+    sxn, sxc, sxt = hinted(sxn, sxc, sxt, UNIT, VEC, OFFSET)
+    syn, syc, syt = hinted(syn, syc, syt, UNIT, VEC, OFFSET)
     if tl.program_id(0) < tiles:
         write_input_gradients(
             tl.program_id(0), du_ptr, w_ptr, index_ptr, starts_ptr, dnext_ptr, dx_ptr, N, C, L, sequences,

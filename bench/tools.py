@@ -103,7 +103,7 @@ def classifier() -> Built:
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             # torch types both as None, which they are unless statistics are tracked.
-            nn.init.normal_(m.running_mean, std=0.3)  # type: ignore[arg-type]
+            nn.init.normal_(m.running_mean, std=0.3)  # type: ignore[arg-type]  # as the next
             nn.init.uniform_(m.running_var, 0.5, 2)  # type: ignore[arg-type]  # None in the stubs unless statistics are tracked
     return model.eval(), torch.randn(2, 3, 8, 8)
 

@@ -428,7 +428,7 @@ class _Guard(NamedTuple):
 def _users(module: nn.Module | None) -> type:
     """Returns a module's class, without the one that `fuse_` derived from it."""
     cls = type(module)
-    return cls.__dict__.get(USERS, cls)  # type: ignore[no-any-return]
+    return cls.__dict__.get(USERS, cls)  # type: ignore[no-any-return]  # of a class
 
 
 def _unchanged(host: nn.Module, guards: list[_Guard], shared: list[list[tuple[str, ...]]]) -> bool:

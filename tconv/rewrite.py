@@ -369,7 +369,7 @@ def _take(host: nn.Module, chain: Chain, step: fx.Node, rank: int, without_resid
 
 def _does_nothing(module: nn.Module | None) -> bool:
     """Returns True for an Identity, and for a dropout in evaluation mode."""
-    if type(module) is not nn.Identity and (type(module) not in DROPOUTS or module.training):  # type: ignore[union-attr]
+    if type(module) is not nn.Identity and (type(module) not in DROPOUTS or module.training):  # type: ignore[union-attr]  # None has no such type
         return False
     try:
         unhooked(module, "it")

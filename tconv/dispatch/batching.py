@@ -45,7 +45,7 @@ def batched(name: str, operator: Any, info: Any, dims: Any, a: Any, b: Any, bias
         y = y.unsqueeze(0).expand(size, *y.shape)
     else:
         # `unflatten` has no types in torch.
-        y = y.unflatten(axis, (groups, size, y.shape[axis] // (groups * size))).movedim(axis + 1, 0)  # type: ignore[no-untyped-call]
+        y = y.unflatten(axis, (groups, size, y.shape[axis] // (groups * size))).movedim(axis + 1, 0)  # type: ignore[no-untyped-call]  # untyped in torch
         y = y.flatten(axis + 1, axis + 2)
     if bias is not None and inside is None:
         shape = (1, bias.shape[0]) if at_bias is None else (size, 1, bias.shape[1 - at_bias])
@@ -58,5 +58,5 @@ def _fold(t: torch.Tensor, dim: int, axis: int, groups: int) -> torch.Tensor:
     """Folds the batch dimension `dim` of a tensor into `axis`, inside each group."""
     t = t.movedim(dim, 0)
     # `unflatten` has no types in torch.
-    split: torch.Tensor = t.unflatten(axis + 1, (groups, t.shape[axis + 1] // groups))  # type: ignore[no-untyped-call]
+    split: torch.Tensor = t.unflatten(axis + 1, (groups, t.shape[axis + 1] // groups))  # type: ignore[no-untyped-call]  # untyped in torch
     return split.movedim(0, axis + 1).flatten(axis, axis + 2)

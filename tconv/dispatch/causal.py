@@ -188,7 +188,7 @@ def _by_kernels(
     """
     kernels = _kernels(x, w, b, state, index, starts)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b, state)):
-        y, after = _Causal.apply(x, w, b, state, index, starts, activation, with_next)  # type: ignore[no-untyped-call]
+        y, after = _Causal.apply(x, w, b, state, index, starts, activation, with_next)  # type: ignore[no-untyped-call]  # untyped in torch
         return y, after
     found: tuple[torch.Tensor, MaybeTensor] = kernels.forward(
         kernels.Sequences(x, w, b, state, index, starts, activation), with_next
@@ -237,7 +237,7 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, dy: MaybeTensor, dnext: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: MaybeTensor, dnext: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]  # two gradients, not any number
         saved = ctx.saved_tensors  # read once, as checkpoints want it; it raises if they were edited in place
         needs, nothing = ctx.needs_input_grad[:4], (None,) * 4
         if dy is None and dnext is None:

@@ -89,7 +89,7 @@ def all_gradients(
     assert scale is not None
     assert sums is not None
     wide = torch.promote_types(w.dtype, torch.float32)
-    weights, factors = w.unflatten(0, (groups, -1)), scale.unflatten(0, (groups, -1))  # type: ignore[no-untyped-call]
+    weights, factors = w.unflatten(0, (groups, -1)), scale.unflatten(0, (groups, -1))  # type: ignore[no-untyped-call]  # untyped in torch
     axis = 2 if transposed else 1  # of a group's channels in the result
     factors = factors.view(groups, *(-1 if d == axis else 1 for d in range(1, weights.dim())))
     dx = dw = dscale = None

@@ -215,7 +215,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, dy: MaybeTensor, dkept: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: MaybeTensor, dkept: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]  # two gradients, not any number
         x, w, v, scale, b, residual, shift = ctx.saved_tensors  # read even if unused: this raises if they were edited in place
         if dy is None and dkept is None:
             return (None,) * 7

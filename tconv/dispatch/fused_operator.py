@@ -240,7 +240,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @opaque
-    def backward(ctx: Any, dy: MaybeTensor, dv: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: MaybeTensor, dv: MaybeTensor) -> tuple[Any, ...]:  # type: ignore[override]  # two gradients, not any number
         x, w, v, scale, b, residual, shift = ctx.saved_tensors
         (how, h), e = ctx.how, ctx.epilogue
         dv = dv if how.kept else None

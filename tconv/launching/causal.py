@@ -94,16 +94,13 @@ def weight_gradients(s: Sequences, dy: torch.Tensor) -> tuple[torch.Tensor, torc
 
     Without an activation du is dy. The sums over images and times are split, and the parts added in a fixed order.
     """
-    x = s.x
-    device = _device(x)
+    x, wide = s.x, accumulator(s.x.dtype)
     (images, channels, times), taps = x.shape, s.w.shape[1]
-    du = torch.empty_strided(dy.shape, dy.stride(), dtype=dy.dtype, device=dy.device) if s.activation else dy
-    lanes = _lanes(x, dy)
-    tile = choose_causal(lanes, x.itemsize, images, channels, times, device)
-    parts, chunk = split(tile, images, channels, times, device)
-    sums = x.new_empty((parts, taps + 1, channels), dtype=accumulator(x.dtype))
 
     def make(device: Device) -> Prepared:
+        lanes = _lanes(x, dy)
+        tile = choose_causal(lanes, x.itemsize, images, channels, times, device, sums=True)
+        parts, chunk = split(tile, images, channels, times, device)
         integers = {"chunk": chunk, **_extents(s), **_strides(s), **_triple("sy", dy)}
         constants = {
             "STATE": s.state is not None, "INDEXED": s.index is not None, "HAS_BIAS": s.b is not None,
@@ -111,7 +108,12 @@ def weight_gradients(s: Sequences, dy: torch.Tensor) -> tuple[torch.Tensor, torc
         }  # fmt: skip
         return _launch(kernels.causal_wgrad, "wgrad", s, tile, parts, parts * math.ceil(channels / tile.n), integers, constants)
 
-    _run(("wgrad",), s, (dy,), make, (x, s.w, s.b, s.state, s.index, s.starts, dy, du, sums))
+    read = x, s.w, s.b, s.state, s.index, s.starts, dy
+    launch = _lookup(("wgrad",), s, (dy,), make, (*_dtypes(s, read), dy.dtype, wide))
+    assert launch.call.plan is not None
+    du = torch.empty_strided(dy.shape, dy.stride(), dtype=dy.dtype, device=dy.device) if s.activation else dy
+    sums = x.new_empty((launch.call.plan.splits, taps + 1, channels), dtype=wide)
+    _launched(launch, s, (*read, du, sums))
     total = sums.sum(0)
     return du, total[:taps].t(), total[taps]
 
@@ -263,10 +265,8 @@ def _launch(
     return Prepared(kernel, (programs,), values, constants, call, s.x.shape, s.x.stride(), s.x.dtype)
 
 
-def _device(x: torch.Tensor) -> Device:
-    """Returns the device to plan for."""
-    dry = DRY.get()
-    return dry.device if dry and dry.device else device_of(x)
+def _dtypes(s: Sequences, pointers: tuple[MaybeTensor, ...]) -> tuple[torch.dtype, ...]:
+    return tuple(s.x.dtype if t is None else t.dtype for t in pointers)
 
 
 def _run(
@@ -276,23 +276,43 @@ def _run(
     make: Callable[[Device], Prepared],
     pointers: tuple[MaybeTensor, ...],
 ) -> None:
-    """Runs a launch, which `make` prepares for a device once per kind of call, and records the call.
+    """Looks a launch up and runs it; see `_lookup` and `_launched`."""
+    _launched(_lookup(what, s, more, make, _dtypes(s, pointers)), s, pointers)
+
+
+def _lookup(
+    what: tuple[Any, ...],
+    s: Sequences,
+    more: tuple[MaybeTensor, ...],
+    make: Callable[[Device], Prepared],
+    dtypes: tuple[torch.dtype, ...],
+) -> Prepared:
+    """Returns a launch, which `make` prepares for a device once per kind of call.
 
     Args:
         what: tells launches of the same tensors apart.
         more: the tensors that decide the launch, beside those of s.
-        pointers: a tensor for each of the kernel's pointers; None for one that it does not read.
+        dtypes: those behind the kernel's pointers.
     """
     dry, tensors = DRY.get(), (s.x, s.w, s.b, s.state, s.index, s.starts, *more)
     described = tuple(t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors)
     key = (*what, s.activation, described, s.x.device)
     launch = None if dry else _prepared.get(key)
     if launch is None:
-        launch = make(_device(s.x))
-        launch = dataclasses.replace(launch, pointers=tuple(s.x.dtype if t is None else t.dtype for t in pointers))
+        device = dry.device if dry and dry.device else device_of(s.x)
+        launch = dataclasses.replace(make(device), pointers=dtypes)
         if not dry:
             _prepared[key] = launch
-    if not dry:
+    return launch
+
+
+def _launched(launch: Prepared, s: Sequences, pointers: tuple[MaybeTensor, ...]) -> None:
+    """Runs a launch, unless this is a dry run, and records the call.
+
+    Args:
+        pointers: a tensor for each of the kernel's pointers; None for one that it does not read.
+    """
+    if DRY.get() is None:
         event = profiling.begin_launch(launch.call) if profiler._is_profiler_enabled else None
         try:
             run(launch, tuple(s.x if t is None else t for t in pointers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from tconv.planning.addressing import Lanes
 from tconv.planning.device import Device
@@ -17,14 +18,22 @@ WAVES = 4  # programs per multiprocessor over which the sums of a weight gradien
 LARGEST = 1 << 15  # elements of the interpreter's one tile
 
 
-def choose_causal(lanes: Lanes, itemsize: int, images: int, channels: int, times: int, device: Device) -> Tile:
-    """Returns the tile: strips by channels, and the times of a strip."""
+def choose_causal(
+    lanes: Lanes, itemsize: int, images: int, channels: int, times: int, device: Device, sums: bool = False
+) -> Tile:
+    """Returns the tile: strips by channels, and the times of a strip.
+
+    Args:
+        sums: whether it is for a weight gradient, whose sums take registers, so that strips of several channels are shorter.
+    """
     tile = TILES[lanes.unit]
+    if sums and lanes.unit == "c":
+        tile = replace(tile, columns=tile.columns // 2)
     if device.interpreted:
         n = pow2(channels, 1, 1024)
         return Tile(pow2(strips(tile, images, times), 1, max(1, LARGEST // n)), n, 1, columns=tile.columns)
     if lanes.unit == "c" and itemsize > 2:  # as many bytes of channels per thread
-        return Tile(16 * 2 // itemsize, 64, 1, 4, 1, columns=4)
+        return replace(tile, m=tile.m * 2 // itemsize)
     return tile
 
 

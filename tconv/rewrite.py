@@ -371,6 +371,10 @@ def _does_nothing(module: nn.Module | None) -> bool:
     """Returns True for an Identity, and for a dropout in evaluation mode."""
     if type(module) is not nn.Identity and (type(module) not in DROPOUTS or module.training):  # type: ignore[union-attr]  # None has no such type
         return False
+    return _hookless(module)
+
+
+def _hookless(module: Any) -> bool:
     try:
         unhooked(module, "it")
     except Unfit:
@@ -544,11 +548,7 @@ def enterable(module: nn.Module) -> bool:
         return False
     if type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential:
         return False
-    try:
-        unhooked(module, "it")
-    except Unfit:
-        return False
-    return True
+    return _hookless(module)
 
 
 _numbers = itertools.count()

@@ -76,7 +76,7 @@ MUTATIONS = [
     Mutation("rows merged that repeat x", "planning/simplify.py", 'p.S[a] != 1 or p.borders[a] != "zeros"', "p.S[a] != 1", "pointwise", "test_borders.py"),
     Mutation("a sum in another's place", "kernels/reduce.py", "rest % extents[d] * strides[d]", "rest % extents[d] * strides[0]", "order", "test_workspace.py"),
     Mutation("a split lost", "kernels/reduce.py", "tl.range(1, splits)", "tl.range(1, splits - 1)", "split"),
-    Mutation("a sum of pixels that takes more at a time than lie there", "launching/prepare.py", "min(a.lanes(channels, extents).vec, tile.k)", "8", EVERY),
+    Mutation("a sum of pixels that takes more at a time than lie there", "launching/memory_bound.py", "min(a.lanes(channels, extents).vec, tile.k)", "8", EVERY),
     Mutation("a copy of the first image only", "kernels/copy.py", "image.to(OFFSET) * multiple(sxn, X_VEC)", "image.to(OFFSET) * 0", "is_the_same", "test_copy.py"),
     Mutation("a copy's last channels dropped", "kernels/copy.py", "trail(c < K, False)", "trail(c < K // BLOCK_C * BLOCK_C, False)", "is_the_same", "test_copy.py"),
     Mutation("dimensions merged across a gap", "planning/addressing.py", "kept[-1][1] == extent * stride", "kept[-1][1] >= extent * stride", "same_offsets", "test_copy.py"),

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tconv.launching.launch import device_of, to_channels_last
+from tconv.launching.memory_bound import prepare_copy
 from tconv.launching.memory_format import FORMATS, addressing
-from tconv.launching.prepare import prepare_copy, prepare_gather
+from tconv.launching.prepare import prepare_gather
 from tconv.planning.addressing import LIMIT, flattened
 from tconv.planning.device import DEVICES, INTERPRETER
 from tconv.planning.plan import force

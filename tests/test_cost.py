@@ -14,8 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.layers import layers
+from tconv.launching.memory_bound import prepare_bias
 from tconv.launching.memory_format import shaped
-from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.planning import cost, plan
 from tconv.planning.device import A100, DEVICES, H100, H200, Device, Limits, limits_of
 from tconv.planning.families import FAMILIES

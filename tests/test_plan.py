@@ -9,8 +9,9 @@ import torch
 
 import tconv
 from tconv import functional as TF
+from tconv.launching.memory_bound import prepare_bias
 from tconv.launching.memory_format import shaped
-from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.planning import plan
 from tconv.planning.addressing import Addressing
 from tconv.planning.depthwise import DIRECT

@@ -12,6 +12,7 @@ launch. In reading order:
     descriptors    tensor descriptors of a launch, Triton's or Gluon's
     fences         the fence that Triton before 3.7.1 leaves out of kernels with wgmma
     first_sight    what measures a pass when it is first seen: the tuner, which is above
+    memory_bound   works out launches of kernels that multiply nothing: sums of pixels, copies, borders, roundings
     prepare        works out a launch: pointers or TMA, operands as they are or copied to channels_last
     compiled       launches a kernel, directly from the second time on; knows what is compiled and what failed
     self_check     whether TMA, specialised warps, BF16X6 and dependent launches are right on a device, asked of the device

@@ -20,16 +20,9 @@ from tconv.launching import first_sight, frozen, profiling
 from tconv.launching.arguments import INTERPRET, Borders, Prepared, tensor_cores
 from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import capturing, fail, require_launchable, run
+from tconv.launching.memory_bound import prepare_activation, prepare_bias, prepare_borders, prepare_quantize
 from tconv.launching.memory_format import reach, shaped
-from tconv.launching.prepare import (
-    prepare_activation,
-    prepare_bias,
-    prepare_borders,
-    prepare_gather,
-    prepare_quantize,
-    prepare_stream,
-    prepare_wgrad,
-)
+from tconv.launching.prepare import prepare_gather, prepare_stream, prepare_wgrad
 from tconv.launching.record import Call, Fallback, Slower, record_call
 from tconv.launching.self_check import undecided, works_on
 from tconv.planning import borders

@@ -14,9 +14,10 @@ from tconv.kernels.common import integers
 from tconv.kernels.reduce import sum_splits
 from tconv.launching.arguments import Prepared, accumulator, sum_constants, tensor_cores
 from tconv.launching.descriptors import signature as descriptor_type
+from tconv.launching.memory_bound import prepare_bias
 from tconv.launching.memory_format import shaped
 from tconv.launching.normalise import prepare_backward, prepare_forward
-from tconv.launching.prepare import prepare_bias, prepare_gather, prepare_wgrad
+from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.launching.record import Call
 from tconv.planning.device import Device
 from tconv.planning.epilogue import NONE, Epilogue

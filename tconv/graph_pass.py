@@ -11,19 +11,19 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
-from torch.fx.passes.utils.matcher_utils import InternalMatch, SubgraphMatcher
 
 from tconv.dispatch.fused_operator import FUSED, How
 from tconv.dispatch.operators import OPERATORS
 from tconv.dispatch.steps import SEQUENCE
+
+if TYPE_CHECKING:
+    from torch.fx.passes.utils.matcher_utils import InternalMatch
 
 aten, prims = torch.ops.aten, torch.ops.prims
 SLOPE = 0.3  # stands in a pattern for any slope of leaky_relu
@@ -86,6 +86,7 @@ class _Activation:
 def _patterns(dtype: torch.dtype) -> tuple[tuple[str, Graph], ...]:
     """Returns the activations' names and graphs for a dtype, whole and taken apart."""
     from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     def of_any_slope(f: Callable[[torch.Tensor, float], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda v: f(v, SLOPE)
@@ -103,6 +104,8 @@ def _patterns(dtype: torch.dtype) -> tuple[tuple[str, Graph], ...]:
 
 def _activations(graph: Graph, dtypes: set[torch.dtype]) -> dict[Node, _Activation]:
     """Returns the activations in a graph by their arguments, of those that have no other user."""
+    from torch.fx.passes.utils.matcher_utils import SubgraphMatcher
+
     found = {}
     for dtype in dtypes:
         for name, pattern in _patterns(dtype):
@@ -232,6 +235,8 @@ def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # and sympy with it
+
     return len(a) == len(b) and all(statically_known_true(m == n) for m, n in zip(a, b, strict=True))
 
 

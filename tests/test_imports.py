@@ -5,6 +5,8 @@ earlier one. The kernels know neither torch nor problems, planning nothing but t
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -139,3 +141,13 @@ def test_planning_needs_nothing_but_the_standard_library():
         outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"tconv"}
         # device.py asks torch for the device here, in the one function that does.
         assert outside <= ({"torch"} if path.stem == "device" else set()), path.stem
+
+
+def test_importing_tconv_leaves_heavy_modules_out():
+    """They are imported where they are needed: sympy alone takes three times as long as all of tconv."""
+    heavy = ("triton", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor")
+    code = (
+        f"import sys, torch; had = set(sys.modules); import tconv; print([m for m in {heavy} if m in sys.modules.keys() - had])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True).stdout
+    assert found == "[]\n"

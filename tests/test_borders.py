@@ -412,3 +412,24 @@ def test_the_plan_is_told(device):
     planned = prepare_gather("fprop", p, x, w, None, torch.empty(p.shape("y"), device=device), device_of(x))
     assert planned.constants["BORDER1"] == planned.constants["BORDER2"] == "circular"
     assert planned.constants["FIELD"] == 0  # no mask is needed
+
+
+def test_without_memory_for_the_workspace_torch_computes_the_gradient(device, monkeypatch):
+    x = torch.randn(1, 3, 6, 5, dtype=torch.float64, device=device, requires_grad=True)
+    w = torch.randn(4, 3, 3, 3, dtype=torch.float64, device=device)
+    y = tconv.functional.conv2d(x, w, padding=1, padding_mode="reflect")
+    dy = torch.randn_like(y)
+
+    def none_left(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", none_left)
+    with tconv.recording() as calls, pytest.warns(UserWarning, match="falls back to torch for one call"):
+        (got,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    monkeypatch.undo()
+    (right,) = torch.autograd.grad(F.conv2d(F.pad(x, (1,) * 4, mode="reflect"), w), x, dy)
+    torch.testing.assert_close(got, right)
+    assert [c for c in calls if not c.ours]
+    with tconv.recording() as calls:  # the next one is ours again
+        torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], right)
+    assert all(c.ours for c in calls)

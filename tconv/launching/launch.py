@@ -149,16 +149,23 @@ def convolve(
         y [N, K, *Y] for fprop, dx [N, C, *X] for dgrad.
     """
     b = x if b is None else b  # without a bias the kernel does not read its pointer
-    out = execute(launch, dry, shared, (x, w), b, after=after, beside=beside, recorded=launch.borders is None)
-    return out if launch.borders is None else _with_borders(launch.borders, out, x, w, dry)
+    if launch.borders is not None:
+        return _with_borders(launch, launch.borders, shared, x, w, b, dry)
+    return execute(launch, dry, shared, (x, w), b, after=after, beside=beside)
 
 
-def _with_borders(by: Borders, dx: torch.Tensor, dy: torch.Tensor, w: torch.Tensor, dry: bool) -> torch.Tensor:
-    """Adds to dx what belongs to the padding, and returns it. The workspace is as large as the padding."""
-    workspace = dy.new_empty(by.numel)
-    for launch, dimension, first, size, begin in by.slabs:
-        part, slab = dy.narrow(dimension, first, size), workspace.as_strided(launch.shape, launch.strides, begin)
-        execute(launch, dry, None, (part, w), part, out=slab, recorded=False)
+def _with_borders(
+    launch: Prepared, by: Borders, shared: SharedOperand | None, dy: torch.Tensor, w: torch.Tensor, b: torch.Tensor, dry: bool
+) -> torch.Tensor:
+    """Runs a dgrad, adds to dx what belongs to the padding, and returns it. The workspace is as large as the padding."""
+    dx = execute(launch, dry, shared, (dy, w), b, recorded=False)
+    try:
+        workspace = dy.new_empty(by.numel)
+    except RuntimeError as e:  # as in `execute`
+        fail(by.total, None, e)
+    for of_slab, dimension, first, size, begin in by.slabs:
+        part, slab = dy.narrow(dimension, first, size), workspace.as_strided(of_slab.shape, of_slab.strides, begin)
+        execute(of_slab, dry, None, (part, w), part, out=slab, recorded=False)
     execute(by.total, dry, None, (workspace,), out=dx, recorded=False)
     record_call(by.call)
     return dx
@@ -361,11 +368,13 @@ def execute(
                         operands = _copied(launch, shared, operands, held)
                 if launch.swapped:
                     operands = operands[::-1]
+                # A kernel takes the pointers of an epilogue before a stream's, also if it has no epilogue itself.
+                unused = (out,) * len(POINTERS) if beside else ()
                 if launch.total is None:
-                    run(launch, (*operands, *more, out, *_before(beside, out, after), *beside))
+                    run(launch, (*operands, *more, out, *(after or unused), *beside))
                 else:
                     workspace = torch.empty(launch.splits * out.numel(), dtype=launch.total.pointers[0], device=out.device)
-                    run(launch, (*operands, *more, workspace, *_before(beside, out), *beside))
+                    run(launch, (*operands, *more, workspace, *unused, *beside))
                     run(launch.total, (workspace, out, *after))
             finally:
                 if event is not None:
@@ -375,13 +384,6 @@ def execute(
     if recorded:
         record_call(launch.call)
     return out
-
-
-def _before(
-    beside: tuple[torch.Tensor, ...], out: torch.Tensor, after: tuple[torch.Tensor, ...] = ()
-) -> tuple[torch.Tensor, ...]:
-    """Returns tensors for an epilogue's pointers, which a kernel takes before a stream's, also if it has no epilogue."""
-    return after or (out,) * len(POINTERS) if beside else after
 
 
 def _held(launch: Prepared, shared: SharedOperand | None, operands: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.export.exported_program import ExportedProgram
 
+from tconv.dispatch import causal_ops, sequences
 from tconv.dispatch.equivalents import IN_ATEN
 from tconv.dispatch.fused_operator import FUSED, GRAD, grad_by_formulas, in_aten
 from tconv.dispatch.operators import OPERATORS
@@ -28,15 +29,20 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     `ExportedProgram.run_decompositions(tconv.decompositions())`, which does not decompose aten's `conv2d` etc.
 
     Returns:
-        A new dictionary from `torch.ops.tconv.fprop.default`, `dgrad`, `wgrad`, `fused` and `epilogue_grad` to functions of the
-        same arguments.
+        A new dictionary from `torch.ops.tconv.fprop.default`, `dgrad`, `wgrad`, `fused`, `epilogue_grad`, `causal_conv1d` and
+        `causal_conv1d_grad` to functions of the same arguments.
 
     Example:
         >>> sorted(operator._opname for operator in decompositions())
-        ['dgrad', 'epilogue_grad', 'fprop', 'fused', 'wgrad']
+        ['causal_conv1d', 'causal_conv1d_grad', 'dgrad', 'epilogue_grad', 'fprop', 'fused', 'wgrad']
     """
     convolutions: dict[Any, Callable[..., Any]] = {operator: IN_ATEN[name] for name, operator in OPERATORS.items()}
-    return convolutions | {FUSED: in_aten, GRAD: grad_by_formulas}
+    return convolutions | {
+        FUSED: in_aten,
+        GRAD: grad_by_formulas,
+        causal_ops.CAUSAL: sequences.forward,
+        causal_ops.GRAD: sequences.gradients,
+    }
 
 
 def _extend_torchs_default_table() -> None:

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tconv
-from tconv.dispatch import causal, entry
+from tconv.dispatch import causal, causal_ops
 from tconv.functional import causal_conv1d, causal_conv1d_update
 from tconv.launching.record import Fallback
 
@@ -43,11 +46,7 @@ def close(got, expected, dtype):
 def how(request, monkeypatch):
     """Who computes it: tconv's kernels, or torch where these cannot run."""
     if request.param == "torch":
-
-        def refuse(device):
-            raise Fallback("for a test")
-
-        monkeypatch.setattr(entry, "kernels_for", refuse)
+        monkeypatch.setattr(causal_ops, "unavailable", lambda device: "for a test")
     return request.param
 
 
@@ -269,7 +268,7 @@ BAD = {
 
 @pytest.mark.parametrize(("name", "call"), [(name, call) for name, calls in BAD.items() for call in calls], ids=str)
 def test_bad_arguments(name, call, monkeypatch):
-    monkeypatch.setattr(causal, "_kernels", lambda *_: pytest.fail("a launch"))
+    monkeypatch.setattr(causal, "_computed", lambda *_: pytest.fail("a launch"))
     args, kwargs = call
     with pytest.raises(ValueError, match=rf"^{name} must"):
         causal_conv1d(*args, **kwargs)
@@ -292,3 +291,111 @@ def test_bad_arguments_of_decoding(match, x, more):
     with pytest.raises(ValueError, match=match):
         causal_conv1d_update(x, state, W, **more)
     assert (state == state.flatten()[0]).all()
+
+
+def sequences(name, device, dtype=torch.float64, channels_last=False):
+    """Tensors of `torch.ops.tconv.causal_conv1d`, x, w, b and the states of which require gradients."""
+    varlen = name == "several sequences"
+    x = random(1 if varlen else 2, 4, 11, dtype=dtype, device=device, channels_last=channels_last)
+    w, b = random(4, 3, dtype=dtype, device=device), random(4, dtype=dtype, device=device)
+    states = None if name == "no states" else random(3 if varlen else 2, 4, 2, dtype=dtype, device=device)
+    starts = torch.tensor([0, 1, 6, 11], device=device) if varlen else None
+    index = torch.tensor([[0] + [1] * 5 + [2] * 5], device=device, dtype=torch.int32) if varlen else None
+    return [t if t is None else t.requires_grad_() for t in (x, w, b, states)] + [index, starts]
+
+
+KINDS = ("states", "no states", "several sequences")
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_check(kind, channels_last, how, device):
+    *leaves, index, starts = sequences(kind, device, channels_last=channels_last)
+    forward, backward = torch.ops.tconv.causal_conv1d.default, torch.ops.tconv.causal_conv1d_grad.default
+    torch.library.opcheck(forward, (*leaves, index, starts, "silu", leaves[3] is not None))
+    leaves = [t if t is None else t.detach() for t in leaves]
+    dy, dnext, needs = leaves[0].cos(), leaves[3], [True, True, True, leaves[3] is not None]
+    torch.library.opcheck(backward, (dy, dnext, *leaves, index, starts, "silu", needs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_by_formulas(kind, device):
+    """Of the operator, of its gradient, and in batches."""
+    *leaves, index, starts = sequences(kind, device)
+
+    def step(*leaves):
+        y, after = torch.ops.tconv.causal_conv1d(*leaves, index, starts, "silu", leaves[3] is not None)
+        return (y, after) if leaves[3] is not None else y
+
+    assert torch.autograd.gradcheck(step, leaves, fast_mode=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(step, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_call_is_one_operator(kind, channels_last, device):
+    torch._dynamo.reset()
+    *leaves, _, starts = sequences(kind, device, channels_last=channels_last)
+    seen = []
+
+    def compiler(graph, _):
+        seen.append([n.target._opname for n in graph.graph.nodes if str(n.target).startswith("tconv.")])
+        return graph
+
+    def step(x, w, b, states):
+        return causal_conv1d(x, w, b, None, states, states is not None, cu_seqlens=starts, activation="silu")
+
+    found = []
+    for run in (step, torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))):
+        outs = run(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        grads = torch.autograd.grad([t.sin().sum() for t in outs], [t for t in leaves if t is not None])
+        found.append([*outs, *grads])
+    assert seen == [["causal_conv1d"], ["causal_conv1d_grad"]]
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
+        assert eager.stride() == compiled.stride()
+
+
+def test_graphs_of_any_length(device):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(functools.partial(causal_conv1d, activation="silu"), fullgraph=True, backend=counter, dynamic=True)
+    w = random(4, 3, device=device)
+    for length in (5, 9, 20):
+        x = random(2, 4, length, device=device)
+        assert torch.equal(step(x, w), causal_conv1d(x, w, activation="silu"))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["slots", "a ring"])
+def test_a_compiled_decode_step_changes_its_states(kind, device):
+    torch._dynamo.reset()
+    x, w, states = random(2, 4, device=device), random(4, 3, device=device), random(5, 4, 3, device=device)
+    how = {"conv_state_indices": torch.tensor([3, 0], device=device)}
+    how |= {"cache_seqlens": torch.tensor([4, 1], device=device)} if kind == "a ring" else {}
+    step = functools.partial(causal_conv1d_update, activation="silu", **how)
+    compiled, mine = torch.compile(step, fullgraph=True, backend="aot_eager"), states.clone()
+    assert torch.equal(compiled(x, mine, w), step(x, states, w))
+    assert torch.equal(mine, states)
+    torch.library.opcheck(
+        torch.ops.tconv.causal_conv1d_update.default,
+        (x[..., None], states, w, None, how.get("cache_seqlens"), how["conv_state_indices"], "silu"),
+    )
+
+
+def test_exported_and_traced(device):
+    class Model(torch.nn.Module):
+        def forward(self, x, w, states):
+            return causal_conv1d(x, w, initial_states=states, return_final_states=True, activation="silu")
+
+    x, w, _, states, *_ = (t if t is None else t.detach() for t in sequences("states", device))
+    expected = Model()(x, w, states)
+    exported = torch.export.export(Model(), (x, w, states))
+    assert [n.target._opname for n in exported.graph.nodes if str(n.target).startswith("tconv.")] == ["causal_conv1d"]
+    graph = make_fx(Model())(x, w, states)
+    assert "tconv.causal_conv1d" in graph.code
+    decomposed = exported.run_decompositions()
+    assert not any(str(n.target).startswith("tconv.") for n in decomposed.graph.nodes)
+    for run in (exported.module(), graph, decomposed.module(), torch.jit.trace(Model(), (x, w, states))):
+        torch.testing.assert_close(run(x, w, states), expected)

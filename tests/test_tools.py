@@ -270,8 +270,9 @@ def test_decompositions_of_every_window(name, device):
             (y, x, w, y.cos(), y.sin().sum([0, *range(2, y.dim())]), "silu", 0.0, "before", True, True, False, *exact)
         ],
     }
-    for operator, decomposition in tconv.decompositions().items():
-        for given in arguments[operator]:
+    for operator, calls in arguments.items():
+        decomposition = tconv.decompositions()[operator]
+        for given in calls:
             got, expected = decomposition(*given), operator(*given)
             torch.testing.assert_close(got, expected)
             pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]

@@ -28,7 +28,9 @@ order:
     normalised      forward and backward of a normalisation over launches
     norms           a call of one of the two normalisations
     stream          convolutions of a stream, chunk by chunk
-    causal          causal depthwise convolutions of sequences, and their decode step
+    sequences       causal depthwise convolutions of sequences by PyTorch's functions
+    causal_ops      the same by kernels, as registered operators
+    causal          calls of causal depthwise convolutions of sequences, and their decode step
     selection       which shapes and layers `enable()` takes
     aten            what `enable()` runs in place of aten's `_convolution` and `convolution_backward`
     scope           which modules `enable(model)` holds in

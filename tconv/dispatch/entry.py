@@ -231,16 +231,9 @@ def operators_window(asked: CallArguments, x: Any, w: Any, b: Any, *more: Any) -
     Args:
         more: other tensors that the operator gets.
     """
-    for t in (x, w, *[t for t in (b, *more) if t is not None]):
-        if not isinstance(t, torch.Tensor) or not _understood(t):
-            return None
+    if not operators_possible(x, w, *[t for t in (b, *more) if t is not None]):
+        return None
     device = x.device.type
-    if device != "cuda" and not (device == "cpu" and INTERPRETED):
-        return None
-    if torch._C._len_torch_function_stack() and not is_dynamo_compiling() and foreign_modes():
-        return None
-    if not is_dynamo_compiling() and _exporting_to_onnx():  # which knows aten's operators alone
-        return None
     tracing = None if is_dynamo_compiling() else torch._C._get_tracing_state()
     if tracing:  # torch.jit.trace would take the extents that are asked for below for the graph's
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
@@ -255,6 +248,24 @@ def operators_window(asked: CallArguments, x: Any, w: Any, b: Any, *more: Any) -
     if not is_dynamo_compiling() and torch._C._len_torch_dispatch_stack():
         count_flops()  # as the operator's autograd does, which inference_mode passes over
     return h
+
+
+def operators_possible(x: Any, *more: Any) -> bool:
+    """Returns True if tconv's registered operators may get these tensors in this context of PyTorch.
+
+    torch.compile traces this function, as the one above.
+    """
+    for t in (x, *more):
+        if not isinstance(t, torch.Tensor) or not _understood(t):
+            return False
+    device = x.device.type
+    if device != "cuda" and not (device == "cpu" and INTERPRETED):
+        return False
+    if is_dynamo_compiling():
+        return True
+    if torch._C._len_torch_function_stack() and foreign_modes():
+        return False
+    return not _exporting_to_onnx()  # which knows aten's operators alone
 
 
 def _exporting_to_onnx() -> bool:

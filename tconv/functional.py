@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from tconv.dispatch import causal, epilogues, norms, stream
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.entry import PUBLIC, convolve
+from tconv.dispatch.norm_calls import Asked
 from tconv.dispatch.sides import by_torch
 from tconv.dispatch.steps import Steps
 from tconv.planning.epilogue import ACTIVATIONS
@@ -174,7 +175,7 @@ def group_norm_silu(
         ValueError: activation or pad does not fit.
         Whatever torch.nn.functional.group_norm raises for the others.
     """
-    return norms.normalise(norms.Asked("group_norm_silu", num_groups, eps, activation, pad), input, weight, bias)
+    return norms.normalise(Asked("group_norm_silu", num_groups, eps, activation, pad), input, weight, bias)
 
 
 def rms_norm_silu(
@@ -202,7 +203,7 @@ def rms_norm_silu(
         ValueError: activation or pad does not fit.
         Whatever torch.nn.functional.rms_norm raises for the others.
     """
-    return norms.normalise(norms.Asked("rms_norm_silu", None, eps, activation, pad), input, weight, bias)
+    return norms.normalise(Asked("rms_norm_silu", None, eps, activation, pad), input, weight, bias)
 
 
 norms.PUBLIC.update({"group_norm_silu": group_norm_silu, "rms_norm_silu": rms_norm_silu})

@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import tconv
@@ -302,21 +306,194 @@ def test_under_torch_compile_vmap_and_checkpoint(operation, channels_last, devic
     assert [str(c) for c in calls] == [f"{operation}: torch (inside a functorch transform)"]
 
 
+# Registered operators
+
+
+def calls_of(graph):
+    return [n.target._opname for n in graph.graph.nodes if str(n.target).startswith("tconv.")]
+
+
+def functions(operation, **how):
+    """tconv's function of x, w and b, and the sequence."""
+    return (lambda x, w, b: ours(operation, 2, x, w, b, **how)), (lambda x, w, b: sequence(operation, 2, x, w, b, **how))
+
+
+def leaves(device, channels_last=False, dtype=torch.float64):
+    x = laid_out(torch.randn(2, 6, 5, 4, device=device).to(dtype), channels_last)
+    return [t.requires_grad_() for t in (x, *(torch.randn(6, device=device).to(dtype) for _ in range(2)))]
+
+
+@LAYOUTS
+@OPERATIONS
+def test_a_compiled_call_is_one_operator(operation, channels_last, device):
+    torch._dynamo.reset()
+    seen = []
+
+    def compiler(graph, _):
+        seen.append(calls_of(graph))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    f, right = functions(operation, pad=((1, 0), 2))
+    given = leaves(device, channels_last)
+    with tconv.recording() as calls:
+        y = torch.compile(f, backend=backend, fullgraph=True)(*given)
+        grads = torch.autograd.grad(y.square().sum(), given)
+    expected = right(*given)
+    torch.testing.assert_close((y, *grads), (expected, *torch.autograd.grad(expected.square().sum(), given)))
+    assert [(c.operation, c.ours) for c in calls] == [(operation, True), (f"{operation} gradient", True)]
+    assert seen == [["normalise"], ["normalise_grad"]]
+    assert (y.stride(), grads[0].stride()) == (laid_out(y, channels_last).stride(), given[0].stride())
+
+
+@OPERATIONS
+def test_a_compiled_layer_of_any_size_is_one_graph(operation, device):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = tconv.GroupNormSiLU(2, 6, pad=1) if operation == GROUP else tconv.RMSNormSiLU(6, pad=1)
+    compiled_layer = torch.compile(layer.to(device), backend=counter, fullgraph=True, dynamic=True)
+    compilations = 0
+    for shape in ((2, 6, 8, 5), (3, 6, 7, 9), (5, 6, 9, 4)):
+        x = torch.randn(shape, device=device, requires_grad=True)
+        found = []
+        with tconv.recording() as calls:
+            for f in (compiled_layer, layer):
+                y = f(x)
+                found.append((y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))))
+        torch.testing.assert_close(*found)
+        assert [c.ours for c in calls] == [True] * 4
+        compilations = compilations or counter.frame_count
+    assert counter.frame_count == compilations
+
+
+@OPERATIONS
+def test_inductor(operation, device):
+    torch._dynamo.reset()
+    f, right = functions(operation, pad=1)
+    given = leaves(device, True)
+    with tconv.recording() as calls:
+        y = torch.compile(lambda *t: f(*t).sin(), fullgraph=True)(*given)
+        grads = torch.autograd.grad(y.sum(), given)
+    assert [(c.operation, c.ours) for c in calls] == [(operation, True), (f"{operation} gradient", True)]
+    expected = right(*given).sin()
+    torch.testing.assert_close((y, *grads), (expected, *torch.autograd.grad(expected.sum(), given)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@OPERATIONS
+def test_export(operation, strict, device):
+    layer = tconv.GroupNormSiLU(2, 6, pad=1) if operation == GROUP else tconv.RMSNormSiLU(6, pad=1)
+    layer, x = layer.to(device), torch.randn(2, 6, 5, 4, device=device)
+    sizes = {"input": {0: torch.export.Dim("n", min=2, max=16), 3: torch.export.Dim.DYNAMIC}}
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), dynamic_shapes=sizes, strict=strict)
+        assert calls_of(program) == ["normalise"]
+        taken = program.run_decompositions()
+        assert calls_of(taken) == []
+        for size in ((2, 6, 5, 4), (3, 6, 5, 7)):
+            x = torch.randn(size, device=device)
+            for made in (program, taken):
+                torch.testing.assert_close(made.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@OPERATIONS
+def test_graphs_of_gradients(operation, mode, device):
+    f, _ = functions(operation, pad=1)
+    given = leaves(device)
+
+    def step(*t):
+        y = f(*t)
+        first = torch.autograd.grad(y.square().sum(), t)
+        return y, *first
+
+    def second(*t):
+        (dx,) = torch.autograd.grad(f(*t).square().sum(), t[0], create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), t)
+
+    graph = make_fx(step, tracing_mode=mode)(*given)
+    assert calls_of(graph) == ["normalise", "normalise_grad"]
+    torch.testing.assert_close(graph(*given), step(*given))
+    taken = make_fx(step, tracing_mode=mode, decomposition_table=tconv.decompositions())(*given)
+    assert calls_of(taken) == []
+    torch.testing.assert_close(taken(*given), step(*given))
+    graph = make_fx(second, tracing_mode=mode)(*given)
+    assert calls_of(graph) == ["normalise", "normalise_grad"]  # and formulas, which have another derivative
+    torch.testing.assert_close(graph(*given), second(*given))
+
+
+@LAYOUTS
+@OPERATIONS
+def test_operators_check(operation, channels_last, device):
+    for affine in (True, False):
+        x, w, b = leaves(device, channels_last) if affine else (*leaves(device, channels_last)[:1], None, None)
+        how = 2 if operation == GROUP else 0, 1e-5, "silu", (1, 0), (0, 2)
+        torch.library.opcheck(torch.ops.tconv.normalise.default, (x, w, b, *how))
+        x, w, b = (None if t is None else t.detach() for t in (x, w, b))
+        y, stats = torch.ops.tconv.normalise(x, w, b, *how)
+        for needed in (True, False):
+            torch.library.opcheck(torch.ops.tconv.normalise_grad.default, (y.cos(), x, w, b, stats, needed, *how))
+
+
+def test_an_operator_falls_back(device):
+    """Without elements no kernel runs; the results are torch's, and have the shapes that a graph was promised."""
+    how = 2, 1e-5, "silu", (1,), (0,)
+    x, w = torch.randn(0, 6, 4, device=device, requires_grad=True), torch.randn(6, device=device, requires_grad=True)
+    with tconv.recording() as calls:
+        y, stats = torch.ops.tconv.normalise(x, w, None, *how)
+        dx, dw = torch.autograd.grad(y.sum(), (x, w))
+    assert (y.shape, stats.shape, dx.shape) == ((0, 6, 5), (2, 0, 2), (0, 6, 4))
+    assert torch.equal(dw, torch.zeros_like(dw))
+    assert [c.reason for c in calls] == ["a tensor without elements"] * 2
+
+
+@pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_vmap_of_the_operators(batched, device):
+    """By their rule, which a mode that calls the operator reaches."""
+    x, w, b = (t.detach() for t in leaves(device))
+    how = 2, 1e-5, "silu", (1, 0), (0, 2)
+
+    def run(x, w):
+        y, stats = torch.ops.tconv.normalise(x, w, b, *how)
+        return y, *torch.ops.tconv.normalise_grad(y.cos(), x, w, b, stats, True, *how)
+
+    given = [t if d is None else torch.stack([t, t.sin()]) for t, d in zip((x, w), batched, strict=True)]
+    found = torch.vmap(run, batched)(*given)
+    for i in range(2):
+        one = run(*[t if d is None else t[i] for t, d in zip(given, batched, strict=True)])
+        torch.testing.assert_close(tuple(t[i] for t in found), one)
+
+
+@OPERATIONS
+def test_transforms_in_a_graph(operation, device):
+    torch._dynamo.reset()
+    f, right = functions(operation, pad=1)
+    x, w, b = (t.detach() for t in leaves(device))
+
+    def per_sample(f):
+        loss = lambda w, x: f(x[None], w, b).square().sum()  # noqa: E731
+        return torch.vmap(torch.func.grad(loss), (None, 0))(w, x)
+
+    found = torch.compile(lambda: per_sample(f), backend="aot_eager", fullgraph=True)()
+    torch.testing.assert_close(found, per_sample(right))
+
+
 @OPERATIONS
 def test_under_autocast(operation, device):
-    """The result has x's dtype, by the kernels and by torch's functions."""
+    """The result has x's dtype, by the kernels, by the operator and by torch's functions."""
     x, w = torch.randn(2, 6, 5, 4, device=device).bfloat16(), torch.randn(6, device=device, requires_grad=True)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
         with tconv.recording() as calls:
             y = ours(operation, 2, x, w, None)
-        by_torch = torch.compile(lambda x, w: ours(operation, 2, x, w, None), backend="aot_eager", fullgraph=True)(x, w)
-    assert [c.ours for c in calls] == [True]
+            compiled_y = torch.compile(lambda x, w: ours(operation, 2, x, w, None), backend="aot_eager", fullgraph=True)(x, w)
+        by_torch = torch.vmap(lambda x, w: ours(operation, 2, x, w, None), (0, None))(x[:, None], w)[:, 0]
+    assert [c.ours for c in calls] == [True, True]
     right = sequence(operation, 2, x.double(), w.double(), None)
-    for found in (y, by_torch):
+    for found in (y, compiled_y, by_torch):
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.double(), right, rtol=8e-3, atol=1e-3)
-    (dw,) = torch.autograd.grad(y.sum(), w)
-    assert dw.dtype == torch.float32
+        (dw,) = torch.autograd.grad(found.sum(), w)
+        assert dw.dtype == torch.float32
 
 
 def test_fx_records_one_call(device):
@@ -499,4 +676,6 @@ def test_a_jit_trace(device):
     def both(x):
         return TF.rms_norm_silu(TF.group_norm_silu(x, 2, pad=1))
 
-    torch.testing.assert_close(torch.jit.trace(both, (x,))(x), both(x))
+    traced = torch.jit.trace(both, (x,))
+    assert [n.kind() for n in traced.graph.nodes() if n.kind().startswith("tconv::")] == ["tconv::normalise"] * 2
+    torch.testing.assert_close(traced(x), both(x))

@@ -245,6 +245,19 @@ WINDOWS = {  # x, w, window
 }  # fmt: skip
 
 
+def normalisations(x):
+    """Arguments of the operators of normalisations, whose gradients get the statistics of the first."""
+    w, pads = torch.randn(x.shape[1], dtype=x.dtype, device=x.device), [(1,) * (x.dim() - 2), (0,) * (x.dim() - 2)]
+    forward, backward = [], []
+    for groups in (0, 2):
+        for b in (None, w.sin()):
+            how = groups, 1e-5, "silu", *pads
+            y, stats = torch.ops.tconv.normalise(x, w, b, *how)
+            forward.append((x, w, b, *how))
+            backward.append((y.cos(), x, w, b, stats, True, *how))
+    return {torch.ops.tconv.normalise.default: forward, torch.ops.tconv.normalise_grad.default: backward}
+
+
 @pytest.mark.parametrize("name", WINDOWS)
 def test_decompositions_of_every_window(name, device):
     """Values and layout, against the operators themselves, whose own are tested against fp64 elsewhere."""
@@ -269,6 +282,7 @@ def test_decompositions_of_every_window(name, device):
         torch.ops.tconv.epilogue_grad.default: [
             (y, x, w, y.cos(), y.sin().sum([0, *range(2, y.dim())]), "silu", 0.0, "before", True, True, False, *exact)
         ],
+        **normalisations(x),
     }
     for operator, calls in arguments.items():
         decomposition = tconv.decompositions()[operator]

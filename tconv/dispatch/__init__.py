@@ -25,7 +25,9 @@ order:
     fp8             fprop of fp8 operands, and the rounding to fp8, as registered operators
     entry           a call of one of the six functions
     epilogues       the same with an epilogue
+    norm_calls      checks of a normalisation's call, and its sequence of PyTorch's functions
     normalised      forward and backward of a normalisation over launches
+    norm_operator   the same as a registered operator
     norms           a call of one of the two normalisations
     stream          convolutions of a stream, chunk by chunk
     sequences       causal depthwise convolutions of sequences by PyTorch's functions

@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from tconv.dispatch import causal_ops, entry
 from tconv.dispatch.check import require
+from tconv.dispatch.context import taken_apart
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.support import DTYPES
 from tconv.launching.record import Call, Fallback, record_call
@@ -103,7 +104,7 @@ def _computed(name: str, *args: Any) -> Any:
     if why is None:
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return operator(*args) if differentiable else run(*args)
-    if (is_dynamo_compiling() or not causal_ops.taken_apart()) and entry.operators_possible(*tensors):
+    if (is_dynamo_compiling() or not taken_apart()) and entry.operators_run(*tensors):
         return operator(*args)
     if not is_dynamo_compiling():
         record_call(Call(name, None, None, why))

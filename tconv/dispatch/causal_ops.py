@@ -15,12 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from tconv.dispatch import sequences
-from tconv.dispatch.context import PLAIN, plain
+from tconv.dispatch.context import PLAIN, plain, taken_apart
 from tconv.dispatch.dynamo import opaque
-from tconv.dispatch.operators import LIBRARY
+from tconv.dispatch.operators import LIBRARY, register
 from tconv.dispatch.support import unavailable
 from tconv.launching.memory_format import like_sequences
 from tconv.launching.record import Call, Fallback, record_call
@@ -175,11 +174,6 @@ class _Differentiable(torch.autograd.Function):
 _apply = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Differentiable)
 
 
-def taken_apart() -> bool:
-    """Returns True where PyTorch's functions compute a call: in functorch's transforms and in forward mode."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def _wants_gradient(*args: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args)
 
@@ -200,20 +194,16 @@ def _grad_autograd(keys: Any, *args: Any) -> Any:
         return GRAD.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-def _register(name: str, run: Any, fake: Any, by_torch: Any) -> Any:
-    LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    torch.library.register_fake(f"tconv::{name}", opaque(fake), lib=LIBRARY)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, opaque(run), key)
-    LIBRARY.impl(name, opaque(by_torch), "FuncTorchBatched")  # whose functions have rules
-    return getattr(torch.ops.tconv, name).default
+def _below_autograd(keys: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return UPDATE.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-CAUSAL = _register("causal_conv1d", run, _fake, sequences.forward)
-GRAD = _register("causal_conv1d_grad", _grad_run, _grad_fake, sequences.gradients)
-UPDATE = _register("causal_conv1d_update", update, _update_fake, sequences.update)
-LIBRARY.impl("causal_conv1d", opaque(_autograd), "Autograd", with_keyset=True)
-LIBRARY.impl("causal_conv1d_grad", opaque(_grad_autograd), "Autograd", with_keyset=True)
+CAUSAL = register("causal_conv1d", SCHEMAS["causal_conv1d"], run, _fake, _autograd)
+GRAD = register("causal_conv1d_grad", SCHEMAS["causal_conv1d_grad"], _grad_run, _grad_fake, _grad_autograd)
+UPDATE = register("causal_conv1d_update", SCHEMAS["causal_conv1d_update"], update, _update_fake, _below_autograd)
+for _operator, _by_torch in ((CAUSAL, sequences.forward), (GRAD, sequences.gradients), (UPDATE, sequences.update)):
+    LIBRARY.impl(_operator._opname, opaque(_by_torch), "FuncTorchBatched")  # whose functions have rules
 WAYS: dict[str, tuple[Callable[..., Any], ...]] = {  # what computes a call by kernels, the operator, and PyTorch's functions
     "causal_conv1d": (run, CAUSAL, sequences.forward),
     "causal_conv1d_update": (update, UPDATE, sequences.update),

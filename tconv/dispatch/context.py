@@ -47,6 +47,11 @@ def why_ineligible(*tensors: Any) -> str | None:
     return None
 
 
+def taken_apart() -> bool:
+    """Returns True where a call of several steps takes them one after the other: in functorch's transforms and forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def plain(t: torch.Tensor) -> torch.Tensor:
     """Returns a tensor subclass's memory as a plain torch.Tensor, so that none of the subclass's methods are called.
 

@@ -231,7 +231,7 @@ def operators_window(asked: CallArguments, x: Any, w: Any, b: Any, *more: Any) -
     Args:
         more: other tensors that the operator gets.
     """
-    if not operators_possible(x, w, *[t for t in (b, *more) if t is not None]):
+    if not operators_run(x, w, *[t for t in (b, *more) if t is not None]):
         return None
     device = x.device.type
     tracing = None if is_dynamo_compiling() else torch._C._get_tracing_state()
@@ -250,12 +250,9 @@ def operators_window(asked: CallArguments, x: Any, w: Any, b: Any, *more: Any) -
     return h
 
 
-def operators_possible(x: Any, *more: Any) -> bool:
-    """Returns True if tconv's registered operators may get these tensors in this context of PyTorch.
-
-    torch.compile traces this function, as the one above.
-    """
-    for t in (x, *more):
+def operators_run(x: Any, *others: Any) -> bool:
+    """Returns True if tconv's registered operators may compute a call with these tensors. torch.compile traces it."""
+    for t in (x, *others):
         if not isinstance(t, torch.Tensor) or not _understood(t):
             return False
     device = x.device.type

@@ -20,9 +20,8 @@ from torch.fx import Proxy
 from tconv.dispatch import entry
 from tconv.dispatch.autocast import cast
 from tconv.dispatch.check import CallArguments
-from tconv.dispatch.context import PLAIN
+from tconv.dispatch.context import PLAIN, taken_apart
 from tconv.dispatch.dynamo import opaque
-from tconv.dispatch.fused_operator import taken_apart
 from tconv.dispatch.steps import Steps, followed
 from tconv.dispatch.window import result_shape
 from tconv.launching.cache import BoundedCache

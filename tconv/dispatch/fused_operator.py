@@ -18,16 +18,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from tconv.dispatch import autocast, operators
 from tconv.dispatch.chain_rule import all_gradients, argument_gradient, per_channel
-from tconv.dispatch.context import PLAIN, plain
+from tconv.dispatch.context import PLAIN, plain, taken_apart
 from tconv.dispatch.derivatives import wanted
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.equivalents import IN_ATEN
 from tconv.dispatch.flops import count_flops
-from tconv.dispatch.operators import LIBRARY, OPERATORS, WINDOW, Operators
+from tconv.dispatch.operators import LIBRARY, OPERATORS, WINDOW, Operators, register
 from tconv.dispatch.steps import Steps, followed
 from tconv.dispatch.window import Window, exact, result_shape
 from tconv.launching.memory_format import shaped
@@ -283,11 +282,6 @@ def _again(how: How, h: Window, x: Any, w: Any, b: Any, residual: Any, scale: An
     return v
 
 
-def taken_apart() -> bool:
-    """Returns True where `fused` computes its steps one after the other: in functorch's transforms and in forward mode."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def _autograd(keys: Any, x: Any, w: Any, b: Any, residual: Any, scale: Any, shift: Any, *rest: Any) -> Any:
     tensors = x, w, b, residual, scale, shift
     if taken_apart():
@@ -315,23 +309,14 @@ def _autocast(device: str, key: Any, x: Any, w: Any, b: Any, *rest: Any) -> Any:
         return FUSED(*autocast.cast(device, x, w, b), *rest)
 
 
-def _register(name: str, run: Any, fake: Any, differentiated: Any, taken_apart: Any) -> Any:
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    LIBRARY.define(name + SCHEMAS[name], tags=tags)
-    torch.library.register_fake(f"tconv::{name}", opaque(fake), lib=LIBRARY)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, opaque(run), key)
-    LIBRARY.impl(name, opaque(differentiated), "Autograd", with_keyset=True)
-    LIBRARY.impl(name, opaque(taken_apart), "FuncTorchBatched")  # whose parts have rules
-    return getattr(torch.ops.tconv, name).default
-
-
 def _taken_apart(*args: Any) -> Any:
     return in_sequence(OPERATORS[_parted(args[6:])[0].name], *args)
 
 
-FUSED = _register("fused", _run, _fake, _autograd, _taken_apart)
-GRAD = _register("epilogue_grad", _grad_run, _grad_fake, _grad_autograd, grad_by_formulas)
+FUSED = register("fused", SCHEMAS["fused"], _run, _fake, _autograd)
+GRAD = register("epilogue_grad", SCHEMAS["epilogue_grad"], _grad_run, _grad_fake, _grad_autograd)
+for _name, _parts in (("fused", _taken_apart), ("epilogue_grad", grad_by_formulas)):
+    LIBRARY.impl(_name, opaque(_parts), "FuncTorchBatched")  # vmap has rules for what they call
 for _key in ("CPU", "CUDA"):
     _cast = functools.partial(_autocast, _key.lower(), getattr(torch._C.DispatchKey, f"Autocast{_key}"))
     LIBRARY.impl("fused", _cast, f"Autocast{_key}")

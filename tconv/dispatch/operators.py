@@ -259,19 +259,29 @@ def _autocast(name: str, device: str, key: Any, a: Any, b: Any, bias: Any, *rest
     return y
 
 
-def _register(name: str) -> Any:
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    LIBRARY.define(name + SCHEMAS[name], tags=tags)
+def register(name: str, schema: str, run: Any, fake: Any, differentiated: Any) -> Any:
+    """Registers an operator, and returns it.
 
+    Args:
+        schema: its arguments and results.
+        run, fake: take its arguments; compute it, and return empty tensors like its results.
+        differentiated: takes the dispatch keys before its arguments; computes it under autograd.
+    """
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    torch.library.register_fake(f"tconv::{name}", opaque(fake), lib=LIBRARY)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, opaque(run), key)
+    LIBRARY.impl(name, opaque(differentiated), "Autograd", with_keyset=True)
+    return getattr(torch.ops.tconv, name).default
+
+
+def _register(name: str) -> Any:
     def bound(f: Any, *more: Any) -> Any:
         return opaque(lambda *args: f(name, *more, *args))
 
-    torch.library.register_fake(f"tconv::{name}", bound(fake), lib=LIBRARY)
+    operator = register(name, SCHEMAS[name], bound(_run), bound(fake), bound(_autograd))
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, bound(_run), key)
         LIBRARY.impl(name, bound(_autocast, key.lower(), getattr(torch._C.DispatchKey, f"Autocast{key}")), f"Autocast{key}")
-    LIBRARY.impl(name, bound(_autograd), "Autograd", with_keyset=True)
-    operator = getattr(torch.ops.tconv, name).default
     torch.library.register_vmap(f"tconv::{name}", bound(batched, operator), lib=LIBRARY)
     return operator
 

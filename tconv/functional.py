@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx import Proxy
 
 from tconv.dispatch import causal, epilogues, norms, stream
 from tconv.dispatch.check import CallArguments
@@ -209,6 +210,14 @@ def rms_norm_silu(
 norms.PUBLIC.update({"group_norm_silu": group_norm_silu, "rms_norm_silu": rms_norm_silu})
 
 
+def _traced(function: Callable[..., Any], tensors: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns the proxy of a call that torch.fx records, if one of its tensors is a proxy; else None."""
+    for t in tensors:
+        if isinstance(t, Proxy):
+            return t.tracer.create_proxy("call_function", function, args, kwargs)
+    return None
+
+
 def _stream(rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Returns the public function of a rank for a stream's chunks."""
 
@@ -219,6 +228,10 @@ def _stream(rank: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         scale: Any = None, shift: Any = None, stepwise: bool = False, recompute: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         steps = Steps(activation, negative_slope, residual, residual_position, scale, shift, stepwise, recompute)
+        tensors = input, weight, bias, state
+        proxy = _traced(conv, (*tensors, *steps.tensors.values()), (*tensors, stride, padding, dilation, groups), steps.given)
+        if proxy is not None:
+            return proxy  # type: ignore[no-any-return]  # which unpacks as a pair does
         return stream.convolve(rank, input, weight, bias, state, stride, padding, dilation, groups, steps)
 
     conv.__name__ = conv.__qualname__ = f"conv{rank}d_stream"
@@ -293,6 +306,11 @@ def causal_conv1d(
     Raises:
         ValueError: an argument does not fit. Nothing has been launched then.
     """
+    tensors = x, weight, bias, seq_idx, initial_states, cu_seqlens
+    more = {"cu_seqlens": cu_seqlens, "activation": activation}
+    proxy = _traced(causal_conv1d, tensors, (*tensors[:5], return_final_states), more)
+    if proxy is not None:
+        return proxy
     y, states = causal.convolve(x, weight, bias, seq_idx, initial_states, return_final_states, cu_seqlens, activation)
     return (y, states) if return_final_states else y
 
@@ -324,4 +342,8 @@ def causal_conv1d_update(
     Raises:
         ValueError: an argument does not fit, or requires a gradient. Nothing has been launched then.
     """
+    tensors = x, conv_state, weight, bias, cache_seqlens, conv_state_indices
+    proxy = _traced(causal_conv1d_update, tensors, (*tensors[:4], activation, *tensors[4:]), {})
+    if proxy is not None:
+        return proxy  # type: ignore[no-any-return]  # of a tensor
     return causal.update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)

@@ -33,6 +33,7 @@ def pytest_configure(config):
         from tests import interpreter
 
         interpreter.look_up_once()
+        interpreter.add_alike()
 
         from tests import hints
 

@@ -161,6 +161,32 @@ def test_autocast(differentiable, device):
     torch.testing.assert_close(torch.cat((y, z), 2), whole, rtol=1e-2, atol=1e-2)
 
 
+def test_fx_records_one_call(device):
+    """Functions stay calls and `stream` becomes one, so that the traced model streams as the model does."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = tconv.CausalConv1d(4, 6, 3), tconv.CausalConv3d(2, 3, 3, padding=1)
+
+        def forward(self, x, a, v, b):
+            y, a = self.first.stream(x, a)
+            y, _ = conv1d_stream(y, self.first.weight.transpose(0, 1), None, activation="relu", scale=a[0, :, 0])
+            v, b = self.second.stream(v, b)
+            return y, a, v, b
+
+    net = Net().to(device)
+    traced = torch.fx.symbolic_trace(net)
+    assert [n.target for n in traced.graph.nodes if n.target in (conv1d_stream, conv3d_stream)] == (
+        [conv1d_stream, conv1d_stream, conv3d_stream]
+    )
+    x, v = torch.randn(1, 4, 5, device=device), torch.randn(1, 2, 3, 4, 5, device=device)
+    a, b = torch.randn(1, 4, 2, device=device), torch.randn(1, 2, 2, 4, 5, device=device)
+    with torch.no_grad(), tconv.recording() as calls:
+        torch.testing.assert_close(traced(x, a, v, b), net(x, a, v, b))
+    assert [c.ours for c in calls] == [True] * 6
+
+
 X, W = torch.zeros(2, 4, 5, 6, 7), torch.zeros(3, 4, 3, 3, 3)
 BAD = {
     "input": [(X[0], W, None, {})],

@@ -103,9 +103,8 @@ def _mode(asked: CallArguments) -> dict[str, Any]:
 
 def _traced(tracer: Any, asked: CallArguments, x: Any, w: Any, b: Any, steps: Steps) -> torch.Tensor:
     """Returns the proxy that torch.fx records: a call of the public function."""
-    defaults = Steps._field_defaults
-    given = {name: value for name, value in steps._asdict().items() if value is not defaults[name]} | _mode(asked)
-    call: torch.Tensor = tracer.create_proxy("call_function", _public(asked), (x, w, b, *_how(asked)), given)
+    more = steps.given | _mode(asked)
+    call: torch.Tensor = tracer.create_proxy("call_function", _public(asked), (x, w, b, *_how(asked)), more)
     return call
 
 

@@ -52,6 +52,11 @@ class Steps(NamedTuple):
                 raise ValueError(f"{name} must be a tensor, got {type(t).__name__}")
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that are not their defaults."""
+        return {name: value for name, value in self._asdict().items() if value is not self._field_defaults[name]}
+
+    @property
     def tensors(self) -> dict[str, Any]:
         """The tensors among them, by the name of the argument."""
         named = {"residual": self.residual, "scale": self.scale, "shift": self.shift}

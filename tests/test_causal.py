@@ -293,7 +293,6 @@ def test_bad_arguments_of_decoding(match, x, more):
     assert (state == state.flatten()[0]).all()
 
 
-<<<<<<< HEAD
 def sequences(name, device, dtype=torch.float64, channels_last=False):
     """Tensors of `torch.ops.tconv.causal_conv1d`, x, w, b and the states of which require gradients."""
     varlen = name == "several sequences"
@@ -400,7 +399,8 @@ def test_exported_and_traced(device):
     assert not any(str(n.target).startswith("tconv.") for n in decomposed.graph.nodes)
     for run in (exported.module(), graph, decomposed.module(), torch.jit.trace(Model(), (x, w, states))):
         torch.testing.assert_close(run(x, w, states), expected)
-=======
+
+
 def test_fx_records_one_call(device):
     def net(x, w, state):
         y, last = causal_conv1d(x, w, None, None, state, True, activation="silu")
@@ -411,4 +411,3 @@ def test_fx_records_one_call(device):
     assert called == [causal_conv1d, causal_conv1d_update]
     x, w, state = (torch.randn(s, device=device) for s in ((2, 3, 7), (3, 4), (2, 3, 3)))
     torch.testing.assert_close(traced(x, w, state.clone()), net(x, w, state.clone()))
->>>>>>> b12e526 (Streams and causal sequences stay calls in the graphs of torch.fx)

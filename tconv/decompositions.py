@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.export.exported_program import ExportedProgram
 
-from tconv.dispatch import causal_ops, norm_operator, sequences
+from tconv.dispatch import causal_ops, norm_operator, sequences, stream_ops
 from tconv.dispatch.equivalents import IN_ATEN
 from tconv.dispatch.fused_operator import FUSED, GRAD, grad_by_formulas, in_aten
 from tconv.dispatch.operators import OPERATORS
@@ -30,11 +30,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     Returns:
         A new dictionary from `torch.ops.tconv.fprop.default`, `dgrad`, `wgrad`, `fused`, `epilogue_grad`, `normalise`,
-        `normalise_grad`, `causal_conv1d` and `causal_conv1d_grad` to functions of the same arguments.
+        `normalise_grad`, `causal_conv1d`, `causal_conv1d_grad` and `conv_stream` to functions of the same arguments.
 
     Example:
         >>> sorted(operator._opname for operator in decompositions())[:5]
-        ['causal_conv1d', 'causal_conv1d_grad', 'dgrad', 'epilogue_grad', 'fprop']
+        ['causal_conv1d', 'causal_conv1d_grad', 'conv_stream', 'dgrad', 'epilogue_grad']
     """
     convolutions: dict[Any, Callable[..., Any]] = {operator: IN_ATEN[name] for name, operator in OPERATORS.items()}
     return convolutions | {
@@ -44,6 +44,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         norm_operator.GRAD: norm_operator.grad_in_aten,
         causal_ops.CAUSAL: sequences.forward,
         causal_ops.GRAD: sequences.gradients,
+        stream_ops.STREAM: stream_ops.in_aten,
     }
 
 

@@ -5,10 +5,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tconv
-from tconv.dispatch import stream
+from tconv.dispatch import entry, stream
 from tconv.functional import conv1d_stream, conv3d_stream
+from tconv.launching.record import Fallback
 from tests.oracle import tf32, to_channels_last
 
 STREAMS = {1: conv1d_stream, 3: conv3d_stream}
@@ -224,7 +228,97 @@ def test_chunk():
     """Any cut of any number of times gives the outputs of the whole, and no state is longer than the filter."""
     for taps, stride, dilation in ((1, 1, 1), (3, 1, 1), (3, 2, 1), (4, 3, 2), (2, 3, 2)):
         for first in range(9):
-            a = stream._chunk(None, first, taps, stride, dilation)
-            b = stream._chunk(a.kept, 9 - first, taps, stride, dilation)
+            a = stream.chunk_of(None, first, taps, stride, dilation)
+            b = stream.chunk_of(a.kept, 9 - first, taps, stride, dilation)
             assert a.outputs + b.outputs == -(-9 // stride)
             assert max(a.kept, b.kept) <= dilation * (taps - 1)
+
+
+class Codec(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = tconv.CausalConv3d(4, 8, 3, padding=1)
+
+    def forward(self, x, state, residual):
+        return conv3d_stream(
+            x, self.conv.weight, self.conv.bias, state, padding=((2, 0), 1, 1), activation="silu", residual=residual
+        )
+
+
+def codec(device):
+    """A model, a chunk, its state and a residual, without gradients."""
+    shapes = (1, 4, 3, 5, 4), (1, 4, 2, 5, 4), (1, 8, 3, 5, 4)
+    return Codec().to(device).requires_grad_(False), *(torch.randn(shape, device=device) for shape in shapes)
+
+
+def ours(graph):
+    return [n.target._opname for n in graph.nodes if str(n.target).startswith("tconv.")]
+
+
+def test_graphs_keep_one_operator(device):
+    torch._dynamo.reset()
+    model, *tensors = codec(device)
+    expected, seen = model(*tensors), []
+
+    def compiler(graph, _):
+        seen.extend(ours(graph.graph))
+        return graph
+
+    exported = torch.export.export(model, tuple(tensors))
+    graph = make_fx(model)(*tensors)
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    for run in (compiled, exported.module(), graph):
+        y, after = run(*tensors)
+        assert torch.equal(y, expected[0])
+        assert torch.equal(after, expected[1])
+        assert (y.stride(), after.stride()) == (expected[0].stride(), expected[1].stride())
+    assert seen == ours(exported.graph) == ours(graph.graph) == ["conv_stream"]
+    decomposed = exported.run_decompositions()
+    assert not ours(decomposed.graph)
+    for run in (decomposed.module(), torch.jit.trace(model, tuple(tensors))):
+        torch.testing.assert_close(run(*tensors), expected)
+
+
+def test_a_compiled_gradient(device):
+    """Of (state, chunk) concatenated."""
+    torch._dynamo.reset()
+    model, *tensors = codec(device)
+    leaves = [t.double().requires_grad_() for t in tensors]
+    model = model.double().requires_grad_()
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        y, after = run(*leaves)
+        found.append([y, after, *torch.autograd.grad(y.sin().sum() + after.cos().sum(), [*leaves, *model.parameters()])])
+    torch.testing.assert_close(*found)
+
+
+def test_compiled_chunks_of_any_length(device):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    w, b = torch.randn(6, 4, 3, device=device), torch.randn(6, device=device)
+    step = torch.compile(conv1d_stream, fullgraph=True, backend=counter, dynamic=True)
+    state, compiled = torch.randn(2, 4, 2, device=device), []
+    for length in (5, 9, 13):  # none of which is another extent
+        x = torch.randn(2, 4, length, device=device)
+        torch.testing.assert_close(step(x, w, b, state), conv1d_stream(x, w, b, state))
+        compiled.append(counter.frame_count)
+    assert compiled[0] == compiled[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("held", [0, 2])
+def test_the_operator(held, dtype, device, monkeypatch):
+    """Its schema, strides and rules, and what it falls back to."""
+    x, w = torch.randn(2, 4, 6, device=device).to(dtype), torch.randn(8, 4, 3, device=device).to(dtype)
+    state = torch.randn(2, 4, held, device=device).to(dtype) if held else None
+    how = "relu", 0.0, "after", False, (1,), (2,), (0,), (1,), 1
+    given = x, w, None, state, None, None, None, *how
+    torch.library.opcheck(torch.ops.tconv.conv_stream.default, given)
+    expected = torch.ops.tconv.conv_stream(*given)
+    monkeypatch.setattr(entry, "geometry", lambda *_: (_ for _ in ()).throw(Fallback("for a test")))
+    with tconv.recording() as calls:
+        got = torch.ops.tconv.conv_stream(*given)
+    assert "concatenated: for a test" in " ".join(map(str, calls))
+    torch.testing.assert_close(got, expected, check_stride=True)
+    batch = torch.vmap(lambda x: torch.ops.tconv.conv_stream(x, *given[1:]))(torch.stack((x, x.sin())))
+    torch.testing.assert_close(tuple(t[0] for t in batch), tuple(expected))

@@ -29,6 +29,7 @@ order:
     normalised      forward and backward of a normalisation over launches
     norm_operator   the same as a registered operator
     norms           a call of one of the two normalisations
+    stream_ops      a chunk of a stream by a kernel, as a registered operator, and by concatenation
     stream          convolutions of a stream, chunk by chunk
     sequences       causal depthwise convolutions of sequences by PyTorch's functions
     causal_ops      the same by kernels, as registered operators

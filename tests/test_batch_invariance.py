@@ -84,11 +84,12 @@ def images(p, n):
     ids=str,
 )
 def test_every_batch_has_the_same_plan(device, channels_last, dtype):
-    differ, first = 0, (device, dtype) == ("H200", torch.bfloat16)
+    differ, kernels, first = 0, set(), (device, dtype) == ("H200", torch.bfloat16)
     for p in PROBLEMS:
         for pass_ in ("fprop", "dgrad"):
             batches = (1, 2, 3, 9, 64) if first else (1, 3, 64)
             one, *more = (prepared(pass_, images(p, n), DEVICES[device], channels_last, dtype) for n in batches)
+            kernels.add(one.call.plan.kernel)
             for launch in more:
                 assert order(launch) == order(one), (p, pass_)
                 assert launch.call.plan.staged == one.call.plan.staged
@@ -96,6 +97,7 @@ def test_every_batch_has_the_same_plan(device, channels_last, dtype):
             if first:
                 free = [prepared(pass_, images(p, n), DEVICES[device], channels_last, dtype, False) for n in (1, 64)]
                 differ += order(free[0]) != order(free[1])
+    assert not first or kernels >= {"gather", "packed", "rows", "patch", "strip", "tma"}
     assert not first or differ > 20, "the plans of this test do not depend on the batch anyway"
 
 
@@ -262,6 +264,27 @@ def test_batches_of_one_to_nine(planned, device):
         assert differing(*given, every) == []
     if planned == "A100":
         assert differing(*given, every[:1]) != [], "bits do not depend on the batch anyway"
+
+
+PATCHES = [
+    oracle.Case("runs that are joined with those of the next pixel", (1, 5, 6, 8), 20, (2, 2), stride=2),
+    oracle.Case("one pixel", (1, 3, 4, 8), 24, (4, 8), stride=(4, 8)),
+    oracle.Case("transposed lines", (1, 40, 7), 3, (16,), stride=16, transposed=True),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", PATCHES, ids=str)
+def test_patches_of_batches_of_one_to_nine(case, channels_last, planned, device):
+    if planned == "A100" and channels_last:
+        pytest.skip("as the H200")
+    given = batch_of(case, 9, torch.bfloat16, channels_last, device)
+    every = [(9 - n, 9) for n in (range(1, 9) if planned == "here" else (1, 3, 8))]
+    with tconv.force(kernel="patch"), tconv.batch_invariant(), tconv.recording() as calls:
+        found = differing(*given, every)
+    assert not [name for *_, name in found if name == ("y" if case.transposed else "dx")]  # the other is by another kernel
+    plans = [call.plan for call in calls if call.operation == "dgrad"]
+    assert {(plan.kernel, plan.tile) for plan in plans} == {("patch", plans[0].tile)}
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

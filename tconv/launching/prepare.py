@@ -93,15 +93,18 @@ def prepare_gather(
 
     described = describing(problem, y)
 
-    def columns(x: torch.Tensor, w: torch.Tensor) -> Pass:
+    def columns(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> Pass:
         try:
-            return PatchPass(problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias, epilogue)
+            return PatchPass(
+                problem, addressing(x), addressing(w), addressing(y), tensor_cores(x.dtype), bias, epilogue, batch_invariant
+            )  # fmt: skip
         except ValueError as e:
             raise Ineligible(str(e)) from None
 
     def best() -> Prepared:
         def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
-            return prepare_pass((columns if only == PATCH else described)(x, w), problem, y, device, only)
+            c = columns(problem, x, w, y) if only == PATCH else described(x, w)
+            return prepare_pass(c, problem, y, device, only)
 
         return _best(prepare, described, boxes, names, (x, w), problem, device)
 
@@ -110,15 +113,15 @@ def prepare_gather(
         of_some = describing(some, result)
 
         def prepare_some(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
-            if only == PATCH:
-                raise Ineligible("no batch-invariant plan has it")
-            return prepare_pass(of_some(x, w), some, result, device, only)
+            c = columns(some, x, w, result) if only == PATCH else of_some(x, w)
+            return prepare_pass(c, some, result, device, only)
 
         by_boxes = boxes if planning.requested() or _copies_alike(x) else ()
         launch = _best(prepare_some, of_some, by_boxes, names, (images, w), some, device)
 
         def prepare(x: torch.Tensor, w: torch.Tensor, only: str | None) -> Prepared:
-            return prepare_pass(described(x, w), problem, y, device, only, plan=launch.call.plan)
+            c = columns(problem, x, w, y) if only == PATCH else described(x, w)
+            return prepare_pass(c, problem, y, device, only, plan=launch.call.plan)
 
         return _for_batch(launch, prepare, described, names, (x, w), device)
 

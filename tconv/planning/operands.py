@@ -294,6 +294,7 @@ class PatchPass(GatherPass):
         tensor_cores: bool,
         bias: int | None = None,
         epilogue: Epilogue = NONE,
+        batch_invariant: bool = False,
     ) -> None:
         """Raises ValueError, with the reason, if the columns of w or of dx do not lie so that vectors can be accessed."""
         channels = problem.C // problem.G
@@ -313,7 +314,7 @@ class PatchPass(GatherPass):
         s0, s1, s2 = (t * s if n > 1 else 0 for n, t, s in zip(problem.Y, problem.T, y.spatial, strict=True))
         y = dataclasses.replace(y, channel=1, spatial=(s0, s1, s2), unit=True)
         w = dataclasses.replace(w, channel=1, spatial=(0, 0, 0), unit=True)
-        super().__init__("dgrad", p, x, w, y, tensor_cores, bias, epilogue)
+        super().__init__("dgrad", p, x, w, y, tensor_cores, bias, epilogue, batch_invariant)
         self.rules = ("columns", *self.rules)
         y, extent = self.y, self.p.X[2]
         short, alone = self.run * self.itemsize < 16, extent == 1

@@ -14,10 +14,13 @@ import tconv
 from tconv import functional as TF
 from tconv.dispatch import operators
 from tconv.dispatch.window import window
+from tconv.launching import launch
 from tconv.launching.launch import device_of
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.prepare import prepare_gather
 from tconv.planning import borders
+from tconv.planning.cost import LAUNCH
+from tconv.planning.device import DEVICES
 from tconv.planning.operands import GatherPass
 from tconv.planning.problem import ZEROS, Geometry, forward_problem
 from tconv.records.key import cell_of
@@ -404,6 +407,27 @@ def test_slabs_are_as_large_as_the_padding(device):
             assert 0 <= slab.first <= slab.first + q.Y[d] <= p.Y[d]
             assert min(reads[0]) < q.X[d]
             assert min(reads[-1]) < q.X[d]
+
+
+def test_the_padding_is_predicted_and_named(device):
+    """The time of an input's gradient is that of all its launches, and its record names the kernels of the slabs."""
+    h200 = DEVICES["H200"]
+    p = forward_problem((8, 64, 28, 28), (64, 64, 3, 3), [1, 1], [(1, 1), (2, 0)], [1, 1], 1, "reflect")
+    dy, w = (shaped(p.shape(which), True, torch.bfloat16) for which in "yw")
+    call = launch.convolution(True, Geometry(p, True, device=h200), dy, w, None).borders.call
+    found = [slab for pair in borders.slabs(p) for slab in pair if slab]
+    assert len(found) == 3
+    plans = []
+    for q in (borders.within(p), *(slab.p for slab in found)):
+        dy, dx = (shaped(q.shape(which), True, torch.bfloat16) for which in "yx")
+        plans.append(prepare_gather("dgrad", q, dy, w, None, dx, h200).call.plan)
+    shown, slabs = borders.pixels(p), 8 * (30 * 30 - 28 * 28)
+    adding = LAUNCH + (2 * shown + slabs) * 64 * 2 / h200.limits.bandwidth
+    assert call.plan.cost.seconds == pytest.approx(sum(plan.cost.seconds for plan in plans) + adding)
+    assert call.plan.cost.workspace >= slabs * 64 * 2
+    for plan in plans:
+        assert plan.way in str(call)
+    assert f"with the padding {call.plan.cost.seconds * 1e6:.1f} us: 3 more launches, " in call.reason
 
 
 def test_the_plan_is_told(device):

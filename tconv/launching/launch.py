@@ -5,6 +5,7 @@ Launch configs are prepared once per kind of call (launching/prepare.py) and cac
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -106,9 +107,17 @@ def _prepare_bordered(g: Geometry, dy: torch.Tensor, w: torch.Tensor) -> Prepare
     dx = shaped(p.shape("x"), g.channels_last, dy.dtype)
     total = prepare_borders(p, dx, g.channels_last, [*begin, numel], g.device or device_of(dy))
     whole = _prepare_convolution("dgrad", dataclasses.replace(g, problem=borders.within(p)), dy, w, None)
-    assert whole.call.plan is not None
-    reason = f"{whole.call.plan.reason}; without the padding, which {len(parts)} more launches compute and one adds"
-    call = Call("dgrad", p, dataclasses.replace(whole.call.plan, reason=reason), reason)
+    plan, of_slabs = whole.call.plan, [launch.call.plan for launch, *_ in parts]
+    assert plan is not None
+    found = plan.cost, *(of_slab and of_slab.cost for of_slab in of_slabs)
+    costs, seconds, cost = [each for each in found if each], "", None
+    if len(costs) == len(found):
+        cost = borders.with_padding(costs[0], costs[1:], p, dy.itemsize, g.device or device_of(dy))
+        seconds = f" {cost.seconds * 1e6:.1f} us"
+    ways = collections.Counter(of_slab.way for of_slab in of_slabs if of_slab)
+    slabs = " and ".join(f"{count} by {way}" for way, count in ways.items())
+    reason = f"{plan.reason}; with the padding{seconds}: {len(parts)} more launches, {slabs}, and one that adds"
+    call = Call("dgrad", p, dataclasses.replace(plan, reason=reason, cost=cost), reason)
     return dataclasses.replace(whole, borders=Borders(tuple(parts), numel, total, call))
 
 

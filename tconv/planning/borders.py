@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tconv.planning.cost import LAUNCH, Cost
 from tconv.planning.device import Device
 from tconv.planning.plan import INTERPRETED, Plan
 from tconv.planning.problem import ZEROS, ConvProblem, Triple, pow2
@@ -98,6 +100,20 @@ def choose_borders(p: ConvProblem, device: Device) -> Plan:
         n = pow2(p.C, 1, 1024)
         return Plan("borders", "borders", Tile(pow2(pixels(p), 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
     return Plan("borders", "borders", TILE, 1, f"for {pixels(p)} pixels", kernels=("borders",), tiles=(TILE,))
+
+
+def with_padding(whole: Cost, parts: Iterable[Cost], p: ConvProblem, itemsize: int, device: Device) -> Cost:
+    """Returns the cost of a dgrad, given that of x alone and those of the slabs, with the sum that ends it.
+
+    The sum reads and writes the elements that positions of the padding show, and reads the slabs.
+    """
+    parts = tuple(parts)
+    slabs = math.prod(x + before + after for x, before, after in zip(p.X, *padding(p), strict=True)) - math.prod(p.X)
+    workspace = p.N * p.C * slabs * itemsize
+    moved = 2 * pixels(p) * p.C * itemsize + workspace
+    seconds = whole.seconds + sum(part.seconds for part in parts) + LAUNCH + moved / device.limits.bandwidth
+    most = max(whole.workspace, *(part.workspace for part in parts))
+    return dataclasses.replace(whole, seconds=seconds, workspace=most + workspace)
 
 
 def pixels(p: ConvProblem) -> int:

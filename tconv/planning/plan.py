@@ -85,12 +85,17 @@ class Plan:
         """Returns this plan with the reason that it has if its mechanism does not work on the device."""
         return replace(self, reason=f"not chosen: {self.mechanism} has not passed its check on this device; {self.cost}")
 
-    def __str__(self) -> str:
+    @property
+    def way(self) -> str:
+        """The kernel, its tile, and what else is launched: the plan without its pass and its reason."""
         precision = f" {self.precision}" if self.precision else ""
         splits = f", {self.splits} splits" if self.splits > 1 else ""
         splits += " summed by a dependent launch" if self.dependent else ""
         staged = f", {' and '.join(self.staged)} copied to channels last" if self.staged else ""
-        return f"{self.pass_}: {self.kernel} {self.tile}{precision}{splits}{staged} ({self.reason})"
+        return f"{self.kernel} {self.tile}{precision}{splits}{staged}"
+
+    def __str__(self) -> str:
+        return f"{self.pass_}: {self.way} ({self.reason})"
 
 
 @dataclass(frozen=True)

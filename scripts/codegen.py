@@ -100,7 +100,9 @@ def with_epilogues(arch: str) -> dict[str, Any]:
 
 
 def in_fp8(arch: str) -> dict[str, Any]:
-    """name -> Variant of a forward pass in fp8 with every tile, of a layer in channels_last, with scale and bias."""
+    """name -> Variant of a forward pass in fp8 with every tile, of a layer in channels_last, with scale and bias; and of a
+    transposed layer's.
+    """
     from bench import layers
     from tconv.launching.variants import FP8, launches, variant_of
     from tconv.planning.epilogue import Epilogue
@@ -110,11 +112,11 @@ def in_fp8(arch: str) -> dict[str, Any]:
 
     found, device = {}, ARCHS[arch][3]
     problem = next(layer.problem for layer in layers.layers() if layer.name == EPILOGUES["gather"])
-    prepare = launches(problem, FP8, True, device, Epilogue(scale=True, shift=True, wide=True, result="bfloat16"))["fprop"]
-    for family in (f for f in families("fprop") if f.fp8):
+    prepare = launches(problem, FP8, True, device, Epilogue(scale=True, shift=True, wide=True, result="bfloat16"))
+    for pass_, family in ((p, f) for p in prepare for f in families(p) if f.fp8):
         for tile in family.tiles_on(Access(1, True), device):
             with force(family.name, tile):
-                v = variant_of("fprop", prepare(), FP8)
+                v = variant_of(pass_, prepare[pass_](), FP8)
             found[v.name], _settings[v.name] = v, (FP8, True, True)
     return found
 

@@ -15,15 +15,37 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
 
 from tconv.dispatch.check import CallArguments, accepted
-from tconv.dispatch.fp8 import FP8, LARGEST, RESULTS, fprop_fp8, quantize_fp8
+from tconv.dispatch.context import PLAIN
+from tconv.dispatch.fp8 import FP8, LARGEST, RESULTS, dgrad_fp8, fprop_fp8, quantize_fp8, repeated
 from tconv.dispatch.sides import by_torch
 from tconv.dispatch.steps import Steps
 from tconv.dispatch.window import result_shape
+from tconv.launching.cache import BoundedCache
+from tconv.launching.dry_run import DRY
 from tconv.launching.record import Fallback
+from tconv.planning.batch_invariance import is_batch_invariant
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Converted", "conv1d", "conv2d", "conv3d", "convert_", "quantize"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Converted",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convert_",
+    "quantize",
+]
 
 FEWEST = 16  # input channels per group: fewer fill no 16 bytes, and the first layer of a model has the most to lose
 Scale = float | torch.Tensor
@@ -64,6 +86,129 @@ def _largest(t: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     return torch.where(found > 0, found, torch.ones_like(found))
 
 
+# As dispatch/entry.py's fast_paths: what tells most calls apart -> the output channels and a fused.FusedPath, or None after the
+# first call.
+_repeated: BoundedCache[Any, Any] = BoundedCache()
+
+
+def _convolve(
+    asked: CallArguments,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_scale: Scale,
+    weight_scale: Scale,
+    out_dtype: torch.dtype,
+    steps: Steps,
+) -> torch.Tensor:
+    """Computes one of the six convolutions. `steps` has no scale and no shift yet."""
+    key = None
+    if not is_dynamo_compiling() and type(input) in PLAIN and type(weight) in PLAIN and DRY.get() is None:
+        activation, slope, residual, position, *_ = steps
+        try:
+            key = (
+                asked.transposed, id(weight), id(bias), is_batch_invariant(), input.shape, out_dtype, activation, slope,
+                residual is None, position,
+            )  # fmt: skip
+            seen = _repeated.get(key)
+        except (TypeError, RuntimeError):  # a bad argument without a hash, or a nested tensor, which has no shape
+            key = seen = None
+        if seen is not None and not profiler._is_profiler_enabled:
+            channels, path = seen
+            scale = _scale(input_scale, weight_scale, input.device, channels)
+            shift = None if bias is None else bias.float().contiguous()
+            try:
+                y: torch.Tensor | None = path.again(asked, input, weight, None, steps._replace(scale=scale, shift=shift))
+                if y is not None:
+                    return y
+            except Fallback:  # the slow path falls back as well, and tells why
+                pass
+    return _by_operator(key, asked, input, weight, bias, input_scale, weight_scale, out_dtype, steps)
+
+
+def _by_operator(
+    key: Any,
+    asked: CallArguments,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_scale: Scale,
+    weight_scale: Scale,
+    out_dtype: torch.dtype,
+    steps: Steps,
+) -> torch.Tensor:
+    """Computes a call by its registered operator. `key` is where `_repeated` has it; None if it must not be there."""
+    transposed, rank, stride, padding, output_padding, groups, dilation, _ = asked
+    for name, t in (("input", input), ("weight", weight)):
+        if t.dtype != FP8:
+            raise ValueError(f"{name} must be of {FP8}, got {t.dtype}")
+    if out_dtype not in RESULTS:
+        raise ValueError(f"out_dtype must be one of {RESULTS}, got {out_dtype}")
+    steps.check_kinds()
+    try:
+        h = accepted(asked, input, weight, None, dtypes=(FP8,))
+    except Fallback:  # torch has a result without elements, or an error
+        whole = input.float(), weight.float(), None, stride, padding
+        empty = by_torch(transposed, rank, *whole, output_padding, groups, dilation)
+        if empty is None and transposed:
+            empty = getattr(F, f"conv_transpose{rank}d")(*whole, output_padding, groups, dilation)
+        elif empty is None:
+            empty = getattr(F, f"conv{rank}d")(*whole, dilation, groups)
+        if empty.numel():
+            raise ValueError(f"these arguments are not for fp8: {asked}") from None
+        return empty.to(out_dtype)
+    batched = input.dim() == rank + 2
+    x = input if batched else input.unsqueeze(0)
+    shape = result_shape("dgrad" if transposed else "fprop", x, weight, h)
+    scale = _scale(input_scale, weight_scale, input.device, shape[1])
+    shift = None if bias is None else bias.float().contiguous()
+    if shift is not None and shift.shape != scale.shape:
+        raise ValueError(f"bias must have shape {tuple(scale.shape)}, got {tuple(shift.shape)}")
+    if steps.residual is not None:
+        steps.check_tensors(shape if batched else shape[1:], shape[1], out_dtype, input.device)
+        steps = steps if batched else steps._replace(residual=steps.residual.unsqueeze(0))
+    steps = steps._replace(scale=scale, shift=shift)
+    y: torch.Tensor = (dgrad_fp8 if transposed else fprop_fp8)(
+        x, weight, scale, shift, steps.residual, out_dtype, *h[:5], steps.activation or "", float(steps.negative_slope),
+        steps.residual_position,
+    )  # fmt: skip
+    if key is not None and batched:
+        # None the first time: where shapes never repeat, preparing every call for its repetition would be wasted.
+        path = repeated(asked, x, weight, steps, out_dtype, h) if key in _repeated else None
+        _repeated[key] = None if path is None else (shape[1], path)
+    return y if batched else y.squeeze(0)
+
+
+def _documented(conv: Callable[..., torch.Tensor], transposed: bool, rank: int) -> Callable[..., torch.Tensor]:
+    """Gives a function of that rank its name and its docstring."""
+    name = f"conv{'_transpose' if transposed else ''}{rank}d"
+    extents, taps, out = (", ".join(letters[3 - rank :]) for letters in ("DHW", "TRS", "ZPQ"))
+    weight = f"(C, K/groups, {taps})" if transposed else f"(K, C/groups, {taps})"
+    fastest = "; fastest if `weight.transpose(0, 1)` is channels_last, and copied if not" if transposed else ""
+    window = "stride, padding, output_padding, groups, dilation" if transposed else "stride, padding, dilation, groups"
+    conv.__name__ = conv.__qualname__ = name
+    conv.__doc__ = f"""{rank}-D {"transposed " if transposed else ""}convolution of fp8 operands.
+
+    Args:
+        input: (N, C, {extents}) or, unbatched, (C, {extents}); torch.float8_e4m3fn; fastest in channels_last.
+        weight: {weight}, torch.float8_e4m3fn{fastest}.
+        bias: (K,) or None, of any floating-point dtype; added in fp32.
+        {window}: as in `tconv.functional.{name}`.
+        input_scale: a number, or a tensor with one.
+        weight_scale: the same, or (K,): one per output channel.
+        out_dtype: torch.bfloat16 or torch.float16.
+        activation, negative_slope, residual, residual_position: as in `tconv.functional.{name}`; the residual is of
+            out_dtype.
+    Returns:
+        (N, K, {out}) of out_dtype, rounded once.
+    Raises:
+        ValueError: a dtype, scale, bias or argument of the epilogue does not fit.
+        RuntimeError: gradients are enabled and a tensor requires one.
+        Whatever torch raises for the others.
+    """
+    return conv
+
+
 def _public(rank: int) -> Callable[..., torch.Tensor]:
     def conv(
         input: torch.Tensor,
@@ -82,60 +227,37 @@ def _public(rank: int) -> Callable[..., torch.Tensor]:
         residual: torch.Tensor | None = None,
         residual_position: str = "before",
     ) -> torch.Tensor:
-        for name, t in (("input", input), ("weight", weight)):
-            if t.dtype != FP8:
-                raise ValueError(f"{name} must be of {FP8}, got {t.dtype}")
-        if out_dtype not in RESULTS:
-            raise ValueError(f"out_dtype must be one of {RESULTS}, got {out_dtype}")
-        scale = _scale(input_scale, weight_scale, input.device, weight.shape[0])
-        shift = None if bias is None else bias.float().contiguous()
-        steps = Steps(activation, negative_slope, residual, residual_position, scale, shift)
-        steps.check_kinds()
-        if shift is not None and shift.shape != scale.shape:
-            raise ValueError(f"bias must have shape {tuple(scale.shape)}, got {tuple(shift.shape)}")
         asked = CallArguments(False, rank, stride, padding, 0, groups, dilation)
-        try:
-            h = accepted(asked, input, weight, None, dtypes=(FP8,))
-        except Fallback:  # torch has a result without elements, or an error
-            call = (input.float(), weight.float(), None, stride, padding)
-            empty = by_torch(False, rank, *call, 0, groups, dilation)
-            empty = getattr(F, f"conv{rank}d")(*call, dilation, groups) if empty is None else empty
-            if empty.numel():
-                raise ValueError(f"these arguments are not for fp8: {asked}") from None
-            return empty.to(out_dtype)
-        batched = input.dim() == rank + 2
-        x = input if batched else input.unsqueeze(0)
-        if residual is not None:
-            shape = result_shape("fprop", x, weight, h)
-            steps.check_tensors(shape if batched else shape[1:], shape[1], out_dtype, input.device)
-            residual = residual if batched else residual.unsqueeze(0)
-        y: torch.Tensor = fprop_fp8(
-            x, weight, scale, shift, residual, out_dtype, *h[:5], activation or "", float(negative_slope), residual_position
-        )  # fmt: skip
-        return y if batched else y.squeeze(0)
+        steps = Steps(activation, negative_slope, residual, residual_position)
+        return _convolve(asked, input, weight, bias, input_scale, weight_scale, out_dtype, steps)
 
-    extents, taps, out = (", ".join(letters[3 - rank :]) for letters in ("DHW", "TRS", "ZPQ"))
-    conv.__name__ = conv.__qualname__ = f"conv{rank}d"
-    conv.__doc__ = f"""{rank}-D convolution of fp8 operands.
+    return _documented(conv, False, rank)
 
-    Args:
-        input: (N, C, {extents}) or, unbatched, (C, {extents}); torch.float8_e4m3fn; fastest in channels_last.
-        weight: (K, C/groups, {taps}), torch.float8_e4m3fn.
-        bias: (K,) or None, of any floating-point dtype; added in fp32.
-        stride, padding, dilation, groups: as in `tconv.functional.conv{rank}d`.
-        input_scale: a number, or a tensor with one.
-        weight_scale: the same, or (K,): one per output channel.
-        out_dtype: torch.bfloat16 or torch.float16.
-        activation, negative_slope, residual, residual_position: as in `tconv.functional.conv{rank}d`; the residual is of
-            out_dtype.
-    Returns:
-        (N, K, {out}) of out_dtype, rounded once.
-    Raises:
-        ValueError: a dtype, scale, bias or argument of the epilogue does not fit.
-        RuntimeError: gradients are enabled and a tensor requires one.
-        Whatever torch raises for the others.
-    """
-    return conv
+
+def _transposed(rank: int) -> Callable[..., torch.Tensor]:
+    def conv(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+        *,
+        input_scale: Scale = 1.0,
+        weight_scale: Scale = 1.0,
+        out_dtype: torch.dtype = torch.bfloat16,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual: torch.Tensor | None = None,
+        residual_position: str = "before",
+    ) -> torch.Tensor:
+        asked = CallArguments(True, rank, stride, padding, output_padding, groups, dilation)
+        steps = Steps(activation, negative_slope, residual, residual_position)
+        return _convolve(asked, input, weight, bias, input_scale, weight_scale, out_dtype, steps)
+
+    return _documented(conv, True, rank)
 
 
 def _scale(of_input: Scale, of_weight: Scale, device: torch.device, channels: int) -> torch.Tensor:
@@ -149,14 +271,16 @@ def _scale(of_input: Scale, of_weight: Scale, device: torch.device, channels: in
     return product.expand(channels).float().contiguous()
 
 
-conv1d, conv2d, conv3d = _public(1), _public(2), _public(3)
+conv1d, conv2d, conv3d = map(_public, (1, 2, 3))
+conv_transpose1d, conv_transpose2d, conv_transpose3d = map(_transposed, (1, 2, 3))
 
 
 class _Layer(torch.nn.Module):
     """Base of the layers.
 
     Attributes:
-        weight: (K, C/groups, *taps) in fp8, channels_last.
+        weight: in fp8, (K, C/groups, *taps) in channels_last; of a transposed layer (C, K/groups, *taps), channels_last with
+            its first two dimensions swapped.
         scale: (K,) in fp32: the weight's scales, times the input's if that is fixed.
         bias: (K,) in fp32, or None.
         input_scale: () in fp32, or None to take the largest element of each input, which costs a pass over it.
@@ -175,9 +299,7 @@ class _Layer(torch.nn.Module):
             raise ValueError(f"padding_mode must be 'zeros', got {layer.padding_mode!r}")
         self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
         with torch.no_grad():
-            weight, scale = quantize(layer.weight, dim=0)
-            if weight.dim() > 3:
-                weight = weight.contiguous(memory_format=(torch.channels_last, torch.channels_last_3d)[weight.dim() - 4])
+            weight, scale = self._quantized(layer.weight, layer.groups)
             bias = None if layer.bias is None else layer.bias.detach().float().clone()
             fixed = None
             if input_scale is not None:
@@ -188,6 +310,27 @@ class _Layer(torch.nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", fixed)
 
+    @staticmethod
+    def _quantized(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns a layer's weight in fp8, in the memory format that is fastest, and its scales (K,)."""
+        found, scale = quantize(weight, dim=0)
+        return found.movedim(1, -1).contiguous().movedim(-1, 1), scale
+
+    def _arguments(self, input: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Returns the input in fp8, and the scales and the dtype of the result.
+
+        Raises:
+            ValueError: the input is neither in bf16 nor in fp16.
+        """
+        device = input.device.type
+        if input.dtype == torch.float32 and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        if input.dtype not in RESULTS:
+            raise ValueError(f"input must be of torch.bfloat16 or torch.float16, got {input.dtype}")
+        fixed = self.input_scale
+        x, own = quantize(input, fixed)
+        return x, {"input_scale": own if fixed is None else 1.0, "weight_scale": self.scale, "out_dtype": input.dtype}
+
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Rounds the input, bf16 or fp16, to fp8 and returns the result in its dtype.
 
@@ -196,22 +339,60 @@ class _Layer(torch.nn.Module):
         Raises:
             ValueError: the input is of another dtype.
         """
-        device = input.device.type
-        if input.dtype == torch.float32 and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
-        if input.dtype not in RESULTS:
-            raise ValueError(f"input must be of torch.bfloat16 or torch.float16, got {input.dtype}")
-        x, own = quantize(input, self.input_scale)
-        return type(self)._conv(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
-            input_scale=own if self.input_scale is None else 1.0, weight_scale=self.scale, out_dtype=input.dtype,
-            residual=residual,
-        )  # fmt: skip
+        x, how = self._arguments(input)
+        window = self.stride, self.padding, self.dilation, self.groups
+        return type(self)._conv(x, self.weight, self.bias, *window, residual=residual, **how)
 
     def extra_repr(self) -> str:
         k, c, *taps = self.weight.shape
+        return self._described(c * self.groups, k, taps)
+
+    def _described(self, c: int, k: int, taps: list[int]) -> str:
         how = "of each input" if self.input_scale is None else "fixed"
-        return f"{c * self.groups}, {k}, kernel_size={tuple(taps)}, stride={self.stride}, scale {how}"
+        return f"{c}, {k}, kernel_size={tuple(taps)}, stride={self.stride}, scale {how}"
+
+
+class _TransposedLayer(_Layer):
+    """Base of the transposed layers."""
+
+    def __init__(self, layer: torch.nn.modules.conv._ConvTransposeNd, input_scale: Scale | None = None) -> None:
+        super().__init__(layer, input_scale)
+        self.output_padding = layer.output_padding
+
+    @staticmethod
+    def _quantized(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def other_way(w: torch.Tensor) -> torch.Tensor:  # (C, K/groups, *taps) as (K, C/groups, *taps), or back
+            return w.view(groups, -1, *w.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+        found, scale = quantize(other_way(weight), dim=0)
+        return other_way(found).movedim(0, -1).contiguous().movedim(-1, 0), scale
+
+    def forward(  # type: ignore[override]  # the second argument is that of torch's layer
+        self, input: torch.Tensor, output_size: Any = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rounds the input, bf16 or fp16, to fp8 and returns the result in its dtype.
+
+        In autocast an input in fp32 is first cast to autocast's dtype.
+
+        Args:
+            output_size: the result's spatial extents, as in torch's layers, instead of output_padding.
+        Raises:
+            ValueError: the input is of another dtype, or no output_padding gives that output_size.
+        """
+        x, how = self._arguments(input)
+        rank = self.weight.dim() - 2
+        extra: Any = self.output_padding
+        if output_size is not None:
+            # It reads nothing of the layer but its output_padding, which torch's stub does not say.
+            extra = torch.nn.modules.conv._ConvTransposeNd._output_padding(
+                self, input, output_size, self.stride, self.padding, self.weight.shape[2:], rank, self.dilation  # type: ignore[arg-type]
+            )  # fmt: skip
+        window = self.stride, self.padding, extra, self.groups, self.dilation
+        return type(self)._conv(x, self.weight, self.bias, *window, residual=residual, **how)
+
+    def extra_repr(self) -> str:
+        c, k, *taps = self.weight.shape
+        return self._described(c, k * self.groups, taps)
 
 
 class Conv1d(_Layer):
@@ -238,8 +419,28 @@ class Conv3d(_Layer):
     _conv = staticmethod(conv3d)
 
 
+class ConvTranspose1d(_TransposedLayer):
+    """A layer like torch.nn.ConvTranspose1d, with a weight in fp8: (N, C, W) -> (N, K, Q)."""
+
+    _conv = staticmethod(conv_transpose1d)
+
+
+class ConvTranspose2d(_TransposedLayer):
+    """A layer like torch.nn.ConvTranspose2d, with a weight in fp8: (N, C, H, W) -> (N, K, P, Q)."""
+
+    _conv = staticmethod(conv_transpose2d)
+
+
+class ConvTranspose3d(_TransposedLayer):
+    """A layer like torch.nn.ConvTranspose3d, with a weight in fp8: (N, C, D, H, W) -> (N, K, Z, P, Q)."""
+
+    _conv = staticmethod(conv_transpose3d)
+
+
 LAYERS: tuple[tuple[type, type[_Layer]], ...] = (
     (torch.nn.Conv1d, Conv1d), (torch.nn.Conv2d, Conv2d), (torch.nn.Conv3d, Conv3d),
+    (torch.nn.ConvTranspose1d, ConvTranspose1d), (torch.nn.ConvTranspose2d, ConvTranspose2d),
+    (torch.nn.ConvTranspose3d, ConvTranspose3d),
 )  # fmt: skip
 
 
@@ -265,7 +466,7 @@ class Converted:
 def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) -> Converted:
     """Replaces the convolution layers of a model by layers with weights in fp8. It cannot be undone: keep a copy.
 
-    Left as they are: transposed layers, layers with fewer than 16 input channels per group, with another padding mode than
+    Left as they are: layers with fewer than 16 input channels per group, with another padding mode than
     zeros, with a parametrized weight, and the model itself if it is one layer.
 
     Args:
@@ -309,8 +510,6 @@ def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) 
 
 def _why_not(name: str, layer: torch.nn.modules.conv._ConvNd) -> str | None:
     """Returns why a layer stays as it is, or None."""
-    if not isinstance(layer, tuple(torchs for torchs, _ in LAYERS)):
-        return "a transposed layer"
     if not name:
         return "the model itself"
     if torch.nn.utils.parametrize.is_parametrized(layer):

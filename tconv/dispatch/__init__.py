@@ -22,7 +22,7 @@ order:
     fast_path       a call that repeats an earlier one
     fused           forward and backward of a convolution with an epilogue over launches
     fused_operator  the same as a registered operator
-    fp8             fprop of fp8 operands, and the rounding to fp8, as registered operators
+    fp8             fprop and dgrad of fp8 operands, and the rounding to fp8, as registered operators
     entry           a call of one of the six functions
     epilogues       the same with an epilogue
     norm_calls      checks of a normalisation's call, and its sequence of PyTorch's functions

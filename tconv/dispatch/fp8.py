@@ -1,17 +1,23 @@
 """Convolutions of fp8 operands, and the rounding to fp8, as registered operators: for inference, so without gradients.
 
-fprop_fp8 sums products in fp32, multiplies by a scale per output channel, adds a shift, and goes on like any epilogue. Where no
-kernel can run, torch computes the same from the operands in fp32, and `tconv.last_calls()` gives the reason.
+fprop_fp8, and dgrad_fp8 for transposed layers, sum products in fp32, multiply by a scale per output channel, add a shift, and
+go on like any epilogue. Where no kernel can run, torch computes the same from the operands in fp32, and `tconv.last_calls()`
+gives the reason.
+
+Tensor cores multiply 8-bit operands only where those of both are contiguous along the channels that are summed over. For
+dgrad_fp8 these are the first dimension of w: its memory format counts, and is best, with its first two dimensions swapped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tconv.dispatch.check import CallArguments
+from tconv.dispatch.context import why_ineligible
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.equivalents import IN_ATEN
 from tconv.dispatch.operators import LIBRARY
@@ -23,7 +29,11 @@ from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import result_is_channels_last, shaped
 from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.batch_invariance import is_batch_invariant
+from tconv.planning.plan import forced
 from tconv.planning.problem import PREDICTED, Geometry
+
+if TYPE_CHECKING:
+    from tconv.launching.arguments import Prepared  # which imports Triton
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest number of e4m3
@@ -31,71 +41,128 @@ RESULTS = (torch.bfloat16, torch.float16)
 MaybeTensor = torch.Tensor | None
 WINDOW = "int[] stride, SymInt[] before, SymInt[] after, int[] dilation, SymInt groups"
 STEPS = "str activation, float slope, str residual_position"
-SCHEMAS = {
-    "fprop_fp8": f"(Tensor x, Tensor w, Tensor scale, Tensor? shift, Tensor? residual, ScalarType dtype, {WINDOW}, {STEPS})"
-    " -> Tensor",
-    "quantize_fp8": "(Tensor x, Tensor scale) -> Tensor",
-}
+CONVOLUTION = (
+    f"(Tensor x, Tensor w, Tensor scale, Tensor? shift, Tensor? residual, ScalarType dtype, {WINDOW}, {STEPS}) -> Tensor"
+)
+SCHEMAS = {"fprop_fp8": CONVOLUTION, "dgrad_fp8": CONVOLUTION, "quantize_fp8": "(Tensor x, Tensor scale) -> Tensor"}
 _known: BoundedCache[Any, Geometry | str] = BoundedCache()
 
 
-def _fake_fprop(
-    x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, shift: MaybeTensor, residual: MaybeTensor, dtype: torch.dtype,
-    *rest: Any,
+def _is_channels_last(name: str, x: torch.Tensor, w: torch.Tensor) -> bool:
+    return result_is_channels_last(x, w if name == "fprop" else w.transpose(0, 1))
+
+
+def _fake_convolution(
+    name: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, shift: MaybeTensor, residual: MaybeTensor,
+    dtype: torch.dtype, *rest: Any,
 ) -> torch.Tensor:  # fmt: skip
-    like = shaped(result_shape("fprop", x, w, Window(*rest[:5])), result_is_channels_last(x, w), dtype)
+    like = shaped(result_shape(name, x, w, Window(*rest[:5])), _is_channels_last(name, x, w), dtype)
     return x.new_empty_strided(like.shape, like.stride(), dtype=dtype)
 
 
-def _fprop(
-    x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, shift: MaybeTensor, residual: MaybeTensor, dtype: torch.dtype,
-    *rest: Any,
+def _convolution(
+    name: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, shift: MaybeTensor, residual: MaybeTensor,
+    dtype: torch.dtype, *rest: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """Runs fprop by tconv's kernels, or falls back to torch."""
+    """Runs fprop or dgrad by tconv's kernels, or falls back to torch."""
     h, (activation, slope, position) = Window(*rest[:5]), rest[5:]
     steps = Steps(activation or None, slope, residual, position, scale, shift)
-    invariant = is_batch_invariant()
-    key = (
-        x.shape, x.stride(), x.device, w.shape, w.stride(), residual is None, shift is None, dtype, invariant, rest[5:],
-        *map(tuple, h[:4]), h.groups,
-    )  # fmt: skip
-    known = _known.get(key)
-    if known is None:
-        known = _known[key] = _examine(x, w, steps, dtype, h, invariant)
     try:
-        if isinstance(known, str):
-            raise Fallback(known)
-        dry = DRY.get()
+        how = prepared(name, x, w, steps, dtype, h)
         from tconv.dispatch.fused import laid_out
         from tconv.launching import launch
 
-        if dry:
-            known = dataclasses.replace(known, dry=True, device=dry.device)
-        device = known.device or launch.device_of(x)
-        if not device.fp8:
-            raise Fallback(f"{device.name} has no tensor cores for fp8")
-        prepared = launch.convolution(False, known, x, w, None)
-        after = [scale, shift, None if residual is None else laid_out(residual, prepared.strides), None]
-        return launch.convolve(prepared, x, w, None, known.dry, after=tuple([x if t is None else t for t in after]))
+        after = scale, shift, None if residual is None else laid_out(residual, how.strides), None
+        by = w if name == "fprop" else reduced_last(w)
+        return launch.convolve(how, x, by, None, DRY.get() is not None, after=tuple([x if t is None else t for t in after]))
     except Fallback as e:
         why = str(e)
-    record_call(Call(f"conv{x.dim() - 2}d in fp8", None, None, why))
-    y = IN_ATEN["fprop"](x.float(), w.float(), None, *h)
+    record_call(Call(f"conv{'' if name == 'fprop' else '_transpose'}{x.dim() - 2}d in fp8", None, None, why))
+    y = IN_ATEN[name](x.float(), w.float(), None, *h)
     y = followed(y, steps._replace(residual=None if residual is None else residual.float()), x.dim() - 2)
-    like = _fake_fprop(x, w, scale, shift, residual, dtype, *rest)
+    like = _fake_convolution(name, x, w, scale, shift, residual, dtype, *rest)
     return like.copy_(y)
 
 
-def _examine(x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window, invariant: bool) -> Geometry | str:
+def prepared(name: str, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window) -> Prepared:
+    """Returns the launch of a call, which is examined once per kind of call.
+
+    Raises:
+        Fallback: no kernel can run.
+    """
+    invariant = is_batch_invariant()
+    key = (
+        name, x.shape, x.stride(), x.device, w.shape, w.stride(), steps.shift is None, steps.residual is None, dtype, invariant,
+        steps.activation, steps.negative_slope, steps.residual_position, *map(tuple, h[:4]), h.groups,
+    )  # fmt: skip
+    known = _known.get(key)
+    if known is None:
+        known = _known[key] = _examine(name, x, w, steps, dtype, h, invariant)
+    if isinstance(known, str):
+        raise Fallback(known)
+    from tconv.launching import launch
+
+    dry = DRY.get()
+    if dry:
+        known = dataclasses.replace(known, dry=True, device=dry.device)
+    device = known.device or launch.device_of(x)
+    if not device.fp8:
+        raise Fallback(f"{device.name} has no tensor cores for fp8")
+    return launch.convolution(name == "dgrad", known, x, w if name == "fprop" else reduced_last(w), None)
+
+
+def repeated(call: CallArguments, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window) -> Any:
+    """Returns a call, which was computed once, as a fused.FusedPath, which compares the next one with it; None if it has none.
+
+    It has one where a kernel runs on the tensors as they are: aligned, and a residual or a transposed layer's weight as the
+    kernel reads them.
+    """
+    tensors = [t for t in (x, w, steps.residual, steps.scale, steps.shift) if t is not None]
+    if (
+        any(t.requires_grad for t in tensors)
+        or any(t.data_ptr() & 15 for t in tensors)
+        or not all(type(v) in (int, str, tuple, bool) for v in call)
+        or forced() is not None
+        or why_ineligible(*tensors)
+        or (call.transposed and reduced_last(w) is not w)
+    ):
+        return None
+    try:
+        how = prepared("dgrad" if call.transposed else "fprop", x, w, steps, dtype, h)
+    except Fallback:
+        return None
+    if steps.residual is not None and steps.residual.stride() != how.strides:
+        return None
+    from tconv.dispatch.fused import FusedPath
+    from tconv.launching import launch
+
+    def again(
+        x: torch.Tensor, w: torch.Tensor, _: None, residual: MaybeTensor, scale: MaybeTensor, shift: MaybeTensor
+    ) -> torch.Tensor:  # fmt: skip
+        return launch.convolve(
+            how, x, w, None, False, after=tuple([x if t is None else t for t in (scale, shift, residual, None)])
+        )
+
+    return FusedPath(call, again, tensors)
+
+
+def reduced_last(w: torch.Tensor) -> torch.Tensor:
+    """Returns a weight whose first dimension is contiguous: itself, or a copy."""
+    return w if w.stride(0) == 1 or w.shape[0] == 1 else w.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def _examine(
+    name: str, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window, invariant: bool
+) -> Geometry | str:
     """Returns the geometry of a call, or why it falls back to torch."""
     if not x.numel() or not w.numel():
         return "a tensor without elements"
-    problem = problem_of("fprop", x, w, h)
+    problem = problem_of(name, x, w, h)
     if too_large(problem, w, None):
         return TOO_LARGE
     epilogue = dataclasses.replace(steps.epilogue, wide=True, result=str(dtype).removeprefix("torch."))
     return unavailable(x.device.type) or Geometry(
-        problem, result_is_channels_last(x, w), policy=PREDICTED, epilogue=epilogue, batch_invariant=invariant
+        problem, _is_channels_last(name, x, w), policy=PREDICTED, epilogue=epilogue, batch_invariant=invariant
     )  # fmt: skip
 
 
@@ -140,5 +207,11 @@ def _register(name: str, run: Any, fake: Any) -> Any:
     return getattr(torch.ops.tconv, name).default
 
 
-fprop_fp8 = _register("fprop_fp8", _fprop, _fake_fprop)
+def _bound(function: Any, name: str) -> Any:
+    return lambda *args: function(name, *args)
+
+
+fprop_fp8, dgrad_fp8 = (
+    _register(f"{name}_fp8", _bound(_convolution, name), _bound(_fake_convolution, name)) for name in ("fprop", "dgrad")
+)
 quantize_fp8 = _register("quantize_fp8", _quantize, _fake_quantize)

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -143,13 +143,13 @@ class FusedPath:
 
     Args:
         call: transposed, rank, stride, padding, output_padding, groups, dilation, mode, as they were given.
-        how: the call's forward pass.
+        how: the call's forward pass, called as a ForwardPass.
         tensors: the call's tensors, in the order of `again`.
     """
 
     __slots__ = ("call", "deterministic", "how", "precision", "tensor_guard")
 
-    def __init__(self, call: CallArguments, how: ForwardPass, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, call: CallArguments, how: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
         self.call, self.how = call, how
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.precision = fp32_precision("cuda", "conv")

@@ -61,6 +61,7 @@ def tma(
     g0, g1, g2,  # gcd(S, D)
     syn, syg, syc, sy0, sy1, sy2, sb,
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr, Y_BOX: tl.constexpr, Y_UNIT: tl.constexpr, Y_VEC: tl.constexpr,
+    W_TURNED: tl.constexpr,  # whether a dgrad's reduced channels are the contiguous ones of w
     Y_PIXELS: tl.constexpr,  # vector width along the last dimension, if that is contiguous and it is above 1
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -157,7 +158,9 @@ def tma(
         t1 = taps[1] + i1 * t_step[1]
         t2 = tap2 + i2 * t_step[2]
         xv = x_desc.load([image, h0, h1, h2, group * CI + c]).reshape(BLOCK_M, BLOCK_K).T  # [BLOCK_K, BLOCK_M]
-        if TRANSPOSED:
+        if W_TURNED:
+            wv = w_desc.load([t0, t1, t2, o_first, group * CI + c]).reshape(BLOCK_N, BLOCK_K)
+        elif TRANSPOSED:
             wv = w_desc.load([t0, t1, t2, group * CI + c, o_first]).reshape(BLOCK_K, BLOCK_N).T  # [BLOCK_N, BLOCK_K]
         else:
             wv = w_desc.load([t0, t1, t2, group * CO + o_first, c]).reshape(BLOCK_N, BLOCK_K)

@@ -371,7 +371,7 @@ def _best(
             return _copied(prepare, described, only, names, operands, device)
         except Ineligible as e:
             raise Ineligible(f"forced plan cannot run: {e}") from None
-    patches = names == ("dy", "w")
+    patches = names == ("dy", "w") and operands[0].itemsize > 1
     if request and request.kernel == PATCH and patches:
         try:
             first, *more = _patches(prepare, described, names, operands, device, request.staged)
@@ -578,7 +578,7 @@ def _copy_shapes(
     plain = _plain_shapes(names, operands)
     first, second = (t if shape is None else shaped(shape, True, t.dtype) for t, shape in zip(operands, plain, strict=True))
     c = described(first, second)
-    if c.p.G > 1:
+    if c.p.G > 1 or _stays(names, operands):
         return plain
     if c.pass_ == "wgrad":  # x and dy; dw gets no more channels
         vectors = (c.x_vec, c.y_vec) if c.swapped else (c.y_vec, c.x_vec)
@@ -595,10 +595,16 @@ def _copy_shapes(
 def _plain_shapes(names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor]) -> tuple[Shape | None, ...]:
     """Returns the shape of each operand whose channels are not contiguous, None for the others."""
     # Kernels address a weight with 32-bit offsets. An expanded weight may fit these as it is, but not as a copy.
+    stays = _stays(names, operands)
     return tuple(
-        t.shape if _channels_apart(t) and (name != "w" or t.numel() <= LIMIT) else None
+        t.shape if _channels_apart(t) and (name != "w" or (t.numel() <= LIMIT and not stays)) else None
         for name, t in zip(names, operands, strict=True)
     )
+
+
+def _stays(names: tuple[str, str], operands: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Returns True for a dgrad in fp8, whose weight lies as tensor cores need it (dispatch/fp8.py): not channels last."""
+    return names == ("dy", "w") and operands[0].itemsize == 1
 
 
 def _with_channels(t: torch.Tensor, dimension: int) -> Shape:

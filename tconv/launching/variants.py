@@ -28,7 +28,7 @@ from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, Tile, can_cut
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-FP8 = torch.float8_e4m3fn  # of fprop alone, whose result is then in bf16
+FP8 = torch.float8_e4m3fn  # of fprop, and of dgrad as a transposed layer's forward pass: the result is then in bf16
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "ptx_options", "launch_pdl")
 VECTORS = ("X_VEC", "W_VEC", "Y_VEC")
 # The pointer that points to a workspace instead if the reduction is split.
@@ -118,11 +118,16 @@ def launches(
     """Returns, for each pass, a function that prepares its launch on tensors without storage.
 
     Args:
-        epilogue: of fprop.
+        epilogue: of fprop, and in fp8 of dgrad.
     """
     x, w, y = (shaped(problem.shape(which), channels_last, dtype) for which in "xwy")
     if dtype == FP8:
-        y = y.to(torch.bfloat16)
+        turned = w.movedim(0, -1).contiguous().movedim(-1, 0)  # as dispatch/fp8.py lays out a transposed layer's
+        into = {"x": x.to(torch.bfloat16), "y": y.to(torch.bfloat16)}
+        return {
+            "fprop": lambda: prepare_gather("fprop", problem, x, w, None, into["y"], device, epilogue=epilogue),
+            "dgrad": lambda: prepare_gather("dgrad", problem, y, turned, None, into["x"], device, epilogue=epilogue),
+        }
     return {
         "fprop": lambda: prepare_gather("fprop", problem, x, w, None, y, device, epilogue=epilogue),
         "dgrad": lambda: prepare_gather("dgrad", problem, y, w, None, x, device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from tconv.planning.addressing import LIMIT
@@ -60,7 +61,9 @@ class _Tma(Gemm):
         p = c.p
         if c.pass_ != "dgrad" and any(stride > 1 and n > 1 for stride, n in zip(p.S, p.Y, strict=True)):
             return f"boxes of {c.pass_} need unit stride"
-        if c.pass_ == "wgrad" and c.itemsize != 2 and not device.interpreted:
+        if not device.interpreted and (
+            (c.pass_ == "wgrad" and c.itemsize != 2) or (c.transposed and c.itemsize == 1 and c.inner != "i")
+        ):
             return "wgmma turns operands of 2 bytes an element only"
         if not device.interpreted and c.itemsize == 8:
             return "wgmma knows no fp64"
@@ -128,18 +131,25 @@ class Tma(Stepping, _Tma):
         box, _ = box_of(c.p, c.pass_, tile.m)
         return {}, {
             "Y_BOX": self._result(c, tile) is not None, "Y_VEC": c.y_vec, "WIDE": c.y.reach > LIMIT,
-            "Y_PIXELS": min(c.row_y, box[3]),
+            "Y_PIXELS": min(c.row_y, box[3]), "W_TURNED": self._turned(c),
             **dict(zip(("BN", "B0", "B1", "B2"), box, strict=True)),
         }  # fmt: skip
 
     def described(self, c: GatherPass) -> tuple[Box | None, Box | None]:
-        return c.x.boxed((c.p.N, *c.extents_read, c.read)), c.w.boxed((c.p.K, *c.p.T, c.p.C // c.p.G), last=0)
+        k, channels, w = c.p.K, c.p.C // c.p.G, c.w
+        if self._turned(c):
+            k, channels, w = channels, k, replace(w, outer=w.channel, channel=w.outer, unit=True)
+        return c.x.boxed((c.p.N, *c.extents_read, c.read)), w.boxed((k, *c.p.T, channels), last=0)
+
+    def _turned(self, c: GatherPass) -> bool:
+        """Returns True if a dgrad in fp8 reads the weights along the channels that it sums over."""
+        return c.transposed and c.inner == "i" and c.itemsize == 1
 
     def boxes(self, c: GatherPass, tile: Tile) -> Boxes:
         box, _ = box_of(c.p, c.pass_, tile.m)
         x, w = self.described(c)
         assert x is not None and w is not None, "ineligible"  # noqa: PT018 - one condition
-        weights = (1, 1, 1, tile.k, tile.n) if c.transposed else (1, 1, 1, tile.n, tile.k)
+        weights = (1, 1, 1, tile.k, tile.n) if c.transposed and not self._turned(c) else (1, 1, 1, tile.n, tile.k)
         written = self._result(c, tile)
         return (*x, (*box, tile.k)), (*w, weights), None, written and (*written, (*box, tile.n))
 

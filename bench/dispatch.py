@@ -107,6 +107,15 @@ def override() -> dict[str, dict[str, float]]:
     return {row: microseconds(dict.fromkeys(around, call), around) for row, call in rows.items()}
 
 
+def in_fp8() -> dict[str, float]:
+    """{layer: us} of a forward pass without gradients, of layers of 16 channels on four pixels in channels_last."""
+    x = torch.randn(1, 16, 2, 2).bfloat16().to(memory_format=torch.channels_last)
+    layer = tconv.Conv2d(16, 16, 1).bfloat16().to(memory_format=torch.channels_last)
+    fixed, free = tconv.fp8.Conv2d(layer, 0.01), tconv.fp8.Conv2d(layer)
+    layers = {"bf16": layer, "fp8, a fixed scale": fixed, "fp8, a scale for each input": free}
+    return microseconds({name: without_grad(layer, x) for name, layer in layers.items()})
+
+
 def breakdown() -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
     """{piece: (us of a forward, us of a forward and backward)}, with gradients by input, weight and bias; and the same of the
     launches if Triton dispatched them.
@@ -179,6 +188,10 @@ def main() -> None:
     print(f"\n{'torch.nn, tconv.enable()':36}{'off':>10}{'on':>10}{'cost':>8}")
     for row, us in overridden.items():
         print(f"{row:36}{us['off']:10.1f}{us['on']:10.1f}{us['on'] - us['off']:8.1f}")
+    fp8 = in_fp8()
+    print(f"\n{'tconv, a layer of 16 channels':36}")
+    for row, microsecond in fp8.items():
+        print(f"{row:36}{microsecond:10.1f}")
     pieces, by_triton = breakdown()
     print(f"\n{'tconv, by pieces timed alone':36}{'forward':>10}{'+ backward':>12}")
     for piece, (forward, both) in pieces.items():
@@ -189,7 +202,14 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
             json.dumps(
-                {**machine(args.commit), "us": rows, "override": overridden, "pieces": pieces, "launch_by_triton": by_triton},
+                {
+                    **machine(args.commit),
+                    "us": rows,
+                    "override": overridden,
+                    "fp8": fp8,
+                    "pieces": pieces,
+                    "launch_by_triton": by_triton,
+                },
                 indent=1,
             )
         )

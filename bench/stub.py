@@ -58,7 +58,7 @@ def _tensor_map(address: int, *description: object) -> tuple[object, ...]:
 
 def install(launch: Callable[..., None] = lambda *_: None, capability: int = 90) -> Driver:
     """Makes such a driver Triton's for the rest of the process, and tconv take CPU tensors for its device's."""
-    from tconv.dispatch import entry, fast_path
+    from tconv.dispatch import entry, fast_path, fp8
     from tconv.launching import launch as launching
     from tconv.planning.device import ARCHITECTURES
 
@@ -68,6 +68,7 @@ def install(launch: Callable[..., None] = lambda *_: None, capability: int = 90)
     made = Driver(launch, capability)
     driver.set_active(made)
     entry.kernels_for = lambda device: fast_path
+    fp8.unavailable = lambda device: None
     planned = ARCHITECTURES[f"sm_{capability}"][3]
     launching.device_of = lambda t: planned
     return made

@@ -20,7 +20,17 @@ from torch.compiler import is_dynamo_compiling
 
 from tconv.dispatch.check import CallArguments, accepted
 from tconv.dispatch.context import PLAIN
-from tconv.dispatch.fp8 import FP8, LARGEST, RESULTS, dgrad_fp8, fprop_fp8, quantize_fp8, repeated
+from tconv.dispatch.fp8 import (
+    FP8,
+    LARGEST,
+    RESULTS,
+    dgrad_fp8,
+    fprop_fp8,
+    largest,
+    quantize_fp8,
+    quantize_largest_fp8,
+    repeated,
+)
 from tconv.dispatch.sides import by_torch
 from tconv.dispatch.steps import Steps
 from tconv.dispatch.window import result_shape
@@ -52,11 +62,11 @@ Scale = float | torch.Tensor
 
 
 def quantize(t: torch.Tensor, scale: Scale | None = None, dim: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds a tensor to fp8, to nearest even. Numbers beyond 448 times the scale become that, NaN stays NaN.
+    """Rounds a tensor to fp8, to nearest even. Numbers beyond 448 times the scale, infinities too, become that; NaN stays NaN.
 
     Args:
         t: fp16, bf16 or fp32, any strides.
-        scale: a number, or a tensor with one; by default the largest |t| over 448, so that nothing is cut off.
+        scale: a number, or a tensor with one; by default the largest finite |t| over 448, so that nothing finite is cut off.
         dim: a dimension, each of whose slices gets a scale of its own, as 0 for the output channels of a weight.
     Returns:
         (fp8 tensor with t's memory format, fp32 scale of shape (), or (t.shape[dim],)).
@@ -69,21 +79,15 @@ def quantize(t: torch.Tensor, scale: Scale | None = None, dim: int | None = None
         raise ValueError("scale and dim cannot both be given")
     if isinstance(scale, torch.Tensor) and scale.numel() != 1:
         raise ValueError(f"scale must be a number, or a tensor with one, got shape {tuple(scale.shape)}")
+    if dim is None and scale is None:
+        return quantize_largest_fp8(t)  # type: ignore[no-any-return]  # an operator has no types
     if dim is None:
-        found = _largest(t) / LARGEST if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=t.device)
-        found = found.reshape(())
-        return quantize_fp8(t, found), found
-    found = _largest(t.movedim(dim, 0).flatten(1), 1) / LARGEST
+        given = torch.as_tensor(scale, dtype=torch.float32, device=t.device)
+        given = given if given.dim() == 0 else given.reshape(())
+        return quantize_fp8(t, given), given
+    found = largest(t.movedim(dim, 0).flatten(1), 1) / LARGEST
     shape = [-1 if d == dim % t.dim() else 1 for d in range(t.dim())]
     return (t.float() / found.view(shape)).clamp_(-LARGEST, LARGEST).to(FP8), found
-
-
-def _largest(t: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Returns the largest |t| in fp32, over a dimension or all; 1 where that is zero, so that scales are not."""
-    if not t.numel():
-        return torch.ones(t.shape[:1] if dim else (), device=t.device)
-    found = torch.linalg.vector_norm(t, float("inf"), dim, dtype=torch.float32)
-    return torch.where(found > 0, found, torch.ones_like(found))
 
 
 # As dispatch/entry.py's fast_paths: what tells most calls apart -> the output channels and a fused.FusedPath, or None after the
@@ -107,8 +111,8 @@ def _convolve(
         activation, slope, residual, position, *_ = steps
         try:
             key = (
-                asked.transposed, id(weight), id(bias), is_batch_invariant(), input.shape, out_dtype, activation, slope,
-                residual is None, position,
+                asked.transposed, asked.groups, id(weight), id(bias), is_batch_invariant(), input.shape, weight.shape,
+                out_dtype, activation, slope, residual is None, position,
             )  # fmt: skip
             seen = _repeated.get(key)
         except (TypeError, RuntimeError):  # a bad argument without a hash, or a nested tensor, which has no shape
@@ -117,8 +121,9 @@ def _convolve(
             channels, path = seen
             scale = _scale(input_scale, weight_scale, input.device, channels)
             shift = None if bias is None else bias.float().contiguous()
+            whole = Steps(activation, slope, residual, position, scale, shift)
             try:
-                y: torch.Tensor | None = path.again(asked, input, weight, None, steps._replace(scale=scale, shift=shift))
+                y: torch.Tensor | None = path.again(asked, input, weight, None, whole)
                 if y is not None:
                     return y
             except Fallback:  # the slow path falls back as well, and tells why
@@ -262,11 +267,11 @@ def _transposed(rank: int) -> Callable[..., torch.Tensor]:
 
 def _scale(of_input: Scale, of_weight: Scale, device: torch.device, channels: int) -> torch.Tensor:
     """Returns the product of the scales as (K,) in fp32."""
+    if type(of_input) is float and of_input == 1 and isinstance(of_weight, torch.Tensor) and of_weight.shape == (channels,):
+        return of_weight.float().contiguous()
     for name, s, shapes in (("input_scale", of_input, ((), (1,))), ("weight_scale", of_weight, ((), (1,), (channels,)))):
         if isinstance(s, torch.Tensor) and tuple(s.shape) not in shapes:
             raise ValueError(f"{name} must have one of the shapes {shapes}, got {tuple(s.shape)}")
-    if isinstance(of_weight, torch.Tensor) and of_weight.shape == (channels,) and isinstance(of_input, float) and of_input == 1:
-        return of_weight.float().contiguous()
     product = torch.as_tensor(of_input, dtype=torch.float32, device=device) * of_weight
     return product.expand(channels).float().contiguous()
 
@@ -492,14 +497,14 @@ def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) 
                 kept[name] = why
             else:
                 found[name] = layer
-    largest = _observed(model, example, found) if example else {}
+    most = _observed(model, example, found) if example else {}
     scales: dict[str, float | None] = {}
     made: dict[torch.nn.Module, torch.nn.Module] = {}
     for name, layer in found.items():
-        if example and name not in largest:
+        if example and name not in most:
             kept[name] = "the example did not reach it"
             continue
-        scales[name] = largest[name] / LARGEST if example else None
+        scales[name] = most[name] / LARGEST if example else None
         kind = next(ours for torchs, ours in LAYERS if isinstance(layer, torchs))
         parent, _, own = name.rpartition(".")
         if layer not in made:
@@ -522,12 +527,12 @@ def _why_not(name: str, layer: torch.nn.modules.conv._ConvNd) -> str | None:
 
 
 def _observed(model: torch.nn.Module, example: tuple[Any, ...], layers: dict[str, Any]) -> dict[str, float]:
-    """Runs the model once and returns the largest |element| of each layer's inputs."""
-    largest: dict[str, float] = {}
+    """Runs the model once and returns the largest finite |element| of each layer's inputs."""
+    most: dict[str, float] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def seen(_: Any, args: tuple[Any, ...]) -> None:
-            largest[name] = max(largest.get(name, 0.0), float(_largest(args[0].detach())))
+            most[name] = max(most.get(name, 0.0), float(largest(args[0].detach())))
 
         return seen
 
@@ -538,4 +543,4 @@ def _observed(model: torch.nn.Module, example: tuple[Any, ...], layers: dict[str
     finally:
         for hook in hooks:
             hook.remove()
-    return largest
+    return most

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tconv
 from tconv import fp8
-from tconv.dispatch.fp8 import FP8, dgrad_fp8, fprop_fp8, quantize_fp8
+from tconv.dispatch.fp8 import FP8, dgrad_fp8, fprop_fp8, quantize_fp8, quantize_largest_fp8
 from tconv.planning.device import DEVICES
 from tconv.planning.tiles import Tile
 from tests import oracle
@@ -175,6 +175,47 @@ def test_rounding_keeps_the_memory_format(layout, device):
     assert torch.equal(q.float(), (t * scale.reciprocal()).to(FP8).float())
 
 
+NUMBERS = {
+    "infinities": [3.0, -7.0, float("inf"), -float("inf")],
+    "NaN": [3.0, -7.0, float("nan")],
+    "nothing finite": [float("inf"), float("nan")],
+    "zeros": [0.0, -0.0],
+    "tiny": [0.0, 2.0**-130, -(2.0**-126)],
+    "huge": [0.0, 3e38, -1.0],
+}
+
+
+@pytest.mark.parametrize("by", ["kernel", "torch", "slices"])
+@pytest.mark.parametrize("length", [1, 5000, 1 << 21])
+@pytest.mark.parametrize("what", NUMBERS)
+def test_the_scale_is_that_of_the_largest_finite_number(what, length, by, device, monkeypatch):
+    """Infinities become the largest number of fp8, and NaN stays; neither decides the scale. No zero becomes NaN."""
+    numbers = torch.tensor(NUMBERS[what])
+    t = torch.zeros(length + 16, device=device)
+    t[-len(numbers) :] = numbers.to(device)  # where the last program looks
+    finite = [abs(n) for n in NUMBERS[what] if abs(n) < float("inf")]
+    right = max(max(finite, default=0) / 448, 2.0**-126) if any(finite) else 1 / 448
+    if by == "torch":
+        monkeypatch.setattr("tconv.launching.launch.device_of", lambda t: DEVICES["A100"])
+    with tconv.recording() as calls:
+        q, scale = fp8.quantize(t.view(1, -1), dim=0) if by == "slices" else fp8.quantize(t)
+    assert len(calls) == (by == "torch")
+    torch.testing.assert_close(scale, torch.full_like(scale, right), rtol=2e-7, atol=0)
+    wanted = (t.double() / right).clamp(-448, 448).float().to(FP8).float()
+    assert torch.equal(q.float().flatten().nan_to_num(7e7), wanted.nan_to_num(7e7))
+
+
+def test_an_infinity_does_not_spoil_the_rest(device):
+    x = torch.randn(1, 16, 6, 6, device=device).bfloat16()
+    layer = fp8.Conv2d(torch.nn.Conv2d(16, 8, 3, padding=1, device=device))
+    with torch.no_grad():
+        right = layer(x)
+        x[0, 3, 0, 0] = float("inf")
+        y = layer(x)
+    assert y.isfinite().all()
+    assert torch.equal(y[..., 2:, 2:], right[..., 2:, 2:])
+
+
 def test_a_tensor_of_zeros_has_a_scale(device):
     q, scale = fp8.quantize(torch.zeros(3, device=device))
     assert scale > 0
@@ -260,10 +301,12 @@ def test_the_operators_pass_torchs_checks(device):
     torch.library.opcheck(
         quantize_fp8, (torch.randn(4, 6, device=device), torch.tensor(0.1, device=device)), test_utils=CHECKS[:2]
     )
+    torch.library.opcheck(quantize_largest_fp8, (torch.randn(4, 6, device=device),), test_utils=CHECKS[:2])
 
 
-def test_a_compiled_model_has_one_operator_per_layer_and_no_break(device):
-    layer = fp8.Conv2d(torch.nn.Conv2d(16, 8, 3, padding=1, device=device), input_scale=0.02)
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "of each input"])
+def test_a_compiled_model_has_one_operator_per_layer_and_no_break(fixed, device):
+    layer = fp8.Conv2d(torch.nn.Conv2d(16, 8, 3, padding=1, device=device), input_scale=0.02 if fixed else None)
     x = torch.randn(2, 16, 5, 6, device=device, dtype=torch.bfloat16)
     graphs = []
 
@@ -275,7 +318,7 @@ def test_a_compiled_model_has_one_operator_per_layer_and_no_break(device):
         got = torch.compile(layer, backend=backend, fullgraph=True)(x)
         assert torch.equal(got, layer(x))
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes if "tconv" in str(node.target)]
-    assert names == ["tconv.quantize_fp8.default", "tconv.fprop_fp8.default"]
+    assert names == [f"tconv.quantize{'' if fixed else '_largest'}_fp8.default", "tconv.fprop_fp8.default"]
 
 
 @pytest.mark.parametrize("groups", [1, 2])

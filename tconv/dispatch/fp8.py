@@ -44,7 +44,12 @@ STEPS = "str activation, float slope, str residual_position"
 CONVOLUTION = (
     f"(Tensor x, Tensor w, Tensor scale, Tensor? shift, Tensor? residual, ScalarType dtype, {WINDOW}, {STEPS}) -> Tensor"
 )
-SCHEMAS = {"fprop_fp8": CONVOLUTION, "dgrad_fp8": CONVOLUTION, "quantize_fp8": "(Tensor x, Tensor scale) -> Tensor"}
+SCHEMAS = {
+    "fprop_fp8": CONVOLUTION,
+    "dgrad_fp8": CONVOLUTION,
+    "quantize_fp8": "(Tensor x, Tensor scale) -> Tensor",
+    "quantize_largest_fp8": "(Tensor x) -> (Tensor, Tensor)",
+}
 _known: BoundedCache[Any, Geometry | str] = BoundedCache()
 
 
@@ -171,11 +176,26 @@ def _fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Rounds x / scale to fp8, by one kernel where one can run."""
-    q = torch.empty_like(x, dtype=FP8)
-    dry = DRY.get()
-    if dry or not x.numel():
-        return q
+    return _rounded(x, scale)[0]
+
+
+def _fake_quantize_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x, dtype=FP8), x.new_empty((), dtype=torch.float32)
+
+
+def _quantize_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rounded(x, None)
+
+
+def _rounded(x: torch.Tensor, scale: MaybeTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds x / scale to fp8, by kernels where they can run, and returns it and the scale; if that is None, x's own."""
+    q, own = torch.empty_like(x, dtype=FP8), scale is None
+    if scale is None:
+        scale = x.new_empty((), dtype=torch.float32)
+    if DRY.get():
+        return q, scale
+    if not x.numel():
+        return q, scale.fill_(1 / LARGEST) if own else scale
     why = unavailable(x.device.type)
     if why is None:
         from tconv.launching import launch
@@ -183,12 +203,26 @@ def _quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         try:
             if not launch.device_of(x).fp8:
                 raise Fallback("the device converts no fp8")
-            launch.quantize(x if x.stride() == q.stride() else torch.empty_like(x).copy_(x), scale, q)
-            return q
+            launch.quantize(x if x.stride() == q.stride() else torch.empty_like(x).copy_(x), scale, q, own)
+            return q, scale
         except Fallback as e:
             why = str(e)
     record_call(Call("rounding to fp8", None, None, why))
-    return q.copy_((x.float() * scale.reciprocal()).clamp(-LARGEST, LARGEST))
+    if own:
+        scale.copy_(largest(x) / LARGEST)
+    return q.copy_((x.float() * scale.reciprocal()).clamp(-LARGEST, LARGEST)), scale
+
+
+def largest(t: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Returns the largest finite |t| in fp32, over a dimension or all; 1 where that is zero, so that scales are not.
+
+    Scales, which are these over 448, are at least 2^-126, so that their inverses are finite.
+    """
+    if not t.numel():
+        return torch.ones(t.shape[:1] if dim else (), device=t.device)
+    found = torch.where(t.isfinite(), t, 0).abs().float()
+    found = found.amax() if dim is None else found.amax(dim)
+    return torch.where(found > 0, found.clamp(min=LARGEST * 2.0**-126), torch.ones_like(found))
 
 
 def _refuse_gradients(name: str, keys: Any, *args: Any) -> Any:
@@ -215,3 +249,4 @@ fprop_fp8, dgrad_fp8 = (
     _register(f"{name}_fp8", _bound(_convolution, name), _bound(_fake_convolution, name)) for name in ("fprop", "dgrad")
 )
 quantize_fp8 = _register("quantize_fp8", _quantize, _fake_quantize)
+quantize_largest_fp8 = _register("quantize_largest_fp8", _quantize_largest, _fake_quantize_largest)

@@ -1,5 +1,8 @@
 """Rounds a tensor to fp8 (e4m3): q = nearest(x * (1 / divisor)), where numbers beyond +-448 become +-448, and NaN stays NaN.
 
+    largest   the largest finite |x| of each program's part
+    quantize  q, by a divisor that is given, or by the largest of these over 448
+
 Elements are taken in the order in which they lie in memory, so x may have any strides without gaps, and q has the same.
 """
 
@@ -9,6 +12,7 @@ import triton.language as tl
 from tconv.kernels.common import kernel, multiple
 
 LARGEST = tl.constexpr(448.0)  # the largest number of e4m3
+LEAST = tl.constexpr(448 * 2.0**-126)  # a tensor whose largest number is less gets the scale 2^-126, whose inverse is finite
 
 
 @triton.jit
@@ -24,15 +28,40 @@ def nearest_fp8(v):
 
 
 @kernel
-def quantize(
-    x_ptr, divisor_ptr, q_ptr,
+def largest(
+    x_ptr, part_ptr,
     numel,
     VEC: tl.constexpr,  # divides numel
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,  # PARTS: the number of programs
+):  # fmt: skip
+    """Writes a program's largest finite |x| in fp32, 0 if it has none, to part[program]. Of PARTS blocks it takes one."""
+    numel = multiple(numel, VEC)
+    i = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in tl.range(0, tl.cdiv(numel, PARTS * BLOCK)):
+        v = tl.abs(tl.load(x_ptr + i, mask=i < numel, other=0.0).to(tl.float32))
+        found = tl.maximum(found, tl.where(v < float("inf"), v, 0.0))  # comparisons with NaN are false
+        i += PARTS * BLOCK
+    tl.store(part_ptr + tl.program_id(0), tl.max(found, axis=0))
+
+
+@kernel
+def quantize(
+    x_ptr, divisor_ptr, part_ptr, q_ptr,
+    numel,
+    VEC: tl.constexpr,  # divides numel
+    PARTS: tl.constexpr,  # of `largest`, if the divisor is theirs and is written; 0 if it is read
     WIDE: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
     mask = i < multiple(numel, VEC)
-    inverse = tl.div_rn(1.0, tl.load(divisor_ptr))
+    if PARTS:
+        most = tl.max(tl.load(part_ptr + tl.arange(0, PARTS)), axis=0)
+        divisor = tl.div_rn(tl.where(most > 0, tl.maximum(most, LEAST), 1.0), LARGEST)
+        tl.store(divisor_ptr, divisor, mask=tl.program_id(0) == 0)
+    else:
+        divisor = tl.load(divisor_ptr)
+    inverse = tl.div_rn(1.0, divisor)
     v = tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32) * inverse
     v = tl.where(v > LARGEST, LARGEST, tl.where(v < -LARGEST, -LARGEST, v))  # comparisons with NaN are false
     if INTERPRET:

@@ -253,13 +253,20 @@ def activation_grad(
     return dv, dr, db if summed else None
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, q: torch.Tensor) -> None:
+def quantize(x: torch.Tensor, scale: torch.Tensor, q: torch.Tensor, own: bool) -> None:
     """Writes x over the scale, one number in fp32, rounded to fp8, to q, which has x's strides, without gaps.
 
+    Args:
+        own: whether the scale is that of x's largest finite element, and is written.
     Raises:
-        Fallback: the kernel cannot be launched.
+        Fallback: a kernel cannot be launched.
     """
-    run(prepare_quantize(x.numel(), x.dtype), (x, scale, q))
+    first, second = prepare_quantize(x.numel(), x.dtype, own)
+    parts = scale
+    if first is not None:
+        parts = scale.new_empty(first.shape)
+        run(first, (x, parts))
+    run(second, (x, scale, parts, q))
 
 
 def backward(

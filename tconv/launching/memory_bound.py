@@ -13,7 +13,7 @@ from tconv.kernels.borders import add_borders
 from tconv.kernels.common import integers as integers_of
 from tconv.kernels.copy import copy_both, copy_channels_last
 from tconv.kernels.epilogue import activation_gradient
-from tconv.kernels.quantize import quantize
+from tconv.kernels.quantize import largest, quantize
 from tconv.launching.arguments import FUSED, KERNELS, Prepared, accumulator, interpreted, numerics, options, prepared
 from tconv.launching.memory_format import addressing, shaped
 from tconv.launching.record import Call
@@ -23,7 +23,7 @@ from tconv.planning.addressing import LIMIT, flattened, vector
 from tconv.planning.device import Device
 from tconv.planning.epilogue import Epilogue
 from tconv.planning.operands import border_constants, chunk, strides, triple
-from tconv.planning.problem import ConvProblem, lift
+from tconv.planning.problem import ConvProblem, lift, pow2
 
 Shape = tuple[int, ...]
 
@@ -147,17 +147,25 @@ def prepare_both(first: Prepared, second: Prepared) -> Prepared:
 
 
 @functools.lru_cache(1024)
-def prepare_quantize(numel: int, dtype: torch.dtype) -> Prepared:
-    """Returns the launch that rounds so many numbers of `dtype` to fp8."""
+def prepare_quantize(numel: int, dtype: torch.dtype, own: bool) -> tuple[Prepared | None, Prepared]:
+    """Returns the launches that round so many numbers of `dtype` to fp8.
+
+    Args:
+        own: whether the scale is that of their largest one, which the first launch finds; else there is none.
+    """
     block = 2048
-    constants = {
-        "VEC": vector(0, 1, numel), "WIDE": numel + block > LIMIT, "INTERPRET": interpreted(), "BLOCK": block, "num_warps": 4,
-        **FUSED,
-    }  # fmt: skip
-    result = torch.empty(numel, dtype=torch.float8_e4m3fn, device="meta")
-    call = Call("quantize", None, None, "")
-    launch = prepared(quantize, math.ceil(numel / block), {"numel": numel}, constants, call, result)
-    return dataclasses.replace(launch, pointers=(dtype, torch.float32, result.dtype))
+    blocks = math.ceil(numel / block)
+    parts = pow2(blocks, 1, 512) if own else 0
+    shared = {"VEC": vector(0, 1, numel), "PARTS": parts, "WIDE": numel + max(parts, 1) * block > LIMIT, "BLOCK": block}
+    constants, options = {**shared, "INTERPRET": interpreted()}, {"num_warps": 4, **FUSED}
+    result, call = torch.empty(numel, dtype=torch.float8_e4m3fn, device="meta"), Call("quantize", None, None, "")
+    launch = prepared(quantize, blocks, {"numel": numel}, constants | options, call, result)
+    launch = dataclasses.replace(launch, pointers=(dtype, torch.float32, torch.float32, result.dtype))
+    if not own:
+        return None, launch
+    found = torch.empty(parts, dtype=torch.float32, device="meta")
+    first = prepared(largest, parts, {"numel": numel}, shared | options, call, found)
+    return dataclasses.replace(first, pointers=(dtype, torch.float32)), launch
 
 
 def summed(plan: planning.Plan, device: Device) -> planning.Plan:

@@ -10,7 +10,7 @@ same from fp32 copies; `tconv.last_calls()` says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -456,10 +456,25 @@ class Converted:
     Attributes:
         scales: by the name of each layer that is in fp8 now, its input's scale; None if each input gets its own.
         kept: by the name of each convolution that is as it was, why.
+        replaced: with `keep`, by the name of each layer that is in fp8 now, the one that it replaced.
     """
 
     scales: dict[str, float | None]
     kept: dict[str, str]
+    replaced: dict[str, torch.nn.Module] = field(default_factory=dict, repr=False)
+
+    def undo_(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Puts back into the model the layers that were replaced: the same objects, as they were and where they were.
+
+        Raises:
+            RuntimeError: `convert_` was not told to keep them.
+        """
+        if len(self.replaced) < len(self.scales):
+            raise RuntimeError("the layers that were replaced are gone: convert_(..., keep=True) keeps them")
+        for name, layer in self.replaced.items():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer)
+        return model
 
     def __str__(self) -> str:
         done = (
@@ -468,8 +483,8 @@ class Converted:
         return "\n".join([*done, *(f"{name}: as it was, {why}" for name, why in self.kept.items())])
 
 
-def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) -> Converted:
-    """Replaces the convolution layers of a model by layers with weights in fp8. It cannot be undone: keep a copy.
+def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = (), keep: bool = False) -> Converted:
+    """Replaces the convolution layers of a model by layers with weights in fp8.
 
     Left as they are: layers with fewer than 16 input channels per group, with another padding mode than
     zeros, with a parametrized weight, and the model itself if it is one layer.
@@ -479,6 +494,8 @@ def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) 
         example: inputs for the model. It runs once with them, and each layer's input scale becomes the largest element that it
             then got, over 448. Without an example, each input gets a scale of its own, at the price of a pass over it.
         skip: names of layers to leave as they are, as in `model.named_modules()`; often the first and the last.
+        keep: keep the layers that are replaced in the result, whose `undo_` puts them back. In bf16 their weights take
+            twice the memory of those in fp8. `tconv.restore_` does not know them.
     Returns:
         What was done, and what not and why.
     Raises:
@@ -510,7 +527,7 @@ def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = ()) 
         if layer not in made:
             made[layer] = kind(layer, scales[name]).train(layer.training)
         setattr(modules[parent], own, made[layer])
-    return Converted(scales, kept)
+    return Converted(scales, kept, {name: found[name] for name in scales} if keep else {})
 
 
 def _why_not(name: str, layer: torch.nn.modules.conv._ConvNd) -> str | None:

@@ -413,6 +413,25 @@ def test_convert(device):
         assert free(x).isfinite().all()
 
 
+def test_a_conversion_can_be_undone_if_the_layers_were_kept(device):
+    model = Net().to(device).bfloat16().eval()
+    x = torch.randn(2, 3, 8, 7, device=device).bfloat16()
+    before = dict(model.named_modules())
+    with torch.no_grad():
+        right = model(x)
+    done = fp8.convert_(model, x, keep=True)
+    assert set(done.replaced) == set(done.scales) == {"body.0", "body.2", "up"}
+    assert done.undo_(model) is model
+    assert {name: id(m) for name, m in model.named_modules()} == {name: id(m) for name, m in before.items()}
+    with torch.no_grad():
+        assert torch.equal(model(x), right)
+    done = fp8.convert_(model, x)
+    kind = type(model.up)
+    with pytest.raises(RuntimeError, match=r"keep=True\) keeps them"):
+        done.undo_(model)
+    assert type(model.up) is kind is fp8.ConvTranspose2d
+
+
 def test_a_layer_in_two_places_is_converted_in_both(device):
     layer = torch.nn.Conv1d(16, 16, 3, padding=1)
     model = torch.nn.Sequential(layer, torch.nn.ReLU(), layer).to(device).bfloat16()

@@ -38,6 +38,7 @@ ROWS = [
     ("test_causal", r"(values.*kernels-4-True|one_after.*kernels-uneven)", "sequences, in either layout"),
     ("test_stream", r"against_the_whole\[(1-D|3-D)-uneven-channels_last", "a state beside x, and the next one"),
     ("test_strips", r"test_every_dtype.*(16-bytes|two-whole)|test_infinity|test_what_they", "strips in every dtype and layout"),
+    ("test_borders", r"test_strips\[(3x3|7x7|strided).*-reflect", "columns that are found beyond x"),
     ("test_split_precision", r"test_sums_of_any_length\[(1|33|576)\]|test_few_channels", "fp32 by six products"),
     ("test_split_precision", r"test_infinity|test_cancellation", "their edges"),
     ("test_copy", r"test_a_copy_is_the_same.*(bfloat16-32 bits|float64-64 bits)", "copies"),

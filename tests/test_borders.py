@@ -17,7 +17,7 @@ from tconv.dispatch.window import window
 from tconv.launching import launch
 from tconv.launching.launch import device_of
 from tconv.launching.memory_format import addressing, shaped
-from tconv.launching.prepare import prepare_gather
+from tconv.launching.prepare import prepare_gather, prepare_wgrad
 from tconv.planning import borders
 from tconv.planning.cost import LAUNCH
 from tconv.planning.device import DEVICES
@@ -117,6 +117,39 @@ def test_several_taps_in_one_product(name, device, poisoned):
         with tconv.force(kernel="packed"):
             y = ours(case, padding, mode, x, w, b)
         torch.testing.assert_close(y, by_copy(case, padding, mode, x, w, b), rtol=1e-10, atol=1e-10)
+
+
+STRIPS = {
+    "3x3, odd columns": (Case("", (2, 4, 5, 11), 4, (3, 3), groups=4), ((1, 1), (1, 1))),
+    "7x7 in 16 bytes": (Case("", (2, 8, 9, 24), 8, (7, 7), groups=8), ((3, 3), (3, 3))),
+    "strided, sides differ": (Case("", (2, 4, 9, 13), 4, (3, 5), stride=2, groups=4), ((0, 2), (3, 1))),
+    "dilated": (Case("", (1, 3, 11, 14), 3, (3, 3), stride=(1, 2), dilation=2, groups=3), ((2, 2), (3, 0))),
+    "four chunks of taps": (Case("", (1, 3, 18), 3, (31,), groups=3), ((15, 15),)),
+    "rows only": (Case("", (1, 4, 8, 16), 4, (5, 1), groups=4), ((2, 2), (0, 0))),
+    "columns only": (Case("", (1, 4, 3, 9), 4, (1, 4), groups=4), ((0, 0), (2, 1))),
+    "3-D": (Case("", (1, 2, 4, 5, 6), 2, (3, 3, 3), groups=2), ((2, 0), (1, 1), (1, 1))),
+    "all columns": (Case("", (2, 2, 3, 4), 2, (3, 9), groups=2), ((1, 1), (3, 3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", STRIPS)
+def test_strips(name, mode, channels_last, device, poisoned):
+    case, padding = STRIPS[name]
+    dtype = torch.bfloat16 if "16 bytes" in name else torch.float32
+    x, w, b = (t.detach() for t in oracle.tensors(case, dtype, device, channels_last))
+    w.requires_grad_()
+    with tconv.force(kernel="strip"), tconv.recording() as calls:
+        y = ours(case, padding, mode, x, w, b)
+    dy = torch.randn_like(y)
+    with tconv.force(kernel="strip_wgrad"), tconv.recording() as more:
+        (dw,) = torch.autograd.grad(y, w, dy)
+    assert [c.plan.kernel for c in (*calls, *more)] == ["strip", "strip_wgrad"]
+    x, w, b = x.double(), w.detach().double().requires_grad_(), b.double()
+    right = by_copy(case, padding, mode, x, w, b)
+    close = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    agree((y.double(), dw.double()), (right, *torch.autograd.grad(right, w, dy.double())), rtol=close, atol=10 * close)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -428,6 +461,19 @@ def test_the_padding_is_predicted_and_named(device):
     for plan in plans:
         assert plan.way in str(call)
     assert f"with the padding {call.plan.cost.seconds * 1e6:.1f} us: 3 more launches, " in call.reason
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_strips_are_chosen(channels_last):
+    """Eight columns of one take too many registers, where each is found and has all channels."""
+    for taps, stride, columns in ((7, 1, 8), (5, 2, 4 if channels_last else 8)):
+        half = taps // 2
+        sides = [(half, half)] * 2
+        p = forward_problem((64, 128, 56, 56), (128, 1, taps, taps), [stride] * 2, sides, [1, 1], 128, "reflect")
+        x, w, y = (shaped(p.shape(which), channels_last, torch.bfloat16) for which in "xwy")
+        plan = prepare_gather("fprop", p, x, w, None, y, DEVICES["H200"]).call.plan
+        assert (plan.kernel, plan.tile.columns) == ("strip", columns)
+        assert prepare_wgrad(p, y, x, w, DEVICES["H200"]).call.plan.kernel == "strip_wgrad"
 
 
 def test_the_plan_is_told(device):

@@ -23,6 +23,7 @@ import triton.language as tl
 from tconv.kernels.common import (
     advance,
     apart,
+    found_at,
     inside,
     kernel,
     lead,
@@ -66,8 +67,9 @@ def added(accs, product, AT: tl.constexpr):
 
 @triton.jit
 def window(
-    accs, others, xp, start, ok, mask_c, X2, sx2, shift,
+    accs, others, xp, start, ok, mask_c, X2, sx2, shift, last,
     T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TRANSPOSED: tl.constexpr, WGRAD: tl.constexpr,
+    BORDER: tl.constexpr,
     ALIGNED: tl.constexpr, READ: tl.constexpr, ACC: tl.constexpr, FLIP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Returns accs with the products of one row of x and T taps of the last dimension added.
@@ -78,6 +80,8 @@ def window(
         start: coordinate in the last dimension from which the window is counted [strips].
         ok: mask of the strips whose row is inside the input [strips].
         shift: columns by which the first of the T taps moves the window.
+        last: the coordinate of the last column that an output reads.
+        BORDER: what columns beyond x find. Unless that is zeros, READ is 1.
     """
     # First and last column of the window, relative to start + ORIGIN + shift. That is the column that output 0 of the strip
     # reads at tap 0 (TRANSPOSED: rounded down).
@@ -87,8 +91,13 @@ def window(
     if READ == 1:
         for i in tl.static_range(LOW, HIGH + 1):
             at = start + (ORIGIN + i + shift)
-            mask = lead(ok & inside(at, X2), FLIP) & trail(mask_c, FLIP)
-            xv = tl.load(xp + (ORIGIN + i + shift) * sx2, mask=mask, other=0.0).to(ACC)
+            if BORDER == "zeros":
+                mask = lead(ok & inside(at, X2), FLIP) & trail(mask_c, FLIP)
+                column = (ORIGIN + i + shift) * sx2
+            else:  # beyond `last` there may be no element that the padding repeats
+                mask = lead(ok & (at <= last), FLIP) & trail(mask_c, FLIP)
+                column = lead((found_at(at, X2, BORDER) - start) * sx2, FLIP)
+            xv = tl.load(xp + column, mask=mask, other=0.0).to(ACC)
             accs = column_products(accs, xv, others, i, T, S, D, P, TRANSPOSED, WGRAD, COLUMNS)
     else:
         FROM: tl.constexpr = (ORIGIN + LOW) // ALIGNED * ALIGNED
@@ -135,6 +144,7 @@ def strip(
     TRANSPOSED: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,  # contiguous axis: "c" channels, "p" columns, or ""
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, READ: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr,  # what reads beyond x find
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
     STEPWISE: tl.constexpr, KEPT: tl.constexpr,  # the epilogue
     ACC: tl.constexpr, INTERPRET: tl.constexpr, FLIP: tl.constexpr,
@@ -143,6 +153,7 @@ def strip(
 ):  # fmt: skip
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     FIRST: tl.constexpr = 3 - RANK
+    BORDERS: tl.constexpr = (BORDER0, BORDER1)
     STEP: tl.constexpr = COLUMNS // S2 if TRANSPOSED else COLUMNS * S2  # columns of x from one strip to the next
     X2 = multiple(X2, X_VEC if X_UNIT == "p" else 1)
     Y2 = multiple(Y2, Y_VEC if Y_UNIT == "p" else 1)
@@ -167,6 +178,7 @@ def strip(
     c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
     start = h[2] * STEP
+    last = (Y2 - 1) * S2 + (T2 - 1) * D2 - P2
     xp = x_ptr + (lead(x_offset, FLIP) + trail(c * sxc, FLIP))
     wp = w_ptr + c * swk
     if FLIP:
@@ -182,22 +194,25 @@ def strip(
         for d in tl.static_range(2):
             if d >= FIRST:
                 step = -((D0, D1)[d] // (g0, g1)[d]) if TRANSPOSED else (D0, D1)[d]
-                ok &= inside(h[d] + tap[d] * step, (X0, X1)[d])
-                dx += (tap[d] * step).to(OFFSET) * sx[d]
+                if BORDERS[d] == "zeros":
+                    ok &= inside(h[d] + tap[d] * step, (X0, X1)[d])
+                    dx += (tap[d] * step).to(OFFSET) * sx[d]
+                else:
+                    dx += lead((found_at(h[d] + tap[d] * step, (X0, X1)[d], BORDERS[d]) - h[d]).to(OFFSET) * sx[d], FLIP)
                 dw += (t_first[d] + tap[d] * ((S0, S1)[d] // (g0, g1)[d] if TRANSPOSED else 1)) * (sw0, sw1)[d]
         for u in tl.range(0, T2 // CHUNK):
             taps = filter_row(wp + dw, mask_c, sw2, u * CHUNK, CHUNK, WIDTH, ACC, FLIP)
             shift = -(u * (CHUNK * D2 // S2)) if TRANSPOSED else u * (CHUNK * D2)
             accs = window(
-                accs, taps, xp + dx, start, ok, mask_c, X2, sx2, shift,
-                CHUNK, S2, D2, P2, TRANSPOSED, False, X_VEC, READ, ACC, FLIP, COLUMNS,
+                accs, taps, xp + dx, start, ok, mask_c, X2, sx2, shift, last,
+                CHUNK, S2, D2, P2, TRANSPOSED, False, BORDER2, X_VEC, READ, ACC, FLIP, COLUMNS,
             )  # fmt: skip
         if T2 % CHUNK:
             REST: tl.constexpr = T2 // CHUNK * CHUNK
             taps = filter_row(wp + dw, mask_c, sw2, REST, T2 % CHUNK, REST_WIDTH, ACC, FLIP)
             accs = window(
                 accs, taps, xp + dx, start, ok, mask_c, X2, sx2, -(REST * D2 // S2) if TRANSPOSED else REST * D2,
-                T2 % CHUNK, S2, D2, P2, TRANSPOSED, False, X_VEC, READ, ACC, FLIP, COLUMNS,
+                last, T2 % CHUNK, S2, D2, P2, TRANSPOSED, False, BORDER2, X_VEC, READ, ACC, FLIP, COLUMNS,
             )  # fmt: skip
 
     if HAS_BIAS:
@@ -239,11 +254,13 @@ def strip_wgrad(
     T2: tl.constexpr, S2: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, RANK: tl.constexpr,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr,
     READ: tl.constexpr, READ_DY: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr,
+    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr,
     FLIP: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program computes CHUNK taps of each of ROWS filter rows, for a tile of channels, over one split of dy's strips."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    BORDERS: tl.constexpr = (BORDER0, BORDER1)
     CHUNKS: tl.constexpr = (T2 + CHUNK - 1) // CHUNK
     X2 = multiple(X2, X_VEC if X_UNIT == "p" else 1)
     Y2 = multiple(Y2, Y_VEC if Y_UNIT == "p" else 1)
@@ -270,6 +287,7 @@ def strip_wgrad(
     left, xo, yo, h, x_step, y_step, end, carry_x, carry_y = split_pixels(
         split, chunk, N, Y, S, B, (-P0, -P1, 0), multiple(sxn, X_VEC), sx, multiple(syn, Y_VEC), sy, RANK, OFFSET, BLOCK_P
     )
+    last = (Y2 - 1) * S2 + (T2 - 1) * D2 - P2
     p = tl.arange(0, BLOCK_P)
     yp = dy_ptr + trail(c * syc, FLIP)
     xp = x_ptr + trail(c * sxc, FLIP)
@@ -298,11 +316,15 @@ def strip_wgrad(
             dx = tl.zeros((), OFFSET)
             for d in tl.static_range(2):
                 if d >= 3 - RANK:
-                    ok &= inside(h[d] + tap[d] * (D0, D1)[d], (X0, X1)[d])
-                    dx += (tap[d] * (D0, D1)[d]).to(OFFSET) * sx[d]
+                    if BORDERS[d] == "zeros":
+                        ok &= inside(h[d] + tap[d] * (D0, D1)[d], (X0, X1)[d])
+                        dx += (tap[d] * (D0, D1)[d]).to(OFFSET) * sx[d]
+                    else:
+                        i = found_at(h[d] + tap[d] * (D0, D1)[d], (X0, X1)[d], BORDERS[d])
+                        dx += lead((i - h[d]).to(OFFSET) * sx[d], FLIP)
             sums = window(
                 accs[r * CHUNK : (r + 1) * CHUNK], gs, xq + dx, h[2] * (COLUMNS * S2), ok, mask_c, X2, sx2,
-                u * (CHUNK * D2), CHUNK, S2, D2, P2, False, True, X_VEC, READ, ACC, FLIP, COLUMNS,
+                u * (CHUNK * D2), last, CHUNK, S2, D2, P2, False, True, BORDER2, X_VEC, READ, ACC, FLIP, COLUMNS,
             )  # fmt: skip
             accs = accs[: r * CHUNK] + sums + accs[(r + 1) * CHUNK :]
         p += BLOCK_P

@@ -20,8 +20,10 @@ from tconv.planning.tiles import Access, Tile
 CHUNK = 8  # the most taps of a filter row whose products with a strip are unrolled
 READ = 8  # columns per load where columns are contiguous
 UNROLLED = 64  # the most columns of a window
+UNROLLED_FOUND = 16  # the same of fprop where channels are contiguous and each column is found beyond x; more take registers
 UNROLLED_WGRAD = 24  # the same for wgrad, which also holds all of a strip's dy in registers
 ACCUMULATORS = 12  # the most accumulators of a strip_wgrad program, one per tap
+FOUND = 4  # instructions that find and load an element by itself, where columns are contiguous and repeat x beyond it
 START = 300  # instructions of a warp outside the main loop
 # Where channels are contiguous, a thread owns 16 bytes of channels of one strip. Six columns are for a dgrad of stride three.
 # fp64 would need too many registers.
@@ -85,9 +87,16 @@ class Strip(_Strips):
 
     name = "strip"
     passes = ("fprop", "dgrad")
+    borders = ("fprop",)
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
         return () if access.itemsize == 8 else STRIP_FLIP if access.flip else STRIP_16 if access.itemsize == 2 else STRIP_32
+
+    def tiles_for(self, operands: Operands, p: ConvProblem, pass_: str, device: Device, precision: str) -> tuple[Tile, ...]:
+        found = super().tiles_for(operands, p, pass_, device, precision)
+        if p.borders[2] == "zeros" or self.access(operands, p, pass_).flip:
+            return found
+        return tuple(tile for tile in found if window(p, pass_, tile.columns) <= UNROLLED_FOUND)
 
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         n = pow2(p.K, 1, 1024)
@@ -103,7 +112,7 @@ class Strip(_Strips):
         load = 8 if access.narrow or access.itemsize == 2 else 2
         met = tile.columns * taps / (p.S[2] if pass_ == "dgrad" else 1)
         elements = tile.n * tile.m / (32 * tile.warps)
-        return 40 + chunks(p) * (30 + elements * (met + taps + columns * _reading(access, load)))
+        return 40 + chunks(p) * (30 + elements * (met + taps + columns * (_reading(access, load) + _finding(p, access))))
 
     def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
         steps = self.programs(p, pass_, tile) // phases(p, pass_) * p.T[0] * p.T[1]
@@ -127,6 +136,7 @@ class StripWgrad(_Strips):
 
     name = "strip_wgrad"
     passes = ("wgrad",)
+    borders = ("wgrad",)
     splittable = True
     any_rows = True
 
@@ -155,7 +165,8 @@ class StripWgrad(_Strips):
         taps, columns = min(CHUNK, p.T[2]), window(p, pass_, tile.columns)
         load = 3.5 if access.narrow else 8 if access.itemsize == 2 else 2
         elements, loaded = tile.n * tile.k / (32 * tile.warps), tile.m * columns + tile.columns
-        return 120 + 30 * tile.m + elements * (tile.m * tile.columns * taps + loaded * (_reading(access, load) - 0.5))
+        found = tile.m * columns * _finding(p, access)
+        return 120 + 30 * tile.m + elements * (tile.m * tile.columns * taps + loaded * (_reading(access, load) - 0.5) + found)
 
     def work(self, p: ConvProblem, pass_: str, tile: Tile, splits: int, access: Access, device: Device) -> Work:
         taps, columns = min(CHUNK, p.T[2]), window(p, pass_, tile.columns)
@@ -208,6 +219,11 @@ def _reading(access: Access, load: float) -> float:
     return (1.5 if access.itemsize == 2 else 0.3) + load / wide
 
 
+def _finding(p: ConvProblem, access: Access) -> int:
+    """Returns the instructions to find an element of x, beyond those to load and unpack it among its neighbours."""
+    return FOUND if access.flip and p.borders[2] != "zeros" else 0
+
+
 def _constants(p: ConvProblem, tile: Tile, x: Lanes, y: Lanes, step: int) -> dict[str, Any]:
     """Returns the compile-time constants that both strip kernels share.
 
@@ -217,6 +233,7 @@ def _constants(p: ConvProblem, tile: Tile, x: Lanes, y: Lanes, step: int) -> dic
     x_vec = x.vec if x.unit == "c" else math.gcd(x.vec, step)
     return {
         "T2": p.T[2], "S2": p.S[2], "D2": p.D[2], "P2": p.P[2], "X_UNIT": x.unit, "Y_UNIT": y.unit, "X_VEC": x_vec,
-        "Y_VEC": y.vec, "READ": (x_vec if x_vec >= 4 else READ) if x.unit == "p" else 1, "FLIP": x.unit != "c",
+        "Y_VEC": y.vec, "READ": (x_vec if x_vec >= 4 else READ) if x.unit == "p" and p.borders[2] == "zeros" else 1,
+        "FLIP": x.unit != "c",
         "COLUMNS": tile.columns, "CHUNK": min(CHUNK, p.T[2]),
     }  # fmt: skip

@@ -16,9 +16,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent / "bench" / "codegen"
 FIELDS = (
     "registers", "spills", "loop_spills", "stack_bytes", "shared_bytes", "mma", "mma_kind", "register_detour", "tma_loads",
     "async_copies", "async_copy_bytes", "loads", "load_bytes", "narrow_loads", "stores", "store_bytes", "loop_instructions",
-    "loop_waits", "loop_fences",
+    "loop_waits", "loop_fences", "before_loop", "after_loop",
 )  # fmt: skip
-LATER = ("loop_waits", "loop_fences")  # empty in rows from before they were read
+LATER = ("loop_waits", "loop_fences", "before_loop", "after_loop")  # empty in rows from before they were read
+LAST = 2  # of these so many at the end may be missing altogether, also in the head of a file
 # Field -> how much it may grow: compilers schedule differently for reasons that are not ours.
 GROWTH = {
     "spills": lambda old: 0, "loop_spills": lambda old: 0, "stack_bytes": lambda old: 0, "narrow_loads": lambda old: 0,
@@ -80,10 +81,11 @@ def _parse(text: str, version: str, arch: str) -> tuple[Budget, str]:
     if head[1] != version or head[2] != arch:
         raise ValueError(f"a budget of Triton {head[1]} on {head[2]}, not of {version} on {arch}")
     rows = list(csv.reader(lines))
-    if not rows or rows[0] != ["variant", *FIELDS]:
+    if not rows or rows[0] not in (["variant", *FIELDS], ["variant", *FIELDS[:-LAST]]):
         raise ValueError("its columns are not those of this version of the gate")
     budget = {}
-    for number, row in enumerate(rows[1:], 3):
+    for number, found in enumerate(rows[1:], 3):
+        row = found + [""] * min(LAST, max(0, len(FIELDS) + 1 - len(found)))
         values = dict(zip(FIELDS, row[1:], strict=False))
         numbers = [v for k, v in values.items() if k != "mma_kind" and (v or k not in LATER)]
         if len(row) != len(FIELDS) + 1 or not all(v.isdigit() for v in numbers):
@@ -100,7 +102,9 @@ def save(version: str, arch: str, budget: Budget, only: str = "") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = f" of '{only}'" if only else ""
     lines = [f"# Triton {version}, {arch}, {len(budget)} variants{part}", ",".join(["variant", *FIELDS])]
-    lines += [",".join([name, *(_text(row[k]) for k in FIELDS)]) for name, row in sorted(budget.items())]
+    for name, row in sorted(budget.items()):
+        fields = [name, *(_text(row[k]) for k in FIELDS)]
+        lines.append(",".join(fields if any(fields[-LAST:]) else fields[:-LAST]))
     file.write_text("\n".join(lines) + "\n")
 
 

@@ -65,7 +65,8 @@ def _disassembled(kernel: Any) -> tuple[str, str]:
 def _nvidia(usage: str, sass: str) -> dict[str, Any]:
     resources = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1)
     kinds = collections.Counter(re.findall(MMA, sass))
-    lines, inside = _nvidia_code(sass, MMA if kinds else r"\b(FFMA|DFMA|FMUL|HFMA2|FADD|DADD)")
+    lines, main = _nvidia_code(sass, MMA if kinds else r"\b(FFMA|DFMA|FMUL|HFMA2|FADD|DADD)")
+    inside = lines[main]
     loads = [_nvidia_bytes(m[1]) for line in inside or lines if (m := re.search(r"\bLDG\.E(\S*)", line))]
     stores = [_nvidia_bytes(m[1]) for line in lines if (m := re.search(r"\bSTG\.E(\S*)", line))]
     copies = [_nvidia_bytes(m[1]) for line in lines if (m := re.search(r"\bLDGSTS(\S*)", line))]
@@ -82,6 +83,9 @@ def _nvidia(usage: str, sass: str) -> dict[str, Any]:
         **_accesses(copies, loads, stores),
         "instructions": len(lines),
         "loop_instructions": len(inside),
+        # Blocks that the compiler moved to the end count as after the loop. Without a loop all count as before it.
+        "before_loop": main.start if inside else len(lines),
+        "after_loop": len(lines) - main.stop - _count(lines[main.stop :], r"\bNOP\b") if inside else 0,
         # If ptxas cannot keep accumulators in wgmma's hands it waits after every one of them, not once per iteration.
         "loop_waits": _count(inside, r"\bWARPGROUP\.DEPBAR"),
         # wgmma sees what threads and their asynchronous copies wrote only behind one (tconv/launching/fences.py).
@@ -116,11 +120,13 @@ def _amd(text: str) -> dict[str, Any]:
         "loop_instructions": len(inside),
         "loop_waits": 0,
         "loop_fences": 0,
+        "before_loop": None,  # blocks do not lie in the order in which they run
+        "after_loop": None,
     }  # fmt: skip
 
 
-def _nvidia_code(sass: str, wanted: str) -> tuple[list[str], list[str]]:
-    """The instructions, and those of the main loop: a backward branch's shortest span with most of the wanted ones.
+def _nvidia_code(sass: str, wanted: str) -> tuple[list[str], slice]:
+    """The instructions, and which are the main loop's: a backward branch's shortest span with most of the wanted ones.
 
     Not with all of them: blocks that the compiler moved to the end branch backward too.
     """
@@ -136,7 +142,7 @@ def _nvidia_code(sass: str, wanted: str) -> tuple[list[str], list[str]]:
     spans = [(labels[m[1]], i + 1) for i, m in branches if m and labels.get(m[1], i + 1) <= i]
     most = max((hits[j] - hits[i] for i, j in spans), default=0)
     first, last = min((s for s in spans if most and 2 * (hits[s[1]] - hits[s[0]]) >= most), key=_length, default=(0, 0))
-    return lines, lines[first:last]
+    return lines, slice(first, last)
 
 
 def _length(span: tuple[int, int]) -> int:

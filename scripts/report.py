@@ -337,6 +337,13 @@ def predicted(args: argparse.Namespace) -> tuple[str, str]:
         "device allows (1 is the roofline):"
     )
     short = "\n\n".join([head, family_table(found, "roof", "predicted share")])
+    terms = (
+        "What holds the share down: geometric means of all three passes, and what they would be, with the same plans, if one "
+        "term took no time. The start is that of programs and their end, with what they do outside their main loops; the sum "
+        "is of splits; all apart are launch, start, copies and sum; idle units are those of the last wave. Of the parts "
+        "(products, issue, cache, memory) only the longest takes time in the last two columns, and in the last one nothing "
+        "else does."
+    )
     lines = ["| layer | pass | layout | predicted us | TFLOP/s | GB/s | bound by | wasted: taps | tiles | waves |"]
     lines += ["|---" * 10 + "|"]
     lines += [
@@ -351,7 +358,28 @@ def predicted(args: argparse.Namespace) -> tuple[str, str]:
         "last wave that idles. A layer's two layouts are the user's: what is copied first is in the time."
     )
     picture = "![share of the roofline by layer](roofline-predicted.png)"
-    return "\n\n".join(["# Predictions", short, picture, wasted, "\n".join(lines)]), short
+    return "\n\n".join(["# Predictions", short, terms, terms_table(found), picture, wasted, "\n".join(lines)]), short
+
+
+def terms_table(found: list[Cell]) -> str:
+    """What the share would be without one term of the prediction, by kind of layer."""
+    from bench.predict import TERMS
+
+    kinds = {
+        "dense 2-D, channels last": lambda c: c["family"] == "dense 2-D" and c["layout"] == "channels_last",
+        "1-D and 3-D, channels last": lambda c: c["family"] in ("1-D", "3-D") and c["layout"] == "channels_last",
+        "few channels, channels last": lambda c: c["family"] == "few channels" and c["layout"] == "channels_last",
+        "depthwise, channels last": lambda c: c["family"] == "depthwise" and c["layout"] == "channels_last",
+        "all but depthwise, default layout": lambda c: c["family"] != "depthwise" and c["layout"] == "contiguous",
+    }
+    lines = ["| share, predicted | as it is | " + " | ".join(f"no {term}" for term in TERMS) + " |"]
+    lines += ["|---" * (len(TERMS) + 2) + "|"]
+    for name, wanted in kinds.items():
+        mine = [c for c in found if wanted(c)]
+        shares = [[c["roof"] * c["ms"] / ms for c in mine for ms in [c["without_ms"][term]]] for term in TERMS]
+        means = [geometric_mean(each) for each in ([c["roof"] for c in mine], *shares)]
+        lines.append(f"| {name} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    return "\n".join(lines)
 
 
 def write_readme(path: pathlib.Path, text: str) -> None:

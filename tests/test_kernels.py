@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import tconv
 from tconv import functional as TF
 from tconv.launching.memory_format import addressing
-from tconv.planning.gather import TWO_BLOCKS
+from tconv.planning.gather import TWO_BLOCKS, WIDEST
 from tconv.planning.gemm import STEPS_OF_32
 from tconv.planning.operands import GatherPass
 from tconv.planning.packed import PACKED_WGRAD_16
@@ -278,7 +278,7 @@ BLOCKS_OF_TWO = [
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tile", TWO_BLOCKS, ids=str)
+@pytest.mark.parametrize("tile", [*TWO_BLOCKS, WIDEST], ids=str)
 @pytest.mark.parametrize("case", BLOCKS_OF_TWO, ids=str)
 def test_tiles_of_two_blocks_of_written_channels(case, tile, dtype, channels_last, device, poisoned):
     with tconv.force(kernel="gather", tile=tile, staged=not channels_last):

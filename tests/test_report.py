@@ -10,7 +10,6 @@ import torch
 import tconv
 from tconv.planning import cost
 from tconv.planning.device import DEVICES
-from tconv.planning.families import FAMILIES
 from tconv.planning.problem import forward_problem
 from tconv.records import book
 from tconv.records.book import Measured, line_of, plan_to
@@ -126,19 +125,18 @@ def recorded(path, values):
 
 @pytest.fixture
 def now():
-    return {"LAUNCH": cost.LAUNCH, "LATENCY": cost.LATENCY, "l2_bandwidth": H200.limits.l2_bandwidth}
+    return {name: getattr(cost, name) for name in fit.CONSTANTS} | {"l2_bandwidth": H200.limits.l2_bandwidth}
 
 
 def test_a_fit_finds_the_times_that_made_the_record(tmp_path, now):
-    starts = {f"start of {name}": 1.8 * FAMILIES[name].start for name in ("gather", "wgrad")}
-    true = {"LAUNCH": 2 * now["LAUNCH"], "LATENCY": now["LATENCY"], "l2_bandwidth": 0.6 * now["l2_bandwidth"]} | starts
+    changed = {"LAUNCH": 2 * now["LAUNCH"], "START": 1.8 * now["START"], "l2_bandwidth": 0.6 * now["l2_bandwidth"]}
+    true = now | changed
     found = fit.fit(recorded(tmp_path / "a.jsonl", true), H200)
-    for name in ("LAUNCH", "l2_bandwidth", *starts):
+    for name in changed:
         assert found.after[name] == pytest.approx(true[name], rel=0.05), name
     assert found.error_before > 0.1
     assert found.error_after < 0.01
-    assert (cost.LAUNCH, H200.limits.l2_bandwidth) == (now["LAUNCH"], now["l2_bandwidth"])
-    assert "start" not in vars(FAMILIES["gather"])
+    assert {name: getattr(cost, name) for name in fit.CONSTANTS} == {name: now[name] for name in fit.CONSTANTS}
 
 
 def test_regret_is_one_where_the_model_is_exact_and_more_where_it_is_not(tmp_path, now):

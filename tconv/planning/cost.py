@@ -1,17 +1,22 @@
 """Counts the work of a pass and of a plan for it, and predicts the plan's time on a device. Standard library only.
 
 Operations and bytes are exact counts. The time is a model: a launch, the start and end of each round of programs, and four
-parts that overlap in part, as the root of the sum of their squares.
+parts that overlap in part: their powers of OVERLAP add up.
 
     products  the products of the padded tiles, at the rate of tensor cores or of multiply-adds
-    issue     the instructions of the main loop, four warps per cycle on each multiprocessor
+    issue     instructions: four warps per cycle on each multiprocessor, but few warps issue less (PACE)
     cache     the operands that programs fetch: from L2, or for depthwise kernels, whose taps share them, mostly from L1
     memory    the least bytes, the workspace, and bytes that are read again because no cache holds them, at memory bandwidth
 
 Programs run in waves, so the first three parts are counted for the multiprocessor with the most programs. A split-K reduction
-ends with a second launch, which reads the workspace and overlaps with nothing. Loop lengths are fitted to compiled code, as
-scripts/codegen.py reads it (tests/test_cost.py compares them). Fixed times, latencies and the rates of caches are fitted to
-the 1,097 plans of eight layers, in bf16, that an H200 timed (bench/results; docs/first-light.md).
+ends with a second launch, which reads the workspace and overlaps with nothing. Instructions in the main loop and outside of it
+are fitted to compiled code, as scripts/codegen.py reads it (tests/test_cost.py compares them). What is outside overlaps with
+the loops of other programs of the multiprocessor, and with nothing if there is only one. Fixed times, latencies and the rates
+of caches are fitted to the plans of eight layers, in bf16, that an H200 timed (bench/results; docs/first-light.md has the fit).
+
+Shared memory is left out. To read a tile's operands there should take tensor cores up to 1.75 times as long as to multiply them
+(128x64), and some of the times show it: gather's 128x256 is faster than 256x128. But as a part of its own, or as a bound on the
+products, it made the planner's choices worse (docs/first-light.md).
 """
 
 from __future__ import annotations
@@ -19,17 +24,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tconv.planning.device import Device
 from tconv.planning.problem import ConvProblem
 from tconv.planning.tiles import BF16X6, Access, Tile
 
-LAUNCH = 3.3e-6  # seconds of a kernel that does next to nothing, after one that has left the caches cold
-LATENCY = 1400  # cycles from a load to its data, in a main loop whose loads are not pipelined
+LAUNCH = 2.7e-6  # seconds of a kernel that does next to nothing, after one that has left the caches cold
+START = 1.0e-6  # seconds that a program waits for its first loads and last stores, besides its instructions
+LATENCY = 1650.0  # cycles from a load to its data, in a main loop whose loads are not pipelined
 ISSUE = 4  # warp instructions that a unit issues per cycle, one per scheduler
+PACE = 2.5  # cycles from an instruction of a warp to its next: what a program takes for one that waits for no other's
+OVERLAP = 1.5  # of parts a and b, the exponent in (a^OVERLAP + b^OVERLAP)^(1/OVERLAP): 1 is one after the other
 L1 = 36  # bytes that a unit reads from its L1 cache per cycle, in the kernels without tl.dot
-ALONE = 1.1  # how much longer products take if a unit has one program, which then waits at its own barriers
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Cost:
         workspace: bytes allocated besides the result.
         parts: seconds of "products", "issue", "cache" and "memory".
         seconds: the predicted time.
+        alone: seconds of what overlaps with nothing: "launch", "start" (and end of programs), "sum" (of splits), "copies".
     """
 
     flops: int
@@ -57,6 +66,7 @@ class Cost:
     workspace: int
     parts: tuple[tuple[str, float], ...]
     seconds: float
+    alone: tuple[tuple[str, float], ...] = ()
 
     @property
     def bound(self) -> str:
@@ -161,7 +171,7 @@ class Work:
         steps: iterations of the main loops of all programs.
         flops, length, fetched: operations, issue slots of a warp, and bytes fetched, all per iteration.
         resident: the most programs that fit on a unit at once (occupancy).
-        start: instructions of a warp outside the main loop, where they matter.
+        outside: instructions of a warp outside the main loop.
         turn: seconds between two tiles' main loops, if a program stays for the next tile; None if each is a program's own.
     """
 
@@ -170,7 +180,7 @@ class Work:
     length: float
     fetched: int
     resident: int
-    start: int = 0
+    outside: float = 0
     turn: float | None = None
 
 
@@ -197,19 +207,21 @@ def price(
         programs: programs of the plan, over all splits.
         phases: groups of programs that run one after the other and each read all of dy.
         dot: True if the kernel multiplies with tl.dot.
-        start: seconds that programs take outside their main loops.
+        start: seconds that a program takes at its start, besides START and its instructions.
     """
     limits, itemsize = device.limits, access.itemsize
     waves = math.ceil(programs / device.units)
     steps = work.steps / programs * waves  # of the unit with the most programs
     products = steps * work.flops / (_rate(access, device, dot) / device.units)
-    cycles = tile.warps * work.length / ISSUE
     resident = max(1, min(waves, work.resident))
+    busy = tile.warps / ISSUE  # cycles of an instruction of each warp, if the unit always has one to issue
+    pace = max(busy, PACE / resident)
     if access.narrow or not dot:
-        cycles = max(cycles, LATENCY / resident)
-    elif resident == 1:  # a lone BF16X6 program cuts, then multiplies; one in fp8 multiplies, then adds
-        in_turn = access.precision == BF16X6 or access.itemsize == 1
-        products = products + steps * cycles / limits.clock if in_turn else products * ALONE
+        cycles = max(busy * work.length, LATENCY / resident)
+    else:
+        cycles = pace * work.length
+        if resident == 1 and (access.precision == BF16X6 or access.itemsize == 1):
+            products += steps * cycles / limits.clock  # a lone BF16X6 program cuts, then multiplies; in fp8, then adds
     workspace = slices(p, pass_, splits, itemsize)
     least = least_bytes(p, pass_, itemsize, access.written)
     # The phases of a strided dgrad run one after the other, and each reads all of dy. If dy does not fit in L2, it is read from
@@ -218,18 +230,28 @@ def price(
     read = itemsize * math.prod(p.shape("y"))
     if pass_ == "dgrad" and read > limits.l2_bytes:
         again = read * (min(phases, p.taps) - 1)
-    outside = waves * tile.warps * work.start / ISSUE
+    first = max(busy, PACE) * work.outside / limits.clock
+    # A lone program's instructions outside its loop overlap with nothing, those of the first round of others neither.
+    later = pace * work.outside * (waves - resident) if resident > 1 else 0.0
     parts = {
         "products": products,
-        "issue": (steps * cycles + outside) / limits.clock,
+        "issue": (steps * cycles + later) / limits.clock,
         "cache": steps * work.fetched / (limits.l2_bandwidth / device.units if dot else L1 * limits.clock),
         "memory": (least + again + workspace) / limits.bandwidth,
     }
     rounds = math.ceil(waves / max(1, work.resident))
-    turn = start if work.turn is None else work.turn
-    seconds = LAUNCH + start + (rounds - 1) * turn + math.hypot(*parts.values()) + _summing(workspace, device)
+    turn = work.turn if work.turn is not None else START + first if resident == 1 else START
+    ends = start + START + first + (rounds - 1) * turn
+    alone = ("launch", LAUNCH), ("start", ends), ("sum", _summing(workspace, device))
+    seconds = together(parts.values()) + sum(seconds for _, seconds in alone)
     executed = math.ceil(work.steps * work.flops)
-    return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds)
+    return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds, alone)
+
+
+def together(parts: Iterable[float]) -> float:
+    """Returns the seconds of parts that overlap in part."""
+    total: float = sum(part**OVERLAP for part in parts)
+    return float(total ** (1 / OVERLAP))
 
 
 def _rate(access: Access, device: Device, dot: bool) -> float:
@@ -262,8 +284,10 @@ def with_copies(cost: Cost, read: int, written: int, device: Device) -> Cost:
         read, written: bytes that the copies read and write. They write more where channels are padded.
         device: the device.
     """
-    seconds = cost.seconds + (read + written) / device.limits.bandwidth + LAUNCH
-    return replace(cost, workspace=cost.workspace + written, seconds=seconds)
+    seconds = (read + written) / device.limits.bandwidth + LAUNCH
+    return replace(
+        cost, workspace=cost.workspace + written, seconds=cost.seconds + seconds, alone=(*cost.alone, ("copies", seconds))
+    )
 
 
 def predict_bias(channels: int, pixels: int, tile: Tile, splits: int, itemsize: int, device: Device) -> Cost:

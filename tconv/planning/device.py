@@ -41,10 +41,10 @@ class Limits:
 # multiply-adds, 4.3 TB/s in a copy. fp8 was not measured: its data sheet has twice the rate of bf16. The L2 bandwidth is the
 # one that fits the times of tiles best; plain reads of 20 MB reach 9.9 TB/s. Of the other devices nothing was measured: 0.8 of
 # their data sheets' matrix rates, 0.9 of the bandwidth, and estimates of their L2, raised by as much as the H200's was.
-H100 = Limits(800e12, 397e12, 58e12, 51e12, 3.0e12, 14e12, 50e6, 1.755e9, 1600e12)
+H100 = Limits(800e12, 397e12, 58e12, 51e12, 3.0e12, 20e12, 50e6, 1.755e9, 1600e12)
 H200 = dataclasses.replace(H100, bandwidth=4.3e12)
-A100 = Limits(250e12, 125e12, 15.6e12, 15.6e12, 1.83e12, 7.9e12, 40e6, 1.41e9)
-MI300X = Limits(1045e12, 522e12, 130e12, 130e12, 4.8e12, 28e12, 256e6, 2.1e9)
+A100 = Limits(250e12, 125e12, 15.6e12, 15.6e12, 1.83e12, 11.3e12, 40e6, 1.41e9)
+MI300X = Limits(1045e12, 522e12, 130e12, 130e12, 4.8e12, 40e12, 256e6, 2.1e9)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ class Family:
         gluon: True if the kernel is written in Gluon, Triton's experimental lower level.
         splittable: True if its reduction can be split (split-K).
         weight_stays: True if w is taken as it is, never copied.
-        start: seconds that a program takes before and after its main loop, latency of the first loads included, as fitted to
-            an H200's times.
+        start: seconds that a program takes at its start beyond what the others do.
         columns: the most columns of its tiles.
         two_blocks: True if its tiles may have a second block of written channels.
         borders: the passes in which the kernel reads x's own elements in place of padding (`ConvProblem.borders`); the others
@@ -58,7 +57,7 @@ class Family:
     gluon = False
     splittable = False
     weight_stays = False
-    start = 0.7e-6
+    start = 0.0
     columns = 1
     two_blocks = False
     any_rows = False

@@ -17,6 +17,11 @@ from tconv.planning.tiles import Access, Tile
 FILLED = 2  # fprop and dgrad are not split if they have at least so many waves: little of the device is idle then
 FIELD = {1: 32, 2: 16, 3: 10}  # by rank: taps per dimension whose masks fit in one 32-bit word per pixel
 SHARING = Tile(128, 128, 64, 8, 3)  # two programs share a multiprocessor, which holds one of four stages
+# The same where it takes more than the 128 registers that two programs have. It then spills some before and after its loop.
+LIMITED = replace(SHARING, registers=128)
+# For 320 channels and multiples, in one tile. Where results are written in channels last it spills outside its loop.
+WIDEST = Tile(128, 256, 64, 8, 3, extra=64)
+SPILLED = 100  # instructions of a warp for what LIMITED and WIDEST spill: up to 250 in code compiled for sm_90
 NARROW_APART = Tile(256, 32, 32, 8, 3)  # for 16-bit elements loaded one by one, from tensors whose pixels are contiguous
 # For 192 written channels, 320 and 96, of which powers of two leave a sixth or a quarter empty.
 TWO_BLOCKS = (
@@ -34,7 +39,6 @@ class Gather(Stepping, General):
 
     name = "gather"
     passes = ("fprop", "dgrad")
-    start = 3.5e-6
     fp8 = True
     splittable = True
     two_blocks = True
@@ -42,6 +46,7 @@ class Gather(Stepping, General):
     streams = True
     hopper_16 = (*STEPS_OF_32, *TWO_BLOCKS, *MANY_PIXELS)
     base, copy, one = 50, 8, 4
+    around = (540, 58, 2)
     cut = 10
     fma_narrow = (NARROW,)
     spills: ClassVar[Spills] = {
@@ -84,14 +89,26 @@ class Gather(Stepping, General):
             if not access.epilogue:
                 return (*found, SHARING)
             # The widest tile spills with an activation. With a limit, SHARING does not, unless it reads a residual.
-            sharing = () if access.epilogue.tensors else (replace(SHARING, registers=128),)
+            sharing = () if access.epilogue.tensors else (LIMITED,)
             return (*(tile for tile in found if tile.n <= 128), *sharing)
         return (*found, NARROW_APART) if access.flip else found
 
     def tiles_for(self, operands: Operands, p: ConvProblem, pass_: str, device: Device, precision: str) -> tuple[Tile, ...]:
         found = super().tiles_for(operands, p, pass_, device, precision)
-        # With coordinates that repeat x, two programs no longer have the registers that they need to share a multiprocessor.
-        return tuple(tile for tile in found if replace(tile, registers=0) != SHARING) if p.repeated else found
+        # With coordinates that repeat x, two programs no longer have the registers to share a multiprocessor.
+        found = tuple(tile for tile in found if tile not in (SHARING, LIMITED)) if p.repeated else found
+        if device.generation != 9 or operands.itemsize != 2:
+            return found
+        written, reduced = self.channels(p, pass_)
+        # With masks of many taps, or where a thread copies less than 8 channels at a time, some would spill in the loop.
+        spare = not (p.repeated or reduced % 8 or max(p.T) > FIELD[p.rank])
+        if p.rank == 3 or (p.rank == 2 and pass_ == "dgrad"):
+            found = tuple(LIMITED if tile == SHARING else tile for tile in found if spare or tile != SHARING)
+        room = operands.room >= 256 * 128 and not (operands.narrow or operands.epilogue)
+        return (*found, WIDEST) if spare and room and written > WIDEST.n else found
+
+    def outside(self, p: ConvProblem, tile: Tile, access: Access) -> float:
+        return super().outside(p, tile, access) + SPILLED * (tile in (LIMITED, WIDEST))
 
     def length(self, p: ConvProblem, pass_: str, tile: Tile, access: Access) -> float:
         pixels = tile.m * tile.k * access.itemsize / 16 / (32 * tile.warps)  # whose address a thread works out

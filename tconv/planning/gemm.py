@@ -46,6 +46,8 @@ class Gemm(Family):
 
     Attributes:
         base, copy, one: instructions per iteration of the main loop, per 16-byte copy, and per element of narrow loads.
+        around: instructions outside the main loop: of any program, per 16-byte copy of an iteration and dimension, and per
+            accumulator. All are a warp's, as fitted to code compiled for sm_90 in 16 bits.
         cut: instructions to cut an element into BF16X6 pieces.
         waiting: how much longer the loop takes than its instructions if tensor cores are fed by element-by-element loads,
             which are not pipelined, as fitted to an H200's times.
@@ -53,6 +55,7 @@ class Gemm(Family):
     """
 
     base, copy, one = 0, 0, 0
+    around: tuple[float, float, float] = (0, 0, 0)
     cut = 0
     waiting = 3.5
     fma_narrow: tuple[Tile, ...] = FMA_32[1:]
@@ -106,15 +109,21 @@ class Gemm(Family):
         length = self.length(p, pass_, tile, access) * (self.waiting if access.narrow and access.tensor_cores else 1)
         return Work(
             self.steps(p, pass_, tile, splits), 2 * tile.m * tile.across * tile.k, length,
-            access.itemsize * tile.k * (tile.m + tile.across), resident,
+            access.itemsize * tile.k * (tile.m + tile.across), resident, self.outside(p, tile, access),
         )  # fmt: skip
+
+    def outside(self, p: ConvProblem, tile: Tile, access: Access) -> float:
+        """Returns a warp's instructions before and after the main loop: addresses, the first copies, the result."""
+        fixed, copy, stored = self.around
+        threads = 32 * tile.warps
+        copies = (tile.m + tile.across) * tile.k * access.itemsize / 16 / threads
+        return fixed + p.rank * copies * copy + tile.m * tile.across / threads * stored
 
 
 class Advancing(Gemm):
     """A weight gradient, whose iterations advance through the pixels.
 
-    With wide accesses a thread copies some pixels of either operand, and advances the digits of each: those of the operand of
-    which it has more serve both.
+    With wide accesses a thread copies some pixels of either operand, and advances the digits of those of x.
 
     Attributes:
         apart: instructions per iteration besides these.
@@ -123,12 +132,14 @@ class Advancing(Gemm):
     apart = 0
 
     def loads(self, p: ConvProblem, tile: Tile, access: Access) -> float:
-        # At rank 1 the loop is shorter, by up to a quarter for small tiles. But with that count the planner would choose a tile
-        # with which an H200 took 1.8 times as long (the 1x1 layer of bench/results), so what fits the times is kept.
-        if access.narrow or p.rank == 1:
+        if access.narrow:
             return super().loads(p, tile, access)
-        pixels = max(tile.m, tile.n) * tile.k * access.itemsize / 16 / (32 * tile.warps)
-        return self.apart + pixels * (12 + 17 * p.rank)
+        y, x = (extent * tile.k * access.itemsize / 16 / (32 * tile.warps) for extent in (tile.m, tile.n))
+        return self.apart + self.advanced(p, y, x)
+
+    def advanced(self, p: ConvProblem, y: float, x: float) -> float:
+        """Returns the instructions of a thread's copies per iteration, of so many pixels of y and of x."""
+        return self.copy * y + (8 + 12.5 * p.rank) * x
 
 
 class Stepping(Gemm):

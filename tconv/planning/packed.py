@@ -70,8 +70,8 @@ class Packed(_Packed):
     name = "packed"
     passes = ("fprop", "dgrad")
     borders = ("fprop",)
-    start = 3.2e-6
     base, copy = 120, 10
+    around = (510, 91, 0)
     cut = 10
     spills: ClassVar[Spills] = {
         8: (Tile(128, 64, 64, 8, 3),),
@@ -140,12 +140,12 @@ class PackedWgrad(Advancing, _Packed):
 
     name = "packed_wgrad"
     passes = ("wgrad",)
-    start = 2.7e-6
     splittable = True
     apart, base, copy = 50, 100, 14
     cut = 20
     waiting = 3.0
     few = 2 * FEW  # its tiles are up to 128 wide, two taps of so many channels
+    around = (660, 34, 3)
     spills: ClassVar[Spills] = {
         8: (Tile(16, 128, 64, 8, 3),),
         10: (Tile(128, 64, 64, 8, 3),),
@@ -160,6 +160,10 @@ class PackedWgrad(Advancing, _Packed):
     def interpreter_tiles(self, p: ConvProblem, pass_: str) -> tuple[Tile, ...]:
         m, n = pow2(p.K, 16, 256), pow2(p.C * p.taps, 16, 256)
         return (Tile(m, n, pow2(p.gemm("wgrad")[2], 16, (1 << 18) // max(m, n))),)
+
+    def advanced(self, p: ConvProblem, y: float, x: float) -> float:
+        # Both operands' pixels are decoded: those of the operand of which a thread has more serve both.
+        return (12 + 17 * p.rank) * max(y, x)
 
     def programs(self, p: ConvProblem, pass_: str, tile: Tile) -> int:
         groups = pack(p, pass_, tile)

@@ -21,8 +21,8 @@ class Patch(Gemm):
     name = "patch"
     passes = ("dgrad",)
     weight_stays = True
-    start = 3.5e-6
     base, copy, one = 40, 6, 4
+    around = (340, 14, 6)
     spills: ClassVar[Spills] = {8: (Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3))}
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:

@@ -35,9 +35,9 @@ class Rows(Gemm):
     name = "rows"
     passes = ("fprop", "dgrad")
     cuts = True
-    start = 3.5e-6
     columns = PIXELS
     base, copy, one = 50, 8, 3
+    around = (520, 19, 48)
     cut = 10
     instead: ClassVar[Instead] = {
         8: {

@@ -89,7 +89,7 @@ class Tma(Stepping, _Tma):
     name = "tma"
     passes = ("fprop", "dgrad")
     fp8 = True
-    start = 1.9e-6
+    around = (550, 0, 3)
     instead: ClassVar[Instead] = {10: {Tile(128, 64, 32, 4, 4): Tile(128, 64, 32, 4, 4, 255)}}
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
@@ -168,7 +168,7 @@ class TmaWgrad(_Tma):
 
     name = "tma_wgrad"
     passes = ("wgrad",)
-    start = 0.5e-6
+    around = (680, 0, 2)
     splittable = True
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:

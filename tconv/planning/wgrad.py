@@ -16,10 +16,10 @@ class Wgrad(Advancing, General):
 
     name = "wgrad"
     passes = ("wgrad",)
-    start = 2.7e-6
     splittable = True
     borders = ("wgrad",)
-    apart, base, copy, one = 40, 110, 14, 4
+    apart, base, copy, one = 30, 110, 14, 4
+    around = (560, 32, 2)
     cut = 20
     spills: ClassVar[Spills] = {
         8: (

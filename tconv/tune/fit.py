@@ -16,14 +16,13 @@ from typing import Any
 
 from tconv.planning import cost
 from tconv.planning.device import Device
-from tconv.planning.families import FAMILIES
 from tconv.planning.plan import Forced, Plan
 from tconv.planning.problem import ConvProblem
 from tconv.records import file
 from tconv.records.book import plan_from
 from tconv.tune.subject import Subject
 
-LEAST = 8  # plans of a kernel to fit its own time outside the main loop
+CONSTANTS = ("LAUNCH", "START", "LATENCY", "PACE")  # of the cost model
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Fit:
     """The cost model's times, as they are and as fitted.
 
     Attributes:
-        before, after: by name: "LAUNCH" and "start of KERNEL" in seconds, "LATENCY" in cycles, "l2_bandwidth" in bytes per
+        before, after: by name: "LAUNCH" and "START" in seconds, "LATENCY" and "PACE" in cycles, "l2_bandwidth" in bytes per
             second.
         error_before, error_after: the root of the mean square of the logarithm of measured over predicted.
         plans: the number of plans fitted to.
@@ -138,7 +137,7 @@ class Fit:
 
 
 def fit(found: Sequence[Timed], device: Device) -> Fit:
-    """Fits the launch, the latency, the L2 bandwidth and each kernel's time outside its main loop to a record.
+    """Fits the cost model's constants and the L2 bandwidth to a record.
 
     The logarithms of measured over predicted times are fitted by least squares, with a loss that bounds what an outlier counts.
 
@@ -157,10 +156,7 @@ def fit(found: Sequence[Timed], device: Device) -> Fit:
     ]  # fmt: skip
     if not samples:
         raise ValueError("no plan of this record can be planned by this version")
-    counts = collections.Counter(choices.kernel for _, choices, _ in samples)
-    before = {"LAUNCH": cost.LAUNCH, "LATENCY": cost.LATENCY, "l2_bandwidth": device.limits.l2_bandwidth} | {
-        f"start of {name}": FAMILIES[name].start for name, n in counts.items() if name and n >= LEAST
-    }
+    before = {name: float(getattr(cost, name)) for name in CONSTANTS} | {"l2_bandwidth": device.limits.l2_bandwidth}
 
     def residuals(logarithms: Sequence[float]) -> list[float]:
         values = dict(zip(before, map(math.exp, logarithms), strict=True))
@@ -184,14 +180,11 @@ def _rms(values: Sequence[float]) -> float:
 @contextlib.contextmanager
 def _constants(values: dict[str, float], device: Device) -> Iterator[Device]:
     """Sets the cost model's times within a block, and yields the device with the L2 bandwidth among them."""
-    kept = cost.LAUNCH, cost.LATENCY
-    starts = {name.removeprefix("start of "): value for name, value in values.items() if name.startswith("start of ")}
+    kept = {name: getattr(cost, name) for name in CONSTANTS}
     try:
-        cost.LAUNCH, cost.LATENCY = values["LAUNCH"], values["LATENCY"]  # type: ignore[assignment]  # the second is an int
-        for name, value in starts.items():
-            FAMILIES[name].start = value
+        for name in CONSTANTS:
+            setattr(cost, name, values[name])
         yield dataclasses.replace(device, limits=dataclasses.replace(device.limits, l2_bandwidth=values["l2_bandwidth"]))
     finally:
-        cost.LAUNCH, cost.LATENCY = kept
-        for name in starts:
-            del FAMILIES[name].start
+        for name, value in kept.items():
+            setattr(cost, name, value)

@@ -375,13 +375,13 @@ def gather(
     y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
     base = group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
     write(
-        acc, y_ptr, base, b_ptr, group * CO, o, once, live, written, sb, y_offset, y_step,
+        acc, y_ptr, base, b_ptr, group * written, o, once, live, written, sb, y_offset, y_step,
         scale_ptr, shift_ptr, residual_ptr, kept_ptr, HAS_BIAS,
         ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, Y_FLIP,
     )  # fmt: skip
     if EXTRA:
         write(
-            more_acc, y_ptr, base, b_ptr, group * CO, more, once, live, written, sb, y_offset, y_step,
+            more_acc, y_ptr, base, b_ptr, group * written, more, once, live, written, sb, y_offset, y_step,
             scale_ptr, shift_ptr, residual_ptr, kept_ptr, HAS_BIAS,
             ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, Y_FLIP,
         )  # fmt: skip

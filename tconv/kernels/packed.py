@@ -200,7 +200,7 @@ def packed(
     tile = lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
     mask = lead(live, Y_FLIP) & trail(o < written, Y_FLIP)
     acc = finish(
-        acc, base + tile, mask, group * CO + o, o < written, scale_ptr, shift_ptr, residual_ptr, kept_ptr,
+        acc, base + tile, mask, y_first + o, o < written, scale_ptr, shift_ptr, residual_ptr, kept_ptr,
         y_ptr.dtype.element_ty, ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, FLIP, Y_FLIP,
     )  # fmt: skip
     tl.store(y_ptr + base + tile, turned(rounded(acc, y_ptr.dtype.element_ty, INTERPRET), FLIP, Y_FLIP), mask=mask)

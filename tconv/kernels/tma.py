@@ -45,7 +45,7 @@ from tconv.kernels.common import (
     turned,
     write_tap,
 )
-from tconv.kernels.epilogue import finish
+from tconv.kernels.epilogue import before_activation, finish, from_activation
 
 OUTSIDE = tl.constexpr(-(1 << 20))  # a coordinate that no box reaches back from
 
@@ -54,7 +54,7 @@ OUTSIDE = tl.constexpr(-(1 << 20))  # a coordinate that no box reaches back from
 def tma(
     x_desc, w_desc, b_ptr,
     y_ptr,  # a tensor descriptor if Y_BOX
-    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None
+    scale_ptr, shift_ptr, residual_ptr, kept_ptr,  # for the epilogue (epilogue.py), or None; the last two like y_ptr
     N, CI, CO, G,
     Y0, Y1, Y2, T0, T1, T2,  # extents: written, taps
     S0, S1, S2, D0, D1, D2, P0, P1, P2,  # stride, dilation, leading padding
@@ -182,20 +182,30 @@ def tma(
     if HAS_BIAS:
         bias = tl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
         acc += trail(bias.to(ACC), True)
-    y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
-    Y_FLIP: tl.constexpr = True if Y_UNIT else Y_PIXELS > 1 or APART
-    base = group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
-    tile = lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
-    mask = lead(live, Y_FLIP) & trail(o < multiple(CO, Y_VEC), Y_FLIP)
-    dtype: tl.constexpr = y_ptr.dtype if Y_BOX else y_ptr.dtype.element_ty
-    acc = finish(
-        acc, base + tile, mask, group * CO + o, o < CO, scale_ptr, shift_ptr, residual_ptr, kept_ptr, dtype,
-        ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, True, Y_FLIP,
-    )  # fmt: skip
     if Y_BOX:
-        box = rounded(acc, dtype, INTERPRET).T.reshape(BN, B0, B1, B2, BLOCK_N)
-        y_ptr.store([image, origin[0], origin[1], origin[2], group * CO + o_first], box)
+        # The residual and what is kept are boxes of the same pixels and channels.
+        at = [image, origin[0], origin[1], origin[2], group * CO + o_first]
+        dtype: tl.constexpr = y_ptr.dtype
+        more = residual_ptr.load(at).reshape(BLOCK_M, BLOCK_N).T.to(ACC) if RESIDUAL != "" else None
+        acc = before_activation(
+            acc, more, group * CO + o, o < CO, scale_ptr, shift_ptr, dtype,
+            ACTIVATION, SCALE, SHIFT, RESIDUAL, STEPWISE, INTERPRET, True,
+        )  # fmt: skip
+        if KEPT:
+            kept_ptr.store(at, rounded(acc, dtype, INTERPRET).T.reshape(BN, B0, B1, B2, BLOCK_N))
+        acc = from_activation(acc, more, dtype, ACTIVATION, SLOPE, RESIDUAL, STEPWISE, INTERPRET)
+        y_ptr.store(at, rounded(acc, dtype, INTERPRET).T.reshape(BN, B0, B1, B2, BLOCK_N))
     else:
+        y_step = 1 if Y_UNIT else multiple(syc, Y_PIXELS).to(OFFSET)
+        Y_FLIP: tl.constexpr = True if Y_UNIT else Y_PIXELS > 1 or APART
+        base = group * multiple(syg, max(Y_VEC, Y_PIXELS)).to(OFFSET)
+        tile = lead(y_offset, Y_FLIP) + trail(o * y_step, Y_FLIP)
+        mask = lead(live, Y_FLIP) & trail(o < multiple(CO, Y_VEC), Y_FLIP)
+        dtype: tl.constexpr = y_ptr.dtype.element_ty
+        acc = finish(
+            acc, base + tile, mask, group * CO + o, o < CO, scale_ptr, shift_ptr, residual_ptr, kept_ptr, dtype,
+            ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT, INTERPRET, True, Y_FLIP,
+        )  # fmt: skip
         tl.store(y_ptr + base + tile, turned(rounded(acc, dtype, INTERPRET), True, Y_FLIP), mask=mask)
 
 

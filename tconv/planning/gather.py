@@ -88,7 +88,8 @@ class Gather(Stepping, General):
         if not access.narrow:
             if not access.epilogue:
                 return (*found, SHARING)
-            # The widest tile spills with an activation. With a limit, SHARING does not, unless it reads a residual.
+            # The widest tile spills with an activation. SHARING, with a limit, does so only after its loop, unless it reads a
+            # residual.
             sharing = () if access.epilogue.tensors else (LIMITED,)
             return (*(tile for tile in found if tile.n <= 128), *sharing)
         return (*found, NARROW_APART) if access.flip else found

@@ -151,14 +151,15 @@ class Tma(Stepping, _Tma):
         assert x is not None and w is not None, "ineligible"  # noqa: PT018 - one condition
         weights = (1, 1, 1, tile.k, tile.n) if c.transposed and not self._turned(c) else (1, 1, 1, tile.n, tile.k)
         written = self._result(c, tile)
-        return (*x, (*box, tile.k)), (*w, weights), None, written and (*written, (*box, tile.n))
+        y = written and (*written, (*box, tile.n))
+        beside = (None, None, y if c.epilogue.residual else None, y if c.epilogue.kept else None)  # in the order of POINTERS
+        return (*x, (*box, tile.k)), (*w, weights), None, y, *(beside if y and c.epilogue.tensors else ())
 
     def _result(self, c: GatherPass, tile: Tile) -> Box | None:
         """Returns (shape, strides) of the result's tensor descriptor, or None if it is stored through pointers."""
         # A strided dgrad's phase writes pixels that are not neighbours. A channel tile that passes the end of a group would
-        # overwrite the next group's channels. Both store through pointers, with a mask. So does an epilogue that reads or
-        # writes a tensor of the result's size, at the same addresses.
-        if c.epilogue.tensors or (c.transposed and max(c.p.S) > 1) or (c.p.G > 1 and c.co % tile.n):
+        # overwrite the next group's channels. Both store through pointers, with a mask.
+        if (c.transposed and max(c.p.S) > 1) or (c.p.G > 1 and c.co % tile.n):
             return None
         return c.y.boxed((c.p.N, *c.extents, c.wrote))
 

@@ -6,7 +6,7 @@ the machine code: registers, spills, shared memory, tensor-core instructions, wi
     python scripts/codegen.py --arch sm_80 --arch gfx942 --json out/codegen.json
     python scripts/codegen.py --check                  # against bench/codegen/; exit status 1 on a regression
     python scripts/codegen.py --update                 # rewrite the budgets of this Triton version and these architectures
-    python scripts/codegen.py --normalisations         # the kernels of group and RMS normalisation
+    python scripts/codegen.py --beside                 # only epilogues, fp8, borders, streams, sequences and normalisations
     python scripts/codegen.py --compare 3.6            # what this Triton compiles differently from what 3.6 did
     python scripts/codegen.py --compare 3.6 3.9        # the same of two recorded ones, without compiling
     python scripts/codegen.py --run --only 'fprop gather 2d bf16 128x128x64 .* even$'    # also what they do, in the simulator
@@ -66,7 +66,7 @@ def collect(arch: str, quick: bool) -> dict[str, Any]:
                     for v in variants(problem, dtype, channels_last, ARCHS[arch][3]):
                         found.setdefault(v.name, v)
                         _settings.setdefault(v.name, (dtype, tf32, channels_last))
-    return found | (with_epilogues(arch) | in_fp8(arch) if arch == "sm_90" else {})
+    return found | beside(arch)
 
 
 # A layer of the suite for each kernel that takes an epilogue, and the epilogues that the gate has: a residual after an
@@ -121,22 +121,110 @@ def in_fp8(arch: str) -> dict[str, Any]:
     return found
 
 
-def collect_normalisations(arch: str) -> dict[str, Any]:
-    """The same of normalisations as the decoders of AutoencoderKL and Wan have them, in bf16; of these there is no budget."""
+def at_borders_and_in_streams(arch: str) -> dict[str, Any]:
+    """name -> Variant of the kernels of calls with padding that repeats x, forward and backward, and of chunks of streams."""
     import torch
 
-    from tconv.launching.variants import normalisation_variants
-    from tconv.planning.normalise import Normalisation
+    from tconv import functional as TF
+    from tconv.launching.variants import direct_variant, variant_of
+    from tconv.planning.families import FAMILIES
+    from tconv.precompile import rehearse
 
-    found = {}
+    found, dtype = {}, torch.bfloat16
+
+    def add(call: Any, *shape: int, channels_last: bool = True, backward: bool = True) -> None:
+        x = empty(*shape, channels_last=channels_last)
+        call = call if backward else torch.no_grad()(call)  # a rehearsal asks for gradients of what it is given
+        for p in rehearse(call, (x,), {}, ARCHS[arch][3], backward)[0]:
+            c = p.constants
+            if p.kernel.__name__ == "add_borders":
+                layout = f"inner={'c' if c['X_UNIT'] else 'p'}"
+                v = direct_variant(p, "borders", dtype, f"{p.call.problem.rank}d", layout, f"vec={c['X_VEC']}", *_modes(c))
+            elif p.call.plan.kernel in FAMILIES and (_modes(c) or c.get("NEXT")):
+                v = variant_of(p.call.operation, p, dtype)
+            else:
+                continue
+            found[v.name], _settings[v.name] = dataclasses.replace(v, call=None), (dtype, True, channels_last)
+
+    for mode in ("reflect", "replicate", "circular"):
+        for w, groups, shape in ((empty(256, 256, 3, 3), 1, (32, 256, 28, 28)), (empty(128, 1, 7, 7), 128, (32, 128, 56, 56))):
+            w.requires_grad_()
+            add(lambda x, w=w, g=groups, m=mode: TF.conv2d(x, w, padding="same", groups=g, padding_mode=m), *shape)
+        w = empty(64, 3, 7, 7)
+        add(lambda x, w=w, m=mode: TF.conv2d(x, w, padding=3, padding_mode=m), 8, 3, 224, 224)
+    w = empty(64, 64, 3, 3, channels_last=False)
+    add(lambda x, w=w: TF.conv2d(x, w, padding=1, padding_mode="reflect"), 8, 64, 56, 56, channels_last=False)
+    w = empty(96, 96, 3, 3, 3)
+    add(lambda x, w=w: TF.conv3d(x, w, padding=1, padding_mode="replicate"), 1, 96, 9, 60, 104)
+    of_frames, frame = {"padding": ((2, 0), 1, 1)}, (1, 96, 4, 60, 104)
+    add(lambda x, w=w: TF.conv3d_stream(x, w, None, None, **of_frames), *frame, backward=False)
+    state = empty(1, 96, 2, 60, 104)
+    add(lambda x, w=w, s=state: TF.conv3d_stream(x, w, None, s, **of_frames), *frame, backward=False)
+    w, state = empty(512, 512, 7), empty(1, 512, 6)
+    add(lambda x, w=w, s=state: TF.conv1d_stream(x, w, None, s, padding=((6, 0),)), 1, 512, 256, backward=False)
+    return found
+
+
+def _modes(constants: dict[str, Any]) -> list[str]:
+    """What reads beyond x find, where that is x."""
+    return sorted({v for k, v in constants.items() if k.startswith("BORDER")} - {"zeros", "state"})
+
+
+def empty(*shape: int, channels_last: bool = True) -> Any:
+    """A tensor in bf16 without storage."""
+    import torch
+
+    from tconv.launching.memory_format import shaped
+
+    return shaped(shape, channels_last, torch.bfloat16)
+
+
+def direct(arch: str) -> dict[str, Any]:
+    """name -> Variant of kernels that are not planned, in bf16: sequences, decoding, rounding to fp8, and normalisations.
+
+    These are normalisations as the decoders of AutoencoderKL and Wan have them.
+    """
+    import torch
+
+    from tconv import functional as TF
+    from tconv.launching.memory_bound import prepare_quantize
+    from tconv.launching.variants import direct_variant, normalisation_variants
+    from tconv.planning.normalise import Normalisation
+    from tconv.precompile import rehearse
+
+    found, dtype, device = [], torch.bfloat16, ARCHS[arch][3]
+    w, b = empty(1536, 4, channels_last=False).requires_grad_(), empty(1536, channels_last=False)
     for channels_last in (True, False):
+        x, state = empty(2, 1536, 512, channels_last=channels_last), empty(2, 1536, 3).requires_grad_()
+
+        def sequence(x: Any, state: Any = state) -> Any:
+            return TF.causal_conv1d(x, w, b, activation="silu", initial_states=state, return_final_states=True)
+
+        @torch.no_grad()
+        def token(x: Any, state: Any = state) -> Any:
+            return TF.causal_conv1d_update(x, state, w, b, activation="silu")
+
+        layout = f"inner={'c' if channels_last else 'p'}"
+        for call, given, backward in ((sequence, x, True), (token, x[..., :1], False)):
+            for p in rehearse(call, (given,), {}, device, backward)[0]:
+                if p.kernel.__name__.startswith("causal"):
+                    flags = [k.lower() for k in ("STATE", "NEXT", "DSTATE", "DNEXT") if p.constants.get(k)]
+                    found.append(direct_variant(p, p.call.operation, dtype, layout, *flags))
         zero = (0, 0, 0)
         for n in (
             Normalisation("group_norm_silu", 2, 1, 128, 32, (1, 512, 512), zero, zero, channels_last, 1e-6, "silu", True, True),
             Normalisation("rms_norm_silu", 3, 1, 384, 1, (5, 60, 104), zero, zero, channels_last, 0.0, "silu", True, False),
         ):
-            found |= {v.name: v for v in normalisation_variants(n, torch.bfloat16, ARCHS[arch][3])}
-    return found
+            found += normalisation_variants(n, dtype, device)
+    found.append(direct_variant(prepare_quantize(1 << 20, dtype), "quantize", dtype))
+    return {v.name: dataclasses.replace(v, call=None) for v in found}
+
+
+def beside(arch: str) -> dict[str, Any]:
+    """name -> Variant of what `variants` does not list, by a few calls of each kind. For Hopper only."""
+    if arch != "sm_90":
+        return {}
+    return with_epilogues(arch) | in_fp8(arch) | at_borders_and_in_streams(arch) | direct(arch)
 
 
 _collected: dict[str, dict[str, Any]] = {}  # by architecture; worker processes inherit it
@@ -240,13 +328,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="rewrite the budget; of what was compiled, if that is a part")
     parser.add_argument("--compare", nargs="+", metavar="VERSION", help="name what another Triton compiles differently")
     parser.add_argument("--run", action="store_true", help="also run them in the simulator on a small problem, and count")
-    parser.add_argument("--normalisations", action="store_true", help="the kernels of normalisations in place of the layers'")
+    parser.add_argument("--beside", action="store_true", help="only what is used beside plain layers: epilogues, streams, ...")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     if args.run and not {*(args.arch or ["sm_90"])} <= {"sm_80", "sm_90"}:
         parser.error("--run is for sm_80 and sm_90, which the simulator knows")
-    if args.normalisations and (args.run or args.check or args.update or args.compare):
-        parser.error("--normalisations have no budget, and are not run")
     if args.compare and len(args.compare) > 2:
         parser.error("--compare takes one version, or two to compare with each other")
     return args
@@ -294,7 +380,7 @@ def compile_and_judge(args: argparse.Namespace, archs: list[str]) -> int:
     if problem and any(ARCHS[arch][0] == "cuda" for arch in archs):
         raise budget.BudgetError(problem)
     for arch in archs:
-        _collected[arch] = collect_normalisations(arch) if args.normalisations else collect(arch, args.quick)
+        _collected[arch] = beside(arch) if args.beside else collect(arch, args.quick)
     only = {arch: args.only or (budget.scope(version, arch) if args.check else "") for arch in archs}
     tasks = [(arch, name) for arch in archs for name in sorted(_collected[arch]) if re.search(only[arch], name)]
     if args.list:
@@ -313,13 +399,13 @@ def compile_and_judge(args: argparse.Namespace, archs: list[str]) -> int:
         pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(args.json).write_text(report)
 
-    part = args.only or args.quick
+    part = args.only or args.quick or args.beside
     for arch in archs:
         mine = {row["name"]: row for row in rows if row["arch"] == arch and "error" not in row}
         if args.update:
             known = part and budget.path(version, arch).exists()
             kept, scope = (budget.load(version, arch), budget.scope(version, arch)) if known else ({}, args.only)
-            kept = {name: row for name, row in kept.items() if args.quick or name in _collected[arch]}
+            kept = {name: row for name, row in kept.items() if args.quick or args.beside or name in _collected[arch]}
             budget.save(version, arch, kept | mine, scope)
         if others:
             theirs = {k: v for k, v in others[arch].items() if not part or k in mine}
@@ -328,7 +414,8 @@ def compile_and_judge(args: argparse.Namespace, archs: list[str]) -> int:
     if not args.check:
         return int(any("error" in row for row in rows))
     lines = budget.regressions(rows, budgets)
-    stale = [f"{arch} {name}" for arch in archs for name in budgets[arch] if name not in _collected[arch] and not args.quick]
+    whole = not (args.quick or args.beside)
+    stale = [f"{arch} {name}" for arch in archs for name in budgets[arch] if whole and name not in _collected[arch]]
     lines += [f"{label}: in the budget, but no longer to be chosen; --update" for label in stale]
     parts = "".join(f"; {arch} only {pattern!r}" for arch, pattern in only.items() if pattern)
     print("\n".join(lines) or f"{len(rows)} variants within the budget{parts}", file=text)

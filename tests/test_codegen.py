@@ -173,7 +173,7 @@ def test_sums_and_copies_read_and_write_16_bytes_at_a_time():
 
 
 def test_normalisations_read_and_write_16_bytes_at_a_time():
-    done = gate("--normalisations", "--only", "normalise|channel_moments", "--jobs", "1", "--json")
+    done = gate("--beside", "--only", "norm_silu .*(normalise|channel_moments)", "--jobs", "1", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(done.stdout)["variants"]
     assert {tuple(row["name"].split()[i] for i in (0, -1)) for row in rows} >= {
@@ -261,6 +261,26 @@ def test_an_epilogue_leaves_the_main_loop_alone():
             assert (row["stores"], row["tma_loads"]) == (0, alone["tma_loads"] + 1), name
 
 
+def test_borders_streams_and_sequences_are_on_record():
+    """None of them spills, and those that multiply load 16 bytes at a time, or 8 of four channels, and wait once per step."""
+    known, listed = budget.load("3.7", "sm_90"), codegen.beside("sm_90")
+    assert listed.keys() <= known.keys()
+    found = {name: known[name] for name in listed if " with=" not in name}
+    kernels = {(name.split()[1], mark) for name in found for mark in name.split()[3:] if not re.search(r"\d", mark)}
+    modes = ("reflect", "replicate", "circular")
+    wanted = itertools.product(("gather", "packed", "wgrad", "depthwise", "depthwise_wgrad", "add_borders"), modes)
+    assert kernels >= {*wanted, ("gather", "state"), ("gather", "next"), ("causal", "state"), ("causal_dgrad", "dstate")}
+    words = {word for name in found for word in name.split()}
+    assert words >= {"causal_wgrad", "causal_step", "quantize", "normalise", "normalise_gradient"}
+    for name, row in found.items():
+        assert row["spills"] == row["stack_bytes"] == row["register_detour"] == 0, name
+        if row["mma_kind"]:
+            assert row["mma_kind"] == "HGMMA", name
+            assert (row["loop_waits"], row["loop_fences"]) == (1, 1), name
+            assert row["async_copy_bytes"] in (8, 16), name
+            assert row["store_bytes"] == 16, name
+
+
 def test_fp8_is_multiplied_by_tensor_cores_from_shared_memory():
     """In steps each of which is waited for once; nothing spills, and accesses are 16 bytes wide."""
     known = budget.load("3.7", "sm_90")
@@ -330,7 +350,7 @@ def test_the_gate_knows_every_legal_tile_and_no_other(names):
     # No layer's rows are read one by one in 16 bits with 32 columns: their vectors are of channels, or along the pixels.
     legal = {key for key in legal if not (key[1] == "rows" and key[2] in ("fp16", "bf16") and key[3] == "64x32x32 w4 s2")}
     # A copy's tile goes by its channels: there are those that the layers have.
-    assert {key for key in found if key[1] not in ("sum_splits", "copy")} == legal
+    assert {key for key in found if key[1] in FAMILIES} == legal
     spills = {arch for arch, kernel, name, tile in found if (kernel, name, tile) == ("wgrad", "bf16", "128x64x64 w4 s3")}
     assert spills == {"sm_90"}  # on sm_80 and sm_100; gfx942 has too little shared memory
 

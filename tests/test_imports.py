@@ -122,6 +122,7 @@ def test_folders_have_no_circle():
 HELPERS = {
     "common": (), "epilogue": ("tconv.kernels.common",), "normalise": ("tconv.kernels.common", "tconv.kernels.epilogue"),
     "causal": ("tconv.kernels.common", "tconv.kernels.epilogue.activated", "tconv.kernels.epilogue.gradient"),
+    "tma": ("tconv.kernels.common", "tconv.kernels.epilogue"),
 }  # fmt: skip
 
 

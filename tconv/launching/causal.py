@@ -17,7 +17,7 @@ from tconv.launching.arguments import Prepared, accumulator, numerics, options
 from tconv.launching.cache import BoundedCache
 from tconv.launching.compiled import run
 from tconv.launching.dry_run import DRY
-from tconv.launching.launch import device_of
+from tconv.launching.launch import collect, device_of
 from tconv.launching.memory_format import addressing, has_contiguous_channels, like_sequences, reach
 from tconv.launching.record import Call, record_call
 from tconv.planning.addressing import LIMIT, Lanes, vector
@@ -300,7 +300,9 @@ def _launched(launch: Prepared, s: Sequences, pointers: tuple[MaybeTensor, ...])
     Args:
         pointers: a tensor for each of the kernel's pointers; None for one that it does not read.
     """
-    if DRY.get() is None:
+    if DRY.get() is not None:
+        collect([launch])
+    else:
         event = profiling.begin_launch(launch.call) if profiler._is_profiler_enabled else None
         try:
             run(launch, tuple(s.x if t is None else t for t in pointers))

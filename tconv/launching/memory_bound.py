@@ -117,16 +117,18 @@ def prepare_borders(problem: ConvProblem, dx: torch.Tensor, channels_last: bool,
         channels_last: whether dx and the slabs are.
         begin: where the slabs before and after x begin in the workspace, for each dimension in turn, and where the last ends.
     """
-    plan, a, (before, after) = borders.choose_borders(problem, device), addressing(dx), borders.padding(problem)
-    low, every, choices = borders.shown(problem)
-    tile, pixels, unit = plan.tile, borders.pixels(problem), channels_last and problem.C > 1
+    a, (before, after), (low, every, choices) = addressing(dx), borders.padding(problem), borders.shown(problem)
+    unit = channels_last and problem.C > 1
+    vec = vector(0, dx.itemsize, problem.C) if unit else 1
+    plan, pixels = borders.choose_borders(problem, vec > 2, device), borders.pixels(problem)
+    tile = plan.tile
     integers = {
         "N": problem.N, "C": problem.C, **triple("X", problem.X), **triple("A", before), **triple("E", after),
         **triple("low", low), **triple("n", every), **triple("m", choices), **triple("a", begin[:6:2]),
         **triple("e", begin[1:6:2]), **strides("sx", a),
     }  # fmt: skip
     constants = {
-        **border_constants(problem), "X_UNIT": unit, "X_VEC": vector(0, dx.itemsize, problem.C) if unit else 1,
+        **border_constants(problem), "X_UNIT": unit, "X_VEC": vec,
         "WIDE": max(a.reach, begin[6], pixels + tile.m) > LIMIT, **numerics(dx.dtype), "BLOCK_M": tile.m, "BLOCK_C": tile.n,
         **options(tile),
     }  # fmt: skip

@@ -187,7 +187,8 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
     vectors = [str(c[k]) for k in VECTORS if k in c]
     pixels = [c.get(k, 1) for k in ("X_PIXELS", "Y_PIXELS")]
     flags = ["pixels=" + "/".join(map(str, pixels))] if max(pixels) > 1 else []
-    flags += [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE", "Y_BOX") if c.get(k)]
+    flags += [k.lower() for k in ("EVEN", "MULTIPLIED", "PACKED", "WIDE", "Y_BOX", "STATE", "NEXT") if c.get(k)]
+    flags += sorted({c.get(f"BORDER{d}", "zeros") for d in range(3)} - {"zeros", "state"})
     if "COLUMNS" in c:
         flags.append(f"row={c['T2']}s{c['S2']}d{c['D2']}p{c['P2']}")
     if c.get("JOINED", 1) > 1:
@@ -226,19 +227,30 @@ def variant_of(pass_: str, prepared: Prepared, dtype: torch.dtype) -> Variant:
 def normalisation_variants(n: Normalisation, dtype: torch.dtype, device: Device) -> Iterator[Variant]:
     """Yields the variants that the passes of a normalisation use on a device, with aligned tensors of one dtype."""
     for prepared in (*prepare_forward(n, dtype, dtype, device), *prepare_backward(n, dtype, dtype, device, True)):
-        c, kernel = prepared.constants, prepared.kernel
-        behind = dict(zip((name for name in kernel.arg_names if name.endswith("_ptr")), prepared.pointers, strict=True))
-        signature = {
-            name: "constexpr" if name in c else f"*{NAMES[behind[name]]}" if name in behind else "i32"
-            for name in kernel.arg_names
-        }
-        blocks = f"{c['BLOCK_P']}x{c['BLOCK_C']}" if "BLOCK_P" in c else f"{c['BLOCK']}"
+        c = prepared.constants
         flags = [key.lower() for key in ("SUMS", "DX", "PADDED") if c.get(key)]
         layout = [f"inner={'c' if c['UNIT'] else 'p'}"] if "UNIT" in c else []
-        what = [prepared.call.operation, kernel.__name__, NAMES[dtype], blocks, f"w{c['num_warps']}", *layout, *flags]
-        options = {k: c[k] for k in OPTIONS if k in c}
-        constants = {k: v for k, v in c.items() if k not in OPTIONS}
-        yield Variant(" ".join(what), kernel, signature, constants, options, True, prepared.call)
+        yield direct_variant(prepared, prepared.call.operation, dtype, *layout, *flags)
+
+
+def direct_variant(prepared: Prepared, what: str, dtype: torch.dtype, *flags: str) -> Variant:
+    """Returns the variant of a launch that takes neither boxes nor splits, of a kernel without tl.dot that is not planned.
+
+    Args:
+        what: the operation.
+        dtype: of its operands.
+        flags: what else distinguishes the kernel.
+    """
+    c, kernel, names = prepared.constants, prepared.kernel, NAMES | {FP8: "fp8e4nv"}
+    behind = dict(zip((name for name in kernel.arg_names if name.endswith("_ptr")), prepared.pointers, strict=True))
+    signature = {
+        name: "constexpr" if name in c else f"*{names[behind[name]]}" if name in behind else "i32" for name in kernel.arg_names
+    }
+    blocks = "x".join(str(c[k]) for k in ("BLOCK_P", "BLOCK_M", "BLOCK_C", "BLOCK") if k in c)
+    options = {k: c[k] for k in OPTIONS if k in c}
+    constants = {k: v for k, v in c.items() if k not in OPTIONS}
+    name = " ".join([what, kernel.__name__, names[dtype], blocks, f"w{c['num_warps']}", *flags])
+    return Variant(name, kernel, signature, constants, options, True, prepared.call)
 
 
 def _sum_splits(dtype: torch.dtype, dims: int, vec: int, dependent: bool) -> Variant:

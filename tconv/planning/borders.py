@@ -17,7 +17,8 @@ from tconv.planning.plan import INTERPRETED, Plan
 from tconv.planning.problem import ZEROS, ConvProblem, Triple, pow2
 from tconv.planning.tiles import Tile
 
-TILE = Tile(64, 64, 1, 4, 1)  # pixels, channels
+# Pixels by channels: a thread has 32 elements in vectors, or 8 one by one, each of which takes registers for its address.
+TILE, SINGLY = Tile(64, 64, 1, 4, 1), Tile(64, 16, 1, 4, 1)
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,17 @@ def shown(p: ConvProblem) -> tuple[Triple, Triple, Triple]:
     return _three(low), _three(every), _three(choices)
 
 
-def choose_borders(p: ConvProblem, device: Device) -> Plan:
-    """Returns the plan for adding the padding's gradient to that of x."""
+def choose_borders(p: ConvProblem, vectors: bool, device: Device) -> Plan:
+    """Returns the plan for adding the padding's gradient to that of x.
+
+    Args:
+        vectors: whether elements are read in vectors, of four channels or more.
+    """
     if device.interpreted:
         n = pow2(p.C, 1, 1024)
         return Plan("borders", "borders", Tile(pow2(pixels(p), 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
-    return Plan("borders", "borders", TILE, 1, f"for {pixels(p)} pixels", kernels=("borders",), tiles=(TILE,))
+    tile = TILE if vectors else SINGLY
+    return Plan("borders", "borders", tile, 1, f"for {pixels(p)} pixels", kernels=("borders",), tiles=(tile,))
 
 
 def with_padding(whole: Cost, parts: Iterable[Cost], p: ConvProblem, itemsize: int, device: Device) -> Cost:

@@ -9,6 +9,7 @@ same from fp32 copies; `tconv.last_calls()` says so.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,14 @@ from tconv.dispatch.fp8 import (
     FP8,
     LARGEST,
     RESULTS,
+    convolution,
     dgrad_fp8,
     fprop_fp8,
     largest,
     quantize_fp8,
     quantize_largest_fp8,
     repeated,
+    rounded,
 )
 from tconv.dispatch.sides import by_torch
 from tconv.dispatch.steps import Steps
@@ -79,12 +82,13 @@ def quantize(t: torch.Tensor, scale: Scale | None = None, dim: int | None = None
         raise ValueError("scale and dim cannot both be given")
     if isinstance(scale, torch.Tensor) and scale.numel() != 1:
         raise ValueError(f"scale must be a number, or a tensor with one, got shape {tuple(scale.shape)}")
+    dry = not is_dynamo_compiling() and DRY.get() is not None
     if dim is None and scale is None:
-        return quantize_largest_fp8(t)  # type: ignore[no-any-return]  # an operator has no types
+        return rounded(t, None) if dry else quantize_largest_fp8(t)  # type: ignore[no-any-return]  # an operator has no types
     if dim is None:
         given = torch.as_tensor(scale, dtype=torch.float32, device=t.device)
         given = given if given.dim() == 0 else given.reshape(())
-        return quantize_fp8(t, given), given
+        return (rounded(t, given)[0] if dry else quantize_fp8(t, given)), given
     found = largest(t.movedim(dim, 0).flatten(1), 1) / LARGEST
     shape = [-1 if d == dim % t.dim() else 1 for d in range(t.dim())]
     return (t.float() / found.view(shape)).clamp_(-LARGEST, LARGEST).to(FP8), found
@@ -106,8 +110,8 @@ def _convolve(
     steps: Steps,
 ) -> torch.Tensor:
     """Computes one of the six convolutions. `steps` has no scale and no shift yet."""
-    key = None
-    if not is_dynamo_compiling() and type(input) in PLAIN and type(weight) in PLAIN and DRY.get() is None:
+    key, dry = None, not is_dynamo_compiling() and DRY.get() is not None
+    if not is_dynamo_compiling() and not dry and type(input) in PLAIN and type(weight) in PLAIN:
         activation, slope, residual, position, *_ = steps
         try:
             key = (
@@ -128,11 +132,12 @@ def _convolve(
                     return y
             except Fallback:  # the slow path falls back as well, and tells why
                 pass
-    return _by_operator(key, asked, input, weight, bias, input_scale, weight_scale, out_dtype, steps)
+    return _examined(key, dry, asked, input, weight, bias, input_scale, weight_scale, out_dtype, steps)
 
 
-def _by_operator(
+def _examined(
     key: Any,
+    dry: bool,
     asked: CallArguments,
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -142,7 +147,11 @@ def _by_operator(
     out_dtype: torch.dtype,
     steps: Steps,
 ) -> torch.Tensor:
-    """Computes a call by its registered operator. `key` is where `_repeated` has it; None if it must not be there."""
+    """Computes a call by its registered operator, or if `dry` without.
+
+    Args:
+        key: where `_repeated` has the call if it is repeated; None if it must not be there.
+    """
     transposed, rank, stride, padding, output_padding, groups, dilation, _ = asked
     for name, t in (("input", input), ("weight", weight)):
         if t.dtype != FP8:
@@ -173,7 +182,8 @@ def _by_operator(
         steps.check_tensors(shape if batched else shape[1:], shape[1], out_dtype, input.device)
         steps = steps if batched else steps._replace(residual=steps.residual.unsqueeze(0))
     steps = steps._replace(scale=scale, shift=shift)
-    y: torch.Tensor = (dgrad_fp8 if transposed else fprop_fp8)(
+    run = functools.partial(convolution, "dgrad" if transposed else "fprop")
+    y: torch.Tensor = (run if dry else dgrad_fp8 if transposed else fprop_fp8)(
         x, weight, scale, shift, steps.residual, out_dtype, *h[:5], steps.activation or "", float(steps.negative_slope),
         steps.residual_position,
     )  # fmt: skip

@@ -373,6 +373,22 @@ def precompiled() -> None:
         assert len(used) == again.found, f"{name}: {len(used)} kernels used, {again.found} precompiled"
 
 
+def precompiled_in_fp8() -> None:
+    """The same of layers in fp8, whose inputs are rounded by kernels too."""
+    hits: list[bool] = []
+    plain = tconv.Conv2d(64, 64, 3, padding=1, bias=False), tconv.ConvTranspose2d(64, 32, 2, stride=2)
+    for layer, launches in (tconv.fp8.Conv2d(plain[0], 0.02), 2), (tconv.fp8.ConvTranspose2d(plain[1]), 3):
+        x = torch.randn(2, 64, 8, 8).bfloat16().to(memory_format=torch.channels_last)
+        done = tconv.precompile(layer, torch.empty_like(x, device="meta"), target="sm_90", jobs=1, progress=False)
+        assert (done.compiled + done.found, done.failed, done.left) == (launches, (), ()), done
+        hits.clear()
+        with knobs.compilation.scope(), torch.no_grad(), tconv.recording() as calls:
+            knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+            layer(x)
+        assert [c.ours for c in calls] == [True]
+        assert hits == [True] * launches, f"{hits}: what a call asks for is not what was compiled"
+
+
 def boxes() -> None:
     """Descriptors, Triton's and Gluon's, are compiled ahead, and loaded, as a call would have them."""
     _boxes("tma")

@@ -24,7 +24,7 @@ from tests.test_explain import BLOCKED
 ROOT = pathlib.Path(tconv.__file__).parents[1]
 
 
-OWN_CACHE = ("precompiled", "boxes", "nested", "not_loaded")  # of what is compiled
+OWN_CACHE = ("precompiled", "precompiled_in_fp8", "boxes", "nested", "not_loaded")  # of what is compiled
 
 
 def outside(*command, **environment):
@@ -41,8 +41,8 @@ def outside(*command, **environment):
 @pytest.mark.parametrize(
     "name",
     [
-        "arguments", "dependents", "guards", "devices", "threads", "capture", "splits_in_capture", "precompiled", "boxes",
-        "nested", "loaded", "broken_off", "resources", "no_compiler", "not_loaded",
+        "arguments", "dependents", "guards", "devices", "threads", "capture", "splits_in_capture", "precompiled",
+        "precompiled_in_fp8", "boxes", "nested", "loaded", "broken_off", "resources", "no_compiler", "not_loaded",
     ],
 )  # fmt: skip
 def test_compiled(name, tmp_path):

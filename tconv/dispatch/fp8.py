@@ -65,11 +65,11 @@ def _fake_convolution(
     return x.new_empty_strided(like.shape, like.stride(), dtype=dtype)
 
 
-def _convolution(
+def convolution(
     name: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, shift: MaybeTensor, residual: MaybeTensor,
     dtype: torch.dtype, *rest: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """Runs fprop or dgrad by tconv's kernels, or falls back to torch."""
+    """Runs fprop or dgrad by tconv's kernels, or falls back to torch. In a dry run this is called as it is, for any device."""
     h, (activation, slope, position) = Window(*rest[:5]), rest[5:]
     steps = Steps(activation or None, slope, residual, position, scale, shift)
     try:
@@ -77,9 +77,9 @@ def _convolution(
         from tconv.dispatch.fused import laid_out
         from tconv.launching import launch
 
-        after = scale, shift, None if residual is None else laid_out(residual, how.strides), None
+        lying = None if residual is None else laid_out(residual, how.strides)
         by = w if name == "fprop" else reduced_last(w)
-        return launch.convolve(how, x, by, None, DRY.get() is not None, after=tuple([x if t is None else t for t in after]))
+        return launch.convolve(how, x, by, None, DRY.get() is not None, after=_after(x, scale, shift, lying))
     except Fallback as e:
         why = str(e)
     record_call(Call(f"conv{'' if name == 'fprop' else '_transpose'}{x.dim() - 2}d in fp8", None, None, why))
@@ -89,25 +89,30 @@ def _convolution(
     return like.copy_(y)
 
 
+def _after(x: torch.Tensor, scale: MaybeTensor, shift: MaybeTensor, residual: MaybeTensor) -> tuple[Any, ...]:
+    """Returns the tensors for an epilogue's pointers, where others stand for what is not read (launching/arguments.py)."""
+    return scale, scale if shift is None else shift, x if residual is None else residual, x
+
+
 def prepared(name: str, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window) -> Prepared:
     """Returns the launch of a call, which is examined once per kind of call.
 
     Raises:
         Fallback: no kernel can run.
     """
-    invariant = is_batch_invariant()
+    invariant, dry = is_batch_invariant(), DRY.get()
+    on = "cuda" if dry and dry.device else x.device.type
     key = (
-        name, x.shape, x.stride(), x.device, w.shape, w.stride(), steps.shift is None, steps.residual is None, dtype, invariant,
-        steps.activation, steps.negative_slope, steps.residual_position, *map(tuple, h[:4]), h.groups,
+        name, on, x.shape, x.stride(), x.device, w.shape, w.stride(), steps.shift is None, steps.residual is None, dtype,
+        invariant, steps.activation, steps.negative_slope, steps.residual_position, *map(tuple, h[:4]), h.groups,
     )  # fmt: skip
     known = _known.get(key)
     if known is None:
-        known = _known[key] = _examine(name, x, w, steps, dtype, h, invariant)
+        known = _known[key] = _examine(name, on, x, w, steps, dtype, h, invariant)
     if isinstance(known, str):
         raise Fallback(known)
     from tconv.launching import launch
 
-    dry = DRY.get()
     if dry:
         known = dataclasses.replace(known, dry=True, device=dry.device)
     device = known.device or launch.device_of(x)
@@ -144,9 +149,7 @@ def repeated(call: CallArguments, x: torch.Tensor, w: torch.Tensor, steps: Steps
     def again(
         x: torch.Tensor, w: torch.Tensor, _: None, residual: MaybeTensor, scale: MaybeTensor, shift: MaybeTensor
     ) -> torch.Tensor:  # fmt: skip
-        return launch.convolve(
-            how, x, w, None, False, after=tuple([x if t is None else t for t in (scale, shift, residual, None)])
-        )
+        return launch.convolve(how, x, w, None, False, after=_after(x, scale, shift, residual))
 
     return FusedPath(call, again, tensors)
 
@@ -157,7 +160,7 @@ def reduced_last(w: torch.Tensor) -> torch.Tensor:
 
 
 def _examine(
-    name: str, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window, invariant: bool
+    name: str, on: str, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window, invariant: bool
 ) -> Geometry | str:
     """Returns the geometry of a call, or why it falls back to torch."""
     if not x.numel() or not w.numel():
@@ -166,7 +169,7 @@ def _examine(
     if too_large(problem, w, None):
         return TOO_LARGE
     epilogue = dataclasses.replace(steps.epilogue, wide=True, result=str(dtype).removeprefix("torch."))
-    return unavailable(x.device.type) or Geometry(
+    return unavailable(on) or Geometry(
         problem, _is_channels_last(name, x, w), policy=PREDICTED, epilogue=epilogue, batch_invariant=invariant
     )  # fmt: skip
 
@@ -176,7 +179,7 @@ def _fake_quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return _rounded(x, scale)[0]
+    return rounded(x, scale)[0]
 
 
 def _fake_quantize_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,18 +187,26 @@ def _fake_quantize_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _quantize_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _rounded(x, None)
+    return rounded(x, None)
 
 
-def _rounded(x: torch.Tensor, scale: MaybeTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds x / scale to fp8, by kernels where they can run, and returns it and the scale; if that is None, x's own."""
+def rounded(x: torch.Tensor, scale: MaybeTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds x / scale to fp8, by kernels where they can run, and returns it and the scale; if that is None, x's own.
+
+    In a dry run this is called as it is, for any device.
+    """
     q, own = torch.empty_like(x, dtype=FP8), scale is None
     if scale is None:
         scale = x.new_empty((), dtype=torch.float32)
-    if DRY.get():
-        return q, scale
+    dry = DRY.get()
     if not x.numel():
         return q, scale.fill_(1 / LARGEST) if own else scale
+    if dry:
+        if dry.device and dry.device.fp8 and unavailable("cuda") is None:
+            from tconv.launching import launch
+
+            launch.collect(launch.quantizing(x, own))
+        return q, scale
     why = unavailable(x.device.type)
     if why is None:
         from tconv.launching import launch
@@ -246,7 +257,7 @@ def _bound(function: Any, name: str) -> Any:
 
 
 fprop_fp8, dgrad_fp8 = (
-    _register(f"{name}_fp8", _bound(_convolution, name), _bound(_fake_convolution, name)) for name in ("fprop", "dgrad")
+    _register(f"{name}_fp8", _bound(convolution, name), _bound(_fake_convolution, name)) for name in ("fprop", "dgrad")
 )
 quantize_fp8 = _register("quantize_fp8", _quantize, _fake_quantize)
 quantize_largest_fp8 = _register("quantize_largest_fp8", _quantize_largest, _fake_quantize_largest)

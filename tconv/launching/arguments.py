@@ -192,9 +192,9 @@ def prepared(
         summed = accumulator(dtype)
         pointers = *pointers[:-1], summed
         dependent = call.plan is not None and call.plan.dependent
-        total = sum_of(splits, slices, call, result, summed, dependent, epilogue)
+        total = sum_of(splits, slices, call, result, summed, dependent, epilogue, operands)
     elif epilogue:
-        pointers += _dtypes(epilogue, dtype)
+        pointers += _dtypes(epilogue, dtype, operands)
     assert POINTERS[0] in kernel.arg_names or splits > 1 or not epilogue, "a kernel without an epilogue"
     if POINTERS[0] in kernel.arg_names:
         constants = constants | (epilogue if splits == 1 else NONE).constants()
@@ -208,10 +208,11 @@ def prepared(
     return Prepared(kernel, (programs,), integers, constants, call, *form, splits, (), swapped, pointers, total)
 
 
-def _dtypes(epilogue: Epilogue, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Returns the dtype behind each of an epilogue's pointers, for a result of `dtype`."""
+def _dtypes(epilogue: Epilogue, dtype: torch.dtype, operands: torch.dtype | None) -> tuple[torch.dtype, ...]:
+    """Returns the dtype behind each of an epilogue's pointers, for a result of `dtype`; an operand stands for what it lacks."""
     per_channel = accumulator(dtype) if epilogue.wide else dtype
-    return per_channel, per_channel, dtype, dtype
+    residual, kept = (dtype if there else operands or dtype for there in (epilogue.residual, epilogue.kept))
+    return per_channel, per_channel, residual, kept
 
 
 def sum_of(
@@ -222,12 +223,14 @@ def sum_of(
     summed: torch.dtype,
     dependent: bool = False,
     epilogue: Epilogue = NONE,
+    operands: torch.dtype | None = None,
 ) -> Prepared:
     """Returns the launch that sums the slices of a workspace, whose dtype is `summed`, into the result.
 
     Args:
         dependent: whether it may be launched before the kernel has ended that writes the workspace, which must be the one
             launched last on the stream (`Device.dependent`).
+        operands: as in `prepared`.
     """
     numel, dtype = result.numel(), result.dtype
     if slices is None:
@@ -243,7 +246,7 @@ def sum_of(
     named |= {f"E{i}": extent for i, (extent, _) in enumerate(inner)} | {f"s{i}": stride for i, (_, stride) in enumerate(inner)}
     integers = tuple(named[n] for n in integers_of(sum_splits))
     grid, whole = (math.ceil(numel / constants["BLOCK"]),), (result.shape, result.stride(), dtype)
-    pointers = (summed, dtype) + (_dtypes(epilogue, dtype) if epilogue else ())
+    pointers = (summed, dtype) + (_dtypes(epilogue, dtype, operands) if epilogue else ())
     return Prepared(sum_splits, grid, integers, constants, call, *whole, pointers=pointers)
 
 

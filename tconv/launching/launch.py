@@ -261,12 +261,17 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, q: torch.Tensor, own: bool) -
     Raises:
         Fallback: a kernel cannot be launched.
     """
-    first, second = prepare_quantize(x.numel(), x.dtype, own)
+    *first, last = quantizing(x, own)
     parts = scale
-    if first is not None:
-        parts = scale.new_empty(first.shape)
-        run(first, (x, parts))
-    run(second, (x, scale, parts, q))
+    for of_parts in first:
+        parts = scale.new_empty(of_parts.shape)
+        run(of_parts, (x, parts))
+    run(last, (x, scale, parts, q))
+
+
+def quantizing(x: torch.Tensor, own: bool) -> tuple[Prepared, ...]:
+    """Returns the launches of `quantize`."""
+    return prepare_quantize(x.numel(), x.dtype, own)
 
 
 def backward(

@@ -24,6 +24,7 @@ from tconv.planning.device import Device
 from tconv.planning.epilogue import Epilogue
 from tconv.planning.operands import border_constants, chunk, strides, triple
 from tconv.planning.problem import ConvProblem, lift, pow2
+from tconv.planning.tiles import Tile
 
 Shape = tuple[int, ...]
 
@@ -149,24 +150,25 @@ def prepare_both(first: Prepared, second: Prepared) -> Prepared:
 
 
 @functools.lru_cache(1024)
-def prepare_quantize(numel: int, dtype: torch.dtype, own: bool) -> tuple[Prepared | None, Prepared]:
+def prepare_quantize(numel: int, dtype: torch.dtype, own: bool) -> tuple[Prepared, ...]:
     """Returns the launches that round so many numbers of `dtype` to fp8.
 
     Args:
-        own: whether the scale is that of their largest one, which the first launch finds; else there is none.
+        own: whether the scale is that of their largest one, which a launch before the other finds.
     """
     block = 2048
     blocks = math.ceil(numel / block)
     parts = pow2(blocks, 1, 512) if own else 0
     shared = {"VEC": vector(0, 1, numel), "PARTS": parts, "WIDE": numel + max(parts, 1) * block > LIMIT, "BLOCK": block}
-    constants, options = {**shared, "INTERPRET": interpreted()}, {"num_warps": 4, **FUSED}
-    result, call = torch.empty(numel, dtype=torch.float8_e4m3fn, device="meta"), Call("quantize", None, None, "")
-    launch = prepared(quantize, blocks, {"numel": numel}, constants | options, call, result)
+    launched = {"num_warps": 4, **FUSED}
+    plan = planning.Plan("quantize", "quantize", Tile(block, 1, 1), 1, f"for {numel} numbers")
+    call, result = Call("quantize", None, plan, plan.reason), torch.empty(numel, dtype=torch.float8_e4m3fn, device="meta")
+    launch = prepared(quantize, blocks, {"numel": numel}, {**shared, "INTERPRET": interpreted(), **launched}, call, result)
     launch = dataclasses.replace(launch, pointers=(dtype, torch.float32, torch.float32, result.dtype))
     if not own:
-        return None, launch
+        return (launch,)
     found = torch.empty(parts, dtype=torch.float32, device="meta")
-    first = prepared(largest, parts, {"numel": numel}, shared | options, call, found)
+    first = prepared(largest, parts, {"numel": numel}, shared | launched, call, found)
     return dataclasses.replace(first, pointers=(dtype, torch.float32)), launch
 
 

@@ -216,7 +216,9 @@ def direct(arch: str) -> dict[str, Any]:
             Normalisation("rms_norm_silu", 3, 1, 384, 1, (5, 60, 104), zero, zero, channels_last, 0.0, "silu", True, False),
         ):
             found += normalisation_variants(n, dtype, device)
-    found.append(direct_variant(prepare_quantize(1 << 20, dtype), "quantize", dtype))
+    for own in (False, True):
+        for p in prepare_quantize(1 << 20, dtype, own):
+            found.append(direct_variant(p, "quantize", dtype, *(["own"] if own else [])))
     return {v.name: dataclasses.replace(v, call=None) for v in found}
 
 

@@ -33,7 +33,7 @@ ROWS = [
     ("test_persistent", r"every_weight_gradient\[(1-D|2-D|3-D|groups|one-image)|spoils.*\[(padded|two-taps)", "their wgrad"),
     ("test_epilogues", r"test_every_kernel\[.*-before-(contiguous|channels_last)", "each kernel's epilogue"),
     ("test_fp8", r"test_every_case\[(plain|uneven|channels-that|1-D-c)|kernel.*before-.*bfloat|carried|nan|448", "fp8"),
-    ("test_fp8", r"largest_finite\[(infin|NaN|tiny).*-5000-kernel", "the scale of each input"),
+    ("test_fp8", r"largest_finite_number\[(infin|NaN|tiny).*-5000-kernel", "the scale of each input"),
     ("test_fp8", r"test_every_case\[transposed(-c|,-uneven)", "fp8, transposed"),
     ("test_causal", r"(values.*kernels-4-True|one_after.*kernels-uneven)", "sequences, in either layout"),
     ("test_stream", r"against_the_whole\[(1-D|3-D)-uneven-channels_last", "a state beside x, and the next one"),

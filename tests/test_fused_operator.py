@@ -163,6 +163,41 @@ def test_transforms_take_it_apart(compiled, device):
     assert compiled or "inside a functorch transform" in " ".join(map(str, calls))
 
 
+NAMES = "x", "w", "b", "residual", "scale", "shift"
+
+
+@pytest.mark.parametrize("case", [FORWARD, TRANSPOSED], ids=str)
+@pytest.mark.parametrize("batched", ["residual", "w", "w b", "scale", "x residual", "w residual shift"])
+def test_vmap_over_some_of_the_tensors(batched, case, device):
+    """As many calls as there are samples, each by the kernels; with a residual before or after the activation."""
+    ours, _, leaves = setting(case, device)
+    tensors = [torch.stack([t, t.sin(), t.cos()], 1) if n in batched.split() else t for n, t in zip(NAMES, leaves, strict=True)]
+    dims = tuple(1 if n in batched.split() else None for n in NAMES)
+    for position in ("before", "after"):
+        how = {"activation": "silu", "residual_position": position}
+        with tconv.recording() as calls:
+            found = torch.vmap(lambda *t, how=how: ours(*t, **how), dims)(*tensors)
+        assert "inside a functorch transform" in " ".join(map(str, calls))
+        assert all(c.ours for c in calls if c.problem is not None)
+        for i in range(3):
+            one = [t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)]
+            torch.testing.assert_close(found[i], ours(*one, **how))
+
+
+@pytest.mark.parametrize("case", [FORWARD, TRANSPOSED], ids=str)
+def test_derivatives_of_functorch(case, device):
+    """Forward mode, reverse mode, and one over the other, in every tensor."""
+    ours, torchs, leaves = setting(case, device)
+    leaves = tuple(t.detach() for t in leaves)
+    found = []
+    for f in (ours, torchs):
+        step = lambda *t, f=f: f(*t, activation="gelu").square().sum()  # noqa: E731
+        gradients = torch.func.grad(step, tuple(range(6)))
+        tangents = tuple(t.sin() for t in leaves)
+        found.append((gradients(*leaves), torch.func.jvp(step, leaves, tangents), torch.func.jvp(gradients, leaves, tangents)))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("batched", [(0, None, None), (None, 1, None), (0, 0, 0)], ids=str)
 def test_vmap_of_the_operator(batched, device):
     """By its rule, which a mode that calls the operator reaches."""

@@ -1,6 +1,7 @@
 """Padding that repeats the input, which the kernels read where it is: as torch.nn.functional.pad and a convolution give it."""
 
 import copy
+import dataclasses
 import math
 import warnings
 
@@ -86,6 +87,18 @@ def agree(found, right, **tolerance):
 
 
 @pytest.fixture
+def at_once(monkeypatch):
+    """Has gradients folded, or computed by slabs."""
+
+    def choose(fold):
+        monkeypatch.setattr(borders, "at_once", lambda *_: fold)
+        launch.forget()
+
+    yield choose
+    launch.forget()
+
+
+@pytest.fixture
 def no_copy(monkeypatch):
     """Fails where anything pads a tensor."""
     monkeypatch.setattr(F, "pad", lambda *_, **__: pytest.fail("a padded copy"))
@@ -94,8 +107,10 @@ def no_copy(monkeypatch):
 # Values
 
 
+@pytest.mark.parametrize("fold", [False, True], ids=["slabs", "folded"])
 @pytest.mark.parametrize(("name", "mode"), ROWS, ids=[f"{name}, {mode}" for name, mode in ROWS])
-def test_values_and_gradients(name, mode, device, poisoned, monkeypatch):
+def test_values_and_gradients(name, mode, fold, device, poisoned, monkeypatch, at_once):
+    at_once(fold)
     case, padding, _ = CASES[name]
     given = tensors(name, device, channels_last=ROWS.index((name, mode)) % 2 == 0)
     right = by_copy(case, padding, mode, *given)
@@ -106,6 +121,7 @@ def test_values_and_gradients(name, mode, device, poisoned, monkeypatch):
         y = ours(case, padding, mode, *given)
         grads = torch.autograd.grad(y, given, dy)
     assert all(call.ours for call in calls)
+    assert ("folds" in calls[1].reason) == fold
     agree((y, *grads), (right, *rights), rtol=1e-10, atol=1e-10)
 
 
@@ -442,11 +458,12 @@ def test_slabs_are_as_large_as_the_padding(device):
             assert min(reads[-1]) < q.X[d]
 
 
-def test_the_padding_is_predicted_and_named(device):
+def test_the_padding_is_predicted_and_named(device, at_once):
     """The time of an input's gradient is that of all its launches, and its record names the kernels of the slabs."""
     h200 = DEVICES["H200"]
     p = forward_problem((8, 64, 28, 28), (64, 64, 3, 3), [1, 1], [(1, 1), (2, 0)], [1, 1], 1, "reflect")
     dy, w = (shaped(p.shape(which), True, torch.bfloat16) for which in "yw")
+    at_once(False)
     call = launch.convolution(True, Geometry(p, True, device=h200), dy, w, None).borders.call
     found = [slab for pair in borders.slabs(p) for slab in pair if slab]
     assert len(found) == 3
@@ -461,6 +478,26 @@ def test_the_padding_is_predicted_and_named(device):
     for plan in plans:
         assert plan.way in str(call)
     assert f"with the padding {call.plan.cost.seconds * 1e6:.1f} us: 3 more launches, " in call.reason
+
+
+def test_small_gradients_are_folded_and_large_ones_not():
+    """The workspace is then as large as the padded input, of at most 32 MiB, and the time less than that of slabs."""
+    h200 = DEVICES["H200"]
+    for images, extent, fold in ((8, 28, True), (8, 512, False)):
+        p = forward_problem((images, 64, extent, extent), (64, 64, 3, 3), [1, 1], [(1, 1)] * 2, [1, 1], 1, "reflect")
+        dy, w = (shaped(p.shape(which), True, torch.bfloat16) for which in "yw")
+        g = Geometry(p, True, device=h200)
+        made = launch.convolution(True, g, dy, w, None)
+        apart = launch._prepare_slabs(g, dy, w).borders
+        cost = made.borders.call.plan.cost
+        assert (not made.borders.slabs) == fold
+        assert (cost.seconds < apart.call.plan.cost.seconds) == fold
+        if fold:
+            padded = images * (extent + 2) ** 2 * 64 * 2
+            assert padded <= cost.workspace <= padded + (32 << 20)
+            assert f"of the padded input {cost.seconds * 1e6:.1f} us, which another launch folds" in made.borders.call.reason
+        invariant = launch.convolution(True, dataclasses.replace(g, batch_invariant=True), dy, w, None)
+        assert invariant.borders.slabs
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

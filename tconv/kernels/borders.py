@@ -8,6 +8,10 @@ position of the padding is in one slab.
 
 Only elements that some position shows are read and written: in each dimension `low` at the start and the others at the end.
 Each has one program, which adds in a fixed order, so the same call gives the same bits.
+
+With FOLD the workspace has the gradient of the whole padded input instead, in one piece, and all of dx is written:
+
+    dx[n, c, i] = sum over all positions u that show element i, its own too, of g[n, c, u]
 """
 
 import triton
@@ -48,7 +52,7 @@ def add_borders(
     m0, m1, m2,  # choices
     a0, a1, a2, e0, e1, e2,  # where the slabs begin: before, after
     sxn, sxc, sx0, sx1, sx2,
-    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr,
+    BORDER0: tl.constexpr, BORDER1: tl.constexpr, BORDER2: tl.constexpr, FOLD: tl.constexpr,
     X_UNIT: tl.constexpr, X_VEC: tl.constexpr,  # contiguous channels, in dx and the slabs? vector width along them
     WIDE: tl.constexpr, ACC: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -90,8 +94,11 @@ def add_borders(
         x_offset += i[d].to(OFFSET) * sx[d]
     mask = lead(m < N * size.to(OFFSET), FLIP) & trail(c < multiple(C, X_VEC), FLIP)
     xp = x_ptr + (lead(x_offset, FLIP) + trail(c if X_UNIT else c * sxc.to(OFFSET), FLIP))
-    acc = tl.load(xp, mask=mask, other=0.0).to(ACC)
-    for choice in tl.range(1, m0 * m1 * m2):
+    if FOLD:
+        acc = tl.zeros(mask.shape, ACC)
+    else:
+        acc = tl.load(xp, mask=mask, other=0.0).to(ACC)
+    for choice in tl.range(0 if FOLD else 1, m0 * m1 * m2):
         choices = (choice // m2 // m1, choice // m2 % m1, choice % m2)
         along = tl.where(choices[0] > 0, 0, tl.where(choices[1] > 0, 1, 2))  # whose slab it is
         ok = m >= 0
@@ -101,10 +108,14 @@ def add_borders(
         for e in tl.static_range(3):
             u, found = shown_at(i[e], choices[e], X[e], A[e], E[e], BORDERS[e])
             ok &= found
-            before = choices[e] <= (A[e] if BORDERS[e] == "replicate" else 1)
-            extent = tl.where(e < along, X[e], tl.where(e > along, A[e] + X[e] + E[e], tl.where(before, A[e], E[e])))
-            u += tl.where(e < along, 0, tl.where((e > along) | before, A[e], -X[e]))
-            slab = tl.where(e == along, tl.where(before, starts[e], ends[e]), slab)
+            if FOLD:
+                extent = A[e] + X[e] + E[e]
+                u += A[e]
+            else:
+                before = choices[e] <= (A[e] if BORDERS[e] == "replicate" else 1)
+                extent = tl.where(e < along, X[e], tl.where(e > along, A[e] + X[e] + E[e], tl.where(before, A[e], E[e])))
+                u += tl.where(e < along, 0, tl.where((e > along) | before, A[e], -X[e]))
+                slab = tl.where(e == along, tl.where(before, starts[e], ends[e]), slab)
             pixel = pixel * extent + u
             pixels *= extent
         if X_UNIT:

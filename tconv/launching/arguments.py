@@ -129,9 +129,9 @@ class Borders:
 
     Attributes:
         slabs: each slab's dgrad, the dimension of dy along which it reads a part, that part's first element and length, and
-            where the slab begins in the workspace.
+            where the slab begins in the workspace. Empty if the dgrad is that of the padded x.
         numel: elements of the workspace.
-        total: the launch that adds the slabs to dx, from the workspace.
+        total: the launch that adds the slabs to dx, from the workspace, or folds the gradient of the padded x.
         call: the record of the whole.
     """
 

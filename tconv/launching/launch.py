@@ -90,7 +90,30 @@ def streaming(
 
 
 def _prepare_bordered(g: Geometry, dy: torch.Tensor, w: torch.Tensor) -> Prepared:
-    """Returns the launch of a dgrad whose padding repeats x: one for x alone, and what is added to that at its borders."""
+    """Returns the launch of a dgrad whose padding repeats x: one for x alone, and what is added to that at its borders; or one
+    for the padded x, and what folds it, where that is predicted to be faster.
+    """
+    apart = _prepare_slabs(g, dy, w)
+    if g.batch_invariant or apart.borders is None:  # which of the two it is may depend on the batch
+        return apart
+    p, device = g.problem, g.device or device_of(dy)
+    padded = _prepare_convolution("dgrad", dataclasses.replace(g, problem=borders.around(p), policy=PREDICTED), dy, w, None)
+    plan, plan_apart = padded.call.plan, apart.borders.call.plan
+    assert plan is not None
+    assert plan_apart is not None
+    cost = plan.cost and borders.folded(plan.cost, p, dy.itemsize, device)
+    if not borders.at_once(cost, plan_apart.cost):
+        return apart
+    dx = shaped(p.shape("x"), g.channels_last, dy.dtype)
+    total = prepare_borders(p, dx, g.channels_last, None, device)
+    seconds = f" {cost.seconds * 1e6:.1f} us" if cost else ""
+    reason = f"{plan.reason}; of the padded input{seconds}, which another launch folds"
+    call = Call("dgrad", p, dataclasses.replace(plan, reason=reason, cost=cost), reason)
+    return dataclasses.replace(padded, borders=Borders((), 0, total, call))
+
+
+def _prepare_slabs(g: Geometry, dy: torch.Tensor, w: torch.Tensor) -> Prepared:
+    """Returns the launch of a dgrad whose padding repeats x, by slabs."""
     p, aligned = g.problem, 16 // dy.itemsize
     parts, begin, numel = [], [], 0
     for pair in borders.slabs(p):
@@ -166,8 +189,14 @@ def convolve(
 def _with_borders(
     launch: Prepared, by: Borders, shared: SharedOperand | None, dy: torch.Tensor, w: torch.Tensor, b: torch.Tensor, dry: bool
 ) -> torch.Tensor:
-    """Runs a dgrad, adds to dx what belongs to the padding, and returns it. The workspace is as large as the padding."""
+    """Runs a dgrad, adds to dx what belongs to the padding, and returns it. The workspace is as large as the padding, or as the
+    padded input where that is folded.
+    """
     dx = execute(launch, dry, shared, (dy, w), b, recorded=False)
+    if not by.slabs:
+        dx = execute(by.total, dry, None, (dx,), recorded=False)
+        record_call(by.call)
+        return dx
     try:
         workspace = dy.new_empty(by.numel)
     except RuntimeError as e:  # as in `execute`

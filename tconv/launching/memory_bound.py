@@ -111,17 +111,25 @@ def prepare_copy(problem: ConvProblem | None, t: torch.Tensor, device: Device, s
     return prepared(copy_channels_last, programs, integers, constants, call, shaped(shape, True, t.dtype))
 
 
-def prepare_borders(problem: ConvProblem, dx: torch.Tensor, channels_last: bool, begin: list[int], device: Device) -> Prepared:
+def prepare_borders(
+    problem: ConvProblem, dx: torch.Tensor, channels_last: bool, begin: list[int] | None, device: Device
+) -> Prepared:
     """Returns the launch that adds to dx, of a problem that repeats x beyond its borders, the slabs of its padding.
 
     Args:
-        channels_last: whether dx and the slabs are.
-        begin: where the slabs before and after x begin in the workspace, for each dimension in turn, and where the last ends.
+        channels_last: whether dx and the workspace are.
+        begin: where the slabs before and after x begin in the workspace, for each dimension in turn, and where the last ends;
+            None if the workspace has the gradient of the padded x, which is folded into dx.
     """
     a, (before, after), (low, every, choices) = addressing(dx), borders.padding(problem), borders.shown(problem)
     unit = channels_last and problem.C > 1
     vec = vector(0, dx.itemsize, problem.C) if unit else 1
-    plan, pixels = borders.choose_borders(problem, vec > 2, device), borders.pixels(problem)
+    pixels, fold = borders.pixels(problem), begin is None
+    if begin is None:
+        low = every = problem.X
+        pixels = problem.N * math.prod(problem.X)
+        begin = [0] * 6 + [problem.N * problem.C * math.prod(borders.around(problem).X)]
+    plan = borders.choose_borders(problem, pixels, vec > 2, device)
     tile = plan.tile
     integers = {
         "N": problem.N, "C": problem.C, **triple("X", problem.X), **triple("A", before), **triple("E", after),
@@ -129,7 +137,7 @@ def prepare_borders(problem: ConvProblem, dx: torch.Tensor, channels_last: bool,
         **triple("e", begin[1:6:2]), **strides("sx", a),
     }  # fmt: skip
     constants = {
-        **border_constants(problem), "X_UNIT": unit, "X_VEC": vec,
+        **border_constants(problem), "FOLD": fold, "X_UNIT": unit, "X_VEC": vec,
         "WIDE": max(a.reach, begin[6], pixels + tile.m) > LIMIT, **numerics(dx.dtype), "BLOCK_M": tile.m, "BLOCK_C": tile.n,
         **options(tile),
     }  # fmt: skip

@@ -1,7 +1,8 @@
 """The gradient of an input that is padded with its own elements: of x alone, and of its padding, which is added at its borders.
 
 The padding of x [X] has up to two slabs per dimension, before x and after it. The gradient of a slab is a dgrad with extents
-of its own, of the outputs that read it. Standard library only.
+of its own, of the outputs that read it. Or the gradient of the padded x is one dgrad, into a workspace that is then folded.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tconv.planning.cost import LAUNCH, Cost
+from tconv.planning.cost import ISSUE, LAUNCH, Cost
 from tconv.planning.device import Device
-from tconv.planning.plan import INTERPRETED, Plan
+from tconv.planning.plan import INTERPRETED, WORKSPACE, Plan
 from tconv.planning.problem import ZEROS, ConvProblem, Triple, pow2
 from tconv.planning.tiles import Tile
 
 # Pixels by channels: a thread has 32 elements in vectors, or 8 one by one, each of which takes registers for its address.
+ADDING = 150  # instructions of a warp for a choice in a tile
 TILE, SINGLY = Tile(64, 64, 1, 4, 1), Tile(64, 16, 1, 4, 1)
 
 
@@ -39,6 +41,14 @@ class Slab:
 def within(p: ConvProblem) -> ConvProblem:
     """Returns the problem whose dgrad is the gradient of x, without what its padding adds to it."""
     return dataclasses.replace(p, borders=ZEROS)
+
+
+def around(p: ConvProblem) -> ConvProblem:
+    """Returns the problem whose dgrad is the gradient of x and its padding, in one piece."""
+    before, after = padding(p)
+    X = [x + b + a for x, b, a in zip(p.X, before, after, strict=True)]
+    P = [n - b for n, b in zip(p.P, before, strict=True)]
+    return dataclasses.replace(p, X=_three(X), P=_three(P), borders=ZEROS)
 
 
 def padding(p: ConvProblem) -> tuple[Triple, Triple]:
@@ -95,17 +105,18 @@ def shown(p: ConvProblem) -> tuple[Triple, Triple, Triple]:
     return _three(low), _three(every), _three(choices)
 
 
-def choose_borders(p: ConvProblem, vectors: bool, device: Device) -> Plan:
+def choose_borders(p: ConvProblem, written: int, vectors: bool, device: Device) -> Plan:
     """Returns the plan for adding the padding's gradient to that of x.
 
     Args:
+        written: pixels that are written.
         vectors: whether elements are read in vectors, of four channels or more.
     """
     if device.interpreted:
         n = pow2(p.C, 1, 1024)
-        return Plan("borders", "borders", Tile(pow2(pixels(p), 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
+        return Plan("borders", "borders", Tile(pow2(written, 1, (1 << 18) // n), n, 1), 1, INTERPRETED)
     tile = TILE if vectors else SINGLY
-    return Plan("borders", "borders", tile, 1, f"for {pixels(p)} pixels", kernels=("borders",), tiles=(tile,))
+    return Plan("borders", "borders", tile, 1, f"for {written} pixels", kernels=("borders",), tiles=(tile,))
 
 
 def with_padding(whole: Cost, parts: Iterable[Cost], p: ConvProblem, itemsize: int, device: Device) -> Cost:
@@ -120,6 +131,26 @@ def with_padding(whole: Cost, parts: Iterable[Cost], p: ConvProblem, itemsize: i
     seconds = whole.seconds + sum(part.seconds for part in parts) + LAUNCH + moved / device.limits.bandwidth
     most = max(whole.workspace, *(part.workspace for part in parts))
     return dataclasses.replace(whole, seconds=seconds, workspace=most + workspace)
+
+
+def folded(padded: Cost, p: ConvProblem, itemsize: int, device: Device) -> Cost | None:
+    """Returns the cost of a dgrad by that of the padded x, which is given, and folding; None if it takes too much memory.
+
+    Folding reads that gradient and writes dx. A warp takes about ADDING instructions for each choice.
+    """
+    written = p.N * p.C * math.prod(p.X)
+    workspace = p.N * p.C * math.prod(around(p).X) * itemsize
+    if workspace > WORKSPACE:
+        return None
+    _, _, choices = shown(p)
+    issued = written / (TILE.m * TILE.n) * TILE.warps * ADDING * math.prod(choices) / (ISSUE * device.units)
+    seconds = LAUNCH + max((workspace + written * itemsize) / device.limits.bandwidth, issued / device.limits.clock)
+    return dataclasses.replace(padded, seconds=padded.seconds + seconds, workspace=padded.workspace + workspace)
+
+
+def at_once(fold: Cost | None, apart: Cost | None) -> bool:
+    """Returns True if the padded gradient is to be folded, given the costs of that and of slabs; not if they are not known."""
+    return fold is not None and apart is not None and fold.seconds < apart.seconds
 
 
 def pixels(p: ConvProblem) -> int:

@@ -241,16 +241,16 @@ def price(
     }
     rounds = math.ceil(waves / max(1, work.resident))
     turn = work.turn if work.turn is not None else START + first if resident == 1 else START
-    ends = start + START + first + (rounds - 1) * turn
-    alone = ("launch", LAUNCH), ("start", ends), ("sum", _summing(workspace, device))
-    seconds = together(parts.values()) + sum(seconds for _, seconds in alone)
+    ends, summing = start + START + first + (rounds - 1) * turn, _summing(workspace, device)
+    seconds = LAUNCH + ends + together(parts.values()) + summing
+    alone = ("launch", LAUNCH), ("start", ends), ("sum", summing)
     executed = math.ceil(work.steps * work.flops)
     return Cost(flops(p), least, executed, programs, waves, device.units, workspace, tuple(parts.items()), seconds, alone)
 
 
 def together(parts: Iterable[float]) -> float:
     """Returns the seconds of parts that overlap in part."""
-    total: float = sum(part**OVERLAP for part in parts)
+    total: float = sum([part**OVERLAP for part in parts])
     return float(total ** (1 / OVERLAP))
 
 

@@ -220,13 +220,11 @@ def choose(
     for family in considered:
         for cut in _precisions(family, operands, device) if precision is None else (precision,):
             try:
-                found = list(_candidates(family, problem, pass_, operands, device, cut, whole))
+                plans += list(_candidates(family, problem, pass_, operands, device, cut, whole, kernels))
             except ValueError as e:
                 if request is None:
                     raise
                 refused = refused or e  # a forced tile or number of splits is not for this kernel, but may be for another
-                continue
-            plans += [replace(plan, kernels=kernels) for plan in found]
     if not plans:
         raise refused or Unplannable(f"no tile fits {device.name}: {problem}")
     plan = _fastest(plans, request)
@@ -253,7 +251,14 @@ def _precisions(family: Family, operands: Operands, device: Device) -> tuple[str
 
 
 def _candidates(
-    family: Family, problem: ConvProblem, pass_: str, operands: Operands, device: Device, precision: str, whole: bool
+    family: Family,
+    problem: ConvProblem,
+    pass_: str,
+    operands: Operands,
+    device: Device,
+    precision: str,
+    whole: bool,
+    kernels: tuple[str, ...],
 ) -> Iterator[Plan]:
     """Yields every plan of a kernel in one precision: its tiles, each with every number of splits."""
     request = _request_for(pass_)
@@ -269,7 +274,9 @@ def _candidates(
         parts = _all_splits(family, problem, pass_, tile, operands.itemsize, device, whole)
         for splits in parts:
             cost = family.predict(problem, pass_, tile, splits, access, device)
-            yield Plan(pass_, family.name, tile, splits, "", cost, (), precision, tiles=legal, parts=parts)
+            yield Plan(
+                pass_, family.name, tile, splits, "", cost, (), precision, kernels=kernels, tiles=legal, parts=parts
+            )  # fmt: skip
 
 
 def for_batch(plan: Plan, problem: ConvProblem, operands: Operands, device: Device) -> Plan:

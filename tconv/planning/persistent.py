@@ -33,7 +33,7 @@ class _Persistent(Family):
     They have not been timed, so the model is slow to prefer them: products are taken to last as long as tma's, although nobody
     waits while boxes are asked for. What the model grants, besides fewer instructions in the loop, is that the next tile's
     boxes arrive while a tile is stored: each tile after a program's first costs TURN rather than tma's start and end. The first
-    one costs a microsecond more. `start` and TURN are guesses.
+    one costs a microsecond more, or one and a half in fprop and dgrad. `start` and TURN are guesses.
     """
 
     gluon = True
@@ -60,7 +60,7 @@ class Persistent(_Persistent, Tma):
 
     name = "persistent"
     passes = ("fprop", "dgrad")
-    start = 1e-6
+    start = 1.5e-6
 
     def tiles(self, access: Access) -> tuple[Tile, ...]:
         return PERSISTENT_16 if access.itemsize == 2 else ()

@@ -15,8 +15,27 @@ import triton
 
 import tconv
 from tconv import functional as TF
-from tconv.kernels import common, copy, depthwise, gather, normalise, packed, patch, persistent, reduce, rows, strip, tma, wgrad
+from tconv.kernels import (
+    borders,
+    causal,
+    common,
+    copy,
+    depthwise,
+    gather,
+    normalise,
+    packed,
+    patch,
+    persistent,
+    quantize,
+    reduce,
+    rows,
+    strip,
+    tma,
+    wgrad,
+)
+from tconv.launching import causal as sequences
 from tconv.launching import launch
+from tconv.launching.memory_bound import prepare_quantize
 from tconv.planning.tiles import Tile
 from tests import oracle
 
@@ -79,6 +98,62 @@ class Normalisation:
             torch.autograd.grad(y, (x, w), torch.ones_like(y))
 
 
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """A call that launches a kernel of sequences with states, forward and backward."""
+
+    kernel: object
+    channels_last: bool = True
+    times: int = 37
+
+    def run(self):
+        x, state = (
+            torch.randn(2, 20, self.times, dtype=torch.bfloat16),
+            torch.randn(2, 20, 3, dtype=torch.bfloat16).requires_grad_(),
+        )
+        x, w = (oracle.to_channels_last(x) if self.channels_last else x).requires_grad_(), torch.randn(20, 4).bfloat16()
+        with tconv.force(kernel="gather"):  # as in `Normalisation`
+            w, b = w.requires_grad_(), w[:, 0].detach().requires_grad_()
+            y, after = TF.causal_conv1d(x, w, b, activation="silu", initial_states=state, return_final_states=True)
+            torch.autograd.grad((y, after), (x, w, state), (torch.ones_like(y), torch.ones_like(after)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A decode step, which changes the states of sequences in place."""
+
+    kernel: object
+
+    def run(self):
+        x, w = torch.randn(2, 20, 1, dtype=torch.bfloat16), torch.randn(20, 4, dtype=torch.bfloat16)
+        with tconv.force(kernel="gather"):
+            TF.causal_conv1d_update(x, torch.randn(2, 20, 3, dtype=torch.bfloat16), w, activation="silu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Borders:
+    """The gradient of an input that is padded by reflection."""
+
+    kernel: object
+
+    def run(self):
+        x, w = (oracle.to_channels_last(torch.randn(s, dtype=torch.bfloat16)) for s in ((2, 72, 9, 7), (8, 72, 3, 3)))
+        with tconv.force(kernel="gather"):
+            y = TF.conv2d(x.requires_grad_(), w, padding=(1, 2), padding_mode="reflect")
+            torch.autograd.grad(y, x, torch.ones_like(y))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """Rounds to fp8."""
+
+    kernel: object
+
+    def run(self):
+        with tconv.force(kernel="gather"):
+            tconv.fp8.quantize(torch.randn(3001, dtype=torch.bfloat16), 0.5)
+
+
 CALLS = {
     "gather": Call(gather.gather, DENSE, {"kernel": "gather"}),
     "gather of a part of w": Call(gather.gather, SLICED, {"kernel": "gather"}, sliced=True),
@@ -111,6 +186,13 @@ CALLS = {
     "normalise_gradient": Normalisation(normalise.normalise_gradient, 4, pad=((0, 1), 2)),
     "finish_gradient": Normalisation(normalise.finish_gradient, 4),
     "tma_wgrad in splits": Call(tma.tma_wgrad, BOXES, {"kernel": "tma_wgrad", "splits": 2}, "w"),
+    "causal": Sequences(causal.causal),
+    "causal along times": Sequences(causal.causal, channels_last=False, times=40),
+    "causal_wgrad": Sequences(causal.causal_wgrad),
+    "causal_dgrad": Sequences(causal.causal_dgrad),
+    "causal_step": Token(causal.causal_step),
+    "add_borders": Borders(borders.add_borders),
+    "quantize": Rounding(quantize.quantize),
 }
 OUTSIDE, MISALIGNED = "(reads|writes) .* out of bounds", "(reads|writes|copies) .* misaligned"
 OVERLAPPING = "writes .* (not as|where) another (program|thread)"
@@ -171,6 +253,28 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("finish_gradient", "channels past the last are written", OUTSIDE, "tl.store",
      ("INTERPRET), mask=c < C)", "INTERPRET), mask=c >= 0)")),
     ("tma_wgrad in splits", "splits share a slice", OVERLAPPING, "tl.store", ("* multiple(sws, W_VEC)", "* 0")),
+    ("causal", "times before the first are read", OUTSIDE, "tl.load(p + (LOW + i) * st",
+     ("mask = lead(live & inside(j + (LOW + i), L), FLIP) &", "mask = lead(live, FLIP) &")),
+    ("causal", "times past the last are written", OUTSIDE, "tl.store",
+     ("mask = lead(live & (j + v < L), FLIP) &", "mask = lead(live, FLIP) &")),
+    ("causal", "channels past the state's last are read", OUTSIDE, "tl.load(p",
+     ("inside(i, T - 1), FLIP) & trail(mask_c, FLIP)", "inside(i, T - 1), FLIP)")),
+    ("causal along times", "strips past the last are written", OUTSIDE, "tl.store",
+     ("mask = (live[:, None] & (j[:, None] + v[None, :] < L))[None,", "mask = (j[:, None] + v[None, :] < L)[None,")),
+    ("causal_wgrad", "splits share a place", OVERLAPPING, "tl.store(sums_ptr", ("(split * (T + 1) + t)", "(split * 0 + t)")),
+    ("causal_dgrad", "channels past the last of a state are written", OUTSIDE, "tl.store",
+     ("INTERPRET), mask=lead(live, FLIP) & trail(mask_c, FLIP))", "INTERPRET), mask=lead(live, FLIP))")),
+    ("causal_step", "channels past the last are written", OUTSIDE, "tl.store",
+     ("INTERPRET), mask=mask_c)", "INTERPRET))")),
+    ("add_borders", "elements past the last are read", OUTSIDE, "tl.load",
+     ("mask = lead(m < N * size.to(OFFSET), FLIP) & ", "mask = ")),
+    ("add_borders", "positions that show nothing are read", OUTSIDE, "tl.load(g_ptr",
+     ("mask=mask & lead(ok, FLIP)", "mask=mask")),
+    ("add_borders", "pixels overlap", OVERLAPPING, "tl.store",
+     ("i[d].to(OFFSET) * sx[d]", "i[d].to(OFFSET) * (sx[d] - 8)")),
+    ("quantize", "numbers past the last are read", OUTSIDE, "v = tl.load",
+     ("(x_ptr + i, mask=mask, other=0.0)", "(x_ptr + i)")),
+    ("quantize", "numbers past the last are written", OUTSIDE, "tl.store", ("q, mask=mask)", "q)")),
     ("persistent_wgrad", "splits share a slice", OVERLAPPING, "gl.store", ("* multiple(sws, W_VEC)", "* 0")),
     ("persistent_wgrad", "rows lie too far apart", OUTSIDE, "gl.store", ("k * multiple(swk", "k * 2 * multiple(swk")),
 ]  # fmt: skip
@@ -209,6 +313,8 @@ TEXTS = [  # call, mistake, words, on the line, pattern of which the first match
     ("sum_pixels", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
     ("moments", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
     ("normalise_gradient", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
+    ("causal", "no barrier before taps are taken", UNORDERED, "", r"^\tbar\.sync.*;", ""),
+    ("causal_wgrad", "no barrier in a sum", UNORDERED, "", r"(?s)(.*)\tbar\.sync[^\n]*;", r"\1"),
     ("copy", "no barrier in a transposition", UNORDERED, "tl.store", r"^\tbar\.sync.*;", ""),
     ("depthwise_wgrad", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
     ("strip_wgrad", "no barrier in a sum", UNORDERED, "", r"^\tbar\.sync.*;", ""),
@@ -230,9 +336,13 @@ def _on_compiled_code(request):
 HELPERS = {  # functions that a kernel calls, which the text of a mistake may be in
     gather.gather: (gather.multiply, gather.write),
     copy.copy_both: (copy.copy_tile,),
+    causal.causal: (
+        causal.columns, causal.of_state, causal.store_columns, causal.read_by, causal.write_outputs, causal.write_next_states,
+    ),
+    causal.causal_dgrad: (causal.write_state_gradients,),
     persistent.persistent_wgrad: (persistent.multiply_pixels,),
     reduce.sum_pixels: (common.pixels_of_sum,),
-}
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -245,6 +355,8 @@ def source(kernel, edits):
             function._unsafe_update_src(text)
         kernel.device_caches.clear()
         launch._prepared.clear()
+        sequences._prepared.clear()
+        prepare_quantize.cache_clear()
 
     before = [function.src for function in functions]
     texts = list(before)

@@ -349,8 +349,8 @@ def test_autocast_and_one_image_of_a_batch(device):
     with tconv.batch_invariant():
         both = [TF.conv2d(t, w, padding=1, padding_mode="reflect") for t in (x, x[1:2])]
         all_, one = (torch.autograd.grad(y.sum(), x)[0] for y in both)
-    # The simulator's order of additions depends on a pixel's row in the tile.
-    close = 1e-4 if device == "cpu" and oracle.compiled() else 0
+    # numpy, by which the interpreter and the simulator multiply, may add in another order in another row of a tile.
+    close = 1e-4 if device == "cpu" else 0
     torch.testing.assert_close(both[0][1:2], both[1], rtol=0, atol=close)
     torch.testing.assert_close(all_[1], one[1], rtol=0, atol=close)
 

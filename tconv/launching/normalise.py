@@ -24,6 +24,9 @@ from tconv.planning.plan import Plan
 
 MaybeTensor = torch.Tensor | None
 BLOCK = 1024  # partial sums that a program takes at a time
+# For the sums of products over a pixel's channels. With products fused into their sum, two threads that add each other's would
+# have two sums, since each rounds the other's product, and write both to one place. Triton 3.9 fuses so.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 def forward(n: Normalisation, x: torch.Tensor, w: MaybeTensor, b: MaybeTensor) -> tuple[torch.Tensor, MaybeTensor]:
@@ -237,8 +240,9 @@ def _launch(
         named |= FINISH
     integers = integers_of(kernel)
     constants = {name: named[name] for name in kernel.arg_names if name in named and name not in integers}
+    constants |= options(tile) | (UNFUSED if n.rms else {})
     call = Call(plan.pass_, n, plan, plan.reason)
     return Prepared(
-        kernel, (programs,), tuple(named[i] for i in integers), constants | options(tile), call, result.shape,
+        kernel, (programs,), tuple(named[i] for i in integers), constants, call, result.shape,
         result.stride(), result.dtype, pointers=pointers,
     )  # fmt: skip

@@ -216,9 +216,13 @@ def direct(arch: str) -> dict[str, Any]:
             Normalisation("rms_norm_silu", 3, 1, 384, 1, (5, 60, 104), zero, zero, channels_last, 0.0, "silu", True, False),
         ):
             found += normalisation_variants(n, dtype, device)
+<<<<<<< HEAD
     for own in (False, True):
         for p in prepare_quantize(1 << 20, dtype, own):
             found.append(direct_variant(p, "quantize", dtype, *(["own"] if own else [])))
+=======
+    found += [direct_variant(p, "quantize", dtype) for p in prepare_quantize(1 << 20, dtype, True) if p]
+>>>>>>> 761808e (The code gate has both kernels of rounding to fp8)
     return {v.name: dataclasses.replace(v, call=None) for v in found}
 
 

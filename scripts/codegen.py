@@ -186,43 +186,34 @@ def direct(arch: str) -> dict[str, Any]:
     """
     import torch
 
-    from tconv import functional as TF
+    from tconv.launching import causal
+    from tconv.launching.dry_run import dry_run
+    from tconv.launching.launch import collecting
     from tconv.launching.memory_bound import prepare_quantize
     from tconv.launching.variants import direct_variant, normalisation_variants
     from tconv.planning.normalise import Normalisation
-    from tconv.precompile import rehearse
 
     found, dtype, device = [], torch.bfloat16, ARCHS[arch][3]
-    w, b = empty(1536, 4, channels_last=False).requires_grad_(), empty(1536, channels_last=False)
+    w, b = empty(1536, 4, channels_last=False), empty(1536, channels_last=False)
     for channels_last in (True, False):
-        x, state = empty(2, 1536, 512, channels_last=channels_last), empty(2, 1536, 3).requires_grad_()
-
-        def sequence(x: Any, state: Any = state) -> Any:
-            return TF.causal_conv1d(x, w, b, activation="silu", initial_states=state, return_final_states=True)
-
-        @torch.no_grad()
-        def token(x: Any, state: Any = state) -> Any:
-            return TF.causal_conv1d_update(x, state, w, b, activation="silu")
-
-        layout = f"inner={'c' if channels_last else 'p'}"
-        for call, given, backward in ((sequence, x, True), (token, x[..., :1], False)):
-            for p in rehearse(call, (given,), {}, device, backward)[0]:
-                if p.kernel.__name__.startswith("causal"):
-                    flags = [k.lower() for k in ("STATE", "NEXT", "DSTATE", "DNEXT") if p.constants.get(k)]
-                    found.append(direct_variant(p, p.call.operation, dtype, layout, *flags))
+        x, state = empty(2, 1536, 512, channels_last=channels_last), empty(2, 1536, 3)
+        of = causal.Sequences(x, w, b, state, None, None, "silu")
+        with dry_run(device), collecting() as launches:
+            y, after = causal.forward(of, True)
+            causal.weight_gradients(of, y)
+            causal.input_gradients(of, y, after, True)
+            causal.step(dataclasses.replace(of, x=x[..., :1]), None, None)
+        for p in launches:
+            flags = [k.lower() for k in ("STATE", "NEXT", "DSTATE", "DNEXT") if p.constants.get(k)]
+            layout = f"inner={'c' if channels_last else 'p'}"
+            found.append(direct_variant(p, p.call.operation, dtype, layout, *flags))
         zero = (0, 0, 0)
         for n in (
             Normalisation("group_norm_silu", 2, 1, 128, 32, (1, 512, 512), zero, zero, channels_last, 1e-6, "silu", True, True),
             Normalisation("rms_norm_silu", 3, 1, 384, 1, (5, 60, 104), zero, zero, channels_last, 0.0, "silu", True, False),
         ):
             found += normalisation_variants(n, dtype, device)
-<<<<<<< HEAD
-    for own in (False, True):
-        for p in prepare_quantize(1 << 20, dtype, own):
-            found.append(direct_variant(p, "quantize", dtype, *(["own"] if own else [])))
-=======
     found += [direct_variant(p, "quantize", dtype) for p in prepare_quantize(1 << 20, dtype, True) if p]
->>>>>>> 761808e (The code gate has both kernels of rounding to fp8)
     return {v.name: dataclasses.replace(v, call=None) for v in found}
 
 

@@ -268,7 +268,7 @@ def test_borders_streams_and_sequences_are_on_record():
     found = {name: known[name] for name in listed if " with=" not in name}
     kernels = {(name.split()[1], mark) for name in found for mark in name.split()[3:] if not re.search(r"\d", mark)}
     modes = ("reflect", "replicate", "circular")
-    wanted = itertools.product(("gather", "packed", "wgrad", "depthwise", "depthwise_wgrad", "add_borders"), modes)
+    wanted = itertools.product(("gather", "packed", "wgrad", "strip", "strip_wgrad", "add_borders"), modes)
     assert kernels >= {*wanted, ("gather", "state"), ("gather", "next"), ("causal", "state"), ("causal_dgrad", "dstate")}
     words = {word for name in found for word in name.split()}
     assert words >= {"causal_wgrad", "causal_step", "quantize", "normalise", "normalise_gradient"}

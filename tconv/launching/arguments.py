@@ -197,7 +197,8 @@ def prepared(
         pointers += _dtypes(epilogue, dtype, operands)
     assert POINTERS[0] in kernel.arg_names or splits > 1 or not epilogue, "a kernel without an epilogue"
     if POINTERS[0] in kernel.arg_names:
-        constants = constants | (epilogue if splits == 1 else NONE).constants()
+        own_epilogue = epilogue if splits == 1 else NONE
+        constants = constants | own_epilogue.constants() | fusing(own_epilogue)
     if BESIDE[0] in kernel.arg_names:
         if not constants["NEXT"]:
             constants = constants | dict.fromkeys(BESIDE)
@@ -260,7 +261,13 @@ def sum_constants(dims: int, vec: int, dependent: bool, epilogue: Epilogue = NON
         epilogue: what is done with the sums before they are written.
     """
     constants = {"DIMS": dims, "VEC": vec, "DEPENDENT": dependent, "INTERPRET": interpreted(), "BLOCK": 1024}
-    return constants | epilogue.constants() | {"num_warps": 4, **FUSED} | dependently(dependent)
+    return constants | epilogue.constants() | {"num_warps": 4, **fusing(epilogue)} | dependently(dependent)
+
+
+def fusing(epilogue: Epilogue) -> dict[str, bool]:
+    """Returns FUSED, unless each step of an epilogue is rounded: the compiler would fuse a product, rounded to 16 bits, and a
+    sum of 16 bits into one instruction without that rounding."""
+    return {"enable_fp_fusion": False} if epilogue.stepwise else FUSED
 
 
 def dependently(dependent: bool) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def collect(arch: str, quick: bool) -> dict[str, Any]:
 # activation, and all steps.
 EPILOGUES = {
     "gather": "resnet50_l2_3x3", "tma": "resnet50_l2_3x3", "packed": "resnet50_stem_7x7s2", "strip": "convnext_b_dw7_128_56",
-    "rows": "sdxl_vae_conv_out_k3", "depthwise": "convnext_b_dw7_128_56",
+    "rows": "sdxl_vae_conv_out_k3", "depthwise": "convnext_b_dw7_128_56", "persistent": "resnet50_l1_3x3",
 }  # fmt: skip
 
 

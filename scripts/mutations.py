@@ -115,6 +115,7 @@ MUTATIONS = [
     Mutation("runs that overhang dy's end where x goes on", "kernels/common.py", "tl.where(extent + shift >= read, 0", "tl.where(extent + shift >= 0, 0", "spoils", "test_tma.py"),
     Mutation("runs past an end that x passes", "planning/tma.py", "or ends_with_x(p, d)", "or True", "spoils", "test_tma.py"),
     Mutation("a program per tile where programs stay", "planning/persistent.py", "min(device.units, self.programs(p, pass_, tile) * splits)", "self.programs(p, pass_, tile) * splits", "program_per_multiprocessor", "test_persistent.py"),
+    Mutation("a tile's end is hidden by a loop that is shorter", "planning/cost.py", "max(0.0, work.beside - products / waves) / 2", "0.0", "hidden_as_far", "test_persistent.py"),
     Mutation("wgmma where it is not", "planning/persistent.py", "device.generation == 9", "device.generation >= 9", "devices_and_tiles", "test_persistent.py"),
     Mutation("bf16 cut off instead of rounded", "kernels/common.py", "(bits + 0x7FFF", "(bits", "every_dtype"),
     Mutation("a piece of fp32 dropped", "kernels/common.py", "step = dot(al, bh, step", "step = dot(al * 0, bh, step", "sums", "test_split_precision.py"),

@@ -28,6 +28,8 @@ ROWS = [
     ("test_tma", r"spoils_no_weight_gradient\[(padded|two-taps|three-taps).*nan", "runs that overhang either end, or neither"),
     ("test_tma", r"test_default_layout_is_copied|test_infinity|test_refusals|refused", "copies, refusals"),
     ("test_persistent", r"test_every_case\[(1-D|groups|transposed)|order\[[12]\]|infinity|refus", "warps in two orders"),
+    ("test_persistent", r"test_every_case\[by-turns,-(1-D|pointwise|groups|transposed)|handed", "teams that take turns"),
+    ("test_persistent", r"every_epilogue\[(all steps, by turns\]|an argument|nothing)|round_at", "their epilogues"),
     ("test_rows", r"test_every_case\[(plain|rows-sh|transposed,-(a-stem|by-threes\W|gaps)).*contig", "few written channels"),
     ("test_rows", r"test_the_default_layout.*bfloat|overlap|not_finite|refused", "read along rows, tiles, infinities"),
     ("test_persistent", r"every_weight_gradient\[(1-D|2-D|3-D|groups|one-image)|spoils.*\[(padded|two-taps)", "their wgrad"),

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -51,6 +52,7 @@ BOXES = oracle.Case("boxes", (2, 192, 8, 8), 64, (3, 3), padding=1)
 
 
 TURNS = oracle.Case("more boxes than slots", (2, 136, 8, 16), 64, (1, 3), padding=(0, 1))
+TILES = oracle.Case("five tiles of three steps", (5, 64, 8, 16), 64, (1, 3), padding=(0, 1))
 PIXELS = oracle.Case("boxes of two extents", (4, 72, 16, 16), 64, (1, 2), padding=(0, 1))
 
 
@@ -60,6 +62,8 @@ class Call:
 
     Attributes:
         sliced: whether w is part of a tensor with four channels more, so that 8 bytes of it are aligned, but not 16.
+        units: multiprocessors of the device, of which a program that stays has several tiles.
+        more: of an epilogue; a residual where `residual` is true.
     """
 
     kernel: object
@@ -68,13 +72,24 @@ class Call:
     of: str = ""
     channels_last: bool = True
     sliced: bool = False
+    units: int = 132
+    residual: bool = False
+    more: dict = dataclasses.field(default_factory=dict)
 
     def run(self):
+        planned = dataclasses.replace(launch.device_of(torch.empty(0)), units=self.units)
+        with mock.patch.object(launch, "device_of", return_value=planned):
+            self.on_device()
+
+    def on_device(self):
         x, w, b = oracle.tensors(self.case, torch.bfloat16, "cpu", self.channels_last)
         if self.sliced:
             w = oracle.to_channels_last(torch.cat([w, w[:, :4]], 1))[:, :-4]
+        more = dict(self.more)
+        if self.residual:  # of the result's shape, which is x's here
+            more["residual"] = torch.randn_like(x)
         with tconv.force(**self.plan):
-            y = TF.conv2d(x.requires_grad_(), w.requires_grad_(), b.requires_grad_(), **self.case.arguments)
+            y = TF.conv2d(x.requires_grad_(), w.requires_grad_(), b.requires_grad_(), **self.case.arguments, **more)
             if self.of:
                 torch.autograd.grad(y, {"x": x, "w": w, "b": b}[self.of], torch.ones_like(y))
 
@@ -174,7 +189,18 @@ CALLS = {
     "strip": Call(strip.strip, DEPTHWISE, {"kernel": "strip"}),
     "strip_wgrad": Call(strip.strip_wgrad, DEPTHWISE, {"kernel": "strip_wgrad"}, "w"),
     "tma": Call(tma.tma, BOXES, {"kernel": "tma"}),
-    "persistent": Call(persistent.persistent, TURNS, {"kernel": "persistent"}),
+    "persistent": Call(persistent.persistent, TURNS, {"kernel": "persistent", "tile": Tile(128, 128, 64, 8, 6)}),
+    "persistent by turns": Call(
+        persistent.persistent, TILES, {"kernel": "persistent", "tile": Tile(128, 64, 64, 4, 2)}, units=1
+    ),
+    "persistent with a residual": Call(
+        persistent.persistent,
+        TILES,
+        {"kernel": "persistent", "tile": Tile(128, 128, 64, 8, 2)},
+        units=1,
+        residual=True,
+        more={"activation": "silu"},
+    ),
     "persistent_wgrad": Call(
         persistent.persistent_wgrad, PIXELS, {"kernel": "persistent_wgrad", "tile": Tile(128, 128, 64, 8, 2), "splits": 2}, "w"
     ),
@@ -196,6 +222,7 @@ CALLS = {
 }
 OUTSIDE, MISALIGNED = "(reads|writes) .* out of bounds", "(reads|writes|copies) .* misaligned"
 OVERLAPPING = "writes .* (not as|where) another (program|thread)"
+LATE, BUSY, UNORDERED = "is still writing", "is still reading", "since the last barrier"
 SOURCES = [  # call, mistake, words of the fault, what stands on the line that it names, (old, new) ...
     ("gather", "the padding is read", OUTSIDE, "xv = tl.load", ("mask=lead(ok, X_FLIP) & trail(tail", "mask=trail(tail")),
     ("gather", "channels past the last are read", OUTSIDE, "wv = tl.load",
@@ -275,10 +302,27 @@ SOURCES = [  # call, mistake, words of the fault, what stands on the line that i
     ("quantize", "numbers past the last are read", OUTSIDE, "v = tl.load",
      ("(x_ptr + i, mask=mask, other=0.0)", "(x_ptr + i)")),
     ("quantize", "numbers past the last are written", OUTSIDE, "tl.store", ("q, mask=mask)", "q)")),
+    ("persistent by turns", "a team does not wait for its turn", "that nothing wrote", "warpgroup_mma(",
+     ("mbarrier.wait(turns.index(team), turn)", "pass")),
+    ("persistent by turns", "a team never hands over", "waits for ever", "mbarrier.wait(turns",
+     ("mbarrier.arrive(turns.index(1 - team), count=1)", "pass")),
+    ("persistent by turns", "a team hands over to itself", "waits for ever", "mbarrier.wait(",
+     ("mbarrier.arrive(turns.index(1 - team), count=1)", "mbarrier.arrive(turns.index(team), count=1)")),
+    ("persistent by turns", "every turn is the first", BUSY, "fetch_box(", ("turn ^= 1", "turn ^= 0")),
+    ("persistent by turns", "both teams have the first turn", "that nothing wrote", "warpgroup_mma(",
+     ("turn = team ^ 1", "turn = team * 0 + 1")),
+    ("persistent by turns", "a team takes the other's boxes", "waits for ever", "",
+     ("slot, phase = further(slot, phase, steps, SLOTS)", "pass")),
+    ("persistent with a residual", "the residual is not waited for", "was not waited for", "y_tile.load",
+     ("mbarrier.wait(fetched.index(team), box)", "pass")),
+    ("persistent with a residual", "every residual is the first", "waits for ever", "", ("box ^= 1", "box ^= 0")),
+    ("persistent with a residual", "a residual is fetched over the last result", BUSY, "fetch_box(",
+     ("tma.store_wait(0)  # the last tile's box has left\n            mbarrier.exp", "pass\n            mbarrier.exp")),
+    ("persistent with a residual", "the result is written over what is kept", BUSY, "y_tile.store",
+     ("tma.store_wait(0)  # it has left", "pass  # it has left")),
     ("persistent_wgrad", "splits share a slice", OVERLAPPING, "gl.store", ("* multiple(sws, W_VEC)", "* 0")),
     ("persistent_wgrad", "rows lie too far apart", OUTSIDE, "gl.store", ("k * multiple(swk", "k * 2 * multiple(swk")),
 ]  # fmt: skip
-LATE, BUSY, UNORDERED = "is still writing", "is still reading", "since the last barrier"
 TEXTS = [  # call, mistake, words, on the line, pattern of which the first match is changed, what it becomes
     ("gather", "copies are not waited for", LATE, "tl.dot", r"(cp\.async\.wait_group\s+)\d+", r"\1 9"),
     ("gather", "products are not waited for", BUSY, "xv = tl.load", r"(wgmma\.wait_group\.sync\.aligned )\d+", r"\1 9"),
@@ -340,6 +384,7 @@ HELPERS = {  # functions that a kernel calls, which the text of a mistake may be
         causal.columns, causal.of_state, causal.store_columns, causal.read_by, causal.write_outputs, causal.write_next_states,
     ),
     causal.causal_dgrad: (causal.write_state_gradients,),
+    persistent.persistent: (persistent.multiply, persistent.part),
     persistent.persistent_wgrad: (persistent.multiply_pixels,),
     reduce.sum_pixels: (common.pixels_of_sum,),
 }  # fmt: skip

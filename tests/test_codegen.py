@@ -255,10 +255,12 @@ def test_an_epilogue_leaves_the_main_loop_alone():
         assert row["spills"] == row["stack_bytes"] == 0
         assert row["store_bytes"] >= alone["store_bytes"], name
         assert row["narrow_loads"] <= alone["narrow_loads"], name
-        assert row["loop_instructions"] <= alone["loop_instructions"] + 1, name
+        more = 3 if name.split()[1] == "persistent" else 1
+        assert row["loop_instructions"] <= alone["loop_instructions"] + more, name
         assert alone["loop_waits"] in (None, row["loop_waits"]), name  # of old rows it is not known
         if alone["tma_loads"]:  # the result is stored as a box, as without an epilogue, and the residual is loaded as one
-            assert (row["stores"], row["tma_loads"]) == (0, alone["tma_loads"] + 1), name
+            teams = 2 if " persistent " in name and " w4 " in name else 1  # that take turns; each has its own code
+            assert (row["stores"], row["tma_loads"]) == (0, alone["tma_loads"] + teams), name
 
 
 def test_borders_streams_and_sequences_are_on_record():

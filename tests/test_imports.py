@@ -123,6 +123,7 @@ HELPERS = {
     "common": (), "epilogue": ("tconv.kernels.common",), "normalise": ("tconv.kernels.common", "tconv.kernels.epilogue"),
     "causal": ("tconv.kernels.common", "tconv.kernels.epilogue.activated", "tconv.kernels.epilogue.gradient"),
     "tma": ("tconv.kernels.common", "tconv.kernels.epilogue"),
+    "persistent": ("tconv.kernels.common", "tconv.kernels.epilogue", "types"),
 }  # fmt: skip
 
 

@@ -13,24 +13,29 @@ import torch
 
 import tconv
 from tconv import functional as TF
+from tconv.dispatch.steps import Steps, followed
 from tconv.launching import launch
 from tconv.launching.cache import BoundedCache
 from tconv.launching.memory_format import shaped
 from tconv.launching.prepare import prepare_gather
 from tconv.planning.cost import LAUNCH, OVERLAP, PACE, START
 from tconv.planning.device import ARCHITECTURES, DEVICES
+from tconv.planning.epilogue import Epilogue
 from tconv.planning.families import FAMILIES
-from tconv.planning.persistent import TURN
+from tconv.planning.persistent import HANDOVER, PERSISTENT_16, TURN, shared_bytes
 from tconv.planning.problem import forward_problem
 from tconv.planning.tiles import Access, Tile
 from tconv.planning.tma import weight_box
 from tests import oracle
+from tests.test_epilogues import check as check_epilogue
 from tests.test_tma import SPARED, check_spared
 
 ROOT = pathlib.Path(__file__).parent.parent
 H200, A100, B200 = DEVICES["H200"], DEVICES["A100"], ARCHITECTURES["sm_100"][3]
 PERSISTENT = FAMILIES["persistent"]
 SQUARE, WIDE, TALL = Tile(128, 128, 64, 8, 6), Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
+# Whose warpgroups take tiles by turns.
+TURNS, LONG, SMALL = Tile(128, 128, 64, 4, 5), Tile(256, 64, 64, 4, 4), Tile(128, 64, 64, 4, 7)
 CASES = [
     (oracle.Case("1-D, padding beyond the kernel", (3, 72, 45), 136, (3,), padding=5), SQUARE),
     (oracle.Case("2-D, every parameter differs", (6, 80, 9, 7), 72, (2, 3), padding=(3, 1), dilation=(3, 2)), SQUARE),
@@ -40,6 +45,13 @@ CASES = [
     (oracle.Case("two slots", (3, 64, 8, 16), 64, (3, 1), padding=(1, 0)), Tile(128, 128, 64, 8, 2)),
     (oracle.Case("groups", (3, 256, 8, 16), 256, (1, 2), groups=2), SQUARE),
     (oracle.Case("transposed", (3, 72, 9, 7), 136, (2, 1), padding=1, transposed=True), SQUARE),
+    (oracle.Case("by turns, 1-D, padding beyond the kernel", (3, 72, 45), 136, (3,), padding=5), TURNS),
+    (oracle.Case("by turns, 2-D, every parameter differs", (6, 80, 9, 7), 72, (2, 3), padding=(3, 1), dilation=(3, 2)), TURNS),
+    (oracle.Case("by turns, 3-D", (2, 64, 18, 3, 5), 72, (2, 2, 2), padding=(1, 0, 1), dilation=(2, 1, 2)), SMALL),
+    (oracle.Case("by turns, pointwise, tiles of 256 pixels", (2, 136, 17, 33), 72, (1, 1)), LONG),
+    (oracle.Case("by turns, two slots", (3, 64, 8, 16), 64, (3, 1), padding=(1, 0)), dataclasses.replace(TURNS, stages=2)),
+    (oracle.Case("by turns, groups", (3, 128, 8, 16), 128, (1, 2), groups=2), SMALL),
+    (oracle.Case("by turns, transposed", (3, 72, 9, 7), 136, (2, 1), padding=1, transposed=True), TURNS),
 ]
 IDS = [str(case) for case, _ in CASES]
 WGRAD, HIGH, BROAD = Tile(128, 128, 64, 8, 6), Tile(256, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)
@@ -82,6 +94,46 @@ def check(case, tile, dtype, device, only=("y", "dx")):
 def test_every_case(case, tile, small, poisoned):
     calls = check(case, tile, torch.bfloat16, small)
     assert max(c.plan.cost.programs for c in calls) > 2, "some program computes several tiles"
+
+
+SEVERAL = oracle.Case("several tiles each", (3, 72, 8, 16), 136, (1, 2))
+UPSIDE = oracle.Case("transposed", (3, 72, 9, 7), 136, (2, 1), padding=1, transposed=True)
+GROUPS = oracle.Case("groups", (3, 128, 8, 16), 128, (1, 2), groups=2)
+ALL = {"activation": "relu", "residual": "before", "scale": True, "shift": True}
+ENDS = {  # case, tile, epilogue, whether the activation's argument is kept
+    "all steps": (SEVERAL, WIDE, ALL, False),
+    "all steps, by turns": (SEVERAL, TURNS, ALL, False),
+    "all steps, by turns, transposed": (UPSIDE, TURNS, ALL, False),
+    "all steps, by turns, groups": (GROUPS, SMALL, ALL, False),
+    "a residual last, by turns": (SEVERAL, LONG, ALL | {"residual": "after"}, False),
+    "an argument kept": (SEVERAL, SQUARE, {"activation": "silu"}, True),
+    "an argument with a residual kept": (SEVERAL, SQUARE, ALL | {"activation": "silu"}, True),
+    "an argument kept, and a residual last": (SEVERAL, SQUARE, ALL | {"activation": "gelu", "residual": "after"}, True),
+    "nothing kept": (SEVERAL, TALL, {"activation": "silu", "residual": "after"}, False),
+    "nothing kept, by turns": (SEVERAL, TURNS, {"activation": "silu", "scale": True}, False),
+}
+
+
+@pytest.mark.parametrize(("case", "tile", "how", "kept"), ENDS.values(), ids=ENDS)
+def test_every_epilogue(case, tile, how, kept, small, poisoned):
+    more = {} if kept else {"recompute": True}
+    calls = check_epilogue(case, how, torch.bfloat16, small, True, {"kernel": "persistent", "tile": tile}, **more)
+    plan = calls[0].plan
+    assert (plan.kernel, plan.tile) == ("persistent", tile)
+    assert plan.cost.programs > 2, "some program computes several tiles"
+
+
+@pytest.mark.parametrize("tile", [SQUARE, TURNS], ids=["shared", "by turns"])
+def test_an_epilogue_may_round_at_each_step(tile, small):
+    """Its bits are those of the sequence, and those of both schedules are the same."""
+    x, w, b = oracle.tensors(SEVERAL, torch.bfloat16, small, channels_last=True)
+    with tconv.force(kernel="persistent", tile=SQUARE):
+        y = TF.conv2d(x, w, b)
+    given = {"scale": torch.randn(136).bfloat16(), "shift": torch.randn(136).bfloat16(), "residual": torch.randn_like(y)}
+    with tconv.force(kernel="persistent", tile=tile):
+        assert torch.equal(TF.conv2d(x, w, b), y)
+        got = TF.conv2d(x, w, b, stepwise=True, **given)
+    assert torch.equal(got, followed(y, Steps(**given), 2))
 
 
 def check_weights(case, tile, splits, dtype, device, channels_last=True):
@@ -148,7 +200,36 @@ def test_warps_run_in_any_order(seed, small, poisoned, request):
     case, tile = oracle.Case("", (3, 72, 8, 16), 136, (1, 2)), dataclasses.replace(SQUARE, stages=2 + seed % 3)
     with simulator.checking(simulator.Options(seed=seed)):
         check(case, tile, torch.bfloat16, small, only=("y",))
+        check(case, dataclasses.replace(TURNS, stages=2 + seed % 3), torch.bfloat16, small, only=("y",))
         check_weights(case, tile, 2, torch.bfloat16, small)
+
+
+@pytest.mark.parametrize("units", [1, 4, 5, 9])
+def test_tiles_are_handed_from_team_to_team(units, small, poisoned, monkeypatch):
+    """Nine tiles: of one program; three or two of each; two or one; one of each, so that a team has nothing to do."""
+    planned = launch.device_of(torch.empty(0, device=small))
+    monkeypatch.setattr(launch, "device_of", lambda tensor: dataclasses.replace(planned, units=units))
+    case = oracle.Case("", (9, 64, 8, 17), 64, (1, 2))
+    (call,) = check(case, dataclasses.replace(SMALL, stages=3), torch.bfloat16, small, only=("y",))
+    assert call.plan.cost.programs == 9
+
+
+def test_what_passes_through_shared_memory_is_counted_as_priced(small, request):
+    """Bytes that boxes fill and products read, for tiles of both schedules."""
+    if not request.config.getoption("--compiled", None):
+        pytest.skip("the simulator counts")
+    import simulator
+
+    case = oracle.Case("", (4, 128, 8, 16), 64, (1, 1))
+    x, w, _ = oracle.tensors(case, torch.bfloat16, small, channels_last=True)
+    for tile in (SQUARE, TURNS, SMALL, LONG):
+        with tconv.force(kernel="persistent", tile=tile), simulator.profile() as counts:
+            y = TF.conv2d(x, w)
+        (kernel,) = counts.kernels
+        tiles = 4 * 128 // tile.m
+        stored = tiles * tile.m * tile.n * 2
+        assert kernel.wgmma_bytes + kernel.boxes - stored == tiles * 2 * shared_bytes(tile, 2), tile
+        assert y.shape == (4, 64, 8, 16)
 
 
 def test_a_repeated_call_gives_the_same_bits(small, poisoned):
@@ -158,6 +239,11 @@ def test_a_repeated_call_gives_the_same_bits(small, poisoned):
     with tconv.force(kernel="persistent"), torch.no_grad():
         first, *others = (TF.conv2d(x, w, b) for _ in range(3))
     assert all(torch.equal(first, other) for other in others)
+    residual = torch.randn_like(first)
+    with tconv.force(kernel="persistent"), torch.no_grad():
+        ended, *others = (TF.conv2d(x, w, b, activation="relu", residual=residual) for _ in range(3))
+    assert all(torch.equal(ended, other) for other in others)
+    torch.testing.assert_close(ended, torch.relu(first + residual), rtol=2**-6, atol=2**-4)
     w.requires_grad_()
     y = TF.conv2d(x, w)
     with tconv.force(kernel="persistent_wgrad", splits=2):
@@ -193,7 +279,7 @@ REFUSED = {
     "a strided transposed layer": (oracle.Case("", (1, 64, 6, 6), 64, (3, 3), stride=2, transposed=True), "strided dgrad"),
     "channels that are no multiple of 16 bytes": (oracle.Case("", (1, 12, 6, 6), 64, (3, 3)), "multiples of 16 bytes"),
     "a result whose channels are not": (oracle.Case("", (1, 64, 6, 6), 12, (3, 3)), "multiples of 16 bytes"),
-    "groups of parts of tiles": (oracle.Case("", (1, 128, 6, 6), 128, (3, 3), groups=2), "no tile fits"),
+    "groups of parts of tiles": (oracle.Case("", (1, 128, 6, 6), 192, (3, 3), groups=2), "no tile fits"),
 }
 
 
@@ -252,8 +338,10 @@ def test_what_devices_and_tiles_it_is_for():
     for device in (A100, B200):
         assert "no wgmma" in PERSISTENT.why_illegal(SQUARE, 2, device)
     assert "2 bytes an element" in PERSISTENT.why_illegal(SQUARE, 4, H200)
-    for change in ({"warps": 4}, {"n": 64}, {"m": 512}, {"k": 32}, {"stages": 1}):
-        assert "want 8 warps" in PERSISTENT.why_illegal(dataclasses.replace(SQUARE, **change), 2, H200), change
+    assert PERSISTENT.why_illegal(TURNS, 2, H200) is None
+    assert "with the result's" in PERSISTENT.why_illegal(dataclasses.replace(TURNS, stages=6), 2, H200)
+    for change in ({"warps": 2}, {"n": 64}, {"m": 512}, {"k": 32}, {"stages": 1}):
+        assert "want 4 or 8 warps" in PERSISTENT.why_illegal(dataclasses.replace(SQUARE, **change), 2, H200), change
     assert "bytes of shared memory with the result's" in PERSISTENT.why_illegal(dataclasses.replace(WIDE, stages=4), 2, H200)
 
 
@@ -273,7 +361,7 @@ def plan(problem, device, pass_="fprop"):
 
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad"])
 def test_the_planner_prefers_it_for_several_tiles_per_multiprocessor(pass_):
-    large, small_ = dense(64, 56), dense(32, 14)
+    large, small_ = dense(64, 56), dense(16, 14)
     assert plan(large, H200, pass_).kernel == "persistent"
     assert plan(large, H200, pass_).cost.waves >= 3
     assert plan(small_, H200, pass_).kernel == "tma"
@@ -299,6 +387,38 @@ def test_a_tile_after_the_first_costs_a_turn():
     parts = sum(seconds**OVERLAP for _, seconds in cost.parts) ** (1 / OVERLAP)
     first = PACE * PERSISTENT.outside(p, WIDE, Access(2, True)) / H200.limits.clock
     assert cost.seconds == pytest.approx(LAUNCH + START + PERSISTENT.start + first + (cost.waves - 1) * TURN + parts)
+
+
+def test_by_turns_the_end_of_a_tile_is_hidden_as_far_as_a_loop_lasts():
+    for p, hidden in (
+        (dense(64, 56), True),
+        (forward_problem((64, 64, 56, 56), (64, 64, 1, 1), (1, 1), ((0, 0),) * 2, (1, 1), 1), False),
+    ):
+        with tconv.force(kernel="persistent", tile=SMALL):
+            cost = plan(p, H200).cost
+        loop = dict(cost.parts)["products"] / cost.waves
+        assert (loop > TURN) is hidden
+        turn = HANDOVER + max(0, TURN - loop) / 2
+        parts = sum(seconds**OVERLAP for _, seconds in cost.parts) ** (1 / OVERLAP)
+        first = PACE * PERSISTENT.outside(p, SMALL, Access(2, True)) / H200.limits.clock
+        assert cost.seconds == pytest.approx(LAUNCH + START + PERSISTENT.start + first + (cost.waves - 1) * turn + parts)
+
+
+def test_by_turns_is_for_short_loops():
+    short, long = dense(64, 56, 64), dense(64, 56, 512)
+    assert plan(short, H200).kernel == plan(long, H200).kernel == "persistent"
+    assert (plan(short, H200).tile.warps, plan(long, H200).tile.warps) == (4, 8)
+
+
+def test_a_tile_is_offered_with_the_epilogues_that_it_has_registers_for():
+    def tiles(**how):
+        return PERSISTENT.tiles(Access(2, True, epilogue=Epilogue(**how)))
+
+    assert tiles() == tiles(activation="silu", scale=True) == PERSISTENT_16
+    assert tiles(activation="relu", residual="before", shift=True) == PERSISTENT_16
+    for how in ({"residual": "after"}, {"kept": True}, {"stepwise": True}):
+        assert tiles(activation="silu", **how) == (SQUARE,), how
+    assert tiles(activation="gelu") == (SQUARE,)
 
 
 @pytest.mark.parametrize(("images", "programs"), [(64, 132), (1, 4)])

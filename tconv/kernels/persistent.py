@@ -6,12 +6,19 @@ and for how long:
 - A program stays on its multiprocessor and computes every so manieth tile. tma.py starts a program for each tile.
 - One warp does nothing but tell the tensor memory accelerator (TMA) which boxes to fetch, into a ring of slots in shared
   memory. It runs ahead of the products, into the next tile too: its boxes arrive while the last tile is stored.
-- Two warpgroups, called consumers, multiply. They share a tile: each has half of its channels, all of its pixels. While the
-  tensor cores work on one product, the consumers issue the next.
+- Two warpgroups, called consumers, multiply. While the tensor cores work on one product, the consumers issue the next. They may
+  share a tile: each has half of its channels, all of its pixels.
 - Two mbarriers per slot hand it over: at `ready` TMA counts the bytes that it has written, at `empty` the consumers report
   that the product has been computed.
 
-fprop and dgrad always store the result as a box.
+In fprop and dgrad consumers may also be two teams of a warpgroup each (TEAMS), which take tiles by turns ("ping-pong"): while
+one multiplies, the other ends its tile. The boxes of their tiles follow each other in one ring, so a team skips those of the
+other's tile. It waits for its turn (`turns`) until the other has issued its last product. Without that order it would take a
+slot's phase for that of a later box: an mbarrier tells one phase from the next, but not from the one after that.
+
+fprop and dgrad always store the result as a box, and end with the steps of epilogue.py. A residual is fetched as a box too, to
+where the result's box will be, while the tile is multiplied. What is kept for the gradient is stored from there before the
+result is. No GPU has timed any of it.
 
 wgrad's tiles are those of tma.py: a filter tap of some output and input channels, over one split of the pixels. Its boxes have
 several pixel extents where these cover dy with fewer zeros, since here both operands go from any box straight to the tensor
@@ -22,6 +29,7 @@ Triton's interpreter does not run Gluon, so these kernels are tested as compiled
 """
 
 import functools
+import types
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,10 +41,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tconv.kernels import common
+from tconv.kernels import common, epilogue
 
-# As functions of Gluon's, since in the interpreter those of common.py are none that a compiled kernel may call.
-multiple, overhanging = gluon.jit(common.multiple.fn), gluon.jit(common.overhanging.fn)
+
+@functools.cache
+def in_gluon(fn):
+    """Returns a device function of Triton's, and whatever it calls, as Gluon's.
+
+    In the interpreter those of common.py and epilogue.py are none that a compiled kernel may call.
+    """
+    known = fn.fn.__globals__
+    named = {name: known[name] for name in fn.fn.__code__.co_names if isinstance(known.get(name), type(common.lead))}
+    called = known | {name: in_gluon(other) for name, other in named.items()}
+    return gluon.jit(functools.wraps(fn.fn)(types.FunctionType(fn.fn.__code__, called)))
+
+
+multiple, overhanging = in_gluon(common.multiple), in_gluon(common.overhanging)
+before_activation, from_activation = in_gluon(epilogue.before_activation), in_gluon(epilogue.from_activation)
 fetch_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names in Triton 3.9, and before
 store_box = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
@@ -92,25 +113,52 @@ def fetch(
 
 
 @gluon.jit
+def further(slot, phase, steps, SLOTS: gl.constexpr):
+    """Returns the slot and its phase so many steps further in the ring."""
+    slot += steps
+    return slot % SLOTS, phase ^ (slot // SLOTS & 1)
+
+
+@gluon.jit
 def multiply(
-    y_desc, b_ptr, x_slots, w_slots, y_box, empty, ready, tiles, tiles_n, steps, CO, G, boxes0, boxes1, boxes2, sb,
-    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, ACC: gl.constexpr,
+    y_desc, b_ptr, scale_ptr, shift_ptr, residual_desc, kept_desc, x_slots, w_slots, y_boxes, empty, ready, turns, fetched,
+    tiles, tiles_n, steps, CO, G, boxes0, boxes1, boxes2, sb,
+    TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, ACC: gl.constexpr, ACTIVATION: gl.constexpr, SLOPE: gl.constexpr,
+    SCALE: gl.constexpr, SHIFT: gl.constexpr, RESIDUAL: gl.constexpr, STEPWISE: gl.constexpr, KEPT: gl.constexpr,
     BN: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, SLOTS: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, TEAMS: gl.constexpr, team,
 ):  # fmt: skip
-    """What the consumers do: a tile's products, in an accumulator [channels, pixels], and its end."""
+    """What a team of consumers does: a tile's products, in an accumulator [channels, pixels], and its end.
+
+    Args:
+        turns: per team, an mbarrier at which the other team hands the tensor cores over.
+        fetched: per team, an mbarrier at which TMA counts the bytes of the residual's box.
+        team: the number of this one.
+    """
     BLOCK_M: gl.constexpr = BN * B0 * B1 * B2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
-    slot = 0
-    phase = 0
+    dtype: gl.constexpr = y_desc.dtype
+    y_box = y_boxes.index(team)
+    y_tile = y_box.reshape([BLOCK_M, BLOCK_N]).permute((1, 0))
+    slot, phase = further(0, 0, team * steps, SLOTS)
     last = 0  # the slot before
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    turn = team ^ 1  # as above: team 0 has the first turn
+    box = 0
+    for tile in range(gl.program_id(0) + team * gl.num_programs(0), tiles, TEAMS * gl.num_programs(0)):
         group, o_first, image, j0, j1, j2 = place(tile, tiles_n, G, boxes0, boxes1, boxes2, BN, B0, B1, B2, BLOCK_N)
+        where = [image, j0, j1, j2, group * CO + o_first]
+        o = o_first + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
         if HAS_BIAS:
-            o = o_first + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
             bias = gl.load(b_ptr + (group * CO + o) * sb, mask=o < CO, other=0.0)
+        if RESIDUAL != "":
+            tma.store_wait(0)  # the last tile's box has left
+            mbarrier.expect(fetched.index(team), y_desc.block_type.nbytes)
+            fetch_box(residual_desc, where, fetched.index(team), y_box)
         acc = gl.zeros((BLOCK_N, BLOCK_M), ACC, layout)
-        for step in range(steps):
+        if TEAMS > 1:
+            mbarrier.wait(turns.index(team), turn)
+            turn ^= 1
+        for i in range(steps):
             if TRANSPOSED:
                 wv = w_slots.index(slot).reshape([BLOCK_K, BLOCK_N]).permute((1, 0))
             else:
@@ -119,69 +167,110 @@ def multiply(
             mbarrier.wait(ready.index(slot), phase)
             acc = warpgroup_mma(wv, xv, acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-            mbarrier.arrive(empty.index(last), count=1, pred=step > 0)
+            mbarrier.arrive(empty.index(last), count=1, pred=i > 0)
             last = slot
             slot += 1
             if slot == SLOTS:
                 slot = 0
                 phase ^= 1
+        if TEAMS > 1:
+            mbarrier.arrive(turns.index(1 - team), count=1)  # the other team's products follow the last one
+            slot, phase = further(slot, phase, steps, SLOTS)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index(last), count=1)
         if HAS_BIAS:
             acc += gl.expand_dims(bias.to(ACC), 1)
-        tma.store_wait(0)  # the last tile's box has left
-        y_box.reshape([BLOCK_M, BLOCK_N]).permute((1, 0)).store(acc.to(y_desc.dtype))
+        if RESIDUAL != "":
+            mbarrier.wait(fetched.index(team), box)
+            box ^= 1
+            more = y_tile.load(layout).to(ACC)
+        else:
+            more = None
+            tma.store_wait(0)  # the last tile's box has left
+        acc = before_activation(
+            acc, more, group * CO + o, o < CO, scale_ptr, shift_ptr, dtype,
+            ACTIVATION, SCALE, SHIFT, RESIDUAL, STEPWISE, False, True,
+        )  # fmt: skip
+        if KEPT:
+            y_tile.store(acc.to(dtype))
+            fence_async_shared()
+            store_box(kept_desc, where, y_box)
+            tma.store_wait(0)  # it has left, and the result may take its place
+        acc = from_activation(acc, more, dtype, ACTIVATION, SLOPE, RESIDUAL, STEPWISE, False)
+        y_tile.store(acc.to(dtype))
         fence_async_shared()
-        store_box(y_desc, [image, j0, j1, j2, group * CO + o_first], y_box)
+        store_box(y_desc, where, y_box)
     tma.store_wait(0)
 
 
 @gluon.jit
-def slot_barriers(SLOTS: gl.constexpr):
-    """Returns the slots' mbarriers (empty, ready), each for one arrival a phase."""
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(empty.index(slot), count=1)
-        mbarrier.init(ready.index(slot), count=1)
-    return empty, ready
+def barriers(COUNT: gl.constexpr):
+    """Returns new mbarriers, each for one arrival a phase."""
+    found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(found.index(i), count=1)
+    return found
+
+
+@gluon.jit
+def part(multiplying, fetching, TEAMS: gl.constexpr):
+    """Parts the warps: each team does `multiply`, whose last argument is its number, and one more warp `fetch`.
+
+    That warp needs few registers. Consumers get 240 each.
+    """
+    if TEAMS == 2:
+        gl.warp_specialize(
+            [(multiply, multiplying + (gl.to_tensor(0),)), (multiply, multiplying + (gl.to_tensor(1),)), (fetch, fetching)],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize([(multiply, multiplying + (gl.to_tensor(0),)), (fetch, fetching)], [1], [24])
 
 
 @functools.partial(common.kernel, jit=gluon.jit)
 def persistent(
     x_desc, w_desc, b_ptr, y_desc,
+    scale_ptr, shift_ptr,  # for the epilogue (epilogue.py), or None
+    residual_ptr, kept_ptr,  # the same: descriptors, of boxes like the result's
     N, CI, CO, G,
     Y0, Y1, Y2, T0, T1, T2,  # extents: written, taps
     D0, D1, D2, P0, P1, P2,  # dilation, leading padding
     sb,
     TRANSPOSED: gl.constexpr, HAS_BIAS: gl.constexpr, ACC: gl.constexpr,
+    ACTIVATION: gl.constexpr, SLOPE: gl.constexpr, SCALE: gl.constexpr, SHIFT: gl.constexpr, RESIDUAL: gl.constexpr,
+    STEPWISE: gl.constexpr, KEPT: gl.constexpr,  # the epilogue
     BN: gl.constexpr, B0: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr,  # the box: images, and pixels per dimension
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, SLOTS: gl.constexpr,
+    TEAMS: gl.constexpr,  # of consumers: 2 that take tiles by turns, or 1 that shares them
 ):  # fmt: skip
     x_slots = gl.allocate_shared_memory(x_desc.dtype, [SLOTS] + x_desc.block_type.shape, x_desc.layout)
     w_slots = gl.allocate_shared_memory(w_desc.dtype, [SLOTS] + w_desc.block_type.shape, w_desc.layout)
-    y_box = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_type.shape, y_desc.layout)
-    empty, ready = slot_barriers(SLOTS)
+    y_boxes = gl.allocate_shared_memory(y_desc.dtype, [TEAMS] + y_desc.block_type.shape, y_desc.layout)
+    empty = barriers(SLOTS)
+    ready = barriers(SLOTS)
+    # An mbarrier that nobody waits at would share its memory with what is allocated next.
+    turns = barriers(TEAMS) if TEAMS > 1 else empty
+    fetched = barriers(TEAMS) if RESIDUAL != "" else empty
     tiles_n = gl.cdiv(CO, BLOCK_N)
     boxes0 = gl.cdiv(Y0, B0)
     boxes1 = gl.cdiv(Y1, B1)
     boxes2 = gl.cdiv(Y2, B2)
     tiles = tiles_n * G * boxes0 * boxes1 * boxes2 * gl.cdiv(N, BN)
     steps = T0 * T1 * T2 * gl.cdiv(CI, BLOCK_K)
-    gl.warp_specialize(
-        [
-            (multiply, (
-                y_desc, b_ptr, x_slots, w_slots, y_box, empty, ready, tiles, tiles_n, steps, CO, G, boxes0, boxes1, boxes2, sb,
-                TRANSPOSED, HAS_BIAS, ACC, BN, B0, B1, B2, BLOCK_N, BLOCK_K, SLOTS,
-            )),
-            (fetch, (
-                x_desc, w_desc, x_slots, w_slots, empty, ready, tiles, tiles_n, CI, CO, G, boxes0, boxes1, boxes2,
-                T0, T1, T2, D0, D1, D2, P0, P1, P2,
-                TRANSPOSED, BN, B0, B1, B2, BLOCK_N, BLOCK_K, SLOTS,
-            )),
-        ],
-        [1],  # warps that fetch
-        [24],  # and their registers; the consumers get the others
+    part(
+        (
+            y_desc, b_ptr, scale_ptr, shift_ptr, residual_ptr, kept_ptr, x_slots, w_slots, y_boxes, empty, ready, turns,
+            fetched, tiles, tiles_n, steps, CO, G, boxes0, boxes1, boxes2, sb,
+            TRANSPOSED, HAS_BIAS, ACC, ACTIVATION, SLOPE, SCALE, SHIFT, RESIDUAL, STEPWISE, KEPT,
+            BN, B0, B1, B2, BLOCK_N, BLOCK_K, SLOTS, TEAMS,
+        ),
+        (
+            x_desc, w_desc, x_slots, w_slots, empty, ready, tiles, tiles_n, CI, CO, G, boxes0, boxes1, boxes2,
+            T0, T1, T2, D0, D1, D2, P0, P1, P2,
+            TRANSPOSED, BN, B0, B1, B2, BLOCK_N, BLOCK_K, SLOTS,
+        ),
+        TEAMS,
     )  # fmt: skip
 
 
@@ -307,7 +396,8 @@ def persistent_wgrad(
 ):  # fmt: skip
     dy_slots = gl.allocate_shared_memory(dy_desc.dtype, [SLOTS] + dy_desc.block_type.shape, dy_desc.layout)
     x_slots = gl.allocate_shared_memory(x_desc.dtype, [SLOTS] + x_desc.block_type.shape, x_desc.layout)
-    empty, ready = slot_barriers(SLOTS)
+    empty = barriers(SLOTS)
+    ready = barriers(SLOTS)
     tiles_c = gl.cdiv(C, BLOCK_C)
     tiles_k = gl.cdiv(K, BLOCK_K)
     boxes0 = gl.cdiv(Y0, B0)

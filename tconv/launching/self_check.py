@@ -3,7 +3,7 @@
 The plain kernels need nothing but loads, stores and tl.dot. TMA, specialised warps and BF16X6 rely on more: tensor descriptors
 that the driver encodes, barriers, warps that part, the order of pieces. Dependent launches rely on a wait on the device. The
 first time such a plan would be chosen on a device, a small fixed convolution runs through it and through plain kernels, every
-pass that it computes, from results that hold NaN; for dependent launches, a chain of sums whose first is slow. Up to seven
+pass that it computes, from results that hold NaN; for dependent launches, a chain of sums whose first is slow. Up to nine
 small kernels are compiled for that if Triton's cache has none. Agreement is kept on disk for that GPU, driver, torch, Triton
 and these kernels (tconv/records); disagreement, too, which bars the mechanism with one warning. This shows that the mechanism
 works, on one tile of one rank; that the kernels do, the tests show.
@@ -30,9 +30,9 @@ from tconv.launching.record import Call
 from tconv.planning.device import DEPENDENT, INTERPRETER, Device
 from tconv.planning.operands import GatherPass, Pass, WgradPass
 from tconv.planning.persistent import SPECIALISED
-from tconv.planning.plan import forced
+from tconv.planning.plan import Forced, forced, given
 from tconv.planning.problem import forward_problem
-from tconv.planning.tiles import BF16X6
+from tconv.planning.tiles import BF16X6, Tile
 from tconv.records.book import book, mechanism_line
 from tconv.records.key import machine
 
@@ -43,6 +43,8 @@ KERNELS = {  # by mechanism, the kernel of each pass that relies on it
     SPECIALISED: {"fprop": "persistent", "dgrad": "persistent", "wgrad": "persistent_wgrad"},
     BF16X6: PLAIN,
 }
+# Where a kernel's tiles are computed in several ways, one of each: by warpgroups that share it, and that take tiles by turns.
+TILES: dict[str, tuple[Tile | None, ...]] = {"persistent": (Tile(128, 128, 64, 8, 6), Tile(128, 64, 64, 4, 7))}
 # Of the largest element: two roundings to bf16; fp32 sums in two orders.
 TOLERANCE = {"tma": 2**-7, SPECIALISED: 2**-7, BF16X6: 1e-5, DEPENDENT: 0}
 # A chain of sums, each of the result of the one before: slices that each adds. The first is slow: its few programs read 32 MiB.
@@ -160,10 +162,12 @@ def _errors(device: torch.device, planned: Device, mechanism: str) -> Iterator[f
     for pass_, operands, like in (("fprop", (x, w), dy), ("dgrad", (dy, w), x), ("wgrad", (dy, x), w)):
         if pass_ not in KERNELS[mechanism]:
             continue
-        got = _result(pass_, operands, like, here, KERNELS[mechanism][pass_], BF16X6 if mechanism == BF16X6 else "")
+        kernel, precision = KERNELS[mechanism][pass_], BF16X6 if mechanism == BF16X6 else ""
         expected = _result(pass_, operands, like, planned, PLAIN[pass_], "")
-        error = ((got - expected).abs().max() / expected.abs().max()).item()
-        yield error if error == error else float("inf")
+        for tile in TILES.get(kernel, (None,)):
+            got = _result(pass_, operands, like, here, kernel, precision, tile)
+            error = ((got - expected).abs().max() / expected.abs().max()).item()
+            yield error if error == error else float("inf")
 
 
 def _chains(device: torch.device) -> Iterator[float]:
@@ -198,8 +202,13 @@ def _result(
     planned: Device,
     kernel: str,
     precision: str,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Returns the result of a pass by a kernel in a precision, in memory that held NaN. It has the shape of `like`."""
+    """Returns the result of a pass by a kernel in a precision, in memory that held NaN. It has the shape of `like`.
+
+    Args:
+        tile: None for the planner's choice.
+    """
     result = torch.empty_like(like)
     fast = like.dtype != torch.float32  # whatever torch's flag says of TF32
     first, second, third = (addressing(t) for t in (*operands, result))
@@ -209,7 +218,8 @@ def _result(
         c = WgradPass(PROBLEM, second, third, first, fast)
     else:
         c, more = GatherPass(pass_, PROBLEM, first, second, third, fast), operands[:1]  # no bias is read
-    launch = prepare_pass(c, PROBLEM, result, planned, kernel, precision)
+    with given(Forced(kernel, tile, None, None, None)):
+        launch = prepare_pass(c, PROBLEM, result, planned, kernel, precision)
     run_poisoned(launch, operands, more, result)
     return result
 

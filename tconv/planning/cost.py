@@ -38,6 +38,7 @@ ISSUE = 4  # warp instructions that a unit issues per cycle, one per scheduler
 PACE = 2.5  # cycles from an instruction of a warp to its next: what a program takes for one that waits for no other's
 OVERLAP = 1.5  # of parts a and b, the exponent in (a^OVERLAP + b^OVERLAP)^(1/OVERLAP): 1 is one after the other
 L1 = 36  # bytes that a unit reads from its L1 cache per cycle, in the kernels without tl.dot
+SHARED = 128  # bytes that a unit reads from and writes to its shared memory per cycle
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ class Work:
         resident: the most programs that fit on a unit at once (occupancy).
         outside: instructions of a warp outside the main loop.
         turn: seconds between two tiles' main loops, if a program stays for the next tile; None if each is a program's own.
+        beside: seconds of a tile's end that pass beside the next tile's main loop, as far as that lasts.
+        shared: bytes of shared memory that boxes fill and products read, per iteration; 0 where that is not counted.
     """
 
     steps: int
@@ -182,6 +185,8 @@ class Work:
     resident: int
     outside: float = 0
     turn: float | None = None
+    beside: float = 0.0
+    shared: int = 0
 
 
 def price(
@@ -222,6 +227,7 @@ def price(
         cycles = pace * work.length
         if resident == 1 and (access.precision == BF16X6 or access.itemsize == 1):
             products += steps * cycles / limits.clock  # a lone BF16X6 program cuts, then multiplies; in fp8, then adds
+    products = max(products, steps * work.shared / (SHARED * limits.clock))
     workspace = slices(p, pass_, splits, itemsize)
     least = least_bytes(p, pass_, itemsize, access.written)
     # The phases of a strided dgrad run one after the other, and each reads all of dy. If dy does not fit in L2, it is read from
@@ -241,6 +247,8 @@ def price(
     }
     rounds = math.ceil(waves / max(1, work.resident))
     turn = work.turn if work.turn is not None else START + first if resident == 1 else START
+    # Of two tiles by turns, each begins when the other's products have ended, and its own end has too.
+    turn += max(0.0, work.beside - products / waves) / 2
     ends, summing = start + START + first + (rounds - 1) * turn, _summing(workspace, device)
     seconds = LAUNCH + ends + together(parts.values()) + summing
     alone = ("launch", LAUNCH), ("start", ends), ("sum", summing)

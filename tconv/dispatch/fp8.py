@@ -11,16 +11,14 @@ dgrad_fp8 these are the first dimension of w: its memory format counts, and is b
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tconv.dispatch.check import CallArguments
 from tconv.dispatch.context import why_ineligible
-from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.equivalents import IN_ATEN
-from tconv.dispatch.operators import LIBRARY
+from tconv.dispatch.operators import register
 from tconv.dispatch.steps import Steps, followed
 from tconv.dispatch.support import TOO_LARGE, problem_of, too_large, unavailable
 from tconv.dispatch.window import Window, result_shape
@@ -243,17 +241,12 @@ def _refuse_gradients(name: str, keys: Any, *args: Any) -> Any:
         return getattr(torch.ops.tconv, name).default.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-def _register(name: str, run: Any, fake: Any) -> Any:
-    LIBRARY.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    torch.library.register_fake(f"tconv::{name}", opaque(fake), lib=LIBRARY)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, opaque(run), key)
-    LIBRARY.impl(name, functools.partial(opaque(_refuse_gradients), name), "Autograd", with_keyset=True)
-    return getattr(torch.ops.tconv, name).default
-
-
 def _bound(function: Any, name: str) -> Any:
     return lambda *args: function(name, *args)
+
+
+def _register(name: str, run: Any, fake: Any) -> Any:
+    return register(name, SCHEMAS[name], run, fake, _bound(_refuse_gradients, name))
 
 
 fprop_fp8, dgrad_fp8 = (

@@ -125,7 +125,9 @@ def at_borders_and_in_streams(arch: str) -> dict[str, Any]:
     """name -> Variant of the kernels of calls with padding that repeats x, forward and backward, and of chunks of streams."""
     import torch
 
+    from tconv import batch_invariant
     from tconv import functional as TF
+    from tconv.kernels.borders import add_borders
     from tconv.launching.variants import direct_variant, variant_of
     from tconv.planning.families import FAMILIES
     from tconv.precompile import rehearse
@@ -135,11 +137,14 @@ def at_borders_and_in_streams(arch: str) -> dict[str, Any]:
     def add(call: Any, *shape: int, channels_last: bool = True, backward: bool = True) -> None:
         x = empty(*shape, channels_last=channels_last)
         call = call if backward else torch.no_grad()(call)  # a rehearsal asks for gradients of what it is given
-        for p in rehearse(call, (x,), {}, ARCHS[arch][3], backward)[0]:
+        launches = list(rehearse(call, (x,), {}, ARCHS[arch][3], backward)[0])
+        with batch_invariant():  # where gradients are not folded
+            launches += [p for p in rehearse(call, (x,), {}, ARCHS[arch][3], backward)[0] if p.kernel is add_borders]
+        for p in launches:
             c = p.constants
-            if p.kernel.__name__ == "add_borders":
-                layout = f"inner={'c' if c['X_UNIT'] else 'p'}"
-                v = direct_variant(p, "borders", dtype, f"{p.call.problem.rank}d", layout, f"vec={c['X_VEC']}", *_modes(c))
+            if p.kernel is add_borders:
+                how = [f"inner={'c' if c['X_UNIT'] else 'p'}", f"vec={c['X_VEC']}", *_modes(c), *["fold"] * c["FOLD"]]
+                v = direct_variant(p, "borders", dtype, f"{p.call.problem.rank}d", *how)
             elif p.call.plan.kernel in FAMILIES and (_modes(c) or c.get("NEXT")):
                 v = variant_of(p.call.operation, p, dtype)
             else:

@@ -76,7 +76,7 @@ def _reads(x: torch.Tensor, taps: int, state: MaybeTensor, index: MaybeTensor, s
         read, same = F.pad(x, (taps - 1 - t, 0))[..., :times], _same(index, taps - 1 - t)
         read = torch.where(same[:, None], read, 0.0)
         if state is not None and starts is not None:
-            at, i, there = _in_state(index, starts, same, taps, t)
+            at, i, there = _in_state(index, starts, taps, t)
             read = torch.where(there[:, None], state.movedim(1, 2)[at, i].movedim(2, 1), read)
         found.append(read)
     return found
@@ -87,11 +87,11 @@ def _same(index: torch.Tensor, back: int) -> torch.Tensor:
     return F.pad(index, (back, 0), value=-1)[..., : index.shape[1]] == index
 
 
-def _in_state(index: torch.Tensor, starts: torch.Tensor, same: torch.Tensor, taps: int, t: int) -> tuple[torch.Tensor, ...]:
+def _in_state(index: torch.Tensor, starts: torch.Tensor, taps: int, t: int) -> tuple[torch.Tensor, ...]:
     """Returns (sequence, element of its state, whether that is what tap t reads) of each time."""
     at = index.clamp(max=starts.shape[0] - 2)
     i = torch.arange(index.shape[1], device=index.device) - starts[at] + t
-    return at, i.clamp(0, max(taps - 2, 0)), (index < starts.shape[0] - 1) & (i < taps - 1) & ~same
+    return at, i.clamp(0, max(taps - 2, 0)), (index < starts.shape[0] - 1) & (i < taps - 1)
 
 
 def _tails(starts: torch.Tensor, taps: int) -> tuple[torch.Tensor, ...]:
@@ -173,7 +173,7 @@ def gradients(
             same, back = _same(index, taps - 1 - t), taps - 1 - t
             dx = dx + F.pad(torch.where(same[:, None], g, 0.0)[..., back:], (0, min(back, times)))
             if state is not None and starts is not None:
-                at, i, there = _in_state(index, starts, same, taps, t)
+                at, i, there = _in_state(index, starts, taps, t)
                 dstate = dstate.index_put((at, i), torch.where(there[:, None], g, 0.0).movedim(1, 2), accumulate=True)
         if dnext is not None and starts is not None:
             at, own, held = _tails(starts, taps)

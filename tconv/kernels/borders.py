@@ -95,7 +95,7 @@ def add_borders(
     mask = lead(m < N * size.to(OFFSET), FLIP) & trail(c < multiple(C, X_VEC), FLIP)
     xp = x_ptr + (lead(x_offset, FLIP) + trail(c if X_UNIT else c * sxc.to(OFFSET), FLIP))
     if FOLD:
-        acc = tl.zeros(mask.shape, ACC)
+        acc = tl.zeros(xp.shape, ACC)
     else:
         acc = tl.load(xp, mask=mask, other=0.0).to(ACC)
     for choice in tl.range(0 if FOLD else 1, m0 * m1 * m2):

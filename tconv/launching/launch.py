@@ -98,14 +98,15 @@ def _prepare_bordered(g: Geometry, dy: torch.Tensor, w: torch.Tensor) -> Prepare
         return apart
     p, device = g.problem, g.device or device_of(dy)
     padded = _prepare_convolution("dgrad", dataclasses.replace(g, problem=borders.around(p), policy=PREDICTED), dy, w, None)
-    plan, plan_apart = padded.call.plan, apart.borders.call.plan
-    assert plan is not None
-    assert plan_apart is not None
-    cost = plan.cost and borders.folded(plan.cost, p, dy.itemsize, device)
-    if not borders.at_once(cost, plan_apart.cost):
-        return apart
     dx = shaped(p.shape("x"), g.channels_last, dy.dtype)
     total = prepare_borders(p, dx, g.channels_last, None, device)
+    plan, plan_apart, adding = padded.call.plan, apart.borders.call.plan, total.call.plan
+    assert plan is not None
+    assert plan_apart is not None
+    assert adding is not None
+    cost = plan.cost and borders.folded(plan.cost, p, adding.tile, dy.itemsize, device)
+    if not borders.at_once(cost, plan_apart.cost):
+        return apart
     seconds = f" {cost.seconds * 1e6:.1f} us" if cost else ""
     reason = f"{plan.reason}; of the padded input{seconds}, which another launch folds"
     call = Call("dgrad", p, dataclasses.replace(plan, reason=reason, cost=cost), reason)

@@ -19,7 +19,7 @@ from tconv.planning.problem import ZEROS, ConvProblem, Triple, pow2
 from tconv.planning.tiles import Tile
 
 # Pixels by channels: a thread has 32 elements in vectors, or 8 one by one, each of which takes registers for its address.
-ADDING = 150  # instructions of a warp for a choice in a tile
+ADDING = 300  # instructions of a warp for a choice in a tile, counted for sm_90
 TILE, SINGLY = Tile(64, 64, 1, 4, 1), Tile(64, 16, 1, 4, 1)
 
 
@@ -133,17 +133,17 @@ def with_padding(whole: Cost, parts: Iterable[Cost], p: ConvProblem, itemsize: i
     return dataclasses.replace(whole, seconds=seconds, workspace=most + workspace)
 
 
-def folded(padded: Cost, p: ConvProblem, itemsize: int, device: Device) -> Cost | None:
+def folded(padded: Cost, p: ConvProblem, tile: Tile, itemsize: int, device: Device) -> Cost | None:
     """Returns the cost of a dgrad by that of the padded x, which is given, and folding; None if it takes too much memory.
 
-    Folding reads that gradient and writes dx. A warp takes about ADDING instructions for each choice.
+    Folding reads that gradient and writes dx. In a tile of `tile`, a warp takes about ADDING instructions for each choice.
     """
     written = p.N * p.C * math.prod(p.X)
     workspace = p.N * p.C * math.prod(around(p).X) * itemsize
     if workspace > WORKSPACE:
         return None
     _, _, choices = shown(p)
-    issued = written / (TILE.m * TILE.n) * TILE.warps * ADDING * math.prod(choices) / (ISSUE * device.units)
+    issued = written / (tile.m * tile.n) * tile.warps * ADDING * math.prod(choices) / (ISSUE * device.units)
     seconds = LAUNCH + max((workspace + written * itemsize) / device.limits.bandwidth, issued / device.limits.clock)
     return dataclasses.replace(padded, seconds=padded.seconds + seconds, workspace=padded.workspace + workspace)
 

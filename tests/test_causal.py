@@ -16,6 +16,8 @@ import tconv
 from tconv.dispatch import causal, causal_ops
 from tconv.functional import causal_conv1d, causal_conv1d_update
 from tconv.launching.record import Fallback
+from tconv.planning.device import DEVICES
+from tconv.precompile import rehearse
 
 LENGTHS = {"one token": [1], "uneven": [5, 1, 2, 11], "an empty one": [3, 0, 7], "shorter than the filter": [2, 1, 1, 2]}
 
@@ -416,3 +418,19 @@ def test_fx_records_one_call(device):
     assert called == [causal_conv1d, causal_conv1d_update]
     x, w, state = (torch.randn(s, device=device) for s in ((2, 3, 7), (3, 4), (2, 3, 3)))
     torch.testing.assert_close(traced(x, w, state.clone()), net(x, w, state.clone()))
+
+
+def test_a_rehearsal_knows_the_launches():
+    """Those of a device that is not here, forward, backward and decoding."""
+    x, w, states = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((2, 64, 32), (64, 4), (2, 64, 3)))
+
+    def model(x, w, states):
+        return causal_conv1d(x, w, None, None, states, True, activation="silu")
+
+    launches, left = rehearse(model, (x, w, states), {}, DEVICES["H200"], True)
+    assert {p.kernel.__name__ for p in launches} == {"causal", "causal_wgrad", "causal_dgrad"}
+    assert not left
+    decode = torch.no_grad()(functools.partial(causal_conv1d_update, activation="silu"))
+    launches, left = rehearse(decode, (x[..., 0], states, w), {}, DEVICES["H200"], False)
+    assert {p.kernel.__name__ for p in launches} == {"causal_step"}
+    assert not left

@@ -21,6 +21,7 @@ from tconv.dispatch.context import PLAIN, plain, taken_apart
 from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.operators import LIBRARY, register
 from tconv.dispatch.support import unavailable
+from tconv.launching.dry_run import DRY
 from tconv.launching.memory_format import like_sequences
 from tconv.launching.record import Call, Fallback, record_call
 from tconv.planning.causal import TAPS
@@ -46,7 +47,8 @@ def _kernels(x: torch.Tensor, w: torch.Tensor) -> Any:
     Raises:
         Fallback: there are none for these tensors.
     """
-    why = unavailable(x.device.type)
+    dry = DRY.get()
+    why = unavailable("cuda" if dry and dry.device else x.device.type)
     if why:
         raise Fallback(why)
     if not x.numel():
@@ -124,12 +126,16 @@ def _laid_out(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _fake(x: Any, w: Any, b: Any, state: Any, index: Any, starts: Any, activation: str, with_next: bool) -> Pair:
+    if DRY.get():
+        return run(x, w, b, state, index, starts, activation, with_next)
     count = x.shape[0] if starts is None else starts.shape[0] - 1
     after = like_sequences(x, (count, x.shape[1], w.shape[1] - 1)) if with_next else x.new_empty(0)
     return like_sequences(x, tuple(x.shape)), after
 
 
 def _grad_fake(dy: Any, dnext: Any, x: Any, w: Any, b: Any, state: Any, index: Any, starts: Any, *rest: Any) -> Four:
+    if DRY.get():
+        return _grad_run(dy, dnext, x, w, b, state, index, starts, *rest)
     _, needs = rest
     return (
         like_sequences(x, tuple(x.shape)) if needs[0] else x.new_empty(0),

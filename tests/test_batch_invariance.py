@@ -254,7 +254,7 @@ def test_with_the_plans_of_a_gpu(case, planned, device):
         assert differing(*batch_of(case, 3, dtype, planned != "A100", device), [(0, 1), (1, 3)]) == []
 
 
-DEEP = oracle.Case("many channels, few pixels, which are split", (1, 512, 4, 4), 32, (1, 1))
+DEEP = oracle.Case("many channels, few pixels, which are split", (1, 512, 4, 4), 128, (1, 1))
 
 
 def test_batches_of_one_to_nine(planned, device):

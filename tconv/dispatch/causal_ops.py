@@ -94,8 +94,8 @@ def _grad_run(*args: Any) -> Four:
             dx, dstate = kernels.input_gradients(s, du, dnext, needs[3])
         return (
             dx if needs[0] else nothing,
-            dw.to(w.dtype).contiguous() if needs[1] else nothing.clone(),
-            db.to(b.dtype).clone() if needs[2] else nothing.clone(),
+            w.new_empty(w.shape).copy_(dw) if needs[1] else nothing.clone(),  # both are parts of the same sums
+            b.new_empty(b.shape).copy_(db) if needs[2] else nothing.clone(),
             dstate if needs[3] else nothing.clone(),
         )
     except Fallback as e:

@@ -94,18 +94,19 @@ def _prepare_bordered(g: Geometry, dy: torch.Tensor, w: torch.Tensor) -> Prepare
     for the padded x, and what folds it, where that is predicted to be faster.
     """
     apart = _prepare_slabs(g, dy, w)
-    if g.batch_invariant or apart.borders is None:  # which of the two it is may depend on the batch
+    if g.batch_invariant:  # which of the two it is may depend on the batch
         return apart
     p, device = g.problem, g.device or device_of(dy)
     padded = _prepare_convolution("dgrad", dataclasses.replace(g, problem=borders.around(p), policy=PREDICTED), dy, w, None)
     dx = shaped(p.shape("x"), g.channels_last, dy.dtype)
     total = prepare_borders(p, dx, g.channels_last, None, device)
-    plan, plan_apart, adding = padded.call.plan, apart.borders.call.plan, total.call.plan
+    assert apart.borders is not None
+    plan, adding, by_slabs = padded.call.plan, total.call.plan, apart.borders.call.plan
     assert plan is not None
-    assert plan_apart is not None
     assert adding is not None
+    assert by_slabs is not None
     cost = plan.cost and borders.folded(plan.cost, p, adding.tile, dy.itemsize, device)
-    if not borders.at_once(cost, plan_apart.cost):
+    if not borders.at_once(cost, by_slabs.cost):
         return apart
     seconds = f" {cost.seconds * 1e6:.1f} us" if cost else ""
     reason = f"{plan.reason}; of the padded input{seconds}, which another launch folds"

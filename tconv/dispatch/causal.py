@@ -14,9 +14,8 @@ from torch.compiler import is_dynamo_compiling
 from tconv.dispatch import causal_ops, entry
 from tconv.dispatch.check import require
 from tconv.dispatch.context import taken_apart
-from tconv.dispatch.dynamo import opaque
 from tconv.dispatch.support import DTYPES
-from tconv.launching.record import Call, Fallback, record_call
+from tconv.launching.record import Call, record_call
 
 MaybeTensor = torch.Tensor | None
 ACTIVATIONS = {None: "", "silu": "silu", "swish": "silu"}
@@ -100,7 +99,7 @@ def _computed(name: str, *args: Any) -> Any:
     """Computes one of the two by tconv's kernels, by the registered operator, or as a sequence of PyTorch's functions."""
     run, operator, by_torch = causal_ops.WAYS[name]
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    why = "torch.compile" if is_dynamo_compiling() else _why_not_directly(tensors)
+    why = "torch.compile" if is_dynamo_compiling() else entry.why_not_directly(*tensors)
     if why is None:
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return operator(*args) if differentiable else run(*args)
@@ -109,16 +108,6 @@ def _computed(name: str, *args: Any) -> Any:
     if not is_dynamo_compiling():
         record_call(Call(name, None, None, why))
     return by_torch(*args)
-
-
-@opaque
-def _why_not_directly(tensors: list[torch.Tensor]) -> str | None:
-    """Returns why no kernel may run on these tensors in this context of PyTorch, or None if one may."""
-    try:
-        entry.check_context(*tensors)
-    except Fallback as e:
-        return str(e)
-    return None
 
 
 def _check_filter(x: Any, w: Any, b: Any, activation: Any, dims: tuple[int, ...]) -> torch.Tensor:

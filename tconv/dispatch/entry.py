@@ -81,6 +81,16 @@ def check_context(x: Any, *others: Any) -> tuple[str, Any]:
     return device, fast_path
 
 
+@opaque
+def why_not_directly(*tensors: Any) -> str | None:
+    """Returns why no kernel may run on these tensors in this context of PyTorch, or None if one may."""
+    try:
+        check_context(*tensors)
+    except Fallback as e:
+        return str(e)
+    return None
+
+
 def convolve(
     transposed: bool,
     rank: int,

@@ -77,12 +77,8 @@ def _by_kernels(asked: Asked, sides: Any, x: Any, w: Any, b: Any) -> torch.Tenso
     Raises:
         Fallback: it cannot, and nothing has been launched.
     """
-    dry, why = DRY.get(), None
-    try:
-        entry.check_context(*[t for t in (x, w, b) if t is not None])
-    except Fallback as e:
-        why = str(e)
-    if why:  # outside `except`: the exception's frames hold memory
+    dry, why = DRY.get(), entry.why_not_directly(*[t for t in (x, w, b) if t is not None])
+    if why:
         found = None if taken_apart() else _by_operator(asked, sides, x, w, b)
         if found is None:
             raise Fallback(why)

@@ -14,9 +14,10 @@ are fitted to compiled code, as scripts/codegen.py reads it (tests/test_cost.py 
 the loops of other programs of the multiprocessor, and with nothing if there is only one. Fixed times, latencies and the rates
 of caches are fitted to the plans of eight layers, in bf16, that an H200 timed (bench/results; docs/first-light.md has the fit).
 
-Shared memory is left out. To read a tile's operands there should take tensor cores up to 1.75 times as long as to multiply them
-(128x64), and some of the times show it: gather's 128x256 is faster than 256x128. But as a part of its own, or as a bound on the
-products, it made the planner's choices worse (docs/first-light.md).
+Shared memory is left out, but where warpgroups take tiles by turns (planning/persistent.py). To read a tile's operands there
+should take tensor cores up to 1.75 times as long as to multiply them (128x64), and some of the times show it: gather's 128x256
+is faster than 256x128. But as a part of its own, or as a bound on the products, it made the planner's choices worse
+(docs/first-light.md).
 """
 
 from __future__ import annotations
@@ -246,7 +247,9 @@ def price(
         "memory": (least + again + workspace) / limits.bandwidth,
     }
     rounds = math.ceil(waves / max(1, work.resident))
-    turn = work.turn if work.turn is not None else START + first if resident == 1 else START
+    turn = work.turn
+    if turn is None:
+        turn = START + first if resident == 1 else START
     # Of two tiles by turns, each begins when the other's products have ended, and its own end has too.
     turn += max(0.0, work.beside - products / waves) / 2
     ends, summing = start + START + first + (rounds - 1) * turn, _summing(workspace, device)

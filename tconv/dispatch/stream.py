@@ -52,14 +52,17 @@ def convolve(
     sides = ((chunk.before, 0), *padding[1:])
     asked = CallArguments(False, rank, stride, sides, 0, groups, dilation)
     given = asked, x, w, b, state, chunk, steps
-    if not is_dynamo_compiling():
+    tensors = [t for t in (x, w, b, state, *steps.tensors.values()) if t is not None]
+    why = "torch.compile" if is_dynamo_compiling() else entry.why_not_directly(*tensors)
+    if why is None:
         try:
             return _directly(*given)
         except Fallback as e:
             why = str(e)
-    found = _by_operator(*given)
-    if found is not None:
-        return found
+    else:
+        found = _by_operator(*given)
+        if found is not None:
+            return found
     if not is_dynamo_compiling():
         record_call(Call(f"conv{rank}d_stream", None, None, f"(state, chunk) concatenated: {why}"))
     return concatenated(*given)
@@ -69,12 +72,17 @@ def _in_autocast(x: Any, state: Any) -> tuple[Any, Any]:
     """Returns input and state in autocast's dtype, where it is enabled: what is handed on is what the convolution reads."""
     if not isinstance(x, torch.Tensor) or not (state is None or isinstance(state, torch.Tensor)):
         return x, state
-    dry = None if is_dynamo_compiling() else DRY.get()
-    device = "cuda" if dry and dry.device else x.device.type
+    device = _planned_for(x)
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
         return x, state
     x, state = cast(device, x, state)
     return x, state
+
+
+def _planned_for(x: torch.Tensor) -> str:
+    """Returns the type of device that a call is planned for."""
+    dry = None if is_dynamo_compiling() else DRY.get()
+    return "cuda" if dry and dry.device else x.device.type
 
 
 def _check(
@@ -127,9 +135,9 @@ def _directly(
         ValueError: a tensor of the epilogue does not fit the result.
     """
     tensors = [t for t in (x, w, b, state, *steps.tensors.values()) if t is not None]
-    device, _ = entry.check_context(*tensors)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise Fallback("a gradient is wanted")
+    device = _planned_for(x)
     if torch.is_autocast_enabled(device):
         w, b = cast(device, w, b)
     return by_kernel(asked, x, w, b, state, chunk, steps)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tconv
 from tconv import fp8
+from tconv.dispatch import fp8 as dispatched
 from tconv.dispatch.fp8 import FP8, dgrad_fp8, fprop_fp8, quantize_fp8, quantize_largest_fp8
 from tconv.planning.device import DEVICES
 from tconv.planning.tiles import Tile
@@ -571,3 +572,13 @@ def test_a_trained_network_loses_hardly_anything():
     assert max(right) - min(right) <= 1, scores
     assert max(entropy) <= 1.1 * entropy[0], scores
     assert len(set(entropy)) == 4, "fp8 was not there"
+
+
+def test_a_transposed_weight_is_laid_out_once_a_call(device, monkeypatch):
+    made, lay_out = [], dispatched.reduced_last
+    monkeypatch.setattr(dispatched, "reduced_last", lambda w: made.append(w) or lay_out(w))
+    x, w = (torch.randn(shape, device=device).to(FP8) for shape in ((1, 16, 4, 4), (16, 16, 3, 3)))
+    with torch.no_grad(), tconv.recording() as calls:
+        fp8.conv_transpose2d(x, w)
+    assert calls[0].ours
+    assert len(made) == 1

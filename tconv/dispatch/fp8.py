@@ -71,12 +71,11 @@ def convolution(
     h, (activation, slope, position) = Window(*rest[:5]), rest[5:]
     steps = Steps(activation or None, slope, residual, position, scale, shift)
     try:
-        how = prepared(name, x, w, steps, dtype, h)
+        how, by = prepared(name, x, w, steps, dtype, h)
         from tconv.dispatch.fused import laid_out
         from tconv.launching import launch
 
         lying = None if residual is None else laid_out(residual, how.strides)
-        by = w if name == "fprop" else reduced_last(w)
         return launch.convolve(how, x, by, None, DRY.get() is not None, after=_after(x, scale, shift, lying))
     except Fallback as e:
         why = str(e)
@@ -92,8 +91,10 @@ def _after(x: torch.Tensor, scale: MaybeTensor, shift: MaybeTensor, residual: Ma
     return scale, scale if shift is None else shift, x if residual is None else residual, x
 
 
-def prepared(name: str, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window) -> Prepared:
-    """Returns the launch of a call, which is examined once per kind of call.
+def prepared(
+    name: str, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window
+) -> tuple[Prepared, torch.Tensor]:
+    """Returns the launch of a call, which is examined once per kind of call, and the weight as the kernel reads it.
 
     Raises:
         Fallback: no kernel can run.
@@ -116,7 +117,8 @@ def prepared(name: str, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: t
     device = known.device or launch.device_of(x)
     if not device.fp8:
         raise Fallback(f"{device.name} has no tensor cores for fp8")
-    return launch.convolution(name == "dgrad", known, x, w if name == "fprop" else reduced_last(w), None)
+    by = w if name == "fprop" else reduced_last(w)
+    return launch.convolution(name == "dgrad", known, x, by, None), by
 
 
 def repeated(call: CallArguments, x: torch.Tensor, w: torch.Tensor, steps: Steps, dtype: torch.dtype, h: Window) -> Any:
@@ -136,7 +138,7 @@ def repeated(call: CallArguments, x: torch.Tensor, w: torch.Tensor, steps: Steps
     ):
         return None
     try:
-        how = prepared("dgrad" if call.transposed else "fprop", x, w, steps, dtype, h)
+        how, _ = prepared("dgrad" if call.transposed else "fprop", x, w, steps, dtype, h)
     except Fallback:
         return None
     if steps.residual is not None and steps.residual.stride() != how.strides:

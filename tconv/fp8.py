@@ -496,8 +496,8 @@ class Converted:
 def convert_(model: torch.nn.Module, *example: Any, skip: tuple[str, ...] = (), keep: bool = False) -> Converted:
     """Replaces the convolution layers of a model by layers with weights in fp8.
 
-    Left as they are: layers with fewer than 16 input channels per group, with another padding mode than
-    zeros, with a parametrized weight, and the model itself if it is one layer.
+    Left as they are: layers with fewer than 16 input channels per group, with another padding mode than zeros, with a
+    parametrized weight, and the model itself if it is one layer.
 
     Args:
         model: in eval mode, usually in bf16 or fp16.

@@ -266,7 +266,8 @@ def sum_constants(dims: int, vec: int, dependent: bool, epilogue: Epilogue = NON
 
 def fusing(epilogue: Epilogue) -> dict[str, bool]:
     """Returns FUSED, unless each step of an epilogue is rounded: the compiler would fuse a product, rounded to 16 bits, and a
-    sum of 16 bits into one instruction without that rounding."""
+    sum of 16 bits into one instruction without that rounding.
+    """
     return {"enable_fp_fusion": False} if epilogue.stepwise else FUSED
 
 

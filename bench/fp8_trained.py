@@ -268,6 +268,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="names of models")
     parser.add_argument("--cifar10", type=pathlib.Path, help="a checkout of pytorch_resnet_cifar10")
     args = parser.parse_args()
+    if args.cifar10 is not None and not (args.cifar10 / "resnet.py").is_file():
+        parser.error(f"--cifar10 must be a checkout of pytorch_resnet_cifar10, and {args.cifar10} has no resnet.py")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("| model | layers in fp8 | metric | fp32 | bf16 | fp8, scales from an example | fp8, a scale for each input |")
     print("|---|---|---|---|---|---|---|")
